@@ -1,0 +1,34 @@
+"""Prompts in, labelled training shards and a trained encoder out.
+
+The public names load on first use, so that ``import synthgen`` (and ``synthgen --help``) imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Choice": "synthgen.config",
+    "Prompt": "synthgen.records",
+    "Run": "synthgen.run",
+    "SynthgenError": "synthgen.errors",
+    "evaluate": "synthgen.api",
+    "generate": "synthgen.api",
+    "masks": "synthgen.api",
+    "pretrain": "synthgen.api",
+    "run_pipeline": "synthgen.api",
+    "samples": "synthgen.api",
+    "shards": "synthgen.api",
+    "view": "synthgen.api",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'synthgen' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

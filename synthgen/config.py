@@ -1,0 +1,123 @@
+"""Settings: arguments of parts and stages, checked by pydantic in strict mode with unknown keys forbidden."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from synthgen.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from pydantic import BaseModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A part by name, with its options: in YAML ``{name: attentioncut, smoothness: 4.0}`` or plain ``attentioncut``."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Choice | str | Mapping[str, Any]) -> Choice:
+        """Read a choice from a name, a mapping with ``name``, or a choice."""
+        if isinstance(value, Choice):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+            return cls(value["name"], {key: option for key, option in value.items() if key != "name"})
+        raise ConfigError(f"expected a part's name, or a mapping with 'name' and its options, not {value!r}")
+
+    def dump(self) -> dict[str, Any]:
+        """The mapping that :meth:`of` reads."""
+        return {"name": self.name, **self.options}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        def read(value: Any) -> Choice:
+            try:
+                return cls.of(value)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+
+        return core_schema.no_info_plain_validator_function(read)
+
+
+def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
+    """A strict pydantic model of the arguments of ``target``, without those that the caller gives itself."""
+    from pydantic import ConfigDict, create_model
+
+    init = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    hints = typing.get_type_hints(init, vars(inspect.getmodule(target) or types))
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in given or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (hints.get(name, Any), default)
+    name = getattr(target, "__name__", "settings")
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True), **fields
+    )
+
+
+def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, **given: Any) -> T:
+    """Check ``options`` against the signature of ``target`` and call it.
+
+    Raises:
+        ConfigError: an option is unknown, missing or of the wrong kind; says which, and names the nearest known one.
+    """
+    from pydantic import ValidationError
+
+    model = settings_model(target, given=frozenset(given))
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    try:
+        checked = model.model_validate(dict(options))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where, list(model.model_fields))) from None
+    values = {name: getattr(checked, name) for name in model.model_fields}
+    try:
+        return target(**values, **given)
+    except ValueError as error:  # a part refuses values that have the right type
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _explain(error: Any, where: str, known: list[str]) -> str:
+    lines = []
+    for detail in error.errors():
+        path = ".".join([where, *(str(step) for step in detail["loc"])])
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+            lines.append(f"{path}: unknown setting; {hint}")
+        elif detail["type"] == "missing":
+            lines.append(f"{path}: this setting is required")
+        else:
+            lines.append(f"{path}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})")
+    return "; ".join(lines)
+
+
+def dump(value: Any) -> Any:
+    """Settings as plain values that YAML and JSON can hold."""
+    if isinstance(value, Choice):
+        return {key: dump(option) for key, option in value.dump().items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: dump(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): dump(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [dump(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)

@@ -1,0 +1,34 @@
+"""Engines deal the units of a stage out to workers. Every worker count gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from synthgen.records import Report
+from synthgen.registry import Family
+from synthgen.run import Run
+from synthgen.stages import Stage
+
+__all__ = ["ENGINES", "Engine", "Listener"]
+
+
+class Listener(Protocol):
+    """Who hears of progress."""
+
+    def advance(self, count: int) -> None:
+        """So many more samples are made."""
+
+    def describe(self, text: str) -> None:
+        """A remark beside the bar."""
+
+
+class Engine(Protocol):
+    """A frozen dataclass whose fields are its settings."""
+
+    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+        """Work on each unit; one report for each, in any order. A failure is a report too."""
+        ...
+
+
+ENGINES: Family[Engine] = Family(__name__)

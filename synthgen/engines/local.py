@@ -1,0 +1,137 @@
+"""Processes of this machine."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing as mp
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+from synthgen.engines import Listener
+from synthgen.records import Report
+from synthgen.run import Run
+from synthgen.stages import Stage, Work, Worker
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+
+__all__ = ["Local"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Deal units out to ``workers`` processes: by default one for every GPU, or for every core where there is none.
+
+    Each worker of a stage computes with one thread, so the number of workers changes no byte of the result.
+    """
+
+    workers: int = 0  # 0: as many as there are GPUs, or cores
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 (as many as fit) or more, not {self.workers}")
+
+    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+        """One report for each unit, as they come."""
+        devices = _devices(stage)
+        count = min(self.workers or len(devices), len(units))
+        if stage.collective or count <= 1:
+            worker = Worker(device=devices[0], tick=listener.advance, describe=listener.describe)
+            with stage.open(run, worker) as work:
+                for unit in units:
+                    yield _guarded(work, unit)
+            return
+        context = mp.get_context("spawn")
+        ticks: SimpleQueue[Any] = context.SimpleQueue()
+        ranks: SimpleQueue[int] = context.SimpleQueue()
+        for rank in range(count):
+            ranks.put(rank)
+        relay = threading.Thread(target=_relay, args=(ticks, listener), daemon=True)
+        relay.start()
+        try:
+            with ProcessPoolExecutor(
+                count, mp_context=context, initializer=_open, initargs=(stage, run, ranks, ticks, devices, count)
+            ) as pool:
+                futures = {pool.submit(_work, unit): unit for unit in units}
+                try:
+                    for future in as_completed(futures):
+                        try:
+                            yield future.result()
+                        except BrokenProcessPool:
+                            reason = (
+                                "a worker process ended (killed, or out of memory); fewer --workers need less memory"
+                            )
+                            yield Report(futures[future], error=reason)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        finally:
+            ticks.put(None)
+            relay.join(timeout=5)
+
+
+def _devices(stage: Stage) -> list[str]:
+    cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if not stage.accelerated:
+        return cores
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else cores
+
+
+def _guarded(work: Work, unit: int) -> Report:
+    """Work on a unit; whatever goes wrong becomes its report, so that one bad unit does not end the job."""
+    started = time.perf_counter()
+    try:
+        return work(unit)
+    except Exception as error:
+        logger.debug("unit %06d", unit, exc_info=True)
+        reason = " ".join(str(error).split()) or "no message"
+        return Report(unit, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {reason}")
+
+
+def _relay(ticks: SimpleQueue[Any], listener: Listener) -> None:
+    while (count := ticks.get()) is not None:
+        listener.advance(count)
+
+
+# -- in the worker process
+
+_STATE: dict[str, Any] = {}
+
+
+def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], count: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    rank = ranks.get()
+    worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.put)
+    _STATE["stack"] = stack = ExitStack()
+    try:
+        _STATE["work"] = stack.enter_context(stage.open(run, worker))
+    except Exception as error:  # told by every unit: an initializer that raises would only break the pool
+        _STATE["error"] = error
+
+
+def _work(unit: int) -> Report:
+    if "error" in _STATE:
+        error = _STATE["error"]
+        return Report(unit, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return _guarded(_STATE["work"], unit)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not linger: it would wait for units for ever."""
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

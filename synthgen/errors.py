@@ -1,0 +1,70 @@
+"""Errors that a person can act on: each message says what was wrong, where, and what to do.
+
+The command line prints them in one line. :class:`SynthgenError` and its children end with exit code 2,
+:class:`UnitsFailed` with 3. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SynthgenError(Exception):
+    """Something that the person at the keyboard can put right."""
+
+    exit_code = 2
+
+
+class ConfigError(SynthgenError):
+    """A setting is unknown, missing or of the wrong kind."""
+
+
+class UnknownName(ConfigError):
+    """A part, stage or model of this name does not exist."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, names: Iterable[str]) -> UnknownName:
+        """The error for ``name``, with the nearest of the ``names`` that do exist."""
+        known = sorted(names)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return cls(f"unknown {kind} {name!r}; {hint}there are: {', '.join(known) or 'none'}")
+
+
+class PromptError(SynthgenError):
+    """A prompt file cannot be read as one."""
+
+
+class PipelineError(ConfigError):
+    """A pipeline file does not describe a line that can run."""
+
+
+class MissingArtifact(SynthgenError):
+    """A stage needs what an earlier one has not made yet."""
+
+
+class StaleArtifact(SynthgenError):
+    """A folder was made with other settings, or from other inputs, than those asked for now."""
+
+
+class CorruptShard(SynthgenError):
+    """A tar, or a member of one, cannot be read."""
+
+
+class MissingDependency(SynthgenError):
+    """An optional library is not installed."""
+
+
+class MissingWeights(SynthgenError):
+    """A model's weights are not on this machine."""
+
+
+class StorageError(SynthgenError):
+    """A file could not be written: the disk is full, or the folder may not be written to."""
+
+
+class UnitsFailed(SynthgenError):
+    """Some units failed. The others are done; the same command tries only the failed ones again."""
+
+    exit_code = 3

@@ -1,0 +1,81 @@
+"""The records that flow between stages. Plain values: no torch, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float16, Float32, UInt8
+
+#: Self-attention is kept between a cell and these neighbours (row step, column step), in cells of the maps' grid:
+#: half of the 8-neighbourhood at distances 1, 2 and 4. The other half is the same edge seen from its other end.
+AFFINITY_OFFSETS: tuple[tuple[int, int], ...] = tuple(
+    (step * row, step * column) for step in (1, 2, 4) for row, column in ((0, 1), (1, 0), (1, 1), (1, -1))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as the text encoder reads it, without brackets, and the words whose masks are wanted."""
+
+    text: str
+    words: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()  # where each word stands: text[start:stop] is the word
+    label: str | None = None  # class name, where the prompt names a class
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to make."""
+
+    key: str  # ten digits: unit and row, see ``sample_key``
+    prompt: Prompt
+    seed: int  # from the run's seed and the key, nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """Where each word looked while an image was made."""
+
+    words: tuple[str, ...]
+    weights: Float16[np.ndarray, "words h w"]  # mean cross-attention probability in [0, 1], on the latent grid
+    affinity: Float16[np.ndarray, "edges h w"]  # mean self-attention along AFFINITY_OFFSETS, both ways averaged,
+    # in multiples of uniform attention (1 = 1 / (h w)); 0 where an edge leaves the grid
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An image with the record of its making."""
+
+    request: Request
+    image: UInt8[np.ndarray, "H W 3"]
+    maps: Maps
+    warnings: tuple[str, ...] = ()  # what a person should know of a sample that is still good
+
+
+@dataclass(frozen=True, slots=True)
+class WordMasks:
+    """One mask a word. A pixel belongs to one word at most."""
+
+    words: tuple[str, ...]
+    values: Bool[np.ndarray, "words H W"]
+    scores: Float32[np.ndarray, " words"]  # mean attention inside minus outside, each map scaled to [0, 1]
+    dropped: tuple[str, ...] = ()  # for each word "" or the reason why its mask is empty
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one unit."""
+
+    unit: int
+    count: int = 0  # samples written
+    seconds: float = 0.0
+    error: str = ""  # empty: done
+    notes: dict[str, int] = field(default_factory=dict)  # counted remarks, such as {"dropped masks": 3}
+
+
+def sample_key(unit: int, row: int) -> str:
+    """The ten digits that name a sample everywhere: six for its unit, four for its row there."""
+    if not (0 <= unit < 10**6 and 0 <= row < 10**4):
+        raise ValueError(f"unit {unit} or row {row} does not fit a key of six and four digits")
+    return f"{unit:06d}{row:04d}"

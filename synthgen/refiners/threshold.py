@@ -1,0 +1,43 @@
+"""Attention above a level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from synthgen.records import Maps
+from synthgen.refiners._words import otsu_level, resize, scaled
+
+__all__ = ["Threshold"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """Give a pixel to the word that looked there most, where that is above the word's level.
+
+    m_w(x) = [F_w(x) > level_w] * [w = argmax_v F_v(x)]
+
+    F_w is the word's cross-attention scaled to [0, 1] over the image and linear between cell centres; the first word
+    wins a tie. It knows neither colour nor self-attention: the plain baseline. A flat map gives an empty mask.
+    """
+
+    method: Literal["otsu", "fixed"] = "otsu"  # otsu: the level that best divides the word's cells in two
+    level: float = 0.5  # the level of method "fixed", in [0, 1) of the scaled map
+
+    def __post_init__(self) -> None:
+        if self.method not in ("otsu", "fixed"):
+            raise ValueError(f"method must be 'otsu' or 'fixed', not {self.method!r}")
+        if not 0 <= self.level < 1:
+            raise ValueError(f"level must be in [0, 1), not {self.level}")
+
+    def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
+        fields = scaled(maps.weights)
+        if not len(fields):
+            return np.zeros((0, *image.shape[:2]), dtype=bool)
+        levels = np.array([otsu_level(field) if self.method == "otsu" else self.level for field in fields])
+        fine = resize(fields, (image.shape[0], image.shape[1]))
+        winner = fine.argmax(axis=0) == np.arange(len(fine))[:, None, None]
+        return (fine > levels[:, None, None]) & winner

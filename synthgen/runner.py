@@ -1,0 +1,85 @@
+"""Run one stage: what is left to do, given to an engine, its reports collected. Only this module resumes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from synthgen.engines import ENGINES, Engine
+from synthgen.errors import UnitsFailed
+from synthgen.records import Report
+from synthgen.run import Run
+from synthgen.stages import Stage
+
+__all__ = ["Progress", "Summary", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Summary:
+    """What a stage did in this call."""
+
+    stage: str
+    units: int = 0  # units of the plan
+    done_before: int = 0  # units that an earlier call finished
+    samples: int = 0  # made in this call
+    seconds: float = 0.0
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+class Progress:
+    """What a caller hears while a stage runs. This one says nothing; the command line draws a bar."""
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """The stage begins: samples in all, and those done before."""
+
+    def advance(self, count: int) -> None:
+        """So many more samples are made."""
+
+    def describe(self, text: str) -> None:
+        """A remark beside the bar, such as the loss."""
+
+    def stop(self) -> None:
+        """The stage has ended, well or not."""
+
+
+def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Progress | None = None) -> Summary:
+    """Do what is left of ``stage``; what is done stays as it is.
+
+    Raises:
+        MissingArtifact, StaleArtifact: see :meth:`Run.check`.
+        UnitsFailed: some units failed; the others are done.
+    """
+    engine = engine or ENGINES.build("local")
+    progress = progress or Progress()
+    run.check(stage)
+    stage.prepare(run)
+    plan, todo = stage.plan(run), stage.todo(run)
+    sizes = {unit: stage.size(run, unit) for unit in plan}
+    summary = Summary(stage.name, units=len(plan), done_before=len(plan) - len(todo))
+    started = time.perf_counter()
+    failed: list[Report] = []
+    if todo:
+        progress.start(stage.name, sum(sizes.values()), sum(sizes.values()) - sum(sizes[unit] for unit in todo))
+        try:
+            for report in engine.map(stage, run, todo, progress):
+                if report.error:
+                    run.fail(stage, report)
+                    failed.append(report)
+                    logger.error("%s: unit %06d failed: %s", stage.name, report.unit, report.error)
+                summary.samples += report.count
+                for remark, count in report.notes.items():
+                    summary.notes[remark] = summary.notes.get(remark, 0) + count
+        finally:
+            progress.stop()
+    summary.seconds = time.perf_counter() - started
+    if failed:
+        first = failed[0]
+        raise UnitsFailed(
+            f"{stage.name}: {len(failed)} of {len(plan)} units failed; unit {first.unit:06d}: {first.error}; "
+            f"run the same command again to retry only those, or see: synthgen status {run.path}"
+        )
+    stage.finish(run)
+    return summary

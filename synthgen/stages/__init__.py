@@ -1,0 +1,96 @@
+"""Stages: each reads what earlier ones wrote and writes folders of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from synthgen.config import dump
+from synthgen.records import Report
+from synthgen.registry import Family
+
+if TYPE_CHECKING:
+    from synthgen.run import Run
+
+__all__ = ["STAGES", "Stage", "Worker", "Work", "free"]
+
+Work = Callable[[int], Report]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The process that a unit is worked on in."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    tick: Callable[[int], None] = lambda count: None  # say that ``count`` more samples are made, for the progress bar
+    describe: Callable[[str], None] = lambda text: None  # a remark beside the bar, such as the loss
+
+
+def free(default: Any) -> Any:
+    """A setting that may differ between two calls on one run, because it changes no result (only speed or display)."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """A frozen dataclass: its fields are its settings, so it travels to any worker as it is."""
+
+    name: ClassVar[str]  # the command, and the name in a pipeline file
+    reads: ClassVar[tuple[str, ...]]
+    writes: ClassVar[tuple[str, ...]]
+    collective: ClassVar[bool] = False  # False: units are dealt out. True: one unit for all workers (training)
+    accelerated: ClassVar[bool] = False  # True: a worker for every GPU where there are any
+
+    def artifacts(self) -> tuple[str, ...]:
+        """The folders that this stage fills, under the run."""
+        return self.writes
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """What else the result depends on besides settings and artifacts read: a name and a hash each."""
+        return {}
+
+    def prepare(self, run: Run) -> None:
+        """Called once before the units, when inputs and settings have been checked."""
+
+    @abstractmethod
+    def plan(self, run: Run) -> list[int]:
+        """The numbers of the units there are, done or not. Cheap and deterministic."""
+
+    def todo(self, run: Run) -> list[int]:
+        """The units of the plan that are not done yet with the present settings."""
+        fingerprints = {name: run.artifact(name)["fingerprint"] for name in self.artifacts()}
+        return [
+            unit
+            for unit in self.plan(run)
+            if not all(run.has(name, unit, fingerprint) for name, fingerprint in fingerprints.items())
+        ]
+
+    @abstractmethod
+    def size(self, run: Run, unit: int) -> int:
+        """How many samples the unit holds, for the progress bar."""
+
+    @abstractmethod
+    def open(self, run: Run, worker: Worker) -> AbstractContextManager[Work]:
+        """What works on a unit. Heavy: called once a worker."""
+
+    def finish(self, run: Run) -> None:
+        """Called once when every unit is done."""
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with its value, as plain data."""
+        plain: dict[str, Any] = dump(self)
+        return plain
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        kept = {item.name for item in dataclasses.fields(self) if not item.metadata.get("free")}
+        return {name: value for name, value in self.settings().items() if name in kept}
+
+
+STAGES: Family[Stage] = Family(__name__)

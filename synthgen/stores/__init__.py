@@ -1,0 +1,1 @@
+"""Where artifacts lie: tars on a local file system."""

@@ -1,0 +1,83 @@
+"""The four parts of the tiny model, untrained: autoencoder, text tower, U-Net, and the tokenizer with its vocabulary."""
+
+import json
+from collections.abc import Iterable
+
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from synthgen.tiny import IMAGE_SIZE
+
+__all__ = ["MAX_LENGTH", "autoencoder", "scheduler", "text_encoder", "train_tokenizer", "unet"]
+
+MAX_LENGTH = 32  # tokens, the two marks included
+WIDTH = 128  # of the text tower
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def autoencoder() -> AutoencoderTiny:
+    """Images (b, 3, 64, 64) in [-1, 1] ↔ latents (b, 4, 16, 16)."""
+    channels = (32, 32, 32)
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(0, 2, 2),
+        num_decoder_blocks=(3, 2, 1),
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Self- and cross-attention with four heads on 16 × 16 (three blocks) and 8 × 8 (four blocks)."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        block_out_channels=(48, 96),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        norm_num_groups=16,
+        attention_head_dim=4,  # in these blocks diffusers reads this as the number of heads
+    )
+
+
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text tower, two layers of width 128."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    """Stable Diffusion's noise levels, v-prediction."""
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CLIPTokenizer:
+    """Learn a byte-level BPE in CLIP's own form, where ``</w>`` ends a word; common words become one token."""
+    clip = CLIPTokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BOS, EOS])
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH
+    )
