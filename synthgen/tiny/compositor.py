@@ -47,7 +47,7 @@ JOINT_WEIGHTS = (0.75, 0.25)
 
 TWO_OBJECTS = 0.45  # share of composites with two objects
 WITH_SCENE = 0.5  # share of captions that name the scene
-WITH_ALIAS = 0.4  # share of objects called by an ImageNet name, where they have one
+WITH_ALIAS = 0.75  # at most this share of objects is called by an ImageNet name, less where they have few
 HELD_OUT_YAW = 5.0  # held-out views look at most this far, in degrees, from the seam of a panorama
 FIELD_OF_VIEW = (56.0, 70.0)  # degrees
 PITCH = (-12.0, 8.0)  # degrees above the horizon
@@ -79,9 +79,14 @@ class Names:
                 aliases[row["object"]].append(row["name"])
         return cls(own, tuple(tuple(aliases[name]) for name in own))
 
+    def captions(self) -> list[str]:
+        """Every name and every phrase of the captions, for the tokenizer."""
+        names = [*self.own, *(name for names in self.aliases for name in names)]
+        return [*map(article, names), *OPENINGS, *JOINTS, *SCENES.values()]
+
     def weights(self) -> Tensor:
-        """How often each object is drawn, (objects,), sum 1: a little oftener the more aliases it answers to."""
-        weight = torch.tensor([1 + 0.5 * math.log2(1 + len(names)) for names in self.aliases])
+        """How often each object is drawn, (objects,), sum 1: by the root of how many names it answers to."""
+        weight = torch.tensor([math.sqrt(1 + len(names)) for names in self.aliases])
         return weight / weight.sum()
 
 
@@ -94,6 +99,12 @@ class Composites:
     words: tuple[tuple[str, ...], ...]  # as they stand in the caption, in its order
     objects: tuple[tuple[str, ...], ...]  # the object behind each word
     masks: Tensor  # bool (b, 2, 64, 64), what is seen of each word
+
+    def first(self, num: int) -> "Composites":
+        """The first ``num`` of them."""
+        return Composites(
+            self.images[:num], self.captions[:num], self.words[:num], self.objects[:num], self.masks[:num]
+        )
 
 
 class Compositor:
@@ -120,24 +131,22 @@ class Compositor:
         scene = torch.randint(len(self.scenes), (num,), generator=generator)
         two = torch.rand(num, generator=generator) < TWO_OBJECTS
         chosen = torch.stack([self._choose(generator) for _ in range(num)])  # b 2, left before right
-        rendering = torch.tensor([[self._pick(self.renderings[k], generator) for k in pair] for pair in chosen.tolist()])
+        rendering = torch.tensor(
+            [[self._pick(self.renderings[k], generator) for k in pair] for pair in chosen.tolist()]
+        )
         layers = self._objects(rendering, two, generator)  # b 2 4 H W
         first_in_front = torch.rand(num, 1, 1, 1, generator=generator) < 0.5
         alpha = layers[:, :, 3:]
         hidden = torch.stack([alpha[:, 1] * ~first_in_front, alpha[:, 0] * first_in_front], dim=1)  # by the other one
         seen = layers * (1 - hidden)
         image = self._background(scene, generator) * (1 - seen[:, :, 3:].sum(1).clamp(max=1)) + seen[:, :, :3].sum(1)
-        captions, words = zip(
-            *(self._caption(pair[: 1 + t], s, generator) for pair, t, s in zip(chosen.tolist(), two.tolist(), scene)),
-            strict=True,
-        )
+        present = [pair[: 1 + both] for pair, both in zip(chosen.tolist(), two.tolist(), strict=True)]
+        written = [self._caption(pair, s, generator) for pair, s in zip(present, scene.tolist(), strict=True)]
         return Composites(
             images=(image.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
-            captions=captions,
-            words=words,
-            objects=tuple(
-                tuple(self.names.own[k] for k in pair[: 1 + t]) for pair, t in zip(chosen.tolist(), two.tolist())
-            ),
+            captions=tuple(caption for caption, _ in written),
+            words=tuple(words for _, words in written),
+            objects=tuple(tuple(self.names.own[k] for k in pair) for pair in present),
             masks=seen[:, :, 3] > 0.5,
         )
 
@@ -201,19 +210,20 @@ class Compositor:
         present = torch.stack([torch.ones_like(two), two], dim=1)
         return layers * gain[..., None, None] * present[:, :, None, None, None]
 
-    def _caption(self, objects: Sequence[int], scene: Tensor, generator: torch.Generator) -> tuple[str, tuple[str, ...]]:
+    def _caption(self, objects: Sequence[int], scene: int, generator: torch.Generator) -> tuple[str, tuple[str, ...]]:
         """Write a caption, the object on the left named first, and say which words of it name the objects."""
         words = tuple(self._name(k, generator) for k in objects)
         things = [article(word) for word in words]
         text = things[0] if len(things) == 1 else self._weighted(JOINTS, JOINT_WEIGHTS, generator).format(*things)
         text = self._weighted(OPENINGS, OPENING_WEIGHTS, generator).format(text)
         if float(torch.rand((), generator=generator)) < WITH_SCENE:
-            text = f"{text} {SCENES[self.scenes[int(scene)]]}"
+            text = f"{text} {SCENES[self.scenes[scene]]}"
         return text, words
 
     def _name(self, k: int, generator: torch.Generator) -> str:
         aliases = self.names.aliases[k]
-        if aliases and float(torch.rand((), generator=generator)) < WITH_ALIAS:
+        share = min(WITH_ALIAS, len(aliases) / (len(aliases) + 3))
+        if float(torch.rand((), generator=generator)) < share:
             return aliases[int(torch.randint(len(aliases), (), generator=generator))]
         return self.names.own[k]
 

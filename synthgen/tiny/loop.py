@@ -168,7 +168,7 @@ def average_gradients(params: dict[str, nn.Parameter], progress: float) -> float
     flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([progress])])
     dist.all_reduce(flat)
     flat /= world()
-    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(gradients, torch.split(flat[:-1], [g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
     return float(flat[-1])
 

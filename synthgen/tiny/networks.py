@@ -1,4 +1,4 @@
-"""The four parts of the tiny model, untrained: autoencoder, text tower, U-Net, and the tokenizer with its vocabulary."""
+"""The parts of the tiny model before training: autoencoder, text tower, U-Net, scheduler and tokenizer."""
 
 import json
 from collections.abc import Iterable
@@ -62,7 +62,11 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise levels, v-prediction."""
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        prediction_type="v_prediction",
     )
 
 
@@ -73,11 +77,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CLIPTokenizer:
     bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        min_frequency=1, vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BOS, EOS])
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH
-    )
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH)

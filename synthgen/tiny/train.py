@@ -10,20 +10,60 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from synthgen.tiny import networks
-from synthgen.tiny.compositor import Composites, Compositor, Names
+from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, networks
+from synthgen.tiny.compositor import Compositor, Names
 from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
+from synthgen.tiny.truth import held_out
 
-__all__ = ["HELD_OUT_SEED", "train_vae"]
+__all__ = ["train_unet", "train_vae"]
 
 SEED = 2026
-HELD_OUT_SEED = 7_000_000  # of the truth set and of every measure; far from SEED
 VAE_BATCH = 8  # a step and process
+UNET_BATCH = 32  # a step and process
+DRAWS = 2  # of noise for each composite
+DROPPED = 0.1  # share of captions that are left empty, for guidance
+VOCAB_SIZE = 4096  # at most; enough for every word of the captions
+SHEET = (  # prompts of the sample sheets
+    "a photo of a dog",
+    "a photo of a cat",
+    "a photo of a panda",
+    "a photo of a penguin",
+    "a photo of a car",
+    "a photo of an apple",
+    "a photo of a pizza",
+    "a photo of a guitar",
+    "a photo of a golden retriever",
+    "a photo of a tabby cat",
+    "a photo of a minivan",
+    "a photo of a pirate ship",
+    "a photo of a school bus",
+    "a photo of a backpack",
+    "a photo of an umbrella",
+    "a photo of a teapot",
+    "a photo of a horse in the forest",
+    "a photo of a rocket at night",
+    "a photo of a bus in the city",
+    "a photo of a butterfly in the park",
+    "a photo of a chair in the studio",
+    "a photo of a whale at sunset",
+    "a photo of a flamingo in venice",
+    "a photo of a tractor at sunrise",
+    "a photo of a cat and a car",
+    "a photo of a dog and a bicycle in the park",
+    "a photo of a lion and a castle",
+    "a photo of an elephant and a balloon",
+    "a photo of a frog and a banana in the lab",
+    "a photo of a rabbit and a drum",
+    "a sailboat next to a tree",
+    "a photo of a crab and a clock at dawn",
+)
 M = TypeVar("M", bound=nn.Module)
 CHUNK = 16  # batches that are composed together
 
@@ -40,12 +80,6 @@ class Job:
 def pixels(images: Tensor) -> Tensor:
     """uint8 (b, H, W, 3) → float (b, 3, H, W) in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def held_out(data: Path, num: int) -> Composites:
-    """The first ``num`` held-out composites."""
-    compositor = Compositor(data, Names.load(), held_out=True)
-    return compositor.draw(num, torch.Generator().manual_seed(HELD_OUT_SEED))
 
 
 class Autoencoding(nn.Module):
@@ -74,9 +108,10 @@ def train_vae(job: Job) -> None:
     """Train the autoencoder and write it, with its scaling factor, to ``out/vae``."""
     torch.manual_seed(SEED)
     out = job.out / "vae-training"
-    model = Autoencoding(networks.autoencoder()).to(memory_format=torch.channels_last)
+    model = Autoencoding(networks.autoencoder())
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compositor, chunk = Compositor(job.data, Names.load()), torch.empty(0)
-    x = pixels(held_out(job.data, 256).images)
+    x = torch.cat([pixels(batch.images) for batch in held_out(job.data, 256)])
 
     def losses(step: int) -> Losses:
         nonlocal chunk
@@ -103,6 +138,107 @@ def train_vae(job: Job) -> None:
         vae.save_pretrained(job.out / "vae")
 
 
+class Denoising(nn.Module):
+    """The loss of the U-Net and the text tower: v-prediction, weighted by min(SNR, 5) / (SNR + 1)."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+        alpha = networks.scheduler().alphas_cumprod
+        self.signal, self.noise, self.snr = alpha.sqrt(), (1 - alpha).sqrt(), alpha / (1 - alpha)
+
+    def forward(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Losses:
+        """``latents`` (b, 4, 16, 16) of unit variance, ``tokens`` (b, 32)."""
+        noise = torch.randn(latents.shape, generator=generator)
+        t = torch.randint(len(self.snr), (len(latents),), generator=generator)
+        signal_rate, noise_rate = (rate[t][:, None, None, None] for rate in (self.signal, self.noise))
+        context = self.text_encoder(tokens).last_hidden_state
+        v = self.unet(signal_rate * latents + noise_rate * noise, t, context).sample
+        error = (v - (signal_rate * noise - noise_rate * latents)).square().mean(dim=(1, 2, 3))
+        snr = self.snr[t]
+        return {"loss": (error * snr.clamp(max=5) / (snr + 1)).mean(), "error": error.mean()}
+
+
+def train_unet(job: Job) -> None:
+    """Train the U-Net and the text tower over the frozen latents of ``out/vae``; keep the rest in ``out`` too."""
+    torch.manual_seed(SEED)
+    out = job.out / "unet-training"
+    names = Names.load()
+    if rank() == 0 and not (job.out / "tokenizer").is_dir():
+        networks.train_tokenizer(names.captions(), VOCAB_SIZE).save_pretrained(job.out / "tokenizer")
+    barrier()
+    tokenizer = CLIPTokenizer.from_pretrained(job.out / "tokenizer")
+    vae = AutoencoderTiny.from_pretrained(job.out / "vae").eval()
+    model = Denoising(networks.text_encoder(tokenizer), networks.unet())
+    compositor = Compositor(job.data, names)
+    latents, tokens, order = torch.empty(0), torch.empty(0), torch.empty(0)
+
+    def compose(number: int) -> None:
+        nonlocal latents, tokens, order
+        generator = torch.Generator().manual_seed(rank_seed(SEED, 2, number))
+        composites = compositor.draw(UNET_BATCH * CHUNK, generator)
+        with torch.no_grad():
+            latents = vae.encode(pixels(composites.images)).latents * vae.config.scaling_factor
+        dropped = torch.rand(len(latents), generator=generator) < DROPPED
+        captions = ["" if drop else caption for drop, caption in zip(dropped, composites.captions, strict=True)]
+        tokens = tokenize(tokenizer, captions)
+        order = torch.cat([torch.randperm(len(latents), generator=generator) for _ in range(DRAWS)])
+
+    def losses(step: int) -> Losses:
+        number, batch = divmod(step, CHUNK * DRAWS)
+        if batch == 0 or not len(latents):
+            compose(number)
+        rows = order[batch * UNET_BATCH : (batch + 1) * UNET_BATCH]
+        generator = torch.Generator().manual_seed(rank_seed(SEED, 3, step))
+        return model(latents[rows], tokens[rows], generator)  # type: ignore[no-any-return]
+
+    def show(ema: dict[str, Tensor]) -> dict[str, float]:
+        pipeline = assemble(job.out, ema)
+        generator = torch.Generator().manual_seed(SEED)
+        images = pipeline(
+            list(SHEET),
+            num_inference_steps=DEFAULT_STEPS,
+            guidance_scale=DEFAULT_GUIDANCE,
+            generator=generator,
+            output_type="pt",
+        ).images
+        write_sheet(out / "sheet.png", images * 2 - 1, columns=8)
+        pipeline.save_pretrained(job.out / "pipeline")
+        return {}
+
+    optimise(model, losses, out, job.budget, Settings(learning_rate=1.5e-3, batch_size=UNET_BATCH), show)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token numbers, (b, 32), padded as the pipeline pads them."""
+    batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    tokens: Tensor = batch.input_ids
+    return tokens
+
+
+def assemble(out: Path, ema: dict[str, Tensor]) -> StableDiffusionPipeline:
+    """Put the parts in ``out`` and the averaged U-Net and text tower together."""
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderTiny.from_pretrained(out / "vae"),
+        text_encoder=averaged(networks.text_encoder(tokenizer), "text_encoder.", ema),
+        tokenizer=tokenizer,
+        unet=averaged(networks.unet(), "unet.", ema),
+        scheduler=networks.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def averaged(module: M, prefix: str, ema: dict[str, Tensor]) -> M:
     """Load the moving averages under ``prefix`` into a module, and set it to evaluation."""
     module.load_state_dict({k.removeprefix(prefix): v for k, v in ema.items() if k.startswith(prefix)}, strict=False)
@@ -112,7 +248,7 @@ def averaged(module: M, prefix: str, ema: dict[str, Tensor]) -> M:
 @torch.no_grad()
 def reconstruct(vae: AutoencoderTiny, x: Tensor) -> Tensor:
     """Encode and decode images in [-1, 1]."""
-    return torch.cat([vae.decode(vae.encode(part).latents).sample for part in x.split(64)]).clamp(-1, 1)
+    return torch.cat([vae.decode(vae.encode(part).latents).sample for part in torch.split(x, 64)]).clamp(-1, 1)
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
@@ -123,11 +259,13 @@ def psnr(x: Tensor, y: Tensor) -> float:
 
 def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     """Write images (b, 3, H, W) in [-1, 1] as one PNG, row by row."""
-    rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (r H) (c W) 3
+    rows = (
+        images.reshape(-1, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    )  # (r H) (c W) 3
     Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
 
 
-COMMANDS: dict[str, Callable[[Job], None]] = {"vae": train_vae}
+COMMANDS: dict[str, Callable[[Job], None]] = {"vae": train_vae, "unet": train_unet}
 
 
 def work(index: int, processes: int, rendezvous: str, command: str, job: Job) -> None:
@@ -136,8 +274,8 @@ def work(index: int, processes: int, rendezvous: str, command: str, job: Job) ->
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=index, world_size=processes)
     COMMANDS[command](job)
+    barrier()
     if processes > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -156,9 +294,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     job = Job(args.data, args.out, Budget(args.minutes, args.steps))
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-            work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes
-        )
+        spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)
 
 
 if __name__ == "__main__":
