@@ -1,6 +1,7 @@
-"""Train the tiny model on CPU cores: ``python -m synthgen.tiny.train {vae,unet,export} --data DIR --out DIR``."""
+"""Train the tiny model on CPU cores, part by part, and put the parts together: ``python -m synthgen.tiny.train``."""
 
 import argparse
+import copy
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,17 +13,18 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, networks
+from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
 from synthgen.tiny.compositor import Compositor, Names
 from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
 from synthgen.tiny.truth import held_out
 
-__all__ = ["train_unet", "train_vae"]
+__all__ = ["export", "train_decoder", "train_unet", "train_vae"]
 
 SEED = 2026
 VAE_BATCH = 8  # a step and process
@@ -107,8 +109,27 @@ class Autoencoding(nn.Module):
 def train_vae(job: Job) -> None:
     """Train the autoencoder and write it, with its scaling factor, to ``out/vae``."""
     torch.manual_seed(SEED)
-    out = job.out / "vae-training"
-    model = Autoencoding(networks.autoencoder())
+    vae = autoencode(job, networks.autoencoder(), job.out / "vae-training", Settings(2e-3, VAE_BATCH))
+    if rank() == 0:
+        composites = Compositor(job.data, Names.load()).draw(512, torch.Generator().manual_seed(SEED))
+        with torch.no_grad():
+            deviation = float(vae.encode(pixels(composites.images)).latents.std())
+        vae.register_to_config(scaling_factor=round(1 / deviation, 4))
+        vae.save_pretrained(job.out / "vae")
+
+
+def train_decoder(job: Job) -> None:
+    """Train the decoder of ``out/vae`` on, its latents as they are, and write the whole to ``out/vae-tuned``."""
+    vae = AutoencoderTiny.from_pretrained(job.out / "vae")
+    vae.encoder.requires_grad_(False)
+    vae = autoencode(job, vae, job.out / "decoder-training", Settings(1e-3, VAE_BATCH))
+    if rank() == 0:
+        vae.save_pretrained(job.out / "vae-tuned")
+
+
+def autoencode(job: Job, vae: AutoencoderTiny, out: Path, settings: Settings) -> AutoencoderTiny:
+    """Train what of ``vae`` has gradients; return it with averaged weights."""
+    model = Autoencoding(vae)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compositor, chunk = Compositor(job.data, Names.load()), torch.empty(0)
     x = torch.cat([pixels(batch.images) for batch in held_out(job.data, 256)])
@@ -124,18 +145,12 @@ def train_vae(job: Job) -> None:
         return model(batch.contiguous(memory_format=torch.channels_last), generator)  # type: ignore[no-any-return]
 
     def show(ema: dict[str, Tensor]) -> dict[str, float]:
-        vae = averaged(networks.autoencoder(), "vae.", ema)
-        y = reconstruct(vae, x)
+        y = reconstruct(averaged(copy.deepcopy(vae), "vae.", ema), x)
         write_sheet(out / "sheet.png", torch.stack([x[:32], y[:32]], dim=1).flatten(0, 1), columns=16)
         return {"held_out_psnr": psnr(x, y)}
 
-    ema = optimise(model, losses, out, job.budget, Settings(learning_rate=2e-3, batch_size=VAE_BATCH), show)
-    if rank() == 0:
-        vae = averaged(networks.autoencoder(), "vae.", ema)
-        with torch.no_grad():
-            latents = vae.encode(pixels(compositor.draw(512, torch.Generator().manual_seed(SEED)).images)).latents
-        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
-        vae.save_pretrained(job.out / "vae")
+    ema = optimise(model, losses, out, job.budget, settings, show)
+    return averaged(vae, "vae.", ema)
 
 
 class Denoising(nn.Module):
@@ -209,6 +224,17 @@ def train_unet(job: Job) -> None:
     optimise(model, losses, out, job.budget, Settings(learning_rate=1.5e-3, batch_size=UNET_BATCH), show)
 
 
+def export(job: Job) -> None:
+    """Write the pipeline, its tuned decoder where there is one, to the folder that the package ships."""
+    ema = {k.removeprefix("ema."): v for k, v in load_file(job.out / "unet-training" / "state.safetensors").items()}
+    pipeline = assemble(job.out, ema)
+    if (job.out / "vae-tuned").is_dir():
+        pipeline.vae = AutoencoderTiny.from_pretrained(job.out / "vae-tuned")
+    pipeline.save_pretrained(WEIGHTS)
+    for path in WEIGHTS.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token numbers, (b, 32), padded as the pipeline pads them."""
     batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -265,7 +291,12 @@ def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
 
 
-COMMANDS: dict[str, Callable[[Job], None]] = {"vae": train_vae, "unet": train_unet}
+COMMANDS: dict[str, Callable[[Job], None]] = {
+    "vae": train_vae,
+    "unet": train_unet,
+    "decoder": train_decoder,
+    "export": export,
+}
 
 
 def work(index: int, processes: int, rendezvous: str, command: str, job: Job) -> None:
@@ -294,7 +325,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     job = Job(args.data, args.out, Budget(args.minutes, args.steps))
     with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)
+        spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
