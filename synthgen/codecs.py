@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 
 from synthgen.errors import CorruptShard
 from synthgen.image import decode_rgb, encode_png
@@ -141,7 +141,7 @@ def labels_to_masks(labels: UInt8[np.ndarray, "H W"], num_words: int) -> Bool[np
     return masks
 
 
-def _npz(**arrays: np.ndarray[Any, Any]) -> bytes:
+def _npz(**arrays: Shaped[np.ndarray, "..."]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)  # members carry a fixed date: the same bytes each time
     return buffer.getvalue()

@@ -72,21 +72,32 @@ def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozen
     )
 
 
-def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, **given: Any) -> T:
-    """Check ``options`` against the signature of ``target`` and call it.
+def check(
+    target: Callable[..., Any], options: Mapping[str, Any], *, where: str, given: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The arguments of ``target`` with ``options`` put in, each of the right kind.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong kind; says which, and names the nearest known one.
     """
     from pydantic import ValidationError
 
-    model = settings_model(target, given=frozenset(given))
+    model = settings_model(target, given=given)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        checked = model.model_validate(dict(options))
+        checked = model.model_validate(options)
     except ValidationError as error:
         raise ConfigError(_explain(error, where, list(model.model_fields))) from None
-    values = {name: getattr(checked, name) for name in model.model_fields}
+    return {name: getattr(checked, name) for name in model.model_fields}
+
+
+def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, **given: Any) -> T:
+    """Check ``options`` against the signature of ``target`` (see :func:`check`) and call it.
+
+    Raises:
+        ConfigError: an option is unknown, missing or of the wrong kind, or ``target`` refuses its value.
+    """
+    values = check(target, options, where=where, given=frozenset(given))
     try:
         return target(**values, **given)
     except ValueError as error:  # a part refuses values that have the right type

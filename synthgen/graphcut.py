@@ -11,6 +11,7 @@ Zabih, 2001), in which each move is such a cut; the result costs at most twice t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,10 @@ from jaxtyping import Bool, Float, Float64, Int, Int32
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-__all__ = ["Edges", "cut", "energy", "expand", "grid_edges"]
+__all__ = ["Edges", "cut", "ends", "energy", "expand", "grid_edges"]
+
+#: A window of a grid.
+Slices = tuple[slice, slice]
 
 #: SciPy's flows are int32. The whole flow is kept near 2^29, so that a capacity plus a flow stays below 2^31.
 _FULL = 2.0**29
@@ -41,9 +45,21 @@ class Edges:
             np.concatenate([self.weight, other.weight]),
         )
 
+    def times(self, factor: float) -> Edges:
+        """The same pairs at ``factor`` times the price, which must not be negative."""
+        return replace(self, weight=self.weight * factor)
+
     def where(self, chosen: Bool[np.ndarray, " edges"]) -> Edges:
         """The chosen pairs alone."""
         return Edges(self.first[chosen], self.second[chosen], self.weight[chosen])
+
+
+def ends(shape: tuple[int, int], offset: tuple[int, int]) -> tuple[Slices, Slices]:
+    """Where the pairs of pixels that lie ``offset`` (rows, columns) apart begin and end; empty where none fits."""
+    (height, width), (dy, dx) = shape, offset
+    rows, columns = max(height - abs(dy), 0), max(width - abs(dx), 0)
+    y, x = min(max(-dy, 0), height), min(max(-dx, 0), width)
+    return (slice(y, y + rows), slice(x, x + columns)), (slice(y + dy, y + dy + rows), slice(x + dx, x + dx + columns))
 
 
 def grid_edges(shape: tuple[int, int], neighbours: Iterable[tuple[tuple[int, int], Float[np.ndarray, "h w"]]]) -> Edges:
@@ -54,17 +70,12 @@ def grid_edges(shape: tuple[int, int], neighbours: Iterable[tuple[tuple[int, int
     Raises:
         ValueError: a weight is negative or not finite, which no cut can minimise.
     """
-    height, width = shape
-    index = np.arange(height * width, dtype=np.int32).reshape(shape)
-    parts = [Edges(index[:0, 0], index[:0, 0], np.empty(0))]
-    for (dy, dx), weight in neighbours:
-        rows, columns = max(height - abs(dy), 0), max(width - abs(dx), 0)
-        y, x = max(-dy, 0), max(-dx, 0)
-        here = (slice(y, y + rows), slice(x, x + columns))
-        there = (slice(y + dy, y + dy + rows), slice(x + dx, x + dx + columns))
-        if rows and columns:
-            price = np.asarray(weight, dtype=np.float64)[here].ravel()
-            parts.append(Edges(index[here].ravel(), index[there].ravel(), price))
+    index = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    parts = [Edges(index[:0].ravel(), index[:0].ravel(), np.empty(0))]
+    for offset, weight in neighbours:
+        here, there = ends(shape, offset)
+        price = np.asarray(weight, dtype=np.float64)[here].ravel()
+        parts.append(Edges(index[here].ravel(), index[there].ravel(), price))
     first, second, weights = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "second", "weight")
     )
@@ -88,9 +99,12 @@ def cut(
     free: Bool[np.ndarray, "h w"] | None = None,
     held: Bool[np.ndarray, "h w"] | None = None,
 ) -> Bool[np.ndarray, "h w"]:
-    """The cheapest division of the pixels in two, exact up to rounding prices to 2^-29 of the whole flow.
+    """The cheapest division of the pixels in two, exact up to rounding each price.
 
-    Where several divisions cost the same, the one with the fewest pixels inside; so the result depends on the
+    A price is rounded to a power of two between 2^-29 and 2^-28 of the whole flow (the cost of the answer, beyond what
+    every answer costs, is at most that flow); whole numbers of nats are kept as they are.
+
+    Where several divisions cost the same, the one that lies inside all the others; so the result depends on the
     arguments alone and not on the order in which a solver works.
 
     Args:
@@ -215,7 +229,7 @@ def _network(net: Float64[np.ndarray, " n"], edges: Edges) -> tuple[csr_array, i
     gain, loss = np.maximum(net, 0), np.maximum(-net, 0)
     whole = min(gain.sum(), loss.sum())  # no flow is larger
     largest = max(gain.max(initial=0), loss.max(initial=0), edges.weight.max(initial=0))
-    scale = _FULL / max(whole or largest, 1e-30)
+    scale = 2.0 ** math.floor(math.log2(_FULL / max(whole or largest, 1e-30)))  # a power of two: equal sums stay equal
     pixels = np.arange(size, dtype=np.int32)
     source, sink = np.full(size, size, dtype=np.int32), np.full(size, size + 1, dtype=np.int32)
     tails = np.concatenate([source, pixels, edges.first, edges.second])

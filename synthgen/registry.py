@@ -7,7 +7,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from synthgen.config import Choice, build
+from synthgen.config import Choice, build, check
 from synthgen.errors import MissingDependency, UnknownName
 
 T = TypeVar("T")
@@ -52,6 +52,16 @@ class Family(Generic[T]):
         (public,) = module.__all__
         part: type[T] = getattr(module, public)
         return part
+
+    def complete(self, choice: Choice | str, *given: str) -> Choice:
+        """``choice`` with every option it leaves open at its default; ``given`` are not options. Makes no part.
+
+        Raises:
+            UnknownName, ConfigError, MissingDependency: as for :meth:`build`.
+        """
+        choice = Choice.of(choice)
+        where = f"{self.kind} {choice.name}"
+        return Choice(choice.name, check(self.load(choice.name), choice.options, where=where, given=frozenset(given)))
 
     def build(self, choice: Choice | str, **given: Any) -> T:
         """Make the part that ``choice`` names, its options checked against its signature.

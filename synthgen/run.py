@@ -107,7 +107,8 @@ class Run:
         return value
 
     def _save(self, manifest: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump(dict(manifest), sort_keys=False, allow_unicode=True)
+        plain = json.loads(json.dumps(manifest))  # no object twice, so that YAML needs no anchors
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
         write_bytes(self.path / "run.yaml", text.encode())
 
     def artifact(self, name: str) -> dict[str, Any]:
@@ -258,6 +259,11 @@ class UnitWriter:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add a sample."""
         self._tar.add(key, members)
+
+    @property
+    def count(self) -> int:
+        """Samples added so far."""
+        return self._tar.count
 
     def note(self, remark: str, count: int = 1) -> None:
         """Count a remark, such as "dropped masks", for ``status`` and ``view``."""

@@ -54,6 +54,7 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
     """
     engine = engine or ENGINES.build("local")
     progress = progress or Progress()
+    stage = stage.complete()
     run.check(stage)
     stage.prepare(run)
     plan, todo = stage.plan(run), stage.todo(run)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from synthgen.engines import Listener
@@ -52,11 +52,12 @@ class Local:
                     yield _guarded(work, unit)
             return
         context = mp.get_context("spawn")
-        ticks: SimpleQueue[Any] = context.SimpleQueue()
+        heard, ticks = context.Pipe(duplex=False)  # not a queue: its lock would stay taken when a worker is killed
         ranks: SimpleQueue[int] = context.SimpleQueue()
         for rank in range(count):
             ranks.put(rank)
-        relay = threading.Thread(target=_relay, args=(ticks, listener), daemon=True)
+        ended = threading.Event()
+        relay = threading.Thread(target=_relay, args=(heard, listener, ended), daemon=True)
         relay.start()
         try:
             with ProcessPoolExecutor(
@@ -75,8 +76,8 @@ class Local:
                 finally:
                     pool.shutdown(cancel_futures=True)
         finally:
-            ticks.put(None)
-            relay.join(timeout=5)
+            ended.set()
+            relay.join()
 
 
 def _devices(stage: Stage) -> list[str]:
@@ -101,9 +102,10 @@ def _guarded(work: Work, unit: int) -> Report:
         return Report(unit, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {reason}")
 
 
-def _relay(ticks: SimpleQueue[Any], listener: Listener) -> None:
-    while (count := ticks.get()) is not None:
-        listener.advance(count)
+def _relay(heard: Connection[Any, int], listener: Listener, ended: threading.Event) -> None:
+    while heard.poll(0.1) or not ended.is_set():
+        if heard.poll():
+            listener.advance(heard.recv())
 
 
 # -- in the worker process
@@ -114,7 +116,7 @@ _STATE: dict[str, Any] = {}
 def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], count: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     rank = ranks.get()
-    worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.put)
+    worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.send)
     _STATE["stack"] = stack = ExitStack()
     try:
         _STATE["work"] = stack.enter_context(stage.open(run, worker))

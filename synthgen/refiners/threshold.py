@@ -34,10 +34,16 @@ class Threshold:
             raise ValueError(f"level must be in [0, 1), not {self.level}")
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
+        """One mask a word; empty where a word's map is flat.
+
+        Raises:
+            ValueError: the maps have no cells, or hold NaN or infinity.
+        """
         fields = scaled(maps.weights)
         if not len(fields):
             return np.zeros((0, *image.shape[:2]), dtype=bool)
         levels = np.array([otsu_level(field) if self.method == "otsu" else self.level for field in fields])
         fine = resize(fields, (image.shape[0], image.shape[1]))
         winner = fine.argmax(axis=0) == np.arange(len(fine))[:, None, None]
-        return (fine > levels[:, None, None]) & winner
+        above: Bool[np.ndarray, "words H W"] = (fine > levels[:, None, None]) & winner
+        return above

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import dump
 from synthgen.records import Report
@@ -54,6 +54,14 @@ class Stage(ABC):
     def inputs(self, run: Run) -> dict[str, str]:
         """What else the result depends on besides settings and artifacts read: a name and a hash each."""
         return {}
+
+    def complete(self) -> Self:
+        """The same stage with every option of its parts spelled out, so that a changed default is a changed setting.
+
+        Raises:
+            UnknownName, ConfigError: a part that the settings name does not exist, or does not take an option.
+        """
+        return self
 
     def prepare(self, run: Run) -> None:
         """Called once before the units, when inputs and settings have been checked."""

@@ -7,6 +7,7 @@ flushed to the disk and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -40,7 +41,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
 
 
@@ -115,7 +117,8 @@ class TarWriter:
                 if kind is None:
                     raise storage_error(self.path, failed) from failed
             finally:
-                self._temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what went wrong before it says more
+                    self._temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,172 @@
+"""Writing and reading shards: synthgen's tars beside plain ``tarfile`` and plain ``webdataset``, and the whole stage.
+
+``python benchmarks/shards.py`` writes ``results/shards.json``. All write the same samples (bytes of an image, a mask, a prompt, a class and a JSON object) to one folder, in turn.
+synthgen's writer also takes a sha256 and waits for the disk (fsync), which the others do not; ``synthgen, as others``
+leaves both out, to compare like with like. Readers return every member's bytes and decode nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import json
+import random
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import webdataset
+from _common import rounds, write_result
+
+from synthgen.engines.local import Local
+from synthgen.runner import run_stage
+from synthgen.stages.shards import Shards
+from synthgen.stores.tar import TarWriter, read_tar
+
+SAMPLES = 1000
+IMAGE_BYTES, MASK_BYTES = 60_000, 3_000  # about those of a 512 px JPEG and its mask
+REPEATS = 7
+STAGE_SAMPLES, STAGE_PIXELS = 64, 512
+
+Samples = list[tuple[str, dict[str, bytes]]]
+
+
+def make_samples() -> Samples:
+    """Samples that do not compress, the same every time."""
+    source = random.Random(0)
+    return [
+        (
+            f"{number:010d}",
+            {
+                "jpg": source.randbytes(IMAGE_BYTES),
+                "mask.png": source.randbytes(MASK_BYTES),
+                "txt": b"a photo of a dog in a park",
+                "cls": b"7",
+                "json": json.dumps({"key": f"{number:010d}", "words": ["dog", "park"]}).encode(),
+            },
+        )
+        for number in range(SAMPLES)
+    ]
+
+
+def write_synthgen(path: Path, samples: Samples) -> None:
+    with TarWriter(path) as tar:
+        for key, members in samples:
+            tar.add(key, members)
+
+
+def write_synthgen_bare(path: Path, samples: Samples) -> None:
+    class NoHash:
+        def hexdigest(self) -> str:
+            return ""
+
+    with mock.patch("os.fsync"), mock.patch("hashlib.file_digest", lambda *_: NoHash()):
+        write_synthgen(path, samples)
+
+
+def write_tarfile(path: Path, samples: Samples) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for name, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def write_webdataset(path: Path, samples: Samples) -> None:
+    with webdataset.TarWriter(str(path)) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+
+
+def read_synthgen(path: Path) -> int:
+    return sum(len(data) for _, members in read_tar(path) for data in members.values())
+
+
+def read_tarfile(path: Path) -> int:
+    with tarfile.open(path) as tar:
+        files = (tar.extractfile(info) for info in tar)
+        return sum(len(file.read()) for file in files if file)
+
+
+def read_webdataset(path: Path) -> int:
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False)
+    return sum(len(data) for sample in dataset for data in sample.values() if isinstance(data, bytes))
+
+
+def speeds(seconds: Mapping[str, list[float]], size: int) -> dict[str, dict[str, float]]:
+    """Megabytes of content a second: that of the median round, and the fastest."""
+    return {
+        name: {
+            "mb_per_s": round(size / 1e6 / statistics.median(times), 1),
+            "best_mb_per_s": round(size / 1e6 / min(times), 1),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def time_stage(folder: Path) -> dict[str, float]:
+    """The stage from end to end: PNG and masks decoded, JPEG and mask PNG encoded, one process."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    factories = importlib.import_module("tests.factories")
+    run = factories.make_run(folder / "run", units=4, unit_size=STAGE_SAMPLES // 4, image_size=STAGE_PIXELS)
+    started = time.perf_counter()
+    run_stage(Shards(samples_per_shard=STAGE_SAMPLES // 4), run, Local(workers=1))
+    seconds = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in run.folder("shards").glob("*/*.tar"))
+    return {
+        "samples": STAGE_SAMPLES,
+        "pixels": STAGE_PIXELS,
+        "samples_per_s": round(STAGE_SAMPLES / seconds, 1),
+        "mb_per_s": round(size / 1e6 / seconds, 2),
+    }
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> None:
+    function(*arguments)
+
+
+def main() -> None:
+    samples = make_samples()
+    size = sum(len(data) for _, members in samples for data in members.values())
+    writers: dict[str, Callable[[Path, Samples], None]] = {
+        "synthgen": write_synthgen,
+        "synthgen, as others": write_synthgen_bare,
+        "tarfile": write_tarfile,
+        "webdataset": write_webdataset,
+    }
+    readers: dict[str, Callable[[Path], int]] = {
+        "synthgen": read_synthgen,
+        "tarfile": read_tarfile,
+        "webdataset": read_webdataset,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        paths = {writer: Path(name) / f"{number}.tar" for number, writer in enumerate(writers)}
+        written = rounds(
+            {w: functools.partial(call, write, paths[w], samples) for w, write in writers.items()}, REPEATS
+        )
+        shard = paths["synthgen"]
+        assert all(read(shard) == size for read in readers.values())
+        was_read = rounds({r: functools.partial(call, read, shard) for r, read in readers.items()}, REPEATS)
+        overhead = {writer: round(100 * (path.stat().st_size / size - 1), 2) for writer, path in paths.items()}
+        figures = {
+            "samples": SAMPLES,
+            "content_mb": round(size / 1e6, 1),
+            "repeats": REPEATS,
+            "write": speeds(written, size),
+            "read": speeds(was_read, size),
+            "tar_overhead_percent": overhead,
+            "stage": time_stage(Path(name)),
+        }
+    print(write_result("shards", figures).read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the commands do, as functions. Each stage function has the settings of its stage as keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from synthgen.config import build
+from synthgen.records import Generation, WordMasks
+from synthgen.run import Run
+from synthgen.runner import Progress, Summary, run_stage
+from synthgen.stages import STAGES, Stage
+
+if TYPE_CHECKING:
+    from synthgen.engines import Engine
+    from synthgen.pipeline import Override
+
+__all__ = ["evaluate", "generate", "make_stage", "masks", "pretrain", "run_pipeline", "samples", "shards", "view"]
+
+
+def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
+    """The stage of that name, its settings checked.
+
+    Raises:
+        UnknownName, ConfigError: there is no such stage or setting; names the nearest.
+    """
+    return build(STAGES.load(name), settings, where=f"stages.{name}")
+
+
+def generate(
+    run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any
+) -> Summary:
+    """Make images and record where each word looked; settings as in :class:`synthgen.stages.generate.Generate`."""
+    return _stage("generate", run, engine, progress, settings)
+
+
+def masks(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """Turn maps into masks; settings as in :class:`synthgen.stages.masks.Masks`."""
+    return _stage("masks", run, engine, progress, settings)
+
+
+def shards(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """Write training tars; settings as in :class:`synthgen.stages.shards.Shards`."""
+    return _stage("shards", run, engine, progress, settings)
+
+
+def pretrain(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """Train an encoder; settings as in :class:`synthgen.stages.pretrain.Pretrain`."""
+    return _stage("pretrain", run, engine, progress, settings)
+
+
+def evaluate(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`."""
+    return _stage("evaluate", run, engine, progress, settings)
+
+
+def _stage(
+    name: str, run: Run, engine: Engine | None, progress: Progress | None, settings: Mapping[str, Any]
+) -> Summary:
+    return run_stage(make_stage(name, settings), run, engine, progress)
+
+
+def samples(run: Run) -> Iterator[tuple[Generation, WordMasks | None]]:
+    """Every finished sample of a run: image, maps, and masks where they have been made."""
+    from synthgen import codecs
+    from synthgen.stages.masks import read_generations
+
+    for unit in run.units("images"):
+        masked = run.tar("masks", unit).is_file()
+        found = {key: codecs.decode_masks(key, members) for key, members in run.read("masks", unit)} if masked else {}
+        for generation in read_generations(run, unit):
+            yield generation, found.get(generation.request.key)
+
+
+def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
+    """Write one self-contained page that shows the run; returns where it lies."""
+    from synthgen.viewers.page import write_page
+
+    return write_page(run, path, limit=limit)
+
+
+def run_pipeline(
+    path: str | Path,
+    *,
+    overrides: tuple[Override, ...] = (),
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> list[Summary]:
+    """Run the stages of a pipeline file in order; what is done stays as it is."""
+    from synthgen.pipeline import read_pipeline
+
+    return list(read_pipeline(path, overrides=overrides).execute(engine=engine, progress=progress))
+
+

@@ -1,0 +1,1 @@
+"""Where each token looked while an image was made. Shared by the backbones."""

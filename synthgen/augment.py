@@ -1,0 +1,97 @@
+"""Crop, flip and colour jitter. Image and masks always move together: one box and one flip for both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from synthgen.datasets import Sample
+
+__all__ = ["Augment", "CenterCrop"]
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """A random resized crop to ``size`` pixels, a mirror image half of the time, and colour jitter if asked for.
+
+    The crop is MAE's: its area is ``scale`` of the image's, its width over height ``ratio`` (log-uniform); images are
+    resampled bicubically, labels take the nearest pixel.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5  # probability
+    jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """One view of ``sample``; ``rng`` alone decides which."""
+        box = self.box(sample.image.shape[0], sample.image.shape[1], rng)
+        mirror = rng.random() < self.flip
+        view = _cut(sample, box, self.size, mirror)
+        if self.jitter:
+            view = replace(view, image=_jitter(view.image, rng.uniform(1 - self.jitter, 1 + self.jitter, 3)))
+        return view
+
+    def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        """Where to cut; after ten misses the largest middle box whose shape is within ``ratio``."""
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return left, top, left + w, top + h
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """The largest middle square, resized to ``size`` pixels: nothing random, for evaluation."""
+
+    size: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:  # noqa: ARG002
+        """The view; ``rng`` is not used."""
+        height, width = sample.image.shape[:2]
+        side = min(height, width)
+        left, top = (width - side) / 2, (height - side) / 2
+        return _cut(sample, (left, top, left + side, top + side), self.size, mirror=False)
+
+
+def _cut(sample: Sample, box: Box, size: int, mirror: bool) -> Sample:
+    image = _resample(sample.image, box, size, Image.Resampling.BICUBIC)
+    labels = None if sample.labels is None else _resample(sample.labels, box, size, Image.Resampling.NEAREST)
+    if mirror:
+        image = np.ascontiguousarray(image[:, ::-1])
+        labels = None if labels is None else np.ascontiguousarray(labels[:, ::-1])
+    return replace(sample, image=image, labels=labels)
+
+
+def _resample(
+    pixels: UInt8[np.ndarray, "H W *c"], box: Box, size: int, how: Image.Resampling
+) -> UInt8[np.ndarray, "h w *c"]:
+    resized: UInt8[np.ndarray, "h w *c"] = np.asarray(Image.fromarray(pixels).resize((size, size), how, box=box))
+    return resized
+
+
+def _jitter(image: UInt8[np.ndarray, "H W 3"], factors: Float32[np.ndarray, " 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Scale brightness, then contrast round the mean grey, then saturation round each pixel's grey."""
+    brightness, contrast, saturation = factors
+    grey = np.array([0.299, 0.587, 0.114], np.float32)
+    x = image.astype(np.float32) * np.float32(brightness)
+    middle = (x @ grey).mean()
+    x = middle + (x - middle) * np.float32(contrast)
+    luma = (x @ grey)[:, :, None]
+    x = luma + (x - luma) * np.float32(saturation)
+    changed: UInt8[np.ndarray, "H W 3"] = x.round().clip(0, 255).astype(np.uint8)
+    return changed

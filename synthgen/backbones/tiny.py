@@ -1,0 +1,40 @@
+"""The shipped model: Stable Diffusion in miniature, trained on rendered objects. No download, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from synthgen import tiny
+from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
+from synthgen.records import Generation, Request
+
+__all__ = ["Tiny"]
+
+
+class Tiny:
+    """64 x 64 images of the objects and scenes that its model card lists (``synthgen/tiny/README.md``).
+
+    Cross-attention is read on its 16 x 16 and 8 x 8 grids, self-attention on 16 x 16.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int = tiny.DEFAULT_STEPS,
+        guidance_scale: float = tiny.DEFAULT_GUIDANCE,
+        negative_prompt: str = "",
+        device: str = "cpu",
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+        sampling = Sampling(num_steps, guidance_scale, negative_prompt, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+        pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device=device)
+        self._model = UNetPipeline(pipeline, sampling, cross_levels=(1, 2), self_level=1)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """One image with its maps for each request."""
+        return self._model.generate(requests)
+
+    def describe(self) -> dict[str, str]:
+        """What the dataset card says of the model."""
+        return {"model": "synthgen tiny", "family": "Stable Diffusion in miniature", "licence": "Apache-2.0"}

@@ -1,0 +1,298 @@
+"""What shards say of themselves: masks, table, counts, wids index, and the dataset card (``README.md``)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Bool
+
+from synthgen.records import WordMasks
+
+__all__ = ["LICENCE", "SCHEMA_VERSION", "count_split", "dataset_card", "describe_masks", "parquet_bytes", "wids_index"]
+
+SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
+LICENCE = (
+    "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for them. "
+    "Read it before you publish or sell what is made from them."
+)
+
+_SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → what Hugging Face calls it
+_MEMBERS = {
+    "txt": "the prompt, UTF-8",
+    "json": "key, prompt, words and where they stand, label, seed, size, backbone, model, warnings",
+    "mask.png": "8-bit grey, as large as the image: k where the k-th of `words` is, 0 background; `masks` in the json "
+    "holds value, score, share of the image and box of each",
+    "cls": "the number of the label in `classes` of dataset.json",
+}
+
+_CARD = """\
+# {name}
+
+{samples} images made by a model, none of them photographed{masks}. Written by synthgen {version}.
+
+## What is in it
+
+| split | samples | shards | MB |
+|---|---|---|---|
+{splits}
+
+{labels}{words}Image size: {sizes}. {prompts} different prompts, such as:
+
+````text
+{examples}
+````
+
+Every sample has the same members; its key is ten digits.
+
+| member | content |
+|---|---|
+{members}
+
+`NNNNNN.parquet` beside a shard holds the same metadata as a table; `dataset.json` holds counts, classes, checksums and
+settings.
+
+## How to load it
+
+With webdataset, in this folder:
+
+```python
+import webdataset as wds
+
+dataset = wds.WebDataset("{urls}", shardshuffle=100).decode("pil")
+for {targets} in dataset.to_tuple({tuple}):
+    {use}
+```
+
+With wids, by number (`localname=str` reads the shards where they are and copies none):
+
+```python
+import os, wids
+
+dataset = wids.ShardListDataset(os.path.abspath("{index}"), localname=str)
+sample = dataset[0]
+print(sample["__key__"], sample[".{image}"].size, sample[".txt"])
+```
+
+With Hugging Face datasets:
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("path/to/this/folder", split="{split}", streaming=True)
+for row in dataset:
+    print(row["__key__"], row["{image}"].size, row["txt"])
+```
+
+With open_clip: `--train-data '{urls}' --dataset-type webdataset` (`sizes.json` tells it the number of samples).
+
+## How it was made
+
+Backbone {backbone}, model {model}, run seed {seed}; each image has a seed of its own, in its `json`.
+{mask_note}
+Versions: {versions}.
+
+## Licence
+
+{licence}
+"""
+
+_MASK_NOTE = """
+The masks come from the model's attention while it made the image, refined by synthgen's own {refine}. No person drew
+or checked them: they are good to train with and no ground truth to measure with.
+"""
+
+
+def describe_masks(masks: WordMasks) -> list[dict[str, Any]]:
+    """For each word: the value of its pixels, its score, its share of the image and its box in pixels."""
+    reasons = masks.dropped or ("",) * len(masks.words)
+    return [
+        {
+            "word": word,
+            "value": number,
+            "score": round(float(score), 6) if math.isfinite(score) else 0.0,  # JSON has no word for nan
+            "area": round(float(mask.mean()), 6),
+            "box": _box(mask),
+            "dropped": reason,
+        }
+        for number, (word, mask, score, reason) in enumerate(
+            zip(masks.words, masks.values, masks.scores, reasons, strict=True), start=1
+        )
+    ]
+
+
+def _box(mask: Bool[np.ndarray, "H W"]) -> list[int]:
+    """The first column and row of a mask, and the first column and row after it; zeros where it is empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def wids_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The index that ``wids`` reads, for the shards in ``rows``; their urls are relative to the index."""
+    shards = [{"url": row["file"], "nsamples": row["samples"], "filesize": row["bytes"]} for row in rows]
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}
+
+
+def count_split(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples, bytes, labels, words, image sizes and prompts of the shards in ``rows``, from their parquet files."""
+    from pyarrow import parquet
+
+    labels, words, sizes, prompts = Counter[str](), Counter[str](), Counter[str](), set[str]()
+    for row in rows:
+        table = parquet.read_table((folder / row["file"]).with_suffix(".parquet")).to_pydict()
+        labels.update(label for label in table["label"] if label)
+        words.update(word for all_words in table["words"] for word in all_words)
+        sizes.update(f"{width}x{height}" for width, height in zip(table["width"], table["height"], strict=True))
+        prompts.update(table["prompt"])
+    return {
+        "samples": sum(row["samples"] for row in rows),
+        "shards": len(rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "labels": dict(sorted(labels.items())),
+        "words": dict(sorted(words.items())),
+        "sizes": dict(sorted(sizes.items())),
+        "prompts": prompts,
+    }
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]], *, masks: bool) -> bytes:
+    """The rows of a shard as a parquet file, its types given and not inferred."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text, number, real = pa.string(), pa.int64(), pa.float64()
+    fields = {"key": text, "prompt": text, "words": pa.list_(text), "spans": pa.list_(pa.list_(number)), "label": text}
+    fields |= {"seed": number, "width": number, "height": number, "backbone": text, "model": text, "warnings": text}
+    if masks:
+        fields |= {"mask_score": pa.list_(real), "mask_area": pa.list_(real)}
+        fields |= {"mask_box": pa.list_(pa.list_(number)), "mask_dropped": pa.list_(text)}
+    fields |= {"status": text, "error": text}
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(list(rows), schema=pa.schema(list(fields.items()))), buffer)
+    return buffer.getvalue()
+
+
+def dataset_card(description: Mapping[str, Any]) -> str:
+    """The README.md of a set of shards, from what ``dataset.json`` says of it.
+
+    Its YAML head tells Hugging Face which files are the data (it would take the side files, without images) and
+    their types (it would infer them from five samples, and fail where those have no words).
+    """
+    head = yaml.safe_dump(_head(description), sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{_CARD.format(**_facts(description))}"
+
+
+def _head(description: Mapping[str, Any]) -> dict[str, Any]:
+    files = [{"split": _SPLIT_NAMES[split], "path": f"{split}/*.tar"} for split in description["splits"]]
+    return {
+        "pretty_name": description["name"],
+        "license": "other",
+        "tags": ["synthetic", "webdataset", "synthgen"],
+        "size_categories": [_size_category(_samples(description))],
+        "configs": [{"config_name": "default", "data_files": files}],
+        "dataset_info": {"features": _features(description)},
+    }
+
+
+def _features(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The types of the members in the words of Hugging Face's YAML."""
+    labels = {str(number): label for number, label in enumerate(description["classes"])}
+    types: dict[str, dict[str, Any]] = {
+        "txt": {"dtype": "string"},
+        "json": {"struct": _json_features(masks="mask.png" in description["members"])},
+        "cls": {"dtype": {"class_label": {"names": labels}}},
+    }
+    types |= {"__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # the loader's own
+    names = [*description["members"], "__key__", "__url__"]
+    return [{"name": name, **types.get(name, {"dtype": "image"})} for name in names]
+
+
+def _json_features(*, masks: bool) -> list[dict[str, Any]]:
+    def plain(dtype: str, *names: str) -> list[dict[str, Any]]:
+        return [{"name": name, "dtype": dtype} for name in names]
+
+    lists: list[dict[str, Any]] = [{"name": "words", "list": "string"}, {"name": "spans", "list": {"list": "int64"}}]
+    fields = plain("string", "key", "prompt") + lists + plain("string", "label")
+    fields += plain("int64", "seed", "width", "height") + plain("string", "backbone", "model", "warnings")
+    if masks:
+        mask = plain("string", "word") + plain("int64", "value") + plain("float64", "score", "area")
+        fields.append({"name": "masks", "list": [*mask, {"name": "box", "list": "int64"}, *plain("string", "dropped")]})
+    return fields
+
+
+def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the gaps of the card."""
+    splits, versions = description["splits"], description["versions"]
+    masks = "mask.png" in description["members"]
+    refine = description["made_from"].get("masks", {}).get("refine") or {}
+    words, sizes = (sum((Counter(one[name]) for one in splits.values()), Counter()) for name in ("words", "sizes"))
+    rows = [
+        f"| {name} | {one['samples']} | {one['shards']} | {one['bytes'] / 1e6:.1f} |" for name, one in splits.items()
+    ]
+    return _loading(description) | {
+        **{name: description[name] for name in ("name", "seed", "licence")},
+        "backbone": description["backbone"] or "unknown",
+        "model": description["model"] or "unknown",
+        "samples": _samples(description),
+        "masks": ", with a mask for each word that was asked for" if masks else "",
+        "splits": "\n".join(rows),
+        "labels": f"{len(description['classes'])} classes. " if description["classes"] else "",
+        "words": f"Words by number of images: {_most(words)}. " if words else "",
+        "sizes": _most(sizes),
+        "prompts": description["prompts"]["distinct"],
+        "examples": "\n".join(description["prompts"]["examples"]),
+        "members": "\n".join(
+            f"| `{name}` | {_MEMBERS.get(name, 'the image, RGB')} |" for name in description["members"]
+        ),
+        "mask_note": _MASK_NOTE.format(refine=refine.get("name", "masks stage")) if masks else "",
+        "version": versions.get("synthgen", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _loading(description: Mapping[str, Any]) -> dict[str, str]:
+    """What stands in the gaps of the card's snippets, which read the first split."""
+    members = description["members"]
+    masks = "mask.png" in members
+    image = next(name for name in ("jpg", "png", "webp") if name in members)
+    split, counts = next(iter(description["splits"].items()))
+    last = counts["shards"] - 1
+    return {
+        "image": image,
+        "index": "index.json" if split == "train" else f"index-{split}.json",
+        "split": _SPLIT_NAMES[split],
+        "urls": f"{split}/{{000000..{last:06d}}}.tar" if last else f"{split}/000000.tar",
+        "tuple": ", ".join(f'"{name}"' for name in [image, "txt", "json"] + ["mask.png"] * masks),
+        "targets": "image, text, meta" + ", mask" * masks,
+        "use": 'print(meta["key"], image.size, text' + (', meta["words"], mask.getextrema())' if masks else ")"),
+    }
+
+
+def _samples(description: Mapping[str, Any]) -> int:
+    return sum(split["samples"] for split in description["splits"].values())
+
+
+def _most(counts: Mapping[str, int], limit: int = 12) -> str:
+    """The most frequent names with their counts."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{name} ({count})" for name, count in ranked[:limit])
+    return listed + (f", and {len(ranked) - limit} more" if len(ranked) > limit else "")
+
+
+def _size_category(samples: int) -> str:
+    """The Hub's name for a number of samples."""
+    bounds = (("1K", 10**3), ("10K", 10**4), ("100K", 10**5), ("1M", 10**6), ("10M", 10**7), ("100M", 10**8))
+    lower = "n"
+    for name, bound in bounds:
+        if samples < bound:
+            return "n<1K" if lower == "n" else f"{lower}<n<{name}"
+        lower = name
+    return "100M<n<1B"

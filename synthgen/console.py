@@ -1,0 +1,91 @@
+"""What the command line draws while a stage runs: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from synthgen.runner import Progress, Summary
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+__all__ = ["ConsoleProgress", "duration", "tell"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: ``8 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def tell(summary: Summary) -> str:
+    """One line about what a stage did."""
+    done = summary.units - summary.done_before
+    if not done:
+        return f"{summary.stage}: nothing to do, all {summary.units} units were done"
+    rate = summary.samples / summary.seconds if summary.seconds else 0.0
+    parts = [f"{summary.samples} samples in {duration(summary.seconds)} ({rate:.1f}/s)"]
+    if summary.done_before:
+        parts.append(f"{summary.done_before} of {summary.units} units were done before")
+    parts += [f"{count} {remark}" for remark, count in summary.notes.items() if count]
+    return f"{summary.stage}: {', '.join(parts)}"
+
+
+class ConsoleProgress(Progress):
+    """Progress on standard error, with rate and time left."""
+
+    every_seconds = 10.0  # between two lines where there is no terminal
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._text = ""
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """Begin a bar at ``done`` of ``total`` samples."""
+        self._stage, self._total, self._done, self._before = stage, total, done, done
+        self._started = self._said = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(), TextColumn("{task.fields[remark]}"),
+            )  # fmt: skip
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(stage, total=total, completed=done, rate="", remark="")
+            self._bar.start()
+
+    def advance(self, count: int) -> None:
+        """Move on by ``count`` samples."""
+        self._done += count
+        now = time.monotonic()
+        rate = (self._done - self._before) / max(now - self._started, 1e-6)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
+        elif now - self._said >= self.every_seconds:
+            self._said = now
+            left = duration((self._total - self._done) / rate)
+            text = f", {self._text}" if self._text else ""
+            print(f"{self._stage}: {self._done}/{self._total}, {rate:.1f}/s, {left} left{text}", file=sys.stderr)
+
+    def describe(self, text: str) -> None:
+        """Put a remark beside the bar."""
+        self._text = text
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, remark=text)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,369 @@
+"""Images one by one, from shards or folders: random access, each sample decoded when it is asked for."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from torch.utils.data import Dataset
+
+from synthgen.codecs import labels_to_masks
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.image import decode_rgb
+from synthgen.records import WordMasks
+from synthgen.stores.tar import Member, index_tar
+
+__all__ = [
+    "FolderDataset",
+    "ImageDataset",
+    "JoinedDataset",
+    "LazyMasks",
+    "Sample",
+    "ShardDataset",
+    "open_dataset",
+    "open_masks",
+    "source_inputs",
+]
+
+IMAGES = ("jpg", "jpeg", "webp", "png")  # the first of these is a sample's image
+_OPEN_TARS = 64  # files that one process keeps open
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded row of a shard or folder."""
+
+    key: str
+    image: UInt8[np.ndarray, "H W 3"]
+    label: str | None = None  # class name, or its number where there is no name
+    text: str = ""
+    words: tuple[str, ...] = ()
+    labels: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
+
+
+class ImageDataset(Dataset[Sample]):
+    """What the two kinds of source share: a length, samples by number, and labels without decoding an image."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """The name of a sample; reads nothing."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> str | None:
+        """The class of a sample; reads no pixels."""
+        raise NotImplementedError
+
+    def has_masks(self) -> bool:
+        """Whether the first sample comes with masks."""
+        raise NotImplementedError
+
+
+class ShardDataset(ImageDataset):
+    """WebDataset tars by sample number. They are indexed once; each worker opens a file when it first needs it.
+
+    Members: ``jpg`` (or ``jpeg``, ``webp``, ``png``) is the image, ``txt`` the text, ``mask.png`` the masks as one
+    8-bit image (0 background, k the k-th word), ``json`` holds ``words`` (or ``classes``) and ``label``, and ``cls`` a
+    class number, which counts where ``label`` is missing. Only the image must be there. Without ``masks`` they are not
+    decoded.
+
+    Raises:
+        MissingArtifact, CorruptShard: a tar is not there, cannot be read, or a sample in it cannot; says which.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], *, masks: bool = True) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.masks = masks
+        self._tars = [_index(path) for path in self.paths]
+        self._ends = np.cumsum([len(tar) for tar in self._tars]).tolist()
+        self._files: dict[Path, BinaryIO] = {}
+        self._owner = os.getpid()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def __getitem__(self, index: int) -> Sample:
+        path, key, members = self._row(index)
+        image = next((name for name in IMAGES if name in members), None)
+        if image is None:
+            raise CorruptShard(f"sample {key} of {path} has no image (a member {', '.join(IMAGES)})")
+        try:
+            meta = self._meta(path, members)
+            mask = self._mask(members, image, meta)
+            text = self._read(path, members["txt"]).decode() if "txt" in members else str(meta.get("prompt", ""))
+            pixels = decode_rgb(self._read(path, members[image]))
+            labels = None if mask is None else _decode_labels(self._read(path, members[mask]), pixels.shape[:2])
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+            raise _unreadable(path, key, error) from None
+        return Sample(key, pixels, self._label(path, key, members, meta), text.strip(), _words(meta), labels)
+
+    def mask_member(self, index: int) -> str | None:
+        """The member that holds the masks of a sample."""
+        path, key, members = self._row(index)
+        image = next((name for name in IMAGES if name in members), None)
+        try:
+            return self._mask(members, image, self._meta(path, members))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, key, error) from None
+
+    def word_masks(self, index: int) -> WordMasks:
+        """The masks of a sample alone (scores are 0). Its image need not be there."""
+        path, key, members = self._row(index)
+        mask = self.mask_member(index)
+        if mask is None:
+            raise CorruptShard(f"sample {key} of {path} has no masks (a member mask.png)")
+        try:
+            meta = self._meta(path, members)
+            words, labels = _words(meta), _decode_labels(self._read(path, members[mask]))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _unreadable(path, key, error) from None
+        return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
+
+    def key(self, index: int) -> str:
+        """The name of a sample in its tar."""
+        return self._row(index)[1]
+
+    def label(self, index: int) -> str | None:
+        """The class of a sample: ``label`` of its json, else its ``cls``."""
+        path, key, members = self._row(index)
+        try:
+            return self._label(path, key, members, self._meta(path, members))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, key, error) from None
+
+    def has_masks(self) -> bool:
+        """Whether the first sample comes with masks."""
+        return len(self) > 0 and self[0].labels is not None
+
+    def _mask(self, members: dict[str, Member], image: str | None, meta: dict[str, Any]) -> str | None:
+        if not self.masks:
+            return None
+        if "mask.png" in members:
+            return "mask.png"
+        # some published sets keep the masks beside a jpg as a plain png; only the json can tell that from a picture
+        return "png" if image != "png" and "png" in members and ("words" in meta or "classes" in meta) else None
+
+    def _row(self, index: int) -> tuple[Path, str, dict[str, Member]]:
+        tar = bisect.bisect_right(self._ends, index)
+        key, members = self._tars[tar][index - (self._ends[tar - 1] if tar else 0)]
+        return self.paths[tar], key, members
+
+    def _read(self, path: Path, member: Member) -> bytes:
+        if self._owner != os.getpid():  # a forked worker must not share file positions with its parent
+            self._files, self._owner = {}, os.getpid()
+        file = self._files.get(path)
+        if file is None:
+            if len(self._files) >= _OPEN_TARS:
+                self._files.pop(next(iter(self._files))).close()
+            file = self._files[path] = open(path, "rb")  # noqa: SIM115 - kept open for the next sample
+        file.seek(member.offset)
+        return file.read(member.size)
+
+    def _meta(self, path: Path, members: dict[str, Member]) -> dict[str, Any]:
+        value = json.loads(self._read(path, members["json"])) if "json" in members else {}
+        if not isinstance(value, dict):
+            raise ValueError("its json is not an object")
+        return value
+
+    def _label(self, path: Path, key: str, members: dict[str, Member], meta: dict[str, Any]) -> str | None:
+        if isinstance(meta.get("label"), str) and meta["label"]:
+            return str(meta["label"])
+        if "cls" not in members:
+            return None
+        try:
+            return str(int(self._read(path, members["cls"])))
+        except ValueError:
+            raise CorruptShard(f"the cls of sample {key} of {path} is not a whole number") from None
+
+
+class FolderDataset(ImageDataset):
+    """Images in a folder; the name of a subfolder is the class. The key is the path in the folder, without its ending.
+
+    Raises:
+        MissingArtifact: there are no images in it.
+        CorruptShard: an image cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        endings = {*(f".{name}" for name in IMAGES), ".bmp"}
+        self._files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in endings)
+        if not self._files:
+            raise MissingArtifact(f"there are neither tars nor images in {self.path}")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self._files[index]
+        key = self.key(index)
+        try:
+            return Sample(key, decode_rgb(file.read_bytes()), self.label(index))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _unreadable(file, key, error) from None
+
+    def key(self, index: int) -> str:
+        """The path in the folder, without its ending."""
+        return self._files[index].relative_to(self.path).with_suffix("").as_posix()
+
+    def label(self, index: int) -> str | None:
+        """The name of the first folder on the way to the image."""
+        folders = self._files[index].relative_to(self.path).parts[:-1]
+        return folders[0] if folders else None
+
+    def has_masks(self) -> bool:
+        """Image folders have none."""
+        return False
+
+
+class JoinedDataset(ImageDataset):
+    """Several datasets one after another."""
+
+    def __init__(self, parts: Sequence[ImageDataset]) -> None:
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in self.parts]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        part, row = self._place(index)
+        return part[row]
+
+    def key(self, index: int) -> str:
+        """The name of a sample in its part; two parts may share one."""
+        part, row = self._place(index)
+        return part.key(row)
+
+    def label(self, index: int) -> str | None:
+        """The class of a sample."""
+        part, row = self._place(index)
+        return part.label(row)
+
+    def has_masks(self) -> bool:
+        """Whether every part has masks."""
+        return all(part.has_masks() for part in self.parts)
+
+    def _place(self, index: int) -> tuple[ImageDataset, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+class LazyMasks(Mapping[str, WordMasks]):
+    """Masks by key, each decoded when it is asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], WordMasks]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, key: str) -> WordMasks:
+        return self._readers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def open_masks(source: str | Path) -> LazyMasks:
+    """The masks of all samples of ``source`` that have some, by key; images need not be there.
+
+    Raises:
+        ConfigError: ``source`` holds no tars, or no masks.
+    """
+    tars = _tars(source)
+    shards = ShardDataset(tars)
+    found = {shards.key(i): partial(shards.word_masks, i) for i in range(len(shards)) if shards.mask_member(i)}
+    if not found:
+        raise ConfigError(f"{source} holds no masks; they are read from tars with members mask.png and json (words)")
+    return LazyMasks(found)
+
+
+def open_dataset(*sources: str | Path, masks: bool = True) -> ImageDataset:
+    """The samples of all ``sources``: a tar, a pattern of tars (``shards/*.tar``), a folder of tars or of images.
+
+    Raises:
+        MissingArtifact: a source is not there or holds nothing.
+        CorruptShard: a tar cannot be read.
+    """
+    parts: list[ImageDataset] = []
+    for source in sources:
+        tars = _tars(source)
+        parts.append(ShardDataset(tars, masks=masks) if tars else FolderDataset(source))
+        if not len(parts[-1]):
+            raise MissingArtifact(f"there are no samples in {source}")
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
+
+
+def source_inputs(*sources: str | Path) -> dict[str, str]:
+    """Name and size of each file of ``sources``, as a stage's :meth:`~synthgen.stages.Stage.inputs` wants them.
+
+    Sizes and not hashes, so that a stage starts at once on a thousand shards.
+    """
+    found = {}
+    for source in sources:
+        files = _tars(source) or sorted(file for file in Path(source).rglob("*") if file.is_file())
+        found[str(source)] = " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
+    return found
+
+
+def _tars(source: str | Path) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if path.is_file():
+        return [path]
+    if found := sorted(Path(name) for name in glob.glob(str(source))):  # noqa: PTH207 - the pattern may be absolute
+        return found
+    raise MissingArtifact(f"there is no {source}; give a tar, a pattern such as 'shards/*.tar', or a folder")
+
+
+def _index(path: Path) -> list[tuple[str, dict[str, Member]]]:
+    if path.suffix != ".tar":
+        raise ConfigError(f"{path} is not a tar; give a tar, a pattern such as 'shards/*.tar', or a folder of images")
+    if not path.is_file():
+        raise MissingArtifact(f"there is no file {path}")
+    status = path.stat()
+    return _indexed(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _indexed(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Member]]]:  # noqa: ARG001 - cache keys
+    return index_tar(path)
+
+
+def _words(meta: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(word) for word in meta.get("words", meta.get("classes", ())))
+
+
+def _decode_labels(data: bytes, shape: tuple[int, ...] | None = None) -> UInt8[np.ndarray, "H W"]:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise ValueError(f"its masks are a picture of mode {image.mode}, not one of 8-bit numbers")
+        labels = np.asarray(image if image.mode != "1" else image.convert("L"), np.uint8)
+    if shape is not None and labels.shape != shape:
+        raise ValueError(f"its masks are {labels.shape[1]} x {labels.shape[0]} pixels and its image is not")
+    return labels
+
+
+def _unreadable(path: Path, key: str, error: Exception) -> CorruptShard:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CorruptShard(f"sample {key} of {path} cannot be read: {reason}; delete the file, or make it again")

@@ -1,0 +1,71 @@
+"""How well masks cover what they should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from synthgen.evaluators import Material
+from synthgen.evaluators._bootstrap import mean_with_interval
+from synthgen.records import WordMasks
+
+__all__ = ["MaskIoU"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskIoU:
+    """Intersection over union of predicted and true masks, word by word.
+
+    A word counts where the truth has pixels of it; one that was not predicted, or whose mask was dropped, counts 0.
+    Words are matched by their name, and the second of two equal ones with the second. Predicted masks of another size
+    take the nearest pixel. The interval resamples images, as the words of one image share its luck.
+    """
+
+    needs: ClassVar[Literal["features", "masks"]] = "masks"
+
+    def evaluate(self, material: Material) -> dict[str, float]:
+        """``mean_iou`` over words with its interval, ``found`` (share with IoU of 0.5 or more), and counts.
+
+        Raises:
+            ValueError: no key of the predictions is in the truth.
+        """
+        keys = sorted(material.predicted.keys() & material.truth.keys())
+        per_image = [word_ious(material.predicted[key], material.truth[key]) for key in keys]
+        per_image = [ious for ious in per_image if ious]
+        if not per_image:
+            raise ValueError("predictions and truth share no sample with a mask; are they of the same images?")
+        ious = np.concatenate(per_image)
+        mean, low, high = mean_with_interval(
+            np.array([sum(ious) for ious in per_image]), np.array([float(len(ious)) for ious in per_image])
+        )
+        found = {"found": float((ious >= 0.5).mean()), "words": float(len(ious)), "images": float(len(per_image))}
+        return {"mean_iou": mean, "low": low, "high": high, **found}
+
+
+def word_ious(predicted: WordMasks, truth: WordMasks) -> list[float]:
+    """The IoU of each word of ``truth`` that has pixels, in order."""
+    left = list(enumerate(predicted.words))
+    found = []
+    for word, mask in zip(truth.words, truth.values, strict=True):
+        match = next((item for item in left if item[1].lower() == word.lower()), None)
+        if match is not None:
+            left.remove(match)
+        if not mask.any():
+            continue
+        if match is None:
+            found.append(0.0)
+            continue
+        guess = _resized(predicted.values[match[0]], mask.shape)
+        found.append(float((guess & mask).sum() / (guess | mask).sum()))
+    return found
+
+
+def _resized(mask: Bool[np.ndarray, "h w"], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:
+    if mask.shape == shape:
+        return mask
+    rows, columns = (((np.arange(to) + 0.5) * of / to).astype(int) for of, to in zip(mask.shape, shape, strict=True))
+    resized: Bool[np.ndarray, "H W"] = mask[rows[:, None], columns[None]]
+    return resized

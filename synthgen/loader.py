@@ -1,0 +1,158 @@
+"""Samples to batches: an order that can be taken up anywhere, views, collating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from synthgen.datasets import ImageDataset, Sample
+
+__all__ = ["Batch", "Order", "collate", "loader", "workers_for"]
+
+View = Callable[[Sample, np.random.Generator], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples side by side."""
+
+    images: Float[Tensor, "b 3 H W"]  # normalised with the encoder's mean and standard deviation
+    masks: Bool[Tensor, "b k H W"]  # padded with empty masks to the most words in the batch
+    present: Bool[Tensor, "b k"]  # whether there is a k-th word with at least one pixel
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    words: tuple[tuple[str, ...], ...]
+    labels: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        moved: dict[str, Any] = {
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which samples make up each step: a fresh permutation every epoch, a function of seed and epoch alone.
+
+    Iterating gives, for each step from ``start`` on, this process's tickets (epoch, sample number). An epoch's last
+    samples are left out where they do not fill a batch.
+    """
+
+    length: int  # samples there are
+    batch_size: int  # samples a step, over all processes
+    epochs: int
+    seed: int
+    start: int = 0  # steps done before
+    rank: int = 0
+    world_size: int = 1
+    parts: int = 1  # each step's share comes in so many batches (gradient accumulation)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch."""
+        return self.length // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.steps_per_epoch * self.epochs
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.start, self.steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            first = step % self.steps_per_epoch * self.batch_size
+            mine = order[first : first + self.batch_size][self.rank :: self.world_size]
+            for part in np.split(mine, self.parts):
+                yield [(epoch, int(index)) for index in part]
+
+
+class _Views(Dataset[Sample]):
+    """Samples by ticket. The randomness of a view comes from seed, epoch and number: workers change nothing."""
+
+    def __init__(self, samples: ImageDataset, view: View, seed: int) -> None:
+        self.samples, self.view, self.seed = samples, view, seed
+
+    def __getitem__(self, ticket: tuple[int, int]) -> Sample:
+        epoch, index = ticket
+        return self.view(self.samples[index], np.random.default_rng([self.seed, epoch, index]))
+
+
+def collate(samples: Sequence[Sample], mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """Samples of one size side by side; pixels become (pixels / 255 - mean) / std."""
+    pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
+    offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
+    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2).contiguous()
+    with_masks = [len(sample.words) for sample in samples if sample.labels is not None]
+    masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        if sample.labels is not None and sample.words:
+            numbers = np.arange(1, len(sample.words) + 1, dtype=np.uint8)[:, None, None]
+            masks[row, : len(sample.words)] = torch.from_numpy(sample.labels[None] == numbers)
+    return Batch(
+        images,
+        masks,
+        masks.flatten(2).any(2),
+        tuple(sample.key for sample in samples),
+        tuple(sample.text for sample in samples),
+        tuple(sample.words for sample in samples),
+        tuple(sample.label for sample in samples),
+    )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """:func:`collate` with its numbers filled in; a class so that it travels to workers."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        return collate(samples, self.mean, self.std)
+
+
+def workers_for(setting: int) -> int:
+    """How many loader processes ``num_workers`` means: -1 is none on two cores or fewer, else up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return setting if setting >= 0 else 0 if cores <= 2 else min(8, cores - 1)
+
+
+def loader(
+    samples: ImageDataset,
+    order: Order | Sequence[list[tuple[int, int]]],
+    view: View,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Batches of views in ``order``; the same bytes with any ``num_workers``."""
+    return DataLoader(
+        _Views(samples, view, seed),  # type: ignore[arg-type]
+        batch_sampler=order,
+        collate_fn=_Collate(mean, std),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,1 @@
+"""Networks: ``torch.nn`` and nothing of shards, runs or methods."""

@@ -1,0 +1,170 @@
+"""The image encoder: a Vision Transformer with timm's parameter names, which can look at a subset of patches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from synthgen.config import Choice, build
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
+from synthgen.models.layers import Block, initialize, patchify, sincos_positions
+from synthgen.stores.tar import write_bytes, write_json
+
+__all__ = ["SIZES", "EncoderConfig", "VisionTransformer", "encoder_config", "load_encoder", "save_encoder"]
+
+#: Width, depth and heads of each named size. ``micro`` is for 64-pixel images on a laptop; the others are ViT's own.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "micro": (128, 4, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The shape of an encoder, and how pixels in [0, 1] become its input: (pixels - mean) / std for each channel."""
+
+    image_size: int
+    patch_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE's code
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if min(self.image_size, self.patch_size, self.dim, self.depth, self.num_heads) < 1:
+            raise ValueError("image_size, patch_size, dim, depth and num_heads must be 1 or more")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads} and of 4")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+
+def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
+    """The shape that a choice such as ``{name: small, patch_size: 8}`` means for images of ``image_size`` pixels.
+
+    A size sets dim, depth and num_heads, and options overrule them. Without ``image_size`` it is that of the data, 224
+    at most. Without ``patch_size`` it is the largest of 16, 8 and 4 pixels that gives at least 64 patches: with fewer,
+    hiding three quarters of them leaves too little to see (papers say 196; below 128 pixels this is our choice).
+
+    Raises:
+        ConfigError: the size or an option is unknown, or the numbers do not fit each other.
+    """
+    choice = Choice.of(choice)
+    if choice.name not in SIZES:
+        raise UnknownName.among("encoder", choice.name, SIZES)
+    dim, depth, num_heads = SIZES[choice.name]
+    options = {"dim": dim, "depth": depth, "num_heads": num_heads, **choice.options}
+    side = options.get("image_size", min(image_size, 224))
+    if "patch_size" not in options and isinstance(side, int):
+        options["patch_size"] = next((size for size in (16, 8) if side // size >= 8), 4)
+    if "image_size" not in options:
+        patch = options["patch_size"]
+        options["image_size"] = side // patch * patch if isinstance(patch, int) and patch > 0 else side
+    return build(EncoderConfig, options, where=f"encoder {choice.name}")
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens. The weight has the shape of timm's convolution and is applied as a matrix."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n d"]:
+        """Tokens of patches as :func:`patchify` cuts them: only those that are asked for cost anything."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # d (row column channel)
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al., 2021) with a class token and fixed sine-cosine positions, as MAE uses it."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.register_buffer("pos_embed", sincos_positions(config.dim, config.grid))
+        self.blocks = nn.ModuleList(Block(config.dim, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.apply(initialize)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: the flattened projection
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n+1 d"]:
+        """Tokens of whole, normalised images: the class token, then the patches row by row."""
+        return self.encode(patchify(images, self.config.patch_size))
+
+    def encode(
+        self, patches: Float[Tensor, "b v p"], places: Int[Tensor, "b v"] | None = None
+    ) -> Float[Tensor, "b v+1 d"]:
+        """Tokens of some patches, which lie at ``places`` of the grid (all of them, in order, where it is None)."""
+        positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
+        x = self.patch_embed(patches) + positions
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x.to(cls.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        y: Tensor = self.norm(x)
+        return y
+
+    def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
+        """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
+        tokens = self(images)
+        pooled: Tensor = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+        return pooled
+
+
+def save_encoder(encoder: VisionTransformer, folder: Path, **about: Any) -> None:
+    """Write ``encoder.safetensors`` and ``config.json`` (with what else there is to say ``about`` it)."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    write_json(folder / "config.json", {**dataclasses.asdict(encoder.config), **about})
+    write_bytes(folder / "encoder.safetensors", save(tensors))
+
+
+def load_encoder(folder: str | Path) -> VisionTransformer:
+    """The encoder that pretraining left in ``folder`` (``<run>/pretrain/mae``), in evaluation mode on the CPU.
+
+    Raises:
+        MissingArtifact: there is none.
+        CorruptShard: its files cannot be read, or do not fit each other.
+    """
+    folder = Path(folder)
+    weights, described = folder / "encoder.safetensors", folder / "config.json"
+    for path in (described, weights):
+        if not path.is_file():
+            raise MissingArtifact(
+                f"there is no encoder in {folder} ({path.name} is missing); first run: synthgen pretrain"
+            )
+    try:
+        value = json.loads(described.read_bytes())
+        names = {item.name for item in dataclasses.fields(EncoderConfig)}
+        config = build(EncoderConfig, {k: v for k, v in value.items() if k in names}, where=str(described))
+        encoder = VisionTransformer(config)
+        encoder.load_state_dict(load_file(weights))
+    except (ValueError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptShard(f"the encoder in {folder} cannot be read: {reason}; delete it and pretrain again") from None
+    return encoder.eval()

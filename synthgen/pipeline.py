@@ -1,0 +1,129 @@
+"""Pipeline files: one YAML, one experiment. Read it, check it, run its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from synthgen.api import make_stage
+from synthgen.config import Choice
+from synthgen.engines import ENGINES, Engine
+from synthgen.errors import MissingArtifact, PipelineError, UnknownName
+from synthgen.run import Run
+from synthgen.runner import Progress, Summary, run_stage
+from synthgen.stages import STAGES, Stage
+
+__all__ = ["Override", "Pipeline", "read_pipeline"]
+
+Override = tuple[str, Any]  # dotted path, value: ("stages.masks.min_area", 0.01)
+
+_KEYS = ("run", "seed", "engine", "stages")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A line of stages over one run directory."""
+
+    path: Path
+    run: Path
+    seed: int
+    engine: Choice
+    stages: tuple[Stage, ...]
+
+    def select(self, *, only: str = "", first: str = "", last: str = "") -> Pipeline:
+        """The same line with one stage, or from ``first`` to ``last``, both included.
+
+        Raises:
+            UnknownName: the line has no such stage.
+        """
+        names = [stage.name for stage in self.stages]
+        for name in (only, first, last):
+            if name and name not in names:
+                raise UnknownName.among(f"stage of {self.path}", name, names)
+        start = names.index(only or first) if only or first else 0
+        stop = names.index(only or last) + 1 if only or last else len(names)
+        if start >= stop:
+            raise PipelineError(f"{self.path}: {first!r} comes after {last!r}; swap --from and --to")
+        return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
+
+    def execute(self, *, engine: Engine | None = None, progress: Progress | None = None) -> Iterator[Summary]:
+        """Run each stage; yields its summary when it has ended."""
+        run = Run.create(self.run, seed=self.seed)
+        engine = engine or ENGINES.build(self.engine)
+        for stage in self.stages:
+            yield run_stage(stage, run, engine, progress)
+
+
+def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipeline:
+    """Read a pipeline file, put ``overrides`` in, and check all of it before anything runs.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        PipelineError: it is not YAML, or its stages do not follow from one another.
+        ConfigError: a setting is unknown, missing or of the wrong kind; names it with its dotted path.
+    """
+    path = Path(path)
+    content = _load(path)
+    for dotted, value in overrides:
+        _put(content, dotted, value)
+    for key in content:
+        if key not in _KEYS:
+            raise UnknownName.among(f"key of {path}", str(key), _KEYS)
+    settings = content.get("stages")
+    if not isinstance(settings, dict) or not settings:
+        raise PipelineError(f"{path}: 'stages' must name at least one stage; there are: {', '.join(STAGES.names())}")
+    seed, run = content.get("seed", 0), content.get("run", "runs/latest")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(run, str):
+        raise PipelineError(f"{path}: 'seed' must be a whole number and 'run' a folder")
+    stages = [_stage(path, name, values) for name, values in settings.items()]
+    return Pipeline(path, Path(run), seed, Choice.of(content.get("engine", "local")), tuple(_ordered(path, stages)))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingArtifact(f"there is no pipeline file {path}; look into pipelines/ for examples") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise PipelineError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path} holds no settings; it needs 'stages' at least")
+    return content
+
+
+def _put(content: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for step in path:
+        content = content.setdefault(step, {})
+        if isinstance(content, str):  # a part written as its bare name cannot take an option
+            raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {content}}} in the file")
+        if not isinstance(content, dict):
+            raise PipelineError(f"--set {dotted}: {step!r} holds no settings")
+    content[last] = value
+
+
+def _stage(path: Path, name: str, values: Any) -> Stage:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path}: stages.{name} must hold settings, not {values!r}")
+    return make_stage(name, values)
+
+
+def _ordered(path: Path, stages: Sequence[Stage]) -> Sequence[Stage]:
+    """The stages as they stand in the file, if each finds before it what it reads from a stage of the same file."""
+    writers = {artifact: stage.name for stage in stages for artifact in stage.writes}
+    made: set[str] = set()
+    for stage in stages:
+        for artifact in stage.reads:
+            if artifact in writers and artifact not in made:
+                raise PipelineError(
+                    f"{path}: stages.{stage.name} reads {artifact}, which stages.{writers[artifact]} makes after it; "
+                    "put it first"
+                )
+        made.update(stage.writes)
+    return stages

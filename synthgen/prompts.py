@@ -1,0 +1,207 @@
+"""Read prompt files: one prompt a line, the words to mask in brackets. The notation is in ``prompts/README.md``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from synthgen.errors import MissingArtifact, PromptError
+from synthgen.records import Prompt, Request, sample_key
+
+__all__ = ["expand", "parse_line", "read_prompts", "read_templates", "request_for", "sample_seed"]
+
+#: Words that name nothing to mask. A line without brackets asks for masks of all its other words.
+STOP_WORDS = frozenset(
+    """a about above across after against along among an and another any are around as at be been before behind being
+    below beneath beside between both but by can close cute down during each every few for from front good had has have
+    her here his how image in inside into is it its large left like many more most my near next no nor not of off on one
+    or other our out outside over own photo photograph picture right seen shot side small so some such than that the
+    their them there these they this those through to top toward towards two under up upon very view was we were what
+    when where which while who whose will with within without you your""".split()
+)
+# Vowel letters that do not sound like one, and the silent h.
+_SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
+_SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
+_WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+_ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
+
+
+def read_prompts(path: str | Path, template: str | Path | None = None) -> list[Prompt]:
+    """The prompts of a ``.txt`` file (a line each) or a ``.jsonl`` file (an object each), templates applied.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        PromptError: it is not UTF-8, holds no prompt, or a line cannot be read; names the line.
+    """
+    path = Path(path)
+    parse = _parse_json if path.suffix == ".jsonl" else parse_line
+    prompts = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        line = line.strip()
+        if not line or (line.startswith("#") and path.suffix != ".jsonl"):
+            continue
+        try:
+            prompts.append(parse(line))
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: {error}") from None
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt; write one a line, such as: a photo of a [dog] in a park")
+    return prompts if template is None else expand(prompts, read_templates(template))
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """The templates of a file: lines with one ``{}`` where a marked word goes.
+
+    Raises:
+        MissingArtifact, PromptError: as for :func:`read_prompts`.
+    """
+    path = Path(path)
+    templates = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if line.count("{}") != 1:
+            raise PromptError(f"{path}, line {number}: a template has exactly one {{}} where the word goes")
+        templates.append(line)
+    if not templates:
+        raise PromptError(f"{path} holds no template; write one a line, such as: a photo of a {{}} in a park")
+    return templates
+
+
+def parse_line(line: str) -> Prompt:
+    """One line of a text file. ``[word]`` marks what to mask; without brackets all but the stop words are marked.
+
+    The label is the marked word where the line marks exactly one.
+
+    Raises:
+        ValueError: a bracket is not closed, or empty, or inside another.
+    """
+    text, words, spans, start = "", [], [], None
+    for char in line:
+        if char == "[":
+            if start is not None:
+                raise ValueError("a '[' stands inside brackets; close the first with ']'")
+            start = len(text)
+        elif char == "]":
+            if start is None:
+                raise ValueError("a ']' has no '[' before it")
+            inside = text[start:]
+            if not inside.strip():
+                raise ValueError("brackets without a word in them")
+            first = start + len(inside) - len(inside.lstrip())
+            words.append(inside.strip())
+            spans.append((first, first + len(inside.strip())))
+            start = None
+        else:
+            text += char
+    if start is not None:
+        raise ValueError("a '[' is not closed with ']'")
+    if not words:
+        spans = [match.span() for match in _WORD.finditer(text) if match.group().lower() not in STOP_WORDS]
+        return Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
+    return Prompt(text, tuple(words), tuple(spans), words[0] if len(words) == 1 else None)
+
+
+def _parse_json(line: str) -> Prompt:
+    """One line of a ``.jsonl`` file: ``prompt``, and where wanted ``words`` and ``label``.
+
+    ``words`` are looked for from left to right, so that a word that stands twice may be listed twice. Without
+    ``words`` the brackets in ``prompt`` count, as in a text file.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError("expected an object with a text under 'prompt'")
+    unknown = sorted(set(row) - {"prompt", "words", "label"})
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}; there are: prompt, words, label")
+    label = row.get("label")
+    if label is not None and not isinstance(label, str | int):
+        raise ValueError("'label' must be a text or a whole number")
+    words = row.get("words")
+    if words is None:
+        prompt = parse_line(row["prompt"])
+    elif isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words):
+        text, spans = row["prompt"], _find(row["prompt"], words)
+        prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
+    else:
+        raise ValueError("'words' must be a list of words that stand in the prompt")
+    return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else str(label))
+
+
+def _find(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
+    spans: list[tuple[int, int]] = []
+    for word in words:
+        for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE):
+            if all(match.end() <= first or match.start() >= last for first, last in spans):
+                spans.append(match.span())
+                break
+        else:
+            raise ValueError(f"the word {word!r} does not stand in the prompt {text!r} (or not so often)")
+    return spans
+
+
+def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
+    """Put the first marked word of each prompt into every template, template by template.
+
+    ``a {}`` becomes ``an`` before a vowel sound. The label stays the prompt's, or is its first marked word.
+
+    Raises:
+        PromptError: a prompt marks no word.
+    """
+    expanded = []
+    for template in templates:
+        for prompt in prompts:
+            if not prompt.words:
+                raise PromptError(f"the prompt {prompt.text!r} marks no word to put into the template {template!r}")
+            word = prompt.words[0]
+            article = _ARTICLE.sub(lambda found, an=_takes_an(word): f"{found[1]}{'n' * an}{found[2]}{{}}", template)  # type: ignore[misc]
+            start = article.index("{}")
+            text = article.replace("{}", word)
+            expanded.append(Prompt(text, (word,), ((start, start + len(word)),), prompt.label or word))
+    return expanded
+
+
+def _takes_an(word: str) -> bool:
+    word = word.lower()
+    if word.startswith(_SOUNDS_LIKE_CONSONANT):
+        return False
+    return word[0] in "aeiou" or word.startswith(_SOUNDS_LIKE_VOWEL)
+
+
+def sample_seed(run_seed: int, key: str) -> int:
+    """The seed of one image, in [0, 2**53): from the run's seed and the key, nothing else."""
+    return int.from_bytes(hashlib.blake2b(f"{run_seed}:{key}".encode(), digest_size=8).digest(), "big") >> 11
+
+
+def request_for(prompts: Sequence[Prompt], run_seed: int, unit: int, row: int, unit_size: int) -> Request:
+    """The image of one row: image ``i = unit * unit_size + row`` shows prompt ``i mod len(prompts)``."""
+    key = sample_key(unit, row)
+    prompt = prompts[(unit * unit_size + row) % len(prompts)]
+    return Request(key, prompt, sample_seed(run_seed, key))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise MissingArtifact(f"there is no prompt file {path}; give one with --prompts FILE") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}; give a file with --prompts FILE") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path} is not UTF-8 (byte {error.start}, 0x{error.object[error.start]:02x}); save it as UTF-8, "
+            f"for example with: iconv -t UTF-8 {path.name}"
+        ) from None
+
+
+def to_jsonl(prompts: Sequence[dict[str, Any]]) -> bytes:
+    """Prompts as the run's own copy holds them: one JSON object a line."""
+    return b"".join(json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode() + b"\n" for prompt in prompts)

@@ -1,0 +1,332 @@
+"""Train an encoder on the shards with one method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from synthgen.config import Choice
+from synthgen.errors import ConfigError, MissingArtifact, MissingDependency, UnknownName
+from synthgen.records import Report
+from synthgen.run import Run, versions
+from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stores.tar import write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from synthgen.datasets import ImageDataset
+    from synthgen.loader import Order
+    from synthgen.methods import Method
+
+__all__ = ["Pretrain"]
+
+_PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Pretrain(Stage):
+    """Train an encoder on the run's shards, or on ``data``, with one method.
+
+    ``pretrain/<label>/`` gets ``encoder.safetensors`` and ``config.json`` (what
+    :func:`synthgen.models.vit.load_encoder` reads), ``transformers/`` (the same encoder as a ``transformers`` ViT),
+    ``metrics.jsonl``, ``checkpoints/`` and, last, ``done.json``. Each ``label`` has its folder (by default the method's
+    name), so several trainings live in one run.
+
+    A killed training goes on from its newest checkpoint and ends with the same weights. On CPUs they are the same to
+    the bit whatever ``num_workers``, ``save_every`` and ``log_every`` are; ``threads`` is a setting because another
+    number of threads adds in another order. ``accelerate launch`` gives it several GPUs or machines.
+    """
+
+    name: ClassVar = "pretrain"
+    reads: ClassVar[tuple[str, ...]] = ("shards",)
+    writes: ClassVar = ("pretrain",)
+    collective: ClassVar = True
+    accelerated: ClassVar = True
+
+    method: Choice = Choice("mae")
+    encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
+    epochs: int = 40
+    batch_size: int = 64  # images a step, over all processes and accumulated parts
+    base_learning_rate: float = 1e-3  # for 256 images a step; the papers' long trainings have 1.5e-4
+    weight_decay: float = 0.05
+    warmup_ratio: float = 0.05  # share of the steps
+    max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
+    precision: str = "no"  # bf16, fp16, or no (float32)
+    accumulate: int = 1  # parts that a step's images are worked on in, for less memory
+    threads: int = 1  # of the CPU; another number gives other last bits
+    seed: int = 0  # beside the run's seed: another start, order and views on the same shards
+    label: str = ""
+    data: tuple[str, ...] = ()  # tars, patterns, folders; instead of the run's own shards
+    save_every: int = free(200)  # steps
+    log_every: int = free(10)  # steps
+    num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
+    trackers: tuple[str, ...] = free(())  # such as tensorboard, wandb; metrics.jsonl is always written
+    export: bool = free(True)  # write transformers/ too
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, not {self.precision!r}")
+        for name in ("epochs", "batch_size", "accumulate", "threads", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.base_learning_rate > 0:
+            raise ValueError(f"base_learning_rate must be above 0, not {self.base_learning_rate}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if "/" in self.label or self.label.startswith("."):
+            raise ValueError(f"label must be a plain folder name, not {self.label!r}")
+        if self.data:  # then the run's own shards need not be there
+            object.__setattr__(self, "reads", ())
+
+    # -- what there is to do
+
+    @property
+    def folder_name(self) -> str:
+        """The folder under ``pretrain/``."""
+        return self.label or self.method.name
+
+    def artifacts(self) -> tuple[str, ...]:
+        """One folder a training."""
+        return (f"pretrain/{self.folder_name}",)
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Names and sizes of the shards."""
+        from synthgen.datasets import source_inputs
+
+        found = source_inputs(*self.sources(run))
+        return found if self.data else {"shards/train": next(iter(found.values()))}
+
+    def sources(self, run: Run) -> list[str]:
+        """Where the images come from.
+
+        Raises:
+            MissingArtifact: the run's shards are not finished.
+        """
+        if self.data:
+            return list(self.data)
+        if not (run.folder("shards") / "dataset.json").is_file():
+            raise MissingArtifact(f"{run.path} has no finished shards yet; run: synthgen shards --run {run.path}")
+        return [str(run.folder("shards") / "train")]
+
+    def plan(self, run: Run) -> list[int]:  # noqa: ARG002 - the contract's argument
+        """A training is one unit."""
+        return [0]
+
+    def todo(self, run: Run) -> list[int]:
+        """Nothing, if the encoder is there and was made with these settings."""
+        (name,) = self.artifacts()
+        folder = run.folder(name)
+        try:
+            done = json.loads((folder / "done.json").read_bytes())
+            whole = done["sha256"] == _sha256(folder / "encoder.safetensors")
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return [0]
+        return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
+
+    def size(self, run: Run, unit: int) -> int:  # noqa: ARG002
+        """Images in all, each counted once an epoch."""
+        order = self.order(run, len(self.dataset(run)))
+        return order.steps * order.batch_size
+
+    def prepare(self, run: Run) -> None:
+        """See that the method can be built and the data fit it, before anything heavy begins.
+
+        Raises:
+            ConfigError: a method's or encoder's option is wrong, or masks are asked for and there are none.
+            MissingDependency: a tracker's library is not installed.
+        """
+        samples = self.dataset(run)
+        method = self.build_method(run, samples)
+        if method.uses_masks and not samples.has_masks():
+            raise ConfigError(
+                f"{self.folder_name} hides patches under word masks, and {', '.join(self.sources(run))} holds none; "
+                f"first run: synthgen masks and synthgen shards, or leave --guided (foreground_share) out"
+            )
+        self.order(run, len(samples))
+        self.check_trackers()
+
+    def check_trackers(self) -> None:
+        """See that Accelerate knows the trackers and their libraries are there."""
+        if not self.trackers:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+        for tracker in self.trackers:
+            if tracker not in LOGGER_TYPE_TO_CLASS:
+                raise UnknownName.among("tracker", tracker, LOGGER_TYPE_TO_CLASS)
+            if tracker not in available:
+                raise MissingDependency(f"the tracker {tracker!r} is not installed; try: pip install {tracker}")
+
+    def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
+        """The images to train on."""
+        from synthgen.datasets import open_dataset
+
+        return open_dataset(*self.sources(run), masks=masks)
+
+    def order(self, run: Run, length: int) -> Order:
+        """Which samples come when. A batch is never larger than the set.
+
+        Raises:
+            ConfigError: a step's images cannot be dealt out evenly.
+        """
+        from synthgen.loader import Order
+
+        shares = self.accumulate * _world_size()
+        batch_size = min(self.batch_size, length // shares * shares)
+        if not batch_size or batch_size % shares:
+            raise ConfigError(
+                f"a step of {self.batch_size} of {length} images cannot be dealt out evenly to {shares} parts "
+                f"(processes times accumulate); choose a batch_size that is a multiple of {shares}"
+            )
+        return Order(
+            length=length, batch_size=batch_size, epochs=self.epochs, seed=self.mixed_seed(run), parts=self.accumulate
+        )
+
+    def mixed_seed(self, run: Run) -> int:
+        """One number from the run's seed and this stage's."""
+        return int(hashlib.sha256(f"pretrain {run.seed} {self.seed}".encode()).hexdigest()[:12], 16)
+
+    def build_method(self, run: Run, samples: ImageDataset) -> Method:
+        """The method round a fresh encoder; its weights depend on the seeds alone."""
+        from synthgen.methods import METHODS
+        from synthgen.models.vit import VisionTransformer, encoder_config
+        from synthgen.train.loop import seed_everything
+
+        config = encoder_config(self.encoder, min(samples[0].image.shape[:2]))
+        seed_everything(self.mixed_seed(run))
+        return METHODS.build(self.method, encoder=VisionTransformer(config))
+
+    # -- doing it
+
+    @contextmanager
+    def open(self, run: Run, worker: Worker) -> Iterator[Work]:
+        """Yields the one training there is to do."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            accelerator = self.accelerator(run, worker)
+
+            def work(unit: int) -> Report:
+                return self.train(run, worker, accelerator, unit)
+
+            yield work
+            accelerator.end_training()
+        finally:
+            torch.set_num_threads(threads)
+
+    def accelerator(self, run: Run, worker: Worker) -> Accelerator:
+        """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count."""
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
+
+        # Accelerate keeps the first call's precision and device for the whole process; another training may want others
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+        accelerator = Accelerator(
+            cpu=worker.device == "cpu",
+            mixed_precision=self.precision,
+            gradient_accumulation_steps=self.accumulate,
+            log_with=list(self.trackers) or None,
+            project_dir=run.folder(*self.artifacts()),
+        )
+        plain = {name: value for name, value in self.settings().items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("trackers", config=plain)
+        return accelerator
+
+    def train(self, run: Run, worker: Worker, accelerator: Accelerator, unit: int) -> Report:
+        """Train to the end and write the encoder."""
+        from synthgen.models.vit import save_encoder
+        from synthgen.train.checkpoint import Checkpoints
+        from synthgen.train.loop import Training
+        from synthgen.train.optim import OptimSettings
+
+        started = time.perf_counter()
+        (name,) = self.artifacts()
+        folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
+        samples = self.dataset(run)
+        method = self.build_method(run, samples)
+        order = self.order(run, len(samples))
+        training = Training(
+            method=method,
+            samples=samples if method.uses_masks else self.dataset(run, masks=False),
+            order=order,
+            optim=OptimSettings(
+                base_learning_rate=self.base_learning_rate,
+                batch_size=order.batch_size,
+                warmup_ratio=self.warmup_ratio,
+                weight_decay=self.weight_decay,
+                max_norm=self.max_norm,
+            ),
+            accelerator=accelerator,
+            checkpoints=Checkpoints(folder / "checkpoints", fingerprint),
+            metrics_path=folder / "metrics.jsonl",
+            save_every=self.save_every,
+            log_every=self.log_every,
+            num_workers=_workers(self.num_workers),
+        )
+        before = training.step * order.batch_size
+        worker.tick(before)
+        count, loss = 0, float("nan")
+        for record in training.run():
+            count += record.samples
+            worker.tick(record.samples)
+            if record.figures:
+                loss = record.figures["loss"]
+                worker.describe(f"loss {loss:.3f}")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            encoder = method.encoder.cpu()
+            save_encoder(encoder, folder, size=self.encoder.name, method=self.method.dump())
+            if self.export:
+                from synthgen.export import export_encoder
+
+                export_encoder(encoder, folder / "transformers")
+            if not count:  # killed between the last checkpoint and here: the loss stands in the metrics
+                loss = _last_loss(folder / "metrics.jsonl")
+            (folder / "000000.failed.json").unlink(missing_ok=True)
+            done = {
+                "fingerprint": fingerprint,
+                "sha256": _sha256(folder / "encoder.safetensors"),
+                "steps": order.steps,
+                "images": len(samples),
+                "loss": loss,
+                "seconds": round(training.seconds, 3),
+                "threads": self.threads,
+                "device": str(accelerator.device),
+                "processes": accelerator.num_processes,
+                "versions": versions(),
+            }
+            write_json(folder / "done.json", done)
+        accelerator.wait_for_everyone()
+        return Report(unit, count, time.perf_counter() - started)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_loss(path: Path) -> float:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return float(lines[-1]["loss"]) if lines else float("nan")
+
+
+def _world_size() -> int:
+    from accelerate.state import PartialState
+
+    return int(PartialState().num_processes)
+
+
+def _workers(setting: int) -> int:
+    from synthgen.loader import workers_for
+
+    return workers_for(setting)

@@ -1,0 +1,392 @@
+"""Pack the samples of many units into training tars, with indexes and a dataset card. docs/format.md has the layout."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from synthgen import __version__, codecs
+from synthgen.card import LICENCE, SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
+from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.image import encode_jpeg, encode_png
+from synthgen.records import Report
+from synthgen.run import Run, digest, versions
+from synthgen.stages import Stage, Work, Worker
+from synthgen.stores.tar import Member, TarWriter, index_tar, storage_error, write_bytes, write_json
+
+__all__ = ["Shards"]
+
+_INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wids index
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of the plan: what it holds, in order."""
+
+    split: str  # "train" or "val"
+    number: int  # from 0 in each split
+    keys: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The path of the tar under the shards folder."""
+        return f"{self.split}/{self.number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Shards(Stage):
+    """Join image, text, masks, label and metadata of each sample, and pack many units into one tar.
+
+    Units are small, so that little is lost when a run dies; training reads best from large tars. A sample's split
+    depends on the run's seed and its key alone. Equal inputs and settings give equal bytes.
+    """
+
+    name: ClassVar = "shards"
+    reads: ClassVar[tuple[str, ...]] = ("images", "masks")
+    writes: ClassVar = ("shards",)
+
+    samples_per_shard: int = 1000
+    val_ratio: float = 0.05  # share of the samples that go to val; 0: no val split
+    shuffle: bool = True  # mix the order of units, and of the samples of a shard
+    image_format: Literal["jpg", "png", "webp"] = "jpg"
+    quality: int = 95  # of jpg and webp, 1 to 100; png is without loss
+    masks: bool = True  # False: no mask.png, and the masks stage need not have run
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be at least 1, not {self.samples_per_shard}")
+        if not 0 <= self.val_ratio < 1:
+            raise ValueError(f"val_ratio must be at least 0 and below 1, not {self.val_ratio}")
+        if self.image_format not in ("jpg", "png", "webp"):
+            raise ValueError(f"image_format must be jpg, png or webp, not {self.image_format!r}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
+        if not self.masks:
+            object.__setattr__(self, "reads", ("images",))
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """The content of the units that are there, so that shards of fewer units are not taken for these.
+
+        Raises:
+            MissingArtifact: some images have no masks yet.
+        """
+        units = run.units("images")
+        found = {"units of images": _content(run, "images", units)}
+        if self.masks:
+            missing = sorted(set(units) - set(run.units("masks")))
+            if missing:
+                raise MissingArtifact(
+                    f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
+                    f"run: synthgen masks --run {run.path}, or leave masks out of the shards"
+                )
+            found["units of masks"] = _content(run, "masks", units)
+        return found
+
+    def layout(self, run: Run) -> Sequence[Shard]:
+        """Every shard with its keys: reads the headers of all image units, once for as long as none is added."""
+        folder = run.folder("images")
+        return _layout(self, run, folder.stat().st_mtime_ns if folder.exists() else 0)
+
+    def plan(self, run: Run) -> list[int]:
+        """Unit n is the n-th shard of the layout: train first, then val."""
+        return list(range(len(self.layout(run))))
+
+    def size(self, run: Run, unit: int) -> int:
+        """How many samples the shard holds."""
+        return len(self.layout(run)[unit].keys)
+
+    def todo(self, run: Run) -> list[int]:
+        """The shards whose tar, parquet and commit mark are not all there with the present settings."""
+        fingerprint = run.artifact("shards")["fingerprint"]
+        return [unit for unit, shard in enumerate(self.layout(run)) if not _done(run, shard, fingerprint)]
+
+    @contextmanager
+    def open(self, run: Run, worker: Worker) -> Iterator[Work]:
+        """Pack one shard at a time."""
+        shards, packer = self.layout(run), Packer(self, run)
+
+        def work(unit: int) -> Report:
+            started = time.perf_counter()
+            packer.pack(shards[unit], worker.tick)
+            run.tar("shards", unit).with_suffix(".failed.json").unlink(missing_ok=True)
+            return Report(unit, len(shards[unit].keys), time.perf_counter() - started)
+
+        yield work
+
+    def finish(self, run: Run) -> None:
+        """Write what describes the whole: sizes, wids indexes, ``dataset.json`` and the card. Sweep leftovers."""
+        folder = run.folder("shards")
+        rows = [_row(run, shard) for shard in self.layout(run)]
+        for split, index in _INDEXES.items():
+            mine = [row for row in rows if row["split"] == split]
+            if mine:
+                write_json(folder / split / "sizes.json", {Path(row["file"]).name: row["samples"] for row in mine})
+                write_json(folder / index, wids_index(run.path.resolve().name, mine))
+        description = self.describe(run, rows)
+        write_json(folder / "dataset.json", description)
+        write_bytes(folder / "README.md", dataset_card(description).encode())
+        for leftover in folder.rglob(".*.tmp"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+
+    def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What ``dataset.json`` holds."""
+        folder = run.folder("shards")
+        splits = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
+        prompts = set().union(*(counts.pop("prompts") for counts in splits.values()))
+        classes = _classes(run)
+        members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": run.path.resolve().name,
+            "seed": run.seed,
+            **_source(run),
+            "licence": LICENCE,
+            "members": sorted(members),
+            "settings": self.settings(),
+            "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
+            "classes": classes,
+            "splits": {split: counts for split, counts in splits.items() if counts["samples"]},
+            "prompts": {"distinct": len(prompts), "examples": sorted(prompts)[:10]},
+            "shards": rows,
+            "versions": versions(),
+        }
+
+
+# -- the layout
+
+
+@functools.lru_cache(maxsize=4)
+def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:  # noqa: ARG001 - stamp: when units were added
+    units = run.units("images")
+    if stage.shuffle:
+        units.sort(key=lambda unit: _draw(run, "unit", unit))
+    keys: dict[str, list[str]] = {"train": [], "val": []}
+    for unit in units:
+        for key in run.keys("images", unit):
+            if not key.startswith(f"{unit:06d}"):
+                raise CorruptShard(f"{run.tar('images', unit)} holds sample {key}, which belongs to another unit")
+            keys["val" if _draw(run, "split", key) < stage.val_ratio * 2**64 else "train"].append(key)
+    shards = []
+    for split, all_of_split in keys.items():
+        for number, start in enumerate(range(0, len(all_of_split), stage.samples_per_shard)):
+            chunk = all_of_split[start : start + stage.samples_per_shard]
+            if stage.shuffle:
+                chunk.sort(key=lambda key: _draw(run, "order", key))
+            shards.append(Shard(split, number, tuple(chunk)))
+    if not shards:
+        raise MissingArtifact(f"{run.path} has no image to pack; run: synthgen generate --run {run.path}")
+    return tuple(shards)
+
+
+def _draw(run: Run, purpose: str, name: str | int) -> int:
+    """A number in [0, 2**64) that depends on the run's seed, the purpose and the name, whatever the numpy version."""
+    return int.from_bytes(blake2b(f"{run.seed}:{purpose}:{name}".encode(), digest_size=8).digest(), "big")
+
+
+def _content(run: Run, artifact: str, units: Sequence[int]) -> str:
+    """A hash of the content of these units, from their done marks.
+
+    Raises:
+        CorruptShard: a unit is not there, or not as long as its mark says.
+    """
+    marks = []
+    for unit in units:
+        mark, path = run.mark(artifact, unit), run.tar(artifact, unit)
+        if mark is None or not run.has(artifact, unit, mark["fingerprint"]):
+            again = f"synthgen {run.artifact(artifact)['stage']} --run {run.path}"
+            raise CorruptShard(f"{path} is missing, cut off, or not the one that was made; delete it and run: {again}")
+        marks.append([unit, mark["sha256"]])
+    return digest(marks)
+
+
+# -- one shard
+
+
+class Packer:
+    """Writes shards; made once a worker."""
+
+    def __init__(self, stage: Shards, run: Run) -> None:
+        self.stage, self.run = stage, run
+        self.fingerprint = run.artifact("shards")["fingerprint"]
+        self.source = _source(run)
+        self.classes = {label: number for number, label in enumerate(_classes(run))}
+
+    def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
+        """Write the tar, its parquet, and last the ``_stats.json`` that says both are whole.
+
+        Raises:
+            MissingArtifact, CorruptShard: a sample's image or masks are not there, or not readable.
+            StorageError: the disk is full or the folder may not be written to.
+        """
+        columns = {name: Column(self.run, name) for name in self.stage.reads}
+        path = self.run.folder("shards") / shard.file
+        mark = path.with_name(f"{path.stem}_stats.json")
+        try:
+            mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(mark, error) from error
+        started, rows = time.time(), []
+        with TarWriter(path) as tar:
+            for key in self.words_first(shard.keys, columns["images"]):
+                members, row = self.sample(key, columns)
+                tar.add(key, members)
+                rows.append(row)
+                tick(1)
+        write_bytes(path.with_suffix(".parquet"), parquet_bytes(rows, masks=self.stage.masks))
+        ended = time.time()
+        stats = {"count": tar.count, "successes": tar.count, "failed": 0, "status_dict": {"success": tar.count}}
+        times = {"duration": round(ended - started, 3), "start_time": started, "end_time": ended}
+        whole = {"bytes": tar.size, "sha256": tar.sha256, "fingerprint": self.fingerprint, "version": __version__}
+        write_json(mark, stats | times | whole)
+
+    def words_first(self, keys: Sequence[str], images: Column) -> list[str]:
+        """The keys, one whose prompt has words in front: readers infer the type of a JSON list from the first samples.
+
+        Nothing moves unless the first sample has none, which is rare.
+        """
+        with_words = (n for n, key in enumerate(keys) if json.loads(images.read(key, "json")["json"])["words"])
+        first = next(with_words, 0)
+        return [keys[first], *keys[:first], *keys[first + 1 :]]
+
+    def sample(self, key: str, columns: Mapping[str, Column]) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The members of a sample, and its row of the parquet."""
+        image = columns["images"].read(key)
+        request, pixels, warnings = codecs.decode_image(key, image)
+        prompt = request.prompt
+        meta = {
+            "key": key,
+            **codecs.prompt_to_json(prompt),
+            "seed": request.seed,
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+            **self.source,
+            "warnings": "; ".join(warnings),
+        }
+        row: dict[str, Any] = dict(meta)
+        members = {self.stage.image_format: self.encode(image["png"], pixels), "txt": prompt.text.encode()}
+        if "masks" in columns:
+            masks = codecs.decode_masks(key, columns["masks"].read(key))
+            if masks.words != prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
+                path = self.run.tar("masks", _unit(key))
+                raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
+            members["mask.png"] = encode_png(codecs.masks_to_labels(masks.values))
+            meta["masks"] = described = describe_masks(masks)
+            row |= {f"mask_{name}": [mask[name] for mask in described] for name in ("score", "area", "box", "dropped")}
+        if self.classes:
+            if prompt.label not in self.classes:
+                prompts = self.run.path / "prompts.jsonl"
+                raise CorruptShard(f"sample {key} has the label {prompt.label!r}, which is not in {prompts}")
+            members["cls"] = str(self.classes[prompt.label]).encode()
+        members["json"] = json.dumps(meta, ensure_ascii=False).encode()
+        return members, row | {"status": "success", "error": ""}
+
+    def encode(self, png: bytes, pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+        """The image in the format of the shards; a PNG stays as it is."""
+        if self.stage.image_format == "png":
+            return png
+        if self.stage.image_format == "jpg":
+            return encode_jpeg(pixels, self.stage.quality)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="WEBP", quality=self.stage.quality)
+        return buffer.getvalue()
+
+
+class Column:
+    """The samples of one artifact by key; headers of a unit are read when it is first asked for."""
+
+    def __init__(self, run: Run, artifact: str) -> None:
+        self.run, self.artifact = run, artifact
+        self._units: dict[int, dict[str, dict[str, Member]]] = {}
+
+    def read(self, key: str, *names: str) -> dict[str, bytes]:
+        """The members of a sample: all, or those of these names.
+
+        Raises:
+            MissingArtifact: there is no such sample, or its unit is gone.
+            CorruptShard: a member is missing, or the unit is cut off.
+        """
+        unit = _unit(key)
+        path = self.run.tar(self.artifact, unit)
+        if unit not in self._units:
+            self._units[unit] = dict(index_tar(path))
+        members = self._units[unit].get(key)
+        if members is None:
+            raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
+        values = {}
+        with open(path, "rb") as file:
+            for name in names or members:
+                if name not in members:
+                    raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
+                file.seek(members[name].offset)
+                values[name] = file.read(members[name].size)
+        return values
+
+    def _again(self) -> str:
+        return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"
+
+
+def _unit(key: str) -> int:
+    return int(key[:6])
+
+
+# -- what shards say of themselves
+
+
+def _stats(run: Run, shard: Shard) -> dict[str, Any] | None:
+    """The commit mark of a shard, or None where it is not done."""
+    path = run.folder("shards") / shard.file
+    try:
+        value: dict[str, Any] = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value
+
+
+def _done(run: Run, shard: Shard, fingerprint: str) -> bool:
+    path, stats = run.folder("shards") / shard.file, _stats(run, shard)
+    return (
+        stats is not None
+        and stats["fingerprint"] == fingerprint
+        and path.is_file()
+        and path.stat().st_size == stats["bytes"]
+        and path.with_suffix(".parquet").is_file()
+    )
+
+
+def _row(run: Run, shard: Shard) -> dict[str, Any]:
+    stats = _stats(run, shard)
+    if stats is None:  # it was there a moment ago
+        raise MissingArtifact(f"{run.folder('shards') / shard.file} is not finished; run the same command again")
+    counts = {"samples": stats["count"], "bytes": stats["bytes"], "sha256": stats["sha256"]}
+    return {"file": shard.file, "split": shard.split, **counts}
+
+
+def _source(run: Run) -> dict[str, str]:
+    """Which backbone made the images, and which model it ran."""
+    backbone = run.artifact("images")["settings"].get("backbone") or {}
+    name = str(backbone.get("name", ""))
+    return {"backbone": name, "model": str(backbone.get("model") or name)}
+
+
+def _classes(run: Run) -> list[str]:
+    """The labels in the order of the run's prompts; none where a prompt has no label."""
+    path = run.path / "prompts.jsonl"
+    if path.is_file():
+        labels = [json.loads(line)["label"] for line in path.read_bytes().splitlines() if line.strip()]
+    else:
+        images = Column(run, "images")
+        keys = (key for unit in run.units("images") for key in run.keys("images", unit))
+        labels = [json.loads(images.read(key, "json")["json"])["label"] for key in keys]
+    return list(dict.fromkeys(labels)) if all(labels) else []

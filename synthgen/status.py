@@ -1,0 +1,575 @@
+"""What is done in a run, what failed and why, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import textwrap
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synthgen.config import build
+from synthgen.errors import SynthgenError
+from synthgen.run import Run
+from synthgen.stages import STAGES
+from synthgen.stores.tar import index_tar
+
+__all__ = [
+    "ArtifactStatus",
+    "Evaluation",
+    "RunStatus",
+    "Score",
+    "Shards",
+    "Tally",
+    "Training",
+    "duration",
+    "read_members",
+    "render",
+    "scores",
+    "size",
+    "status",
+]
+
+_ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
+_WIDTH = 100
+_MOST_ROWS = 12  # of classes, words and notes each; the page shows all
+_NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of an evaluation's file
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactStatus:
+    """How far one artifact is, in units and samples."""
+
+    name: str
+    stage: str  # what makes it
+    done: int  # units
+    planned: int  # units; as many as are known of where the stage cannot say
+    samples: int = 0
+    seconds: float = 0.0  # of work, summed over workers
+    bytes: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)  # unit → reason
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of one worker; 0 where no time was taken."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Masks of one class, or of one word."""
+
+    name: str
+    samples: int = 0  # with a masks record
+    masks: int = 0  # that hold at least a pixel
+    dropped: dict[str, int] = field(default_factory=dict)  # reason → count
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What ``shards/dataset.json`` says."""
+
+    splits: dict[str, int]  # samples
+    num_shards: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One folder of ``pretrain``."""
+
+    name: str
+    done: bool
+    last: dict[str, float] = field(default_factory=dict)  # the last record of its metrics
+    curve: tuple[tuple[float, float], ...] = ()  # step and loss
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one evaluator says of one thing."""
+
+    of: str  # such as "mae", or "random encoder" beside it
+    evaluator: str
+    values: dict[str, float]  # the score comes first; ``low`` and ``high`` bound it
+
+    @property
+    def main(self) -> tuple[str, float]:
+        """The score itself, with its name."""
+        return next((item for item in self.values.items() if item[0] not in ("low", "high")), ("", float("nan")))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One file of ``evaluate``."""
+
+    name: str
+    scores: tuple[Score, ...]
+    warnings: tuple[str, ...] = ()  # what makes the scores doubtful
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """All that ``synthgen status`` tells."""
+
+    path: Path
+    seed: int
+    artifacts: tuple[ArtifactStatus, ...]
+    labels: tuple[Tally, ...] = ()  # by class, most samples first
+    words: tuple[Tally, ...] = ()  # by word, most samples first
+    shards: Shards | None = None
+    training: tuple[Training, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    problems: tuple[str, ...] = ()  # files that should be readable and are not
+    advice: str = ""  # what to do next
+
+    @property
+    def num_failed(self) -> int:
+        """Failed units; those that fill two artifacts count once."""
+        return len({(artifact.stage, unit) for artifact in self.artifacts for unit in artifact.failures})
+
+
+def status(run: Run, *, counts: bool = True) -> RunStatus:
+    """Look at a run; nothing is changed, and what cannot be read is named instead of raised.
+
+    ``counts`` looks into every tar for masks by class and word; without it only done marks are read.
+    """
+    problems: list[str] = []
+    artifacts: dict[str, ArtifactStatus] = {}
+    entries = run.manifest()["artifacts"]
+    for name, entry in entries.items():
+        artifacts[name] = _artifact(run, name, entry, artifacts, problems)
+    labels, words = _tallies(run, problems) if counts and "masks" in artifacts else ((), ())
+    training = tuple(
+        _training(folder, artifacts.get(f"pretrain/{folder.name}"))
+        for folder in sorted(run.folder("pretrain").glob("*/"))
+    )
+    evaluations = _evaluations(run, problems)
+    found = tuple(artifacts.values())
+    return RunStatus(
+        run.path,
+        run.seed,
+        found,
+        labels,
+        words,
+        _shards(run, problems),
+        training,
+        evaluations,
+        tuple(problems),
+        _advice(run, found, evaluations),
+    )
+
+
+def read_members(
+    path: Path, names: Collection[str], keys: Collection[str] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Some members of some samples (of all, without ``keys``) of a tar, in order; other bytes are not read.
+
+    Raises:
+        MissingArtifact, CorruptShard: the tar is not there, or not whole.
+    """
+    index = index_tar(path)
+    with open(path, "rb") as file:
+        for key, members in index:
+            if keys is not None and key not in keys:
+                continue
+            values = {}
+            for name in names:
+                if name in members:
+                    file.seek(members[name].offset)
+                    values[name] = file.read(members[name].size)
+            yield key, values
+
+
+def _artifact(
+    run: Run, name: str, entry: Mapping[str, Any], earlier: Mapping[str, ArtifactStatus], problems: list[str]
+) -> ArtifactStatus:
+    folder = run.folder(name)
+    failures = {}
+    for path in sorted(folder.glob("*.failed.json")):
+        if (unit := path.name.removesuffix(".failed.json")).isdigit():
+            failures[int(unit)] = str(_json(path, problems).get("error", "no reason was written down"))
+    marks = {}
+    unfinished = set()
+    for stem, tar, mark in _marks(folder, problems):
+        if _is_done(tar, mark, entry):
+            marks[stem] = mark
+        else:
+            unfinished.add(stem)
+    known = marks.keys() | unfinished | {f"{unit:06d}" for unit in failures}
+    planned = _planned(run, entry)
+    if planned is None:  # a stage is mostly as long as what it reads
+        inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
+        planned = max([len(known), *inputs])
+    notes: dict[str, int] = {}
+    for mark in marks.values():
+        for remark, count in (mark.get("notes") or {}).items():
+            if count:
+                notes[remark] = notes.get(remark, 0) + int(count)
+    return ArtifactStatus(
+        name,
+        str(entry.get("stage", name)),
+        len(marks),
+        max(planned, len(marks)),
+        sum(int(mark.get("count", 0)) for mark in marks.values()),
+        round(sum(float(mark.get("seconds", mark.get("duration", 0))) for mark in marks.values()), 3),
+        sum(int(mark.get("bytes", 0)) for mark in marks.values()),
+        notes,
+        failures,
+        dict(entry.get("settings") or {}),
+        dict(entry.get("versions") or {}),
+    )
+
+
+def _marks(folder: Path, problems: list[str]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Each done mark of an artifact: which unit it speaks of, the file that it stands for, and what it says.
+
+    ``000012.json`` marks a unit, ``train/000012_stats.json`` a shard and ``done.json`` a training.
+    """
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*_stats.json")]):
+        stem = path.stem.removesuffix("_stats")
+        if stem.isdigit():
+            unit = stem if path.parent == folder else f"{path.parent.name}/{stem}"
+            yield unit, path.with_name(f"{stem}.tar"), _json(path, problems)
+        elif stem == "done":
+            yield f"{0:06d}", folder / "encoder.safetensors", _json(path, problems)
+
+
+def _is_done(path: Path, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the file is there, as long as its mark says, and made with the present settings."""
+    try:
+        length = path.stat().st_size
+    except OSError:
+        return False
+    return mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
+
+
+def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
+    """How many units the stage plans, or None where it cannot be made again from what the manifest says."""
+    try:
+        name = str(entry["stage"])
+        return len(build(STAGES.load(name), entry["settings"], where=name).plan(run))
+    except Exception:  # a stage of another version, a lost input: status must still answer
+        return None
+
+
+def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
+    """Masks by class and by word."""
+    labels: dict[str, Tally] = {}
+    words: dict[str, Tally] = {}
+    for path in sorted(run.folder("masks").glob("[0-9]*.tar")):
+        try:
+            images = run.folder("images") / path.name
+            label_of = {key: _label(members) for key, members in read_members(images, ("json",))}
+            records = [(key, json.loads(members["json"])) for key, members in read_members(path, ("json",))]
+        except (SynthgenError, OSError, KeyError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        for key, record in records:
+            wanted = [str(word) for word in record.get("words", ())]
+            reasons = [str(reason) for reason in record.get("dropped", ())]
+            reasons += [""] * (len(wanted) - len(reasons))
+            label = label_of.get(key, "")
+            for tally in _tallies_of(label, wanted, labels, words):
+                tally.samples += 1
+            for word, reason in zip(wanted, reasons, strict=False):
+                for tally in [words[word], *([labels[label]] if label else [])]:
+                    if reason:
+                        kind = _kind(reason)
+                        tally.dropped[kind] = tally.dropped.get(kind, 0) + 1
+                    else:
+                        tally.masks += 1
+
+    def ranked(tallies: Iterable[Tally]) -> tuple[Tally, ...]:
+        return tuple(sorted(tallies, key=lambda tally: (-tally.samples, tally.name)))
+
+    return ranked(labels.values()), ranked(words.values())
+
+
+def _tallies_of(label: str, wanted: Sequence[str], labels: dict[str, Tally], words: dict[str, Tally]) -> list[Tally]:
+    """The tallies that one sample counts in; a word that stands twice in its prompt counts it once."""
+    found = [words.setdefault(word, Tally(word)) for word in dict.fromkeys(wanted)]
+    return [labels.setdefault(label, Tally(label)), *found] if label else found
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is its own: "covers 0.31% of the image, less than 0.50%" is a "less than 0.50%"."""
+    return re.sub(r"^covers [\d.]+ ?% of the image, ", "", reason)
+
+
+def _label(members: Mapping[str, bytes]) -> str:
+    return str(json.loads(members["json"]).get("label") or "")
+
+
+def _shards(run: Run, problems: list[str]) -> Shards | None:
+    path = run.folder("shards") / "dataset.json"
+    if not path.is_file():
+        return None
+    value = _json(path, problems)
+    listed = value.get("shards")
+    shards = [shard for shard in listed if isinstance(shard, dict)] if isinstance(listed, list) else []
+    splits: dict[str, int] = {}
+    given = value.get("splits")
+    for name, split in given.items() if isinstance(given, dict) else ():
+        count = split.get("samples") if isinstance(split, dict) else split
+        splits[str(name)] = count if isinstance(count, int) else 0
+    return Shards(splits, len(shards), sum(int(shard.get("bytes") or 0) for shard in shards))
+
+
+def _training(folder: Path, artifact: ArtifactStatus | None) -> Training:
+    rows: list[dict[str, float]] = []
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that is being written just now
+            continue
+        if isinstance(row, dict):
+            rows.append({str(key): float(value) for key, value in row.items() if _is_number(value)})
+    curve = tuple((row["step"], row["loss"]) for row in rows if "step" in row and "loss" in row)
+    done = bool(artifact.done) if artifact else (folder / "done.json").is_file()
+    return Training(folder.name, done, rows[-1] if rows else {}, curve)
+
+
+def _evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
+    found = []
+    for path in sorted(run.folder("evaluate").glob("*.json")):
+        value = _json(path, problems)
+        scores = value.get("scores")
+        warnings = value.get("warnings")
+        found.append(
+            Evaluation(
+                path.stem,
+                tuple(_score_rows(scores if isinstance(scores, dict) else value)),
+                tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
+                float(value["seconds"]) if _is_number(value.get("seconds")) else 0.0,
+            )
+        )
+    return tuple(found)
+
+
+def _score_rows(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Score]:
+    """The innermost mappings that hold numbers; the keys on the way say of what and by whom."""
+    numbers = {key: float(item) for key, item in value.items() if _is_number(item) and key not in _NOT_SCORES}
+    if numbers:
+        yield Score(" ".join(path[:-1]), path[-1] if path else "", numbers)
+    for key, item in value.items():
+        if isinstance(item, Mapping) and key not in _NOT_SCORES:
+            yield from _score_rows(item, (*path, key))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence[Evaluation]) -> str:
+    where = f"--run {shlex.quote(str(run.path))}"
+    for artifact in artifacts:
+        if artifact.failures or artifact.done < artifact.planned:
+            left = len(artifact.failures) or artifact.planned - artifact.done
+            what = f"does the {left} unit{'s' if left > 1 else ''} that {'are' if left > 1 else 'is'} left"
+            if artifact.name.startswith("pretrain/"):
+                what = "goes on from its last checkpoint"
+            elif artifact.failures:
+                what = f"retries the {f'{left} units' if left > 1 else 'unit'} that failed"
+            return f"run synthgen {artifact.stage} again with the same settings ({where}): it {what}"
+    done = {artifact.stage for artifact in artifacts if artifact.done} | ({"evaluate"} if evaluations else set())
+    last = max((_ORDER.index(stage) for stage in done if stage in _ORDER), default=-1)
+    if last + 1 == len(_ORDER):
+        return f"all stages are done; look at them: synthgen view {shlex.quote(str(run.path))}"
+    options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(_ORDER[last + 1], "")
+    return f"synthgen {_ORDER[last + 1]} {options}{where}"
+
+
+# -- for the console
+
+
+def render(state: RunStatus) -> str:
+    """A status as plain text of at most 100 columns, without a newline at its end."""
+    return "\n\n".join("\n".join(block) for block in _blocks(state) if block)
+
+
+def scores(run: Run) -> list[str]:
+    """The scores of a run's evaluations as lines of a table; none where there are none."""
+    return _score_block(_evaluations(run, []))
+
+
+def _blocks(state: RunStatus) -> Iterator[list[str]]:
+    versions = state.artifacts[-1].versions if state.artifacts else {}
+    made = ", ".join(f"{name} {versions[name]}" for name in ("synthgen", "torch", "diffusers") if name in versions)
+    yield [_plain(f"{state.path}  seed {state.seed}{f'  ({made})' if made else ''}")]
+    if state.artifacts:
+        yield _table(
+            ("artifact", "made by", "units", "samples", "time", "samples/s", "size", "notes"),
+            [
+                (
+                    item.name,
+                    item.stage,
+                    f"{item.done}/{item.planned}" + (f", {len(item.failures)} failed" if item.failures else ""),
+                    f"{item.samples:,}" if item.samples or not item.done else "",  # a training has none of its own
+                    duration(item.seconds),
+                    f"{item.rate:.3g}" if item.rate else "",
+                    size(item.bytes) if item.bytes else "",
+                    ", ".join(f"{count:,} {remark}" for remark, count in item.notes.items()),
+                )
+                for item in state.artifacts
+            ],
+            right=(2, 3, 4, 5, 6),
+        )
+    yield from _failure_block(state)
+    yield _tally_block("class", state.labels)
+    yield _tally_block("word", state.words)
+    if state.shards is not None:
+        splits = ", ".join(f"{name} {count:,}" for name, count in state.shards.splits.items())
+        yield [
+            _plain(f"shards: {state.shards.num_shards} tars, {size(state.shards.bytes)}; samples: {splits or 'none'}")
+        ]
+    if state.training:
+        yield _table(
+            ("pretrain", "state", "step", "loss"),
+            [
+                (
+                    item.name,
+                    "done" if item.done else "not done",
+                    f"{item.last['step']:,.0f}" if "step" in item.last else "",
+                    f"{item.last['loss']:.4g}" if "loss" in item.last else "",
+                )
+                for item in state.training
+            ],
+            right=(2, 3),
+        )
+    yield _score_block(state.evaluations)
+    yield _wrap(f"next: {state.advice}")
+
+
+def _failure_block(state: RunStatus) -> Iterator[list[str]]:
+    reasons: dict[tuple[str, str], set[int]] = {}
+    for artifact in state.artifacts:
+        for unit, reason in artifact.failures.items():
+            reasons.setdefault((artifact.stage, reason), set()).add(unit)
+    lines = []
+    for (stage, reason), units in reasons.items():
+        shown = ", ".join(f"{unit:06d}" for unit in sorted(units)[:8]) + (", ..." if len(units) > 8 else "")
+        lines += _wrap(f"failed: {stage} {shown}: {reason}")
+    yield lines
+    yield [line for problem in state.problems for line in _wrap(f"problem: {problem}")]
+
+
+def _score_block(evaluations: Sequence[Evaluation]) -> list[str]:
+    rows = []
+    for evaluation in evaluations:
+        for score in evaluation.scores:
+            name, value = score.main
+            rest = [f"{key} {number:.4g}" for key, number in score.values.items() if key not in (name, "low", "high")]
+            bounds = (
+                f"{score.values['low']:.3f} to {score.values['high']:.3f}"
+                if score.values.keys() >= {"low", "high"}
+                else ""
+            )
+            rows.append((evaluation.name, score.of, score.evaluator, name, f"{value:.4g}", bounds, ", ".join(rest)))
+    doubts = [
+        line for evaluation in evaluations for warning in evaluation.warnings for line in _wrap(f"note: {warning}")
+    ]
+    return (
+        _table(("evaluate", "of", "by", "score", "value", "95 %", "also"), rows, right=(4,)) + doubts
+        if rows
+        else doubts
+    )
+
+
+def _tally_block(kind: str, tallies: Sequence[Tally]) -> list[str]:
+    if not tallies:
+        return []
+    rows = [
+        (
+            tally.name,
+            f"{tally.samples:,}",
+            f"{tally.masks:,}",
+            f"{sum(tally.dropped.values()):,}",
+            ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items(), key=lambda it: -it[1])),
+        )
+        for tally in tallies[:_MOST_ROWS]
+    ]
+    more = len(tallies) - len(rows)
+    rest = [f"... and {more:,} more; synthgen view shows all"] if more > 0 else []
+    return _table((kind, "samples", "masks", "dropped", "why"), rows, right=(1, 2, 3)) + rest
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Aligned columns; an empty last column is left out, and a long one is cut at the page's edge."""
+    cells = [[_plain(cell) for cell in row] for row in (head, *rows)]
+    if not any(row[-1] for row in cells[1:]):
+        cells = [row[:-1] for row in cells]
+    num = len(cells[0])
+    widths = [min(max(_columns(row[index]) for row in cells), 28) for index in range(num - 1)]
+    widths.append(max(8, min(max(_columns(row[-1]) for row in cells), _WIDTH - sum(widths) - 2 * (num - 1))))
+    lines = []
+    for row in cells:
+        fitted = [_fit(cell, width) for cell, width in zip(row, widths, strict=True)]
+        padded = [
+            " " * (width - _columns(cell)) + cell if index in right else cell + " " * (width - _columns(cell))
+            for index, (cell, width) in enumerate(zip(fitted, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _fit(text: str, width: int) -> str:
+    if _columns(text) <= width:
+        return text
+    while text and _columns(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _columns(text: str) -> int:
+    """How wide a console draws a text: East Asian wide characters take two columns, combining ones none."""
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def _plain(text: str) -> str:
+    """Text without control characters: a prompt must not steer the console."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(_plain(text), _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0.4 s, 75 s as 1 min 15 s, 3 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.2g} {unit}"
+        value /= 1000
+    raise AssertionError  # the loop ends in its last round

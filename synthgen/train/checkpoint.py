@@ -1,0 +1,94 @@
+"""Checkpoints: one safetensors file each, whole or not there, with all that a resumed training needs.
+
+Tensors are ``model.<name>`` (parameters and buffers) and ``optimizer.<moment>.<name>``. The header's ``state`` is JSON:
+step, fingerprint, and what else the loop keeps. There is no state of random generators in it, because there is none to
+keep: every draw comes from generators that are seeded from the run's seed and the step (or epoch and sample number).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from synthgen.errors import CorruptShard, StaleArtifact
+from synthgen.stores.tar import write_bytes
+
+__all__ = ["Checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training in ``folder``: the last ``keep`` of them."""
+
+    folder: Path
+    fingerprint: str  # of settings and inputs; a checkpoint with another one is refused
+    keep: int = 2
+
+    def paths(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, **state: Any) -> None:
+        """Write the checkpoint of ``step`` and delete the oldest.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{moment}.{name}"] = value
+        header = json.dumps({"step": step, "fingerprint": self.fingerprint, **state}, sort_keys=True)
+        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"state": header})
+        write_bytes(self.folder / f"step-{step:08d}.safetensors", data)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+
+    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Load the newest checkpoint that can be read and return its state; an empty one where there is none.
+
+        Raises:
+            StaleArtifact: it is of a training with other settings.
+            CorruptShard: there are checkpoints, and none can be read.
+        """
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()  # of a process that was killed while it wrote
+        broken = ""
+        for path in reversed(self.paths()):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    state: dict[str, Any] = json.loads((file.metadata() or {}).get("state", "{}"))
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            except (SafetensorError, OSError, ValueError) as error:
+                broken = f"{path} cannot be read: {' '.join(str(error).split())}"
+                logger.warning("%s; going on from the checkpoint before it", broken)
+                continue
+            if state.get("fingerprint") != self.fingerprint:
+                raise StaleArtifact(f"{path} was made with other settings; delete {self.folder.parent} to start anew")
+            self._load(tensors, module, optimizer)
+            return state
+        if broken:
+            raise CorruptShard(f"{broken}; delete {self.folder} to start this training anew")
+        return {}
+
+    def _load(self, tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        module.load_state_dict(weights)
+        parameters = dict(module.named_parameters())
+        optimizer.state.clear()
+        for full, tensor in tensors.items():
+            if full.startswith("optimizer."):
+                _, moment, name = full.split(".", 2)
+                # AdamW keeps its step count on the CPU and its moments beside the weights
+                place = torch.device("cpu") if moment == "step" else parameters[name].device
+                optimizer.state[parameters[name]][moment] = tensor.to(place)

@@ -1,0 +1,190 @@
+"""The training loop: seed, forward, backward, step; a record each, and a checkpoint now and then.
+
+Exact resume: the order of samples, their views, and what a method draws are functions of (seed, epoch, number) and of
+(seed, step, process). A training that goes on from a checkpoint thus repeats the arithmetic of one that was never
+stopped. On CPUs with the same number of threads the weights come out bit-identical; on GPUs as far as their kernels
+repeat themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synthgen.datasets import ImageDataset
+from synthgen.errors import SynthgenError
+from synthgen.loader import Batch, Order, loader
+from synthgen.methods import Method, StepOutput
+from synthgen.stores.tar import write_bytes
+from synthgen.train.checkpoint import Checkpoints
+from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Record", "Training", "seed_everything"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step did."""
+
+    step: int  # steps done, this one included
+    samples: int  # images of this step, over all processes
+    figures: dict[str, float] = field(default_factory=dict)  # filled every ``log_every`` steps
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed every generator that a method may draw from with a mix of ``parts``."""
+    seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # of every device
+
+
+@dataclass
+class Training:
+    """One training of ``method`` on ``samples``, from its newest checkpoint to its last step."""
+
+    method: Method
+    samples: ImageDataset
+    order: Order
+    optim: OptimSettings
+    accelerator: Accelerator
+    checkpoints: Checkpoints
+    metrics_path: Path
+    save_every: int = 200  # steps
+    log_every: int = 10
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        optimizer = build_optimizer(self.method, self.optim)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
+        state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
+        self.step = int(state.get("step", 0))
+        self.seconds = float(state.get("seconds", 0.0))
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._first_bad = torch.full((), self.order.steps, device=self.accelerator.device)
+
+    def run(self) -> Iterator[Record]:
+        """Train; a record a step. The weights end up in ``method``.
+
+        Raises:
+            SynthgenError: the loss is not a finite number; names the step.
+            CorruptShard, StorageError: a sample cannot be read, a checkpoint not be written.
+        """
+        main = self.accelerator.is_main_process
+        if main:
+            self._forget_later_records()
+        self.method.train()
+        batches = iter(self._loader())
+        started, logged, logged_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
+        for step in range(self.step, self.order.steps):
+            output = self._step(step, batches)
+            self.step = step + 1
+            last = self.step == self.order.steps
+            figures: dict[str, float] = {}
+            if self.step % self.log_every == 0 or last:
+                self._check_finite()
+                figures = self._figures(output, step)
+                now = time.perf_counter()
+                images = (self.step - logged_step) * self.order.batch_size
+                figures |= {"images_per_second": round(images / (now - logged), 2), "seconds": round(now - started, 3)}
+                logged, logged_step = now, self.step
+                if main:
+                    self._append({"step": self.step, "epoch": step // self.order.steps_per_epoch, **figures})
+                self.accelerator.log(figures, step=self.step)
+            self.seconds = time.perf_counter() - started
+            if self.step % self.save_every == 0 or last:
+                self._check_finite()
+                if main:
+                    self._save()
+            yield Record(self.step, self.order.batch_size, figures)
+
+    def _loader(self) -> Any:
+        process = self.accelerator.process_index
+        order = replace(self.order, start=self.step, rank=process, world_size=self.accelerator.num_processes)
+        config = self.method.encoder.config
+        return loader(
+            self.samples,
+            order,
+            self.method.views(),
+            mean=config.mean,
+            std=config.std,
+            seed=self.order.seed,
+            num_workers=self.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> StepOutput:
+        rate, progress = learning_rate(self.optim, step, self.order.steps), step / max(1, self.order.steps - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(self.order.parts):
+            batch = next(batches).to(self.accelerator.device)
+            seed_everything(self.order.seed, step, part, self.accelerator.process_index)
+            with self.accelerator.accumulate(self.wrapped):
+                output: StepOutput = self.wrapped(batch, progress)
+                self.accelerator.backward(output.loss)
+                if self.accelerator.sync_gradients and self.optim.max_norm:
+                    self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            # kept on the device: asking each step would make the host wait for a GPU
+            bad = torch.where(output.loss.detach().isfinite(), self.order.steps, step)
+            self._first_bad = torch.minimum(self._first_bad, bad)
+        self.method.after_step(step)
+        return output
+
+    def _check_finite(self) -> None:
+        bad = int(self.accelerator.gather(self._first_bad).min())
+        if bad < self.order.steps:
+            raise SynthgenError(
+                f"the loss is not a finite number at step {bad + 1} (learning rate "
+                f"{learning_rate(self.optim, bad, self.order.steps):.2g}); lower base_learning_rate, set max_norm, "
+                "or use precision bf16 or no"
+            )
+
+    def _figures(self, output: StepOutput, step: int) -> dict[str, float]:
+        named: dict[str, Tensor] = {"loss": output.loss.detach(), **output.metrics}
+        means = self.accelerator.gather(torch.stack([value.float() for value in named.values()])[None]).mean(0)
+        figures = {name: _rounded(float(value)) for name, value in zip(named, means, strict=True)}
+        return {**figures, "learning_rate": _rounded(learning_rate(self.optim, step, self.order.steps))}
+
+    def _save(self) -> None:
+        scaler = self.accelerator.scaler
+        state = {} if scaler is None else {"scaler": scaler.state_dict()}
+        self.checkpoints.save(self.method, self.optimizer.optimizer, self.step, seconds=round(self.seconds, 3), **state)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _forget_later_records(self) -> None:
+        """Records past the checkpoint will be written again; without this they would stand there twice."""
+        if not self.metrics_path.is_file():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the process was killed
+        write_bytes(self.metrics_path, "".join(kept).encode())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}") if math.isfinite(value) else value

@@ -1,0 +1,46 @@
+"""AdamW as masked autoencoders are trained with, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["OptimSettings", "build_optimizer", "learning_rate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """How weights are changed. Betas are MAE's (0.9, 0.95)."""
+
+    base_learning_rate: float  # for 256 images a step; the peak is this times batch_size / 256
+    batch_size: int
+    warmup_ratio: float  # share of all steps in which the rate rises from 0
+    weight_decay: float  # of matrices; biases, norms and tokens have none
+    max_norm: float  # of the gradient; 0 leaves it as it is
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.base_learning_rate * self.batch_size / 256
+
+
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW over all parameters that learn."""
+    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    plain = {name for name, p in learning if p.ndim <= 1 or name.endswith("_token")}
+    groups = [
+        {"params": [p for name, p in learning if name not in plain], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in learning if name in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.95))
+
+
+def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
+    """The rate of a step (from 0): up in a line over the warm-up, then down half a cosine to 0."""
+    warmup = settings.warmup_ratio * steps
+    if step < warmup:
+        return settings.peak * (step + 1) / (warmup + 1)
+    return settings.peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))

@@ -1,0 +1,1 @@
+"""Viewers: something to look at, made from a run."""

@@ -1,0 +1,289 @@
+"""One HTML file that shows a run: images, prompts, and each word's mask before and after refining.
+
+The file holds everything (styles, script, pictures as data URIs) and fetches nothing, so it can be mailed or kept
+beside a result. Masks travel as one label image a sample and attention as one grey strip; the browser colours them
+when somebody looks. The same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from synthgen.codecs import decode_image, decode_maps, decode_masks, masks_to_labels
+from synthgen.errors import SynthgenError
+from synthgen.image import encode_jpeg, encode_png, resize
+from synthgen.records import Maps, Prompt, WordMasks
+from synthgen.run import Run
+from synthgen.status import RunStatus, Training, read_members, size, status
+from synthgen.stores.tar import write_bytes
+
+__all__ = ["write_page"]
+
+LARGEST = 384  # pixels of the longer side; larger images are shown smaller, or 96 of them would not fit a page
+EXACT = 128  # up to this size an image is shown as the PNG that the run holds
+CURVE_POINTS = 240  # of a loss curve
+
+
+def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
+    """Write the page of a run (to ``view.html`` in it, unless ``path`` says otherwise) and return where it is.
+
+    ``limit`` samples, spread evenly over the finished units, are shown. A tar that cannot be read is named on the
+    page instead of raised.
+    """
+    if limit < 0:
+        raise ValueError(f"limit must be at least 0, not {limit}")
+    state = status(run)
+    samples, problems = _samples(run, state, limit)
+    data = _finite(_summary(state, problems)) | {"samples": samples}
+    # "<" as an escape: no prompt can end the script element or open a comment in it
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    before, between, after = _template()
+    path = run.path / "view.html" if path is None else path
+    write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode())
+    return path
+
+
+def _template() -> tuple[str, str, str]:
+    text = (files(__package__) / "page.html").read_text(encoding="utf-8")
+    before, _, rest = text.partition("{{title}}")
+    between, _, after = rest.partition("{{data}}")
+    return before, between, after
+
+
+def _name(run: Run) -> str:
+    return run.path.resolve().name or str(run.path)
+
+
+# -- the samples
+
+
+def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The samples to show, in order of their keys, and what could not be read."""
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    made = {artifact.name for artifact in state.artifacts}
+    if "images" not in made:
+        return [], []
+    for unit, rows in _spread(run, limit).items():
+        try:
+            keys = run.keys("images", unit)
+            wanted = {keys[row] for row in rows if row < len(keys)}
+            images = dict(read_members(run.tar("images", unit), ("png", "json"), wanted))
+            maps = _column(run, "maps", unit, ("maps.npz",), wanted, problems) if "maps" in made else {}
+            masks = _column(run, "masks", unit, ("masks.npz", "json"), wanted, problems) if "masks" in made else {}
+            found += [_sample(key, members, maps.get(key), masks.get(key)) for key, members in images.items()]
+        except (SynthgenError, OSError) as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def _spread(run: Run, limit: int) -> dict[int, list[int]]:
+    """Which rows of which units to show: ``limit`` samples at even distances through all that are finished."""
+    units = [int(path.stem) for path in sorted(run.folder("images").glob("[0-9]*.json")) if path.stem.isdigit()]
+    marks = {unit: run.mark("images", unit) or {} for unit in units}
+    counts = [(unit, int(mark.get("count", 0))) for unit, mark in marks.items()]
+    total = sum(count for _, count in counts)
+    num = min(limit, total)
+    rows: dict[int, list[int]] = {}
+    first, chosen = 0, 0
+    for unit, count in counts:
+        while chosen < num and (place := chosen * total // num) < first + count:
+            rows.setdefault(unit, []).append(place - first)
+            chosen += 1
+        first += count
+    return rows
+
+
+def _column(
+    run: Run, artifact: str, unit: int, names: tuple[str, ...], keys: set[str], problems: list[str]
+) -> dict[str, dict[str, bytes]]:
+    """Some samples of another artifact of a unit; none where the unit is not done yet."""
+    if run.mark(artifact, unit) is None:
+        return {}
+    try:
+        return dict(read_members(run.tar(artifact, unit), names, keys))
+    except (SynthgenError, OSError) as error:
+        problems.append(str(error))
+        return {}
+
+
+def _sample(
+    key: str, image: Mapping[str, bytes], maps: Mapping[str, bytes] | None, masks: Mapping[str, bytes] | None
+) -> dict[str, Any]:
+    """One sample as the page's script wants it."""
+    request, pixels, warnings = decode_image(key, image)
+    height, width = pixels.shape[:2]
+    sample: dict[str, Any] = {
+        "key": key,
+        "text": _segments(request.prompt),
+        "words": list(request.prompt.words),
+        "label": request.prompt.label or "",
+        "seed": str(request.seed),  # a script's numbers are exact to 2**53 only
+        "warnings": list(warnings),
+        "width": width,
+        "height": height,
+        "image": _picture(pixels, image["png"]),
+    }
+    if maps is not None:
+        sample["attention"] = _attention(decode_maps(key, maps, request.prompt.words))
+    if masks is not None:
+        sample["masks"] = _masks(decode_masks(key, masks), _shown(height, width))
+    return sample
+
+
+def _segments(prompt: Prompt) -> list[tuple[str, int]]:
+    """The prompt in pieces, each with the number of its word or -1.
+
+    The browser counts UTF-16 units and Python code points, so the spans are cut here. Words without a place of their
+    own in the text follow it.
+    """
+    pieces: list[tuple[str, int]] = []
+    end = 0
+    placed = set()
+    for (start, stop), word in sorted(zip(prompt.spans, range(len(prompt.words)), strict=False)):
+        if not end <= start < stop <= len(prompt.text):
+            continue
+        pieces += [(prompt.text[end:start], -1)] if start > end else []
+        pieces.append((prompt.text[start:stop], word))
+        placed.add(word)
+        end = stop
+    pieces += [(prompt.text[end:], -1)] if end < len(prompt.text) else []
+    for word, text in enumerate(prompt.words):
+        if word not in placed:
+            pieces += [(" ", -1), (text, word)]
+    return pieces
+
+
+def _shown(height: int, width: int) -> tuple[int, int]:
+    """The size at which an image stands on the page."""
+    shrink = min(1.0, LARGEST / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
+def _picture(pixels: UInt8[np.ndarray, "H W 3"], png: bytes) -> str:
+    height, width = pixels.shape[:2]
+    if max(height, width) <= EXACT:
+        return _uri("image/png", png)
+    shown = _shown(height, width)
+    return _uri("image/jpeg", encode_jpeg(pixels if shown == (height, width) else resize(pixels, shown), quality=85))
+
+
+def _attention(maps: Maps) -> dict[str, Any]:
+    """The words' maps below each other in one grey image, each from 0 at its lowest to 255 at its highest."""
+    weights: Float[np.ndarray, "words h w"] = np.nan_to_num(maps.weights.astype(np.float32), posinf=1.0, neginf=0.0)
+    num, height, width = weights.shape
+    if not weights.size:
+        return {"strip": "", "height": height, "width": width, "peaks": []}
+    low = weights.min(axis=(1, 2), keepdims=True)
+    high = weights.max(axis=(1, 2), keepdims=True)
+    grey = (255 * (weights - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
+    strip = _uri("image/png", encode_png(grey.reshape(num * height, width)))
+    return {"strip": strip, "height": height, "width": width, "peaks": [_rounded(peak) for peak in high.ravel()]}
+
+
+def _masks(masks: WordMasks, shown: tuple[int, int]) -> dict[str, Any]:
+    """One image of word numbers at the size shown, with the score, share of the image and reason of each word."""
+    labels = masks_to_labels(masks.values)
+    if labels.shape != shown:
+        labels = np.asarray(Image.fromarray(labels).resize((shown[1], shown[0]), Image.Resampling.NEAREST))
+    reasons = (*masks.dropped, *[""] * len(masks.words))[: len(masks.words)]
+    return {
+        "labels": _uri("image/png", encode_png(labels)),
+        "scores": [_rounded(score) for score in masks.scores],
+        "areas": [_rounded(value.mean()) if value.size else 0.0 for value in masks.values],
+        "dropped": list(reasons),
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(float(np.nan_to_num(value)), 4)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+# -- the run
+
+
+def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
+    """All of a page but its samples."""
+    failures: dict[tuple[str, str], set[int]] = {}
+    for artifact in state.artifacts:
+        for unit, reason in artifact.failures.items():
+            failures.setdefault((artifact.stage, reason), set()).add(unit)
+    return {
+        "run": state.path.resolve().name or str(state.path),
+        "seed": str(state.seed),
+        "next": state.advice,
+        "artifacts": [
+            {
+                "name": item.name,
+                "stage": item.stage,
+                "done": item.done,
+                "planned": item.planned,
+                "failed": len(item.failures),
+                "samples": item.samples,
+                "seconds": item.seconds,
+                "rate": item.rate,
+                "size": size(item.bytes),
+                "notes": item.notes,
+                "settings": item.settings,
+                "versions": item.versions,
+            }
+            for item in state.artifacts
+        ],
+        "failures": [
+            {"stage": stage, "units": sorted(units), "reason": reason} for (stage, reason), units in failures.items()
+        ],
+        "problems": list(dict.fromkeys([*state.problems, *problems])),
+        "labels": [dataclasses.asdict(tally) for tally in state.labels],
+        "words": [dataclasses.asdict(tally) for tally in state.words],
+        "shards": dataclasses.asdict(state.shards) if state.shards else None,
+        "training": [_curve(item) for item in state.training],
+        "evaluations": [
+            {
+                "name": item.name,
+                "warnings": item.warnings,
+                "seconds": item.seconds,
+                "scores": [
+                    {"of": score.of, "evaluator": score.evaluator, "main": score.main, "values": score.values}
+                    for score in item.scores
+                ],
+            }
+            for item in state.evaluations
+        ],
+    }
+
+
+def _curve(training: Training) -> dict[str, Any]:
+    """A loss curve of at most ``CURVE_POINTS`` points: each the mean of the steps around it."""
+    points = np.array(training.curve, dtype=np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points).all(axis=1)]
+    parts = np.array_split(points, min(CURVE_POINTS, len(points))) if len(points) else []
+    return {
+        "name": training.name,
+        "done": training.done,
+        "last": training.last,
+        "curve": [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which None stands for NaN and infinity: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

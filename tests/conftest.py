@@ -1,0 +1,32 @@
+"""Every test runs offline, on one thread, with checked array shapes."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook(["synthgen.records", "synthgen.attention", "synthgen.refiners", "synthgen.codecs"], "beartype.beartype")
+
+_real_connect = socket.socket.connect
+
+
+def _refuse(self, address, *args):
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+        raise OSError(f"a test tried to reach {address}")
+    return _real_connect(self, address, *args)
+
+
+socket.socket.connect = _refuse
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory):
+    """A folder with a small Stable Diffusion of random weights."""
+    from tests.models import make_stable_diffusion
+
+    return make_stable_diffusion(tmp_path_factory.mktemp("sd"))

@@ -1,0 +1,389 @@
+"""Shards: what is in them, that they are the same every time, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from synthgen import codecs
+from synthgen.engines.local import Local
+from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
+from synthgen.records import Prompt
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages.shards import Shards
+from synthgen.stores.tar import read_tar
+from tests.factories import Drawn, TrueMasks, make_run
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"samples_per_shard": 10, "val_ratio": 0.25}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with 36 samples in three units, images and masks; tests take copies."""
+    path = tmp_path_factory.mktemp("source") / "run"
+    make_run(path, units=3, unit_size=12)
+    return path
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Run:
+    return copy(source, tmp_path / "run")
+
+
+def copy(source: Path, path: Path) -> Run:
+    shutil.copytree(source, path)
+    return Run.open(path)
+
+
+def pack(run: Run, workers: int = 1, **settings: object) -> Run:
+    run_stage(Shards(**(SETTINGS | settings)), run, Local(workers=workers))
+    return run
+
+
+def hashes(run: Run) -> dict[str, str]:
+    folder = run.folder("shards")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith("_stats.json")  # they hold the time
+    }
+
+
+def samples(run: Run, split: str = "*") -> dict[str, dict[str, bytes]]:
+    tars = sorted(run.folder("shards").glob(f"{split}/*.tar"))
+    return {key: members for path in tars for key, members in read_tar(path)}
+
+
+def test_every_sample_is_there_once_with_the_same_members(run: Run) -> None:
+    pack(run)
+    keys = [key for path in run.folder("shards").glob("*/*.tar") for key, _ in read_tar(path)]
+    assert len(keys) == len(set(keys)) == 36
+    assert set(keys) == {key for unit in range(3) for key in run.keys("images", unit)}
+    assert {tuple(members) for members in samples(run).values()} == {("cls", "jpg", "json", "mask.png", "txt")}
+
+
+def test_image_mask_and_metadata_are_those_of_the_source(run: Run) -> None:
+    pack(run)
+    packed = samples(run)
+    classes = json.loads((run.folder("shards") / "dataset.json").read_text())["classes"]
+    for unit in range(3):
+        masks = dict(run.read("masks", unit))
+        for key, members in run.read("images", unit):
+            request, pixels, _ = codecs.decode_image(key, members)
+            prompt, sample = request.prompt, packed[key]
+            image = np.asarray(Image.open(io.BytesIO(sample["jpg"])), np.int16)
+            assert np.abs(image - pixels).mean() < 6  # noise at quality 95
+            mask = Image.open(io.BytesIO(sample["mask.png"]))
+            truth = codecs.decode_masks(key, masks[key]).values
+            assert mask.mode == "L"
+            assert np.array_equal(codecs.labels_to_masks(np.asarray(mask), len(prompt.words)), truth)
+            meta = json.loads(sample["json"])
+            assert sample["txt"].decode() == meta["prompt"] == prompt.text
+            assert (meta["key"], meta["seed"], meta["label"]) == (key, request.seed, prompt.label)
+            assert (meta["width"], meta["height"], tuple(meta["words"])) == (64, 64, prompt.words)
+            assert [prompt.text[slice(*span)] for span in meta["spans"]] == list(prompt.words)
+            assert classes[int(sample["cls"])] == prompt.label
+            for described, value in zip(meta["masks"], truth, strict=True):
+                left, top, right, bottom = described["box"]
+                assert value[top:bottom, left:right].sum() == value.sum()
+                assert value[top:bottom, left].any() and value[top, left:right].any()  # noqa: PT018
+                assert value[top:bottom, right - 1].any() and value[bottom - 1, left:right].any()  # noqa: PT018
+                assert described["area"] == pytest.approx(value.mean(), abs=1e-6)
+                assert described["score"] == 0.5
+
+
+def test_two_runs_one_and_two_workers_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    one = hashes(pack(copy(source, tmp_path / "one" / "run")))
+    assert one == hashes(pack(copy(source, tmp_path / "two" / "run"), workers=2))
+    assert {"train/000000.tar", "train/000000.parquet", "index.json", "README.md"} <= one.keys()
+
+
+def test_side_files_agree_with_the_tars(run: Run) -> None:
+    pack(run)
+    folder = run.folder("shards")
+    described = json.loads((folder / "dataset.json").read_text())
+    for shard in described["shards"]:
+        path = folder / shard["file"]
+        keys = [key for key, _ in read_tar(path)]
+        stats = json.loads(path.with_name(f"{path.stem}_stats.json").read_text())
+        assert shard["samples"] == stats["count"] == stats["successes"] == len(keys)
+        assert shard["sha256"] == stats["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert shard["bytes"] == stats["bytes"] == path.stat().st_size
+        table = parquet.read_table(path.with_suffix(".parquet"))
+        assert table.column_names[0] == "key"
+        assert table["key"].to_pylist() == keys
+        assert json.loads((path.parent / "sizes.json").read_text())[path.name] == len(keys)
+    counts = [shard["samples"] for shard in described["shards"] if shard["split"] == "train"]
+    assert set(counts[:-1]) == {10}
+    assert sum(split["samples"] for split in described["splits"].values()) == 36
+    assert described["splits"]["train"]["labels"].keys() == {"disc", "square"}
+
+
+def test_columns_of_the_parquet_have_types_whatever_the_rows(run: Run) -> None:
+    schemas = [parquet.read_schema(path) for path in pack(run).folder("shards").glob("*/*.parquet")]
+    assert all(schema.equals(schemas[0]) for schema in schemas)
+    assert not [field.name for field in schemas[0] if "null" in str(field.type)]
+
+
+# -- splits and order
+
+
+def test_a_sample_keeps_its_split_whatever_the_order_and_the_number_of_units(source: Path, tmp_path: Path) -> None:
+    first = set(samples(pack(copy(source, tmp_path / "a")), "val"))
+    for number, settings in enumerate(({"shuffle": False}, {"samples_per_shard": 3}, {"image_format": "png"})):
+        assert set(samples(pack(copy(source, tmp_path / str(number)), **settings), "val")) == first
+    more = set(samples(pack(make_run(tmp_path / "more", units=4, unit_size=12)), "val"))
+    assert {key for key in more if key < "0000030000"} == first
+    assert 0 < len(first) < 36
+
+
+def test_another_seed_gives_another_split_and_order(source: Path, tmp_path: Path) -> None:
+    keys = [list(samples(pack(copy(source, tmp_path / "0"))))]
+    Run.create(tmp_path / "1", seed=1)
+    keys.append(list(samples(pack(make_run(tmp_path / "1", units=3, unit_size=12)))))
+    assert keys[0] != keys[1]
+
+
+def test_order_is_mixed_and_without_shuffle_that_of_the_keys(source: Path, tmp_path: Path) -> None:
+    plain = list(samples(pack(copy(source, tmp_path / "plain"), shuffle=False, val_ratio=0.0)))
+    mixed = list(samples(pack(copy(source, tmp_path / "mixed"), val_ratio=0.0)))
+    assert plain == sorted(plain) == sorted(mixed) != mixed
+    assert len({key[:6] for key in mixed[:10]}) == 1  # a shard holds neighbouring units: each is read once
+
+
+def test_no_val_folder_without_val_samples(run: Run) -> None:
+    pack(run, val_ratio=0.0)
+    folder = run.folder("shards")
+    assert not (folder / "val").exists()
+    assert not (folder / "index-val.json").exists()
+    assert "val/*.tar" not in (folder / "README.md").read_text()
+
+
+def test_classes_follow_the_prompts_of_the_run(run: Run) -> None:
+    prompts = [Prompt("a square", label="square"), Prompt("a ring", label="ring"), Prompt("a disc", label="disc")]
+    lines = [json.dumps(codecs.prompt_to_json(prompt)) for prompt in prompts]
+    (run.path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    pack(run)
+    assert json.loads((run.folder("shards") / "dataset.json").read_text())["classes"] == ["square", "ring", "disc"]
+    for sample in samples(run).values():
+        assert int(sample["cls"]) == {"square": 0, "disc": 2}[json.loads(sample["json"])["label"]]
+
+
+def test_one_prompt_without_label_and_no_sample_has_a_class(run: Run) -> None:
+    prompts = [Prompt("a square", label="square"), Prompt("a disc", label="disc"), Prompt("a cloud")]
+    lines = [json.dumps(codecs.prompt_to_json(prompt)) for prompt in prompts]
+    (run.path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    pack(run)
+    assert {tuple(members) for members in samples(run).values()} == {("jpg", "json", "mask.png", "txt")}
+    assert "class_label" not in (run.folder("shards") / "README.md").read_text()
+
+
+# -- settings
+
+
+def test_png_is_the_source_unchanged(run: Run) -> None:
+    pack(run, image_format="png")
+    packed = samples(run)
+    for key, members in run.read("images", 0):
+        assert packed[key]["png"] == members["png"]
+
+
+def test_webp(run: Run) -> None:
+    pack(run, image_format="webp", quality=80)
+    assert Image.open(io.BytesIO(next(iter(samples(run).values()))["webp"])).format == "WEBP"
+
+
+def test_without_masks_the_masks_stage_need_not_have_run(tmp_path: Path) -> None:
+    run = pack(make_run(tmp_path / "run", units=1, masks=False), masks=False)
+    assert {tuple(members) for members in samples(run).values()} == {("cls", "jpg", "json", "txt")}
+    assert "masks" not in json.loads(next(iter(samples(run).values()))["json"])
+    assert "mask" not in (run.folder("shards") / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("samples_per_shard", 0),
+        ("val_ratio", 1.0),
+        ("val_ratio", -0.1),
+        ("image_format", "gif"),
+        ("quality", 0),
+        ("quality", 101),
+    ],
+)
+def test_bad_settings_are_refused_by_name(setting: str, value: object) -> None:
+    with pytest.raises(ValueError, match=setting):
+        Shards(**{setting: value})
+
+
+# -- what an earlier stage left undone, or spoiled
+
+
+def test_masks_that_were_never_made(tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match="synthgen masks"):
+        pack(make_run(tmp_path / "run", units=1, masks=False))
+
+
+def test_masks_of_one_unit_are_missing(run: Run) -> None:
+    run.tar("masks", 1).with_suffix(".json").unlink()
+    with pytest.raises(MissingArtifact, match=r"1 of 3 units.*000001.*synthgen masks") as caught:
+        pack(run)
+    assert "\n" not in str(caught.value)
+    assert not run.folder("shards").exists()
+
+
+def test_a_sample_without_masks_is_named(run: Run) -> None:
+    with run.write("masks", 1) as masks:
+        for key, members in list(read_tar(run.tar("masks", 0)))[:1]:
+            masks.add(key.replace("000000", "000001", 1), members)
+    with pytest.raises(UnitsFailed, match=r"MissingArtifact: .*000001.tar has no sample 000001.*synthgen masks"):
+        pack(run)
+
+
+def test_more_units_make_old_shards_stale(run: Run) -> None:
+    pack(run)
+    before = hashes(run)
+    with run.write("images", 3) as images, run.write("masks", 3) as masks:
+        for key, members in run.read("images", 0):
+            images.add(key.replace("000000", "000003", 1), members)
+        for key, members in run.read("masks", 0):
+            masks.add(key.replace("000000", "000003", 1), members)
+    with pytest.raises(StaleArtifact, match="units of images"):
+        pack(run)
+    assert hashes(run) == before
+    shutil.rmtree(run.folder("shards"))
+    assert len(samples(pack(run))) == 48
+
+
+def test_other_settings_are_refused_and_named(run: Run) -> None:
+    pack(run)
+    with pytest.raises(StaleArtifact, match="quality is 80 and was 95"):
+        pack(run, quality=80)
+
+
+@pytest.mark.parametrize("artifact", ["images", "masks"])
+@pytest.mark.parametrize("end", [0, 5000, -10240])
+def test_a_truncated_tar_is_found_before_anything_is_written(run: Run, artifact: str, end: int) -> None:
+    path = run.tar(artifact, 1)
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(CorruptShard, match=rf"{artifact}.000001.tar .*cut off.*synthgen (generate|masks)") as caught:
+        pack(run)
+    assert "\n" not in str(caught.value)
+    assert not run.folder("shards").exists()
+
+
+@pytest.mark.parametrize("artifact", ["images", "masks"])
+def test_damage_inside_a_member_fails_its_shard_and_no_other(run: Run, artifact: str) -> None:
+    path = run.tar(artifact, 1)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"IDAT" if artifact == "images" else b"PK") + 60
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(UnitsFailed, match="1 of 5 units failed") as caught:
+        pack(run, samples_per_shard=9, val_ratio=0.1)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run_stage(Drawn(units=1, unit_size=0), run, Local(workers=1))
+    run_stage(TrueMasks(), run, Local(workers=1))
+    with pytest.raises(MissingArtifact, match="no image to pack"):
+        pack(run)
+
+
+# -- death and full disks
+
+SCRIPT = """
+import os, resource, signal, sys
+from synthgen.engines.local import Local
+from synthgen.errors import SynthgenError
+from synthgen.run import Run
+from synthgen.runner import Progress, run_stage
+from synthgen.stages import shards
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+class Doom(Progress):
+    seen = 0
+    def advance(self, count):
+        self.seen += count
+        if when == f"sample {self.seen}": die()
+        if when == "full disk" and self.seen == 15:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+def doomed(write):
+    def stand_in(path, value):
+        if path.name == when: die()
+        write(path, value)
+    return stand_in
+
+when = sys.argv[2]
+shards.write_json, shards.write_bytes = doomed(shards.write_json), doomed(shards.write_bytes)
+try:
+    run_stage(shards.Shards(samples_per_shard=10, val_ratio=0.25), Run.open(sys.argv[1]), Local(workers=1), Doom())
+except SynthgenError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def doomed(run: Run, when: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(run.path), when]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_killed_at_any_moment_the_next_call_makes_the_same_bytes(source: Path, run: Run, tmp_path: Path) -> None:
+    whole = hashes(pack(copy(source, tmp_path / "whole" / "run")))
+    for when in ("sample 7", "000000.parquet", "sample 4", "000001_stats.json", "sizes.json", "README.md"):
+        assert doomed(run, when).returncode == -9, when
+        assert not (run.folder("shards") / "README.md").exists()
+    pack(run)
+    assert hashes(run) == whole  # and no temporary file is left
+    assert not [path for path in run.folder("shards").rglob("*") if path.suffix == ".tmp"]
+
+
+def test_a_full_disk_spoils_nothing(source: Path, run: Run, tmp_path: Path) -> None:
+    whole = hashes(pack(copy(source, tmp_path / "whole" / "run")))
+    ended = doomed(run, "full disk")
+    assert "UnitsFailed" in ended.stderr
+    assert "StorageError: cannot write" in ended.stderr
+    assert "train/000001.tar" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert hashes(run)["train/000000.tar"] == whole["train/000000.tar"]
+    assert not (run.folder("shards") / "train/000001.tar").exists()
+    pack(run)
+    assert hashes(run) == whole
+
+
+def test_a_folder_that_cannot_be_written(run: Run) -> None:
+    run.folder("shards").mkdir()
+    (run.folder("shards") / "train").write_text("in the way")
+    with pytest.raises(UnitsFailed, match="StorageError: cannot write"):
+        pack(run)
+
+
+def test_what_is_lost_is_made_again_and_nothing_else(run: Run) -> None:
+    before, folder = hashes(pack(run)), run.folder("shards")
+    tars = sorted(folder.glob("*/*.tar"))
+    times = {path: path.stat().st_mtime_ns for path in tars}
+    (folder / "train/000000.parquet").unlink()
+    (folder / "train/000001.tar").unlink()
+    (folder / "val/000000_stats.json").unlink()
+    pack(run)
+    assert hashes(run) == before
+    made = {str(path.relative_to(folder)) for path in tars if path.stat().st_mtime_ns != times[path]}
+    assert made == {"train/000000.tar", "train/000001.tar", "val/000000.tar"}
+    assert len(tars) > 3

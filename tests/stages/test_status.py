@@ -1,0 +1,251 @@
+"""Status: what is done, what failed and why, and what comes next, also of runs that are not as they should be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from synthgen import codecs
+from synthgen.engines.local import Local
+from synthgen.errors import UnitsFailed
+from synthgen.records import Report, WordMasks
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages import Work, Worker
+from synthgen.stages.shards import Shards
+from synthgen.status import Tally, duration, render, scores, size, status
+from tests.factories import Drawn, TrueMasks, make_run
+
+
+@dataclass(frozen=True)
+class Picky(TrueMasks):
+    """Fails on unit 1 and drops every square."""
+
+    fail: bool = True
+
+    @contextmanager
+    def open(self, run: Run, worker: Worker) -> Iterator[Work]:
+        with super().open(run, worker) as good:
+
+            def work(unit: int) -> Report:
+                if unit == 1 and self.fail:
+                    raise ValueError("the disc is not round")
+                good(unit)
+                found = {key: codecs.decode_masks(key, members) for key, members in run.read("masks", unit)}
+                with run.write("masks", unit) as masks:
+                    for number, (key, value) in enumerate(found.items()):
+                        reason = f"covers 0.{number + 1}1% of the image, less than 0.50%"
+                        dropped = tuple(reason if word == "square" else "" for word in value.words)
+                        kept = value.values & [[[not one]] for one in dropped]
+                        masks.add(key, codecs.encode_masks(WordMasks(value.words, kept, value.scores, dropped)))
+                        masks.note("dropped masks", sum(map(bool, dropped)))
+                return Report(unit, len(found))
+
+            yield work
+
+
+def masks_of(run: Run, stage: TrueMasks) -> None:
+    with pytest.raises(UnitsFailed):
+        run_stage(stage, run, Local(workers=1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "demo", masks=False)
+
+
+def by_name(state):
+    return {artifact.name: artifact for artifact in state.artifacts}
+
+
+def test_a_new_run_is_told_to_generate(tmp_path):
+    state = status(Run.create(tmp_path / "a run"))
+    assert state.artifacts == ()
+    assert state.advice == f"synthgen generate --prompts FILE --run '{tmp_path}/a run'"
+    assert "next: synthgen generate" in render(state)
+
+
+def test_done_units_samples_bytes_and_the_next_stage(run):
+    state = status(run)
+    images = by_name(state)["images"]
+    assert (images.stage, images.done, images.planned, images.samples) == ("generate", 2, 2, 12)
+    assert images.bytes == sum(run.tar("images", unit).stat().st_size for unit in (0, 1))
+    assert images.rate == pytest.approx(12 / images.seconds)
+    assert "numpy" in images.versions
+    assert state.advice == f"synthgen masks --run {run.path}"
+    run_stage(TrueMasks(), run, Local(workers=1))
+    assert status(run).advice == f"synthgen shards --run {run.path}"
+
+
+def test_a_failed_unit_is_named_with_its_reason_and_how_to_retry(run):
+    masks_of(run, Picky())
+    state = status(run)
+    masks = by_name(state)["masks"]
+    assert (masks.done, masks.planned, list(masks.failures)) == (1, 2, [1])
+    assert "the disc is not round" in masks.failures[1]
+    assert state.num_failed == 1
+    text = render(state)
+    assert "1/2, 1 failed" in text
+    assert "failed: masks 000001:" in text
+    assert "the disc is not round" in text
+    assert "retries the unit that failed" in " ".join(text.split())
+
+
+def test_a_unit_whose_tar_is_gone_or_cut_off_is_not_done(run):
+    run.tar("images", 0).unlink()
+    with open(run.tar("maps", 1), "ab") as file:
+        file.write(b"more")
+    artifacts = by_name(status(run))
+    assert (artifacts["images"].done, artifacts["maps"].done) == (1, 1)
+    assert "1 unit that is left" in " ".join(render(status(run)).split())
+
+
+def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
+    masks_of(run, Picky())  # unit 0 has disc, square, disc + square, square, disc, disc + square
+    state = status(run)
+    squares = {"less than 0.50%": 4}
+    assert state.words == (Tally("disc", 4, 4, {}), Tally("square", 4, 0, squares))
+    assert state.labels == (Tally("disc", 4, 4, {"less than 0.50%": 2}), Tally("square", 2, 0, {"less than 0.50%": 2}))
+    assert by_name(state)["masks"].notes == {"dropped masks": 4}
+    assert "4 less than 0.50%" in render(state)
+    assert status(run, counts=False).words == ()
+
+
+def test_a_tar_that_cannot_be_read_is_named_and_the_rest_still_told(tmp_path):
+    run = make_run(tmp_path / "demo")
+    whole = run.tar("masks", 0).read_bytes()
+    run.tar("masks", 0).write_bytes(whole[:700])
+    run.tar("images", 0).with_suffix(".json").write_text("{not json")
+    state = status(run)
+    assert any("masks/000000.tar" in problem for problem in state.problems)
+    assert any("images/000000.json" in problem for problem in state.problems)
+    assert sum(tally.samples for tally in state.labels) == 6
+    assert "problem: " in render(state)
+
+
+def test_a_stage_of_another_version_is_planned_by_what_it_reads(run):
+    run_stage(TrueMasks(), run, Local(workers=1))
+    manifest = run.manifest()
+    manifest["artifacts"]["masks"] |= {"settings": {"gone": 1}}
+    manifest["artifacts"]["masks"] |= {"stage": "masks of old"}
+    run._save(manifest)
+    run.tar("masks", 1).with_suffix(".json").unlink()
+    masks = by_name(status(run))["masks"]
+    assert (masks.done, masks.planned) == (1, 2)
+
+
+def test_shards_training_and_scores_are_included(tmp_path):
+    run = make_run(tmp_path / "demo")
+    run_stage(Shards(samples_per_shard=4, val_ratio=0.25), run, Local(workers=1))
+    folder = run.path / "pretrain" / "mae"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": 1 / step, "note": "text"}) for step in (1, 2, 4)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "lo']))
+    (run.path / "evaluate").mkdir()
+    of_knn = {"knn": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "k": 20}}
+    evaluation = {"scores": {"mae": of_knn, "pixels": of_knn}, "warnings": ["few images"], "seconds": 2, "seed": 3}
+    (run.path / "evaluate" / "mae.json").write_text(json.dumps(evaluation))
+    state = status(run)
+    shards = by_name(state)["shards"]
+    assert shards.done == shards.planned == state.shards.num_shards > 1
+    assert shards.samples == sum(state.shards.splits.values()) == 12
+    assert shards.bytes == state.shards.bytes
+    (training,) = state.training
+    assert (training.name, training.done, training.last) == ("mae", False, {"step": 4, "loss": 0.25})
+    assert training.curve == ((1, 1), (2, 0.5), (4, 0.25))
+    (found,) = state.evaluations
+    assert [(score.of, score.evaluator, score.main) for score in found.scores] == [
+        ("mae", "knn", ("accuracy", 0.5)),
+        ("pixels", "knn", ("accuracy", 0.5)),
+    ]
+    assert state.advice.startswith("all stages are done")
+    text = render(state)
+    assert "0.400 to 0.600" in text
+    assert "note: few images" in text
+    assert scores(run)[0].split()[:3] == ["evaluate", "of", "by"]
+    assert scores(Run.create(tmp_path / "other")) == []
+
+
+def test_strange_files_of_others_do_not_stop_it(run):
+    for path, text in {
+        "evaluate/flat.json": '{"accuracy": 0.25}',
+        "evaluate/list.json": "[1, 2]",
+        "evaluate/broken.json": "{",
+        "shards/dataset.json": '{"splits": {"train": 3, "val": {"rows": 1}}, "shards": 7}',
+        "pretrain/empty/config.json": "{}",
+    }.items():
+        (run.path / path).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / path).write_text(text)
+    state = status(run)
+    assert state.shards.splits == {"train": 3, "val": 0}
+    assert [len(one.scores) for one in state.evaluations] == [0, 1, 0]
+    assert any("broken.json" in problem for problem in state.problems)
+    assert render(state)
+
+
+def test_a_training_is_one_unit_and_may_fail(run):
+    manifest = run.manifest()
+    made = manifest["artifacts"]["images"] | {"stage": "pretrain", "settings": {}, "inputs": {}, "fingerprint": "f"}
+    manifest["artifacts"]["pretrain/mae"] = made
+    run._save(manifest)
+    folder = run.path / "pretrain" / "mae"
+    folder.mkdir(parents=True)
+    (folder / "000000.failed.json").write_text('{"unit": 0, "error": "the loss is not finite"}')
+    state = status(run)
+    assert by_name(state)["pretrain/mae"].failures == {0: "the loss is not finite"}
+    assert "goes on from its last checkpoint" in state.advice
+    (folder / "000000.failed.json").unlink()
+    (folder / "encoder.safetensors").write_bytes(b"weights")
+    (folder / "done.json").write_text('{"fingerprint": "f", "seconds": 3.5}')
+    state = status(run)
+    assert (by_name(state)["pretrain/mae"].done, by_name(state)["pretrain/mae"].seconds) == (1, 3.5)
+    assert state.training[0].done
+
+
+def test_the_text_fits_the_console_and_prompts_do_not_steer_it(tmp_path):
+    run = Run.create(tmp_path / "demo")
+    run_stage(Drawn(units=1, unit_size=2), run, Local(workers=1))
+    masks_of(run, Broken())
+    text = render(status(run))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\x1b" not in text
+    assert not text.endswith("\n")
+
+
+@dataclass(frozen=True)
+class Broken(TrueMasks):
+    """Fails with a reason that nobody would want on a console as it is."""
+
+    @contextmanager
+    def open(self, run: Run, worker: Worker) -> Iterator[Work]:
+        def work(unit: int) -> Report:
+            raise ValueError("\x1b[2J gone " + "and a long reason " * 20)
+
+        yield work
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (75, "1 min 15 s"), (7265, "2 h 01 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_345_678_901_234, "2346 GB")])
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_no_torch_is_imported(tmp_path):
+    run = make_run(tmp_path / "demo")
+    script = (
+        "import sys\nfrom synthgen.run import Run\nfrom synthgen.status import render, status\n"
+        "render(status(Run.open(sys.argv[1])))\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(run.path)], check=True)

@@ -1,0 +1,195 @@
+"""The cut against brute force on grids of up to twelve pixels, and what must hold on any grid."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+from synthgen.graphcut import Edges, cut, ends, energy, expand, grid_edges
+
+OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 1), (-1, 2), (2, -3))
+SHAPES = ((2, 3), (3, 2), (1, 5), (3, 3), (2, 4), (3, 4))
+
+
+def random_problem(seed, shape, labels=2):
+    rng = np.random.default_rng(seed)
+    unaries = rng.normal(0, 2, (labels, *shape))
+    offsets = [offset for offset in OFFSETS if rng.random() < 0.6]
+    edges = grid_edges(shape, [(offset, rng.random(shape) * rng.integers(0, 2, shape) * 2) for offset in offsets])
+    return unaries, edges
+
+
+def all_labellings(shape, labels=2):
+    return (np.array(flat).reshape(shape) for flat in itertools.product(range(labels), repeat=shape[0] * shape[1]))
+
+
+def least(unaries, edges):
+    return min(energy(unaries, edges, each) for each in all_labellings(unaries.shape[1:], len(unaries)))
+
+
+def energy_by_loop(unaries, weights, labels):
+    """The formula of the module, written out pixel by pixel."""
+    height, width = labels.shape
+    total = sum(unaries[labels[y, x], y, x] for y in range(height) for x in range(width))
+    for (dy, dx), weight in weights:
+        for y, x in itertools.product(range(height), range(width)):
+            if 0 <= y + dy < height and 0 <= x + dx < width and labels[y, x] != labels[y + dy, x + dx]:
+                total += weight[y, x]
+    return total
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_energy_is_its_formula(seed):
+    rng = np.random.default_rng(seed)
+    shape = SHAPES[seed % len(SHAPES)]
+    weights = [(offset, rng.random(shape)) for offset in OFFSETS]
+    unaries, labels = rng.normal(size=(3, *shape)), rng.integers(0, 3, shape)
+    assert energy(unaries, grid_edges(shape, weights), labels) == pytest.approx(
+        energy_by_loop(unaries, weights, labels)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cut_is_the_minimum(shape):
+    for seed in range(40 if shape != (3, 4) else 8):
+        unaries, edges = random_problem(seed, shape)
+        found = cut(unaries[1], unaries[0], edges).astype(int)
+        assert energy(unaries, edges, found) == pytest.approx(least(unaries, edges), abs=1e-6)
+
+
+def test_cut_takes_the_smallest_of_equals():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        unaries = rng.integers(0, 3, (2, 3, 3)).astype(float)  # whole prices: many ties
+        edges = grid_edges((3, 3), [(offset, rng.integers(0, 3, (3, 3)).astype(float)) for offset in OFFSETS[:4]])
+        found = cut(unaries[1], unaries[0], edges)
+        best = least(unaries, edges)
+        equals = [each for each in all_labellings((3, 3)) if energy(unaries, edges, each) < best + 1e-9]
+        assert energy(unaries, edges, found.astype(int)) == pytest.approx(best, abs=1e-6)
+        assert all((found <= each.astype(bool)).all() for each in equals)  # it lies inside every other one
+
+
+def test_prices_may_be_far_apart():
+    """Neither a seed of a million nats nor edges of a billionth overflow or vanish."""
+    inside, outside = np.zeros((1, 4)), np.zeros((1, 4))
+    outside[0, 0], inside[0, 3] = 1e6, 1e6
+    edges = grid_edges((1, 4), [((0, 1), np.array([[3e-3, 1e-3, 2e-3, 0]]))])
+    assert cut(inside, outside, edges).tolist() == [[True, True, False, False]]
+    small = cut(inside * 1e-15, outside * 1e-15, edges.times(1e-15))
+    assert small.tolist() == [[True, True, False, False]]
+    dear = grid_edges((1, 4), [((0, 1), np.full((1, 4), 1e12))] * 3)
+    inside[0, 3] = 1e6 - 1
+    assert cut(inside, outside, dear).all()
+
+
+def test_many_pixels_do_not_overflow():
+    net = np.where(np.arange(128 * 128).reshape(128, 128) % 2, 1e4, -1e4)
+    edges = grid_edges((128, 128), [(offset, np.full((128, 128), 1e3)) for offset in OFFSETS[:4]])
+    assert (cut(-net, np.zeros_like(net), edges) == (net > 0)).all()
+
+
+def test_cut_without_pressure_is_trivial():
+    edges = grid_edges((2, 3), [((0, 1), np.ones((2, 3))), ((1, 0), np.ones((2, 3)))])
+    nothing = np.zeros((2, 3))
+    assert not cut(nothing, nothing, edges).any()
+    assert cut(nothing, nothing + 1, edges).all()
+    assert not cut(nothing + 1, nothing, edges).any()
+    assert cut(nothing, nothing + 1, grid_edges((2, 3), [])).all()
+
+
+def test_band_that_is_everything_is_the_whole_cut():
+    for seed in range(20):
+        unaries, edges = random_problem(seed, (3, 4))
+        whole = cut(unaries[1], unaries[0], edges)
+        free = np.ones((3, 4), dtype=bool)
+        assert (cut(unaries[1], unaries[0], edges, free=free, held=~whole) == whole).all()
+
+
+def test_band_is_the_best_that_held_pixels_allow():
+    for seed in range(60):
+        unaries, edges = random_problem(seed, (3, 3))
+        rng = np.random.default_rng(1000 + seed)
+        free, held = rng.random((3, 3)) < 0.6, rng.random((3, 3)) < 0.5
+        found = cut(unaries[1], unaries[0], edges, free=free, held=held)
+        assert (found == held)[~free].all()
+        allowed = [each for each in all_labellings((3, 3)) if (each.astype(bool) == held)[~free].all()]
+        best = min(energy(unaries, edges, each) for each in allowed)
+        assert energy(unaries, edges, found.astype(int)) == pytest.approx(best, abs=1e-6)
+
+
+def test_band_around_the_answer_gives_the_answer():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :40]
+    signal = np.where((y - 20) ** 2 + (x - 18) ** 2 < 120, 1.0, -1.0) + rng.normal(0, 1.0, (40, 40))
+    edges = grid_edges((40, 40), [(offset, np.full((40, 40), 1.0)) for offset in OFFSETS[:4]])
+    whole = cut(-signal, signal, edges)
+    free = rng.random((40, 40)) < 0.3
+    assert 200 < whole.sum() < 600
+    assert (cut(-signal, signal, edges, free=free, held=whole) == whole).all()
+
+
+def test_expand_with_two_labels_is_the_minimum():
+    for seed in range(40):
+        unaries, edges = random_problem(seed, (3, 3))
+        assert energy(unaries, edges, expand(unaries, edges)) == pytest.approx(least(unaries, edges), abs=1e-6)
+
+
+def test_no_single_move_improves_what_expand_found():
+    exact = 0
+    for seed in range(40):
+        unaries, edges = random_problem(seed, (2, 3), labels=3)
+        found = expand(unaries, edges)
+        cost = energy(unaries, edges, found)
+        for label in range(3):
+            for taken in all_labellings((2, 3)):
+                assert energy(unaries, edges, np.where(taken, label, found)) > cost - 1e-6
+        best = least(unaries, edges)
+        lowest = sum(unaries.min(axis=0).ravel())  # the bound of Boykov et al. is about what lies above the unaries
+        assert cost - lowest <= 2 * (best - lowest) + 1e-6
+        exact += cost < best + 1e-6
+    assert exact >= 34  # a move that forgets the pairs of other labels finds far fewer
+
+
+def test_expand_keeps_what_is_not_free():
+    for seed in range(20):
+        unaries, edges = random_problem(seed, (3, 4), labels=4)
+        rng = np.random.default_rng(seed)
+        free, start = rng.random((3, 4)) < 0.5, rng.integers(0, 4, (3, 4))
+        found = expand(unaries, edges, free=free, start=start)
+        assert (found == start)[~free].all()
+        assert energy(unaries, edges, found) <= energy(unaries, edges, start)
+
+
+def test_expand_with_one_label():
+    assert not expand(np.ones((1, 2, 3)), grid_edges((2, 3), [])).any()
+
+
+def test_same_answer_again_and_after_pickling():
+    unaries, edges = random_problem(3, (3, 4), labels=3)
+    copy = pickle.loads(pickle.dumps(edges))
+    assert isinstance(copy, Edges)
+    assert (expand(unaries, edges) == expand(unaries, copy)).all()
+
+
+@pytest.mark.parametrize("offset", [*OFFSETS, (5, 0), (0, -9), (-4, -4)])
+def test_ends_are_an_offset_apart(offset):
+    index = np.arange(12).reshape(3, 4)
+    here, there = ends((3, 4), offset)
+    assert index[here].shape == index[there].shape
+    assert index[here].size == max(3 - abs(offset[0]), 0) * max(4 - abs(offset[1]), 0)
+    assert ((index[there] - index[here]) == offset[0] * 4 + offset[1]).all()
+
+
+@pytest.mark.parametrize("price", [-1.0, np.nan, np.inf])
+def test_refuses_edges_that_no_cut_can_minimise(price):
+    with pytest.raises(ValueError, match="price of an edge"):
+        grid_edges((2, 2), [((0, 1), np.full((2, 2), price))])
+
+
+@pytest.mark.parametrize("price", [np.nan, np.inf])
+def test_refuses_pixels_without_a_price(price):
+    with pytest.raises(ValueError, match="price of a pixel"):
+        cut(np.full((2, 2), price), np.zeros((2, 2)), grid_edges((2, 2), []))

@@ -1,0 +1,226 @@
+"""Shards and folders to batches: what is read, in which order, and what is said of broken files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synthgen.augment import Augment, CenterCrop
+from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, source_inputs
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.image import encode_jpeg, encode_png
+from synthgen.loader import Order, collate, loader, workers_for
+from synthgen.stores.tar import TarWriter
+from tests.factories import make_generation
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def members(number, words=("disc",), label="disc", image="png", **extra):
+    generation, truth = make_generation(f"{number:010d}", words, 32, seed=number)
+    labels = (truth * np.arange(1, len(words) + 1)[:, None, None]).max(0).astype(np.uint8)
+    encode = encode_png if image == "png" else encode_jpeg
+    found = {
+        image: encode(generation.image),
+        "txt": generation.request.prompt.text.encode(),
+        "json": json.dumps({"words": list(words), "label": label}).encode(),
+        "mask.png": encode_png(labels),
+        "cls": b"1",
+    }
+    return {name: value for name, value in (found | extra).items() if value is not None}
+
+
+def write(path, samples):
+    with TarWriter(path) as tar:
+        for number, sample in samples.items():
+            tar.add(f"{number:010d}", sample)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write(tmp_path / "000000.tar", {n: members(n) for n in range(5)})
+    write(tmp_path / "000001.tar", {n: members(n, ("disc", "square"), "square", "jpg") for n in range(5, 8)})
+    return tmp_path
+
+
+def test_shards_by_number(shards):
+    samples = open_dataset(shards)
+    assert len(samples) == 8
+    assert [samples.key(n)[-1] for n in range(8)] == list("01234567")
+    last = samples[7]
+    generation, truth = make_generation("0000000007", ("disc", "square"), 32, seed=7)
+    assert (last.key, last.label, last.words) == ("0000000007", "square", ("disc", "square"))
+    assert last.text == "a photo of a disc and a square"
+    assert np.array_equal(last.labels == 2, truth[1])
+    assert np.array_equal(samples[0].image, make_generation("0", ("disc",), 32, seed=0)[0].image)
+    assert abs(last.image.astype(int) - generation.image).mean() < 5  # a jpg
+    assert [samples.label(n) for n in (0, 7)] == ["disc", "square"]
+
+
+def test_sources_are_tars_patterns_and_folders(shards):
+    one = shards / "000001.tar"
+    assert len(open_dataset(one)) == 3
+    assert len(open_dataset(str(shards / "*.tar"))) == 8
+    assert len(open_dataset(one, shards)) == 11
+    assert open_dataset(one, shards)[3].key == "0000000000"
+    assert open_dataset(one, shards).has_masks()
+    (text,) = source_inputs(shards).values()
+    assert text.startswith("000000.tar:")
+    with pytest.raises(MissingArtifact, match="nothing-here"):
+        open_dataset(shards / "nothing-here")
+    (shards / "notes.md").write_text("no tar")
+    with pytest.raises(ConfigError, match=r"notes\.md is not a tar"):
+        open_dataset(shards / "notes.md")
+
+
+def test_labels_come_from_json_then_cls(tmp_path):
+    bare = {"mask.png": None, "txt": None}
+    tar = write(
+        tmp_path / "a.tar",
+        {0: members(0), 1: members(1, json=b"{}", cls=b" 7\n"), 2: members(2, json=None, cls=None, **bare)},
+    )
+    samples = ShardDataset([tar])
+    assert [samples.label(n) for n in range(3)] == ["disc", "7", None]
+    assert (samples[2].text, samples[2].words, samples[2].labels) == ("", (), None)
+
+
+def test_masks_beside_a_jpg_may_be_a_plain_png(tmp_path):
+    """As in published sets: the image is the first of jpg, jpeg, webp, png; the json's classes name the masks."""
+    sample = members(0, image="jpg")
+    sample["png"] = sample.pop("mask.png")
+    sample["json"] = json.dumps({"classes": ["disc"]}).encode()
+    samples = ShardDataset([write(tmp_path / "a.tar", {0: sample})])
+    assert samples[0].words == ("disc",)
+    assert samples[0].labels.max() == 1
+    assert samples.has_masks()
+    assert not ShardDataset(samples.paths, masks=False).has_masks()
+
+
+def test_masks_alone_need_no_image(tmp_path):
+    sample = {name: value for name, value in members(3).items() if name in ("mask.png", "json")}
+    masks = open_masks(write(tmp_path / "truth.tar", {3: sample}))
+    assert list(masks) == ["0000000003"]
+    assert np.array_equal(masks["0000000003"].values, make_generation("3", ("disc",), 32, seed=3)[1])
+    with pytest.raises(ConfigError, match="holds no masks"):
+        open_masks(write(tmp_path / "none.tar", {0: members(0, **{"mask.png": None})}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"png": b"this is no picture"}, "cannot identify"),
+        ({"png": b"\x89PNG\r\n\x1a\n" + b"0" * 40}, "cannot be read"),
+        ({"png": None}, "has no image"),
+        ({"json": b"{"}, "cannot be read"),
+        ({"json": b"[]"}, "not an object"),
+        ({"json": b"{}", "cls": b"cat"}, "not a whole number"),
+        ({"mask.png": encode_png(np.zeros((8, 8), np.uint8))}, "8 x 8 pixels"),
+        ({"mask.png": encode_png(np.zeros((32, 32, 3), np.uint8))}, "mode RGB"),
+        ({"txt": b"\xff\xfe\xfd"}, "cannot be read"),
+    ],
+)
+def test_a_broken_sample_is_named(tmp_path, change, said):
+    tar = write(tmp_path / "000003.tar", {0: members(0), 1: members(1, **change)})
+    samples = ShardDataset([tar])
+    assert samples[0].key == "0000000000"
+    with pytest.raises(CorruptShard, match=said) as caught:
+        samples[1]
+    assert "0000000001" in str(caught.value)
+    assert str(tar) in str(caught.value)
+
+
+def test_a_cut_tar_is_named(shards):
+    path = shards / "000001.tar"
+    path.write_bytes(path.read_bytes()[:-9000])
+    with pytest.raises(CorruptShard, match=r"000001\.tar"):
+        open_dataset(shards)
+
+
+def test_folders_are_classes(tmp_path):
+    for number, name in enumerate(["dog/b.png", "cat/x/a.jpg", "top.png"]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 7, 3), number * 100, np.uint8)).save(path)
+    samples = open_dataset(tmp_path)
+    assert [(samples.key(n), samples.label(n)) for n in range(3)] == [("cat/x/a", "cat"), ("dog/b", "dog"), ("top", None)]
+    assert samples[1].image.shape == (9, 7, 3)
+    (tmp_path / "dog/b.png").write_bytes(b"no")
+    with pytest.raises(CorruptShard, match="dog/b"):
+        samples[1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingArtifact, match="neither tars nor images"):
+        FolderDataset(tmp_path / "empty")
+
+
+def test_collate_normalises_and_pads(shards):
+    samples = [CenterCrop(size=32)(open_dataset(shards)[n]) for n in (0, 7)]
+    batch = collate(samples, MEAN, STD)
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert batch.masks.shape == (2, 2, 32, 32)
+    assert batch.present.tolist() == [[True, False], [True, True]]
+    wanted = (torch.tensor(samples[1].image[4, 5] / 255.0) - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert torch.allclose(batch.images[1, :, 4, 5], wanted.float(), atol=1e-6)
+    assert torch.equal(batch.masks[1, 1], torch.from_numpy(samples[1].labels == 2))
+    assert not batch.masks[0, 1].any()
+    assert batch.labels == ("disc", "square")
+    assert len(batch) == 2
+
+
+# -- order
+
+
+def test_every_epoch_is_another_permutation():
+    order = Order(length=10, batch_size=3, epochs=3, seed=1)
+    steps = list(order)
+    assert len(order) == len(steps) == order.steps == 9
+    epochs = [[index for step in steps[e * 3 : e * 3 + 3] for _, index in step] for e in range(3)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [ticket[0] for step in steps for ticket in step] == [0] * 9 + [1] * 9 + [2] * 9
+    assert steps == list(order)
+    assert steps != list(Order(length=10, batch_size=3, epochs=3, seed=2))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 9])
+def test_order_is_taken_up_anywhere(start):
+    whole = list(Order(length=10, batch_size=3, epochs=3, seed=1))
+    assert list(Order(length=10, batch_size=3, epochs=3, seed=1, start=start)) == whole[start:]
+
+
+def test_processes_and_parts_share_a_step():
+    whole = list(Order(length=9, batch_size=8, epochs=1, seed=1))[0]
+    shared = [list(Order(length=9, batch_size=8, epochs=1, seed=1, rank=r, world_size=2, parts=2)) for r in (0, 1)]
+    assert [len(part) for part in shared[0]] == [2, 2]
+    assert sorted(ticket for rank in shared for part in rank for ticket in part) == sorted(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_and_resuming_change_nothing(shards, num_workers):
+    samples, view = open_dataset(shards), Augment(size=16, jitter=0.2)
+
+    def batches(start=0, num_workers=0):
+        order = Order(length=8, batch_size=3, epochs=2, seed=5, start=start)
+        return list(loader(samples, order, view, mean=MEAN, std=STD, seed=5, num_workers=num_workers))
+
+    whole, rest = batches(), batches(start=1, num_workers=num_workers)
+    assert [batch.keys for batch in rest] == [batch.keys for batch in whole[1:]]
+    for one, other in zip(whole[1:], rest, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.masks, other.masks)
+
+
+def test_datasets_travel_without_their_files(shards):
+    samples = open_dataset(shards)
+    first = samples[0].image
+    assert np.array_equal(pickle.loads(pickle.dumps(samples))[0].image, first)
+
+
+def test_number_of_workers():
+    assert workers_for(3) == 3
+    assert workers_for(-1) >= 0

@@ -1,0 +1,50 @@
+import pytest
+from transformers import CLIPTokenizer
+
+from synthgen.attention.words import locate_words
+from synthgen.prompts import parse_line
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stable_diffusion):
+    return CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer")  # 16 tokens at most
+
+
+def spelled(tokenizer, line):
+    prompt = parse_line(line)
+    ids = tokenizer(prompt.text, truncation=True, max_length=16)["input_ids"]
+    found = locate_words(tokenizer, prompt)
+    return ["".join(tokenizer.convert_ids_to_tokens([ids[p] for p in word])).replace("</w>", " ") for word in found.positions], found.warnings
+
+
+def test_words_of_one_and_of_many_tokens(tokenizer):
+    assert spelled(tokenizer, "a [dog] in an [elf]") == (["dog ", "elf "], ())
+
+
+def test_words_of_several_words(tokenizer):
+    assert spelled(tokenizer, "a [golden dog] in the [park]") == (["golden dog ", "park "], ())
+
+
+def test_the_second_of_two_equal_words(tokenizer):
+    prompt = parse_line("a dog and a [dog]")
+    assert locate_words(tokenizer, prompt).positions == ((5,),)
+
+
+def test_punctuation_case_and_other_scripts(tokenizer):
+    assert spelled(tokenizer, "A [Dog], a [cat]!")[0] == ["dog ", "cat "]
+    words, warnings = spelled(tokenizer, "a [é] cat")
+    assert len(words) == 1
+    assert words[0]
+    assert not warnings
+
+
+def test_a_word_that_fell_off_the_end_is_a_warning(tokenizer):
+    words, warnings = spelled(tokenizer, "a [dog] and an [umbrella umbrella]")
+    assert words == ["dog ", ""]
+    assert "longer than the 16 tokens" in warnings[0]
+    assert "'umbrella umbrella' is cut off" in warnings[1]
+
+
+def test_no_special_token_ever_counts(tokenizer):
+    prompt = parse_line("[a] [dog] [cat]")
+    assert locate_words(tokenizer, prompt).positions == ((1,), (2,), (3,))
