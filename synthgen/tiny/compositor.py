@@ -187,17 +187,16 @@ class Compositor:
         """Place the renderings, (b, 2): premultiplied layers (b, 2, 4, H, W), the second empty where not ``two``."""
         b = len(two)
         pair = two[:, None]
-        side = torch.where(pair, uniform((b, 2), 0.36, 0.54, generator), uniform((b, 2), 0.50, 0.90, generator))
+        side = torch.where(pair, uniform((b, 2), 0.42, 0.54, generator), uniform((b, 2), 0.58, 0.90, generator))
         shift = torch.where(pair, torch.tensor([-0.48, 0.48]) + uniform((b, 2), -0.08, 0.08, generator), 0.0)
         room = (1 - side).clamp(min=0)  # how far the centre may stray with the object still inside, of half a side
-        x = torch.where(pair, shift.clamp(-room, room), room * uniform((b, 2), -0.8, 0.8, generator))
-        y = room * uniform((b, 2), -0.4, 0.7, generator)
-        angle = uniform((b, 2), -10.0, 10.0, generator).deg2rad()
-        flip = 1 - 2.0 * (torch.rand(b, 2, generator=generator) < 0.5)
+        x = torch.where(pair, shift.clamp(-room, room), room * uniform((b, 2), -0.7, 0.7, generator))
+        y = room * uniform((b, 2), -0.3, 0.6, generator)
+        angle = uniform((b, 2), -6.0, 6.0, generator).deg2rad()
         cos, sin = angle.cos() / side, angle.sin() / side
         inverse = torch.stack(  # from the image's square [-1, 1]² to the object's
             [
-                torch.stack([flip * cos, flip * sin, -flip * (cos * x + sin * y)], dim=-1),
+                torch.stack([cos, sin, -cos * x - sin * y], dim=-1),
                 torch.stack([-sin, cos, sin * x - cos * y], dim=-1),
             ],
             dim=-2,

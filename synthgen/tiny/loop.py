@@ -49,7 +49,7 @@ class Settings:
     ema: float = 0.999
     log_every: int = 20  # steps
     save_every: float = 120.0  # seconds
-    show_every: float = 300.0  # seconds
+    show_every: float = 900.0  # seconds
 
 
 def rank() -> int:

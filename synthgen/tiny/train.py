@@ -28,7 +28,7 @@ __all__ = ["export", "train_decoder", "train_unet", "train_vae"]
 
 SEED = 2026
 VAE_BATCH = 8  # a step and process
-UNET_BATCH = 32  # a step and process
+UNET_BATCH = 16  # a step and process
 DRAWS = 2  # of noise for each composite
 DROPPED = 0.1  # share of captions that are left empty, for guidance
 VOCAB_SIZE = 4096  # at most; enough for every word of the captions
