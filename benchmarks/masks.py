@@ -29,6 +29,7 @@ from synthgen.refiners.attentioncut import AttentionCut
 from synthgen.refiners.threshold import Threshold
 
 GRID = 16  # cells a side of the maps
+NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours
 CONTENDERS: dict[str, Refiner] = {
     "threshold": Threshold(),
     "attentioncut": AttentionCut(),
@@ -38,15 +39,19 @@ Scene = tuple[UInt8[np.ndarray, "H W 3"], Maps, Bool[np.ndarray, "words H W"]]
 
 
 def draw_scene(seed: int, num_words: int, size: int) -> Scene:
-    """Textured ellipses and boxes on another texture; maps that are coarse, blurred, uneven and noisy.
+    """Textured ellipses and boxes over spots of the same colours; maps that are coarse, blurred, uneven and noisy.
 
     Everything is drawn at four pixels a cell and enlarged, so that a seed is the same picture at any size.
     """
     rng = np.random.default_rng(seed)
     base = 4 * GRID
     palette = rng.permutation([(0.8, 0.2, 0.2), (0.2, 0.3, 0.8), (0.9, 0.8, 0.2), (0.2, 0.6, 0.3), (0.9, 0.9, 0.9)])
-    canvas = texture(rng, base, size, palette[0] * 0.5 + 0.25, 0.15)
+    canvas = texture(rng, base, size, muted(palette[0]), 0.15)
     y, x = (np.mgrid[:size, :size] + 0.5) / size
+    for _ in range(NUM_DISTRACTORS):
+        (row, column), radius, color = rng.uniform(0, 1, 2), rng.uniform(0.06, 0.15), palette[rng.integers(5)]
+        spot = (y - row) ** 2 + (x - column) ** 2 < radius**2
+        canvas = np.where(spot[..., None], texture(rng, base, size, muted(color), 0.15), canvas)
     masks: list[Bool[np.ndarray, "H W"]] = []
     for k in range(num_words):
         row, column = rng.uniform(0.4, 0.6), (k + 0.5) / num_words + rng.uniform(-0.04, 0.04)
@@ -55,18 +60,25 @@ def draw_scene(seed: int, num_words: int, size: int) -> Scene:
         mask = dy**2 + dx**2 < 1 if rng.random() < 0.5 else np.maximum(abs(dy), abs(dx)) < 0.9
         for other in masks:
             mask = mask & ~other
-        canvas = np.where(mask[..., None], texture(rng, base, size, palette[k + 1], 0.05), canvas)
+        canvas = np.where(mask[..., None], texture(rng, base, size, muted(palette[k + 1]), 0.15), canvas)
         masks.append(mask)
     truth = np.stack(masks)
+    canvas = gaussian_filter(canvas, (0.8 * size / base, 0.8 * size / base, 0))  # borders as soft as a lens leaves them
     return (canvas * 255).astype(np.uint8), draw_maps(rng, truth), truth
+
+
+def muted(color: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
+    """A colour nearer to grey, so that it alone does not tell things apart."""
+    return 0.3 * color + 0.35
 
 
 def texture(
     rng: np.random.Generator, base: int, size: int, color: Float[np.ndarray, " 3"], grain: float
 ) -> Float[np.ndarray, "size size 3"]:
-    """One colour with spots of several sizes."""
+    """One colour with spots of several sizes, lit from one side."""
     layers = [gaussian_filter(rng.normal(size=(base, base)), s) * s for s in (1, 2, 3)]
-    noise = color + grain * np.stack(layers, axis=2) + rng.normal(0, 0.02, (base, base, 3))
+    slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, base)[:, None, None]
+    noise = color + slope + grain * np.stack(layers, axis=2) + rng.normal(0, 0.02, (base, base, 3))
     enlarge = size // base
     return np.clip(noise, 0, 1).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
 

@@ -15,13 +15,9 @@ from jaxtyping import Bool
 
 from synthgen.records import WordMasks
 
-__all__ = ["LICENCE", "SCHEMA_VERSION", "count_split", "dataset_card", "describe_masks", "parquet_bytes", "wids_index"]
+__all__ = ["SCHEMA_VERSION", "count_split", "dataset_card", "describe_masks", "parquet_bytes", "wids_index"]
 
 SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
-LICENCE = (
-    "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for them. "
-    "Read it before you publish or sell what is made from them."
-)
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → what Hugging Face calls it
 _MEMBERS = {

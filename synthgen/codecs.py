@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 Members = Mapping[str, bytes]
+
+#: What numpy, zipfile, zlib, json and Pillow raise on bytes that are damaged or missing.
+_UNREADABLE = (KeyError, ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def decode_image(key: str, members: Members) -> tuple[Request, UInt8[np.ndarray,
         meta = json.loads(members["json"])
         request = Request(key, prompt_from_json(meta), int(meta["seed"]))
         return request, decode_rgb(members["png"]), tuple(meta["warnings"])
-    except (KeyError, ValueError, OSError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(key, "image", error) from None
 
 
@@ -95,7 +100,7 @@ def decode_maps(key: str, members: Members, words: tuple[str, ...]) -> Maps:
             maps = Maps(words, arrays["weights"], arrays["affinity"])
         if len(maps.weights) != len(words):
             raise ValueError(f"{len(maps.weights)} maps for {len(words)} words")
-    except (KeyError, ValueError, OSError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(key, "maps", error) from None
     return maps
 
@@ -123,7 +128,7 @@ def decode_masks(key: str, members: Members) -> WordMasks:
         with np.load(io.BytesIO(members["masks.npz"]), allow_pickle=False) as arrays:
             values = labels_to_masks(arrays["labels"], len(meta["words"]))
             return WordMasks(tuple(meta["words"]), values, arrays["scores"], tuple(meta["dropped"]))
-    except (KeyError, ValueError, OSError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(key, "masks", error) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,15 +94,20 @@ def _renamed(encoder: VisionTransformer, *, newer: bool) -> dict[str, Tensor]:
         "embeddings.cls_token": ours["cls_token"],
         "embeddings.position_embeddings": ours["pos_embed"],
     }
-    names, prefix = (_VERSION_5, "layers") if newer else (_VERSION_4, "encoder.layer")
     for end in ("weight", "bias"):
         state[f"embeddings.patch_embeddings.projection.{end}"] = ours[f"patch_embed.proj.{end}"]
         state[f"layernorm.{end}"] = ours[f"norm.{end}"]
-        for number in range(encoder.config.depth):
-            block = f"blocks.{number}"
-            qkv = ours[f"{block}.attn.qkv.{end}"].chunk(3)
-            parts = dict(zip(("attn.q", "attn.k", "attn.v"), qkv, strict=True))
-            for here, there in names.items():
-                tensor = parts[here] if here in parts else ours[f"{block}.{here}.{end}"]
-                state[f"{prefix}.{number}.{there}.{end}"] = torch.clone(tensor)
+    return state | _blocks(ours, "layers" if newer else "encoder.layer", newer=newer)
+
+
+def _blocks(ours: Mapping[str, Tensor], prefix: str, *, newer: bool) -> dict[str, Tensor]:
+    """The parameters of all ``blocks`` under the names they have there."""
+    names, state = _VERSION_5 if newer else _VERSION_4, {}
+    numbers = sorted({name.split(".")[1] for name in ours if name.startswith("blocks.")})
+    for block, end in ((number, end) for number in numbers for end in ("weight", "bias")):
+        qkv = ours[f"blocks.{block}.attn.qkv.{end}"].chunk(3)
+        parts = dict(zip(("attn.q", "attn.k", "attn.v"), qkv, strict=True))
+        for here, there in names.items():
+            tensor = parts[here] if here in parts else ours[f"blocks.{block}.{here}.{end}"]
+            state[f"{prefix}.{block}.{there}.{end}"] = torch.clone(tensor)
     return state

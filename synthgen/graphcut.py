@@ -84,10 +84,10 @@ def grid_edges(shape: tuple[int, int], neighbours: Iterable[tuple[tuple[int, int
     return Edges(first, second, weights).where(weights > 0)
 
 
-def energy(unaries: Float[np.ndarray, "labels h w"], edges: Edges, labels: Int[np.ndarray, "h w"]) -> float:
+def energy(unaries: Float[np.ndarray, "labels *grid"], edges: Edges, labels: Int[np.ndarray, "*grid"]) -> float:
     """What a labelling costs: the formula of this module."""
     flat = labels.ravel()
-    own = np.take_along_axis(unaries, labels[None].astype(np.intp), axis=0).sum(dtype=np.float64)
+    own = unaries.reshape(len(unaries), -1)[flat, np.arange(flat.size)].sum(dtype=np.float64)
     return float(own + edges.weight[flat[edges.first] != flat[edges.second]].sum())
 
 
@@ -117,14 +117,9 @@ def cut(
     Raises:
         ValueError: a price is not finite.
     """
-    net = np.subtract(outside, inside, dtype=np.float64).ravel()  # above 0: rather inside
-    result = np.zeros(net.size, dtype=bool) if held is None else held.ravel().copy()
-    if free is not None:
-        net, edges = _fold(net, edges, free.ravel(), result)
-        result[free.ravel()] = _divide(net, edges)
-    else:
-        result = _divide(net, edges)
-    return result.reshape(inside.shape)
+    prices = np.stack([outside.ravel(), inside.ravel()])
+    labels = np.zeros(inside.size, dtype=np.intp) if held is None else held.ravel().astype(np.intp)
+    return _solve(prices, edges, labels, free, max_rounds=1).reshape(inside.shape).astype(bool)
 
 
 def expand(
@@ -146,18 +141,39 @@ def expand(
         start: the labels to begin with, by default each pixel's cheapest.
         max_rounds: rounds over all labels.
     """
-    count, *shape = unaries.shape
-    labels = np.argmin(unaries, axis=0) if start is None else start.astype(np.intp)
-    if count == 1:
-        return labels
-    if count == 2:
-        return cut(unaries[1], unaries[0], edges, free=free, held=labels == 1).astype(np.intp)
-    free = np.ones(shape, dtype=bool) if free is None else free
-    cost = energy(unaries, edges, labels)
+    labels = np.argmin(unaries, axis=0) if start is None else start
+    prices = unaries.reshape(len(unaries), -1)
+    return _solve(prices, edges, labels.ravel().astype(np.intp), free, max_rounds).reshape(labels.shape)
+
+
+def _solve(
+    prices: Float[np.ndarray, "labels n"],
+    edges: Edges,
+    labels: Int[np.ndarray, " n"],
+    free: Bool[np.ndarray, "h w"] | None,
+    max_rounds: int,
+) -> Int[np.ndarray, " n"]:
+    """Cut or expand, over the free pixels alone."""
+    result = labels.copy()
+    chosen = slice(None) if free is None else free.ravel()
+    if free is not None:
+        prices, edges = _fold(prices, edges, free.ravel(), labels)
+    if len(prices) == 2:
+        result[chosen] = _divide(np.subtract(prices[0], prices[1], dtype=np.float64), edges)
+    elif len(prices) > 2:
+        result[chosen] = _expand(prices, edges, labels[chosen], max_rounds)
+    return result
+
+
+def _expand(
+    prices: Float[np.ndarray, "labels n"], edges: Edges, labels: Int[np.ndarray, " n"], max_rounds: int
+) -> Int[np.ndarray, " n"]:
+    count = len(prices)
+    cost = energy(prices, edges, labels)
     stuck = 0  # moves in a row that changed nothing
     for label in [*range(1, count), 0] * max_rounds:
-        moved = _expand_one(unaries, edges, labels, label, free)
-        lower = energy(unaries, edges, moved)
+        moved = _move(prices, edges, labels, label)
+        lower = energy(prices, edges, moved)
         if lower < cost:  # rounding inside the cut may make it a little dearer, never let that in
             labels, cost, stuck = moved, lower, 0
         else:
@@ -167,48 +183,52 @@ def expand(
     return labels
 
 
-def _expand_one(
-    unaries: Float[np.ndarray, "labels h w"],
-    edges: Edges,
-    labels: Int[np.ndarray, "h w"],
-    label: int,
-    free: Bool[np.ndarray, "h w"],
-) -> Int[np.ndarray, "h w"]:
-    """The best labelling in which every free pixel keeps its label or takes ``label``.
+def _move(
+    prices: Float[np.ndarray, "labels n"], edges: Edges, labels: Int[np.ndarray, " n"], label: int
+) -> Int[np.ndarray, " n"]:
+    """The best labelling in which every pixel keeps its label or takes ``label``.
 
     A pair of other, different labels costs w unless both ends change. That is an edge of w / 2 and w / 2 off the
     price of changing either end, so the move remains a cut with edges that look the same from both ends.
     """
-    flat = labels.ravel()
-    first, second = flat[edges.first], flat[edges.second]
+    first, second = labels[edges.first], labels[edges.second]
     apart = (first != second) & (first != label) & (second != label)
     half = edges.weight[apart] / 2
-    relief = _sums(edges.first[apart], half, flat.size) + _sums(edges.second[apart], half, flat.size)
-    takes = unaries[label] - relief.reshape(labels.shape)
-    keeps = np.take_along_axis(unaries, labels[None], axis=0)[0]
+    relief = _sums(edges.first[apart], half, labels.size) + _sums(edges.second[apart], half, labels.size)
     softer = replace(edges, weight=np.where(apart, edges.weight / 2, edges.weight))
-    same = labels == label
-    return np.where(cut(takes, keeps, softer, free=free & ~same, held=same), label, labels)
+    other = labels != label
+    two = np.stack([prices[labels, np.arange(labels.size)], prices[label] - relief])
+    two, softer = _fold(two, softer, other, np.ones_like(labels))
+    moved = labels.copy()
+    moved[np.flatnonzero(other)[_divide(two[0] - two[1], softer)]] = label
+    return moved
 
 
 def _sums(where: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], size: int) -> Float64[np.ndarray, " size"]:
+    """The sum of the values that fall on each place."""
     return np.bincount(where, weights=values, minlength=size)
 
 
 def _fold(
-    net: Float64[np.ndarray, " n"], edges: Edges, free: Bool[np.ndarray, " n"], held: Bool[np.ndarray, " n"]
-) -> tuple[Float64[np.ndarray, " m"], Edges]:
-    """The same problem over the free pixels alone: an edge to a held pixel becomes a pull towards that pixel's side."""
-    number = np.cumsum(free, dtype=np.int32) - np.int32(1)
-    pull = np.where(held, 1.0, -1.0)
+    prices: Float[np.ndarray, "labels n"],
+    edges: Edges,
+    free: Bool[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+) -> tuple[Float64[np.ndarray, "labels m"], Edges]:
+    """The same problem over the free pixels alone, prices less a constant.
+
+    What an edge to a held pixel costs with any other label is taken off the price of that pixel's label.
+    """
     first, second = free[edges.first], free[edges.second]
-    for mine, other, border in (
-        (edges.first, edges.second, first & ~second),
-        (edges.second, edges.first, second & ~first),
-    ):
-        net = net + _sums(mine[border], edges.weight[border] * pull[other[border]], net.size)
+    into, out = first & ~second, second & ~first
+    mine = np.concatenate([edges.first[into], edges.second[out]])
+    theirs = labels[np.concatenate([edges.second[into], edges.first[out]])]
+    weight = np.concatenate([edges.weight[into], edges.weight[out]])
+    relief = _sums(theirs * free.size + mine, weight, prices.size).reshape(prices.shape)
+    number = np.cumsum(free, dtype=np.int32) - np.int32(1)
     kept = edges.where(first & second)
-    return net[free], replace(kept, first=number[kept.first], second=number[kept.second])
+    inner = replace(kept, first=number[kept.first], second=number[kept.second])
+    return prices[:, free] - relief[:, free], inner
 
 
 def _divide(net: Float64[np.ndarray, " n"], edges: Edges) -> Bool[np.ndarray, " n"]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "UnitWriter", "digest", "versions"]
 
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 _MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
 
@@ -98,7 +99,7 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """What ``run.yaml`` says."""
         try:
-            value = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
+            value = _LOADER((self.path / "run.yaml").read_text(encoding="utf-8")).get_single_data()
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = str(error).replace("\n", " ")
             raise ConfigError(f"{self.path}/run.yaml is not YAML ({reason}); restore it or start a new run") from None

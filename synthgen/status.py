@@ -416,7 +416,7 @@ def scores(run: Run) -> list[str]:
 def _blocks(state: RunStatus) -> Iterator[list[str]]:
     versions = state.artifacts[-1].versions if state.artifacts else {}
     made = ", ".join(f"{name} {versions[name]}" for name in ("synthgen", "torch", "diffusers") if name in versions)
-    yield [_plain(f"{state.path}  seed {state.seed}{f'  ({made})' if made else ''}")]
+    yield _wrap(f"{state.path}  seed {state.seed}{f'  ({made})' if made else ''}")
     if state.artifacts:
         yield _table(
             ("artifact", "made by", "units", "samples", "time", "samples/s", "size", "notes"),

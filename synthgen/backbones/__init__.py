@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from synthgen.records import Generation, Request
 from synthgen.registry import Family
@@ -14,12 +14,10 @@ __all__ = ["BACKBONES", "Backbone"]
 class Backbone(Protocol):
     """A diffusion model on one device. Its constructor's arguments are its settings; ``device`` is the worker's."""
 
+    licence: ClassVar[str]  # one sentence for the dataset card: what may be done with the images
+
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request. A request's result depends on the request alone."""
-        ...
-
-    def describe(self) -> dict[str, str]:
-        """What the dataset card says of the model: ``model``, ``family``, ``licence``."""
         ...
 
 

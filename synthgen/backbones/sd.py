@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from synthgen.diffusion import DType, Sampling, UNetPipeline, load_pipeline
 from synthgen.records import Generation, Request
@@ -17,6 +18,11 @@ class StableDiffusion:
     the half: the finest cross-attention is noisy, and its self-attention large. That is our choice; see
     ``docs/masks.md``.
     """
+
+    licence: ClassVar = (
+        "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for them. "
+        "Read it before you publish or sell what is made from them."
+    )
 
     def __init__(
         self,
@@ -45,7 +51,3 @@ class StableDiffusion:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request."""
         return self._model.generate(requests)
-
-    def describe(self) -> dict[str, str]:
-        """What the dataset card says of the model."""
-        return {"model": self._name, "family": "Stable Diffusion", "licence": f"see the model card of {self._name}"}

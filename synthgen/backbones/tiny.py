@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from synthgen import tiny
 from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
@@ -16,6 +17,10 @@ class Tiny:
 
     Cross-attention is read on its 16 x 16 and 8 x 8 grids, self-attention on 16 x 16.
     """
+
+    licence: ClassVar = (
+        "The shipped model is Apache-2.0, and so are its images."
+    )
 
     def __init__(
         self,
@@ -34,7 +39,3 @@ class Tiny:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request."""
         return self._model.generate(requests)
-
-    def describe(self) -> dict[str, str]:
-        """What the dataset card says of the model."""
-        return {"model": "synthgen tiny", "family": "Stable Diffusion in miniature", "licence": "Apache-2.0"}

@@ -231,7 +231,8 @@ def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, 
 
 
 def one_hot(labels: Int[np.ndarray, "h w"], count: int) -> Float32[np.ndarray, "count h w"]:
-    return (labels == np.arange(count)[:, None, None]).astype(np.float32)
+    hot: Float32[np.ndarray, "count h w"] = (labels == np.arange(count)[:, None, None]).astype(np.float32)
+    return hot
 
 
 def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> Float64[np.ndarray, "h w 3"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -35,7 +35,7 @@ class Generate(Stage):
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
 
-    prompts: str = free("prompts/demo.txt")  # a file; its content counts, not its name
+    prompts: str = field(metadata={"free": True})  # a file; its content counts, not its name
     template: str = free("")  # a file of templates, or none
     images_per_prompt: int = 1
     limit: int = 0  # at most so many images; 0: all

@@ -228,13 +228,14 @@ class Pretrain(Stage):
         """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import GradientAccumulationPlugin
 
         # Accelerate keeps the first call's precision and device for the whole process; another training may want others
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
         accelerator = Accelerator(
             cpu=worker.device == "cpu",
             mixed_precision=self.precision,
-            gradient_accumulation_steps=self.accumulate,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(self.accumulate, sync_with_dataloader=False),
             log_with=list(self.trackers) or None,
             project_dir=run.folder(*self.artifacts()),
         )

@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from synthgen import __version__, codecs
-from synthgen.card import LICENCE, SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
+from synthgen.backbones import BACKBONES
+from synthgen.card import SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.records import Report
@@ -89,7 +90,7 @@ class Shards(Stage):
             if missing:
                 raise MissingArtifact(
                     f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
-                    f"run: synthgen masks --run {run.path}, or leave masks out of the shards"
+                    f"run: synthgen masks --run {run.path}, or leave masks out with --set masks=false"
                 )
             found["units of masks"] = _content(run, "masks", units)
         return found
@@ -152,7 +153,6 @@ class Shards(Stage):
             "name": run.path.resolve().name,
             "seed": run.seed,
             **_source(run),
-            "licence": LICENCE,
             "members": sorted(members),
             "settings": self.settings(),
             "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
@@ -374,10 +374,11 @@ def _row(run: Run, shard: Shard) -> dict[str, Any]:
 
 
 def _source(run: Run) -> dict[str, str]:
-    """Which backbone made the images, and which model it ran."""
+    """Which backbone made the images, which model it ran, and what may be done with them."""
     backbone = run.artifact("images")["settings"].get("backbone") or {}
     name = str(backbone.get("name", ""))
-    return {"backbone": name, "model": str(backbone.get("model") or name)}
+    licence = BACKBONES.load(name).licence if name in BACKBONES.names() else "See where the images come from."
+    return {"backbone": name, "model": str(backbone.get("model") or name), "licence": licence}
 
 
 def _classes(run: Run) -> list[str]:

@@ -139,8 +139,10 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     samples: list[tuple[str, dict[str, Member]]] = []
     try:
         size = path.stat().st_size
+        end = 0
         with tarfile.open(path, "r:") as tar:
             for info in tar:
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if not info.isfile():
                     continue
                 folder, _, base = info.name.rpartition("/")
@@ -151,12 +153,11 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
                 if not samples or samples[-1][0] != key:
                     samples.append((key, {}))
                 samples[-1][1][name.lower()] = Member(info.offset_data, info.size)
-            end = tar.offset
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}") from None
     except tarfile.TarError as error:
         raise _corrupt(path, samples, str(error)) from None
-    if size < end or (samples and size % tarfile.BLOCKSIZE):
+    if size < end + tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:  # a whole tar ends with a block of zeros
         raise _corrupt(path, samples, "it is cut off")
     return samples
 

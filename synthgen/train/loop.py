@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from synthgen.datasets import ImageDataset
 from synthgen.errors import SynthgenError
@@ -91,13 +90,13 @@ class Training:
         batches = iter(self._loader())
         started, logged, logged_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
         for step in range(self.step, self.order.steps):
-            output = self._step(step, batches)
+            outputs = self._step(step, batches)
             self.step = step + 1
             last = self.step == self.order.steps
             figures: dict[str, float] = {}
             if self.step % self.log_every == 0 or last:
                 self._check_finite()
-                figures = self._figures(output, step)
+                figures = self._figures(outputs, step)
                 now = time.perf_counter()
                 images = (self.step - logged_step) * self.order.batch_size
                 figures |= {"images_per_second": round(images / (now - logged), 2), "seconds": round(now - started, 3)}
@@ -127,10 +126,11 @@ class Training:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> StepOutput:
+    def _step(self, step: int, batches: Iterator[Batch]) -> list[StepOutput]:
         rate, progress = learning_rate(self.optim, step, self.order.steps), step / max(1, self.order.steps - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        outputs = []
         for part in range(self.order.parts):
             batch = next(batches).to(self.accelerator.device)
             seed_everything(self.order.seed, step, part, self.accelerator.process_index)
@@ -142,10 +142,11 @@ class Training:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             # kept on the device: asking each step would make the host wait for a GPU
+            outputs.append(StepOutput(output.loss.detach(), output.metrics))
             bad = torch.where(output.loss.detach().isfinite(), self.order.steps, step)
             self._first_bad = torch.minimum(self._first_bad, bad)
         self.method.after_step(step)
-        return output
+        return outputs
 
     def _check_finite(self) -> None:
         bad = int(self.accelerator.gather(self._first_bad).min())
@@ -156,10 +157,12 @@ class Training:
                 "or use precision bf16 or no"
             )
 
-    def _figures(self, output: StepOutput, step: int) -> dict[str, float]:
-        named: dict[str, Tensor] = {"loss": output.loss.detach(), **output.metrics}
-        means = self.accelerator.gather(torch.stack([value.float() for value in named.values()])[None]).mean(0)
-        figures = {name: _rounded(float(value)) for name, value in zip(named, means, strict=True)}
+    def _figures(self, outputs: list[StepOutput], step: int) -> dict[str, float]:
+        """Means over the parts of the step and over processes."""
+        named = [{"loss": output.loss, **output.metrics} for output in outputs]
+        values = torch.stack([torch.stack([value.float() for value in part.values()]) for part in named])
+        means = self.accelerator.gather(values).mean(0)
+        figures = {name: _rounded(float(value)) for name, value in zip(named[0], means, strict=True)}
         return {**figures, "learning_rate": _rounded(learning_rate(self.optim, step, self.order.steps))}
 
     def _save(self) -> None:

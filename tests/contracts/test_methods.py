@@ -95,8 +95,42 @@ def test_mae_loss_is_its_formula():
             mean = pixels.mean()
             variance = ((pixels - mean) ** 2).sum() / (len(pixels) - 1)
             target = (pixels - mean) / (variance + 1e-6).sqrt()
-            total += float(((predicted[image, row].double() - target) ** 2).mean())
+            total += float(((predicted[image, row].detach().double() - target) ** 2).mean())
     assert loss.item() == pytest.approx(total / hidden.numel(), rel=1e-5)
+
+
+def test_mae_is_that_of_transformers():
+    """Same weights, same draw: the loss of ``ViTMAEForPreTraining``."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from synthgen.export import _blocks, _renamed
+
+    method, batch = build("mae", decoder_dim=64, decoder_depth=1), make_batch()
+    twin = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32,
+            patch_size=4, decoder_hidden_size=64, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=256, layer_norm_eps=1e-6, norm_pix_loss=True,
+        )
+    )  # fmt: skip
+    newer = any(name.startswith("vit.layers.") for name in twin.state_dict())
+    ours = method.decoder.state_dict()
+    state = {f"vit.{name}": tensor for name, tensor in _renamed(method.encoder, newer=newer).items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in _blocks(ours, "decoder_layers", newer=newer).items()}
+    state |= {
+        f"decoder.decoder_{there}.{end}": ours[f"{here}.{end}"]
+        for here, there in (("embed", "embed"), ("norm", "norm"), ("predict", "pred"))
+        for end in ("weight", "bias")
+    }
+    state["decoder.mask_token"] = ours["mask_token"]
+    state["decoder.decoder_pos_embed"] = method.decoder.positions
+    assert torch.allclose(twin.state_dict()["decoder.decoder_pos_embed"], method.decoder.positions, atol=1e-6)
+    assert torch.allclose(twin.state_dict()["vit.embeddings.position_embeddings"], method.encoder.pos_embed, atol=1e-6)
+    twin.load_state_dict(state)
+    torch.manual_seed(9)
+    loss = method(batch, 0.0).loss
+    torch.manual_seed(9)
+    assert twin(batch.images, noise=torch.rand(4, 64)).loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_hidden_pixels_do_not_leak_into_the_prediction():
@@ -232,7 +266,9 @@ def test_decay_spares_biases_norms_and_tokens():
     names = {id(p): name for name, p in method.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
-    assert {"encoder.cls_token", "decoder.mask_token", "encoder.norm.weight"} <= {names[id(p)] for p in spared["params"]}
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.norm.weight"} <= {
+        names[id(p)] for p in spared["params"]
+    }
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 

@@ -237,7 +237,9 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_345_678_901_234, "2346 GB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_345_678_901_234, "2346 GB")]
+)
 def test_sizes(count, text):
     assert size(count) == text
 

@@ -98,9 +98,7 @@ def test_probe_reads_what_is_linear_and_nothing_else():
     noise = torch.randint(0, 2, (400,), generator=generator)
     probe = EVALUATORS.build("linear_probe")
     for labels, low, high in ((linear, 0.93, 1.0), (noise, 0.35, 0.65)):
-        material = Material(
-            train=Labelled(features[:300], labels[:300]), test=Labelled(features[300:], labels[300:])
-        )
+        material = Material(train=Labelled(features[:300], labels[:300]), test=Labelled(features[300:], labels[300:]))
         assert low <= probe.evaluate(material)["accuracy"] <= high
 
 
@@ -142,7 +140,9 @@ def test_words_without_true_pixels_do_not_count():
 
 def test_masks_of_another_size_are_resized():
     def disc(size):
-        return WordMasks(("disc",), shape_mask("disc", size / 2, size / 2, size / 3, size)[None], np.zeros(1, np.float32))
+        return WordMasks(
+            ("disc",), shape_mask("disc", size / 2, size / 2, size / 3, size)[None], np.zeros(1, np.float32)
+        )
 
     (iou,) = word_ious(disc(32), disc(64))
     assert iou > 0.93

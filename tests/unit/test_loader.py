@@ -148,7 +148,11 @@ def test_folders_are_classes(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9, 7, 3), number * 100, np.uint8)).save(path)
     samples = open_dataset(tmp_path)
-    assert [(samples.key(n), samples.label(n)) for n in range(3)] == [("cat/x/a", "cat"), ("dog/b", "dog"), ("top", None)]
+    assert [(samples.key(n), samples.label(n)) for n in range(3)] == [
+        ("cat/x/a", "cat"),
+        ("dog/b", "dog"),
+        ("top", None),
+    ]
     assert samples[1].image.shape == (9, 7, 3)
     (tmp_path / "dog/b.png").write_bytes(b"no")
     with pytest.raises(CorruptShard, match="dog/b"):

@@ -39,7 +39,7 @@ def test_stages_and_overrides(tmp_path):
         ("seed: a\nstages: {masks: {}}", PipelineError, "'seed' must be"),
         ("a: [", PipelineError, "not a YAML file"),
         ("- a", PipelineError, "holds no settings"),
-        ("stages:\n  masks: {}\n  generate: {}", PipelineError, "makes after it; put it first"),
+        ("stages:\n  masks: {}\n  generate: {prompts: p.txt}", PipelineError, "makes after it; put it first"),
     ],
 )
 def test_bad_files_say_what_and_where(tmp_path, text, error, says):

@@ -1,0 +1,44 @@
+# Bare `make` lists the targets. Everything but `install` works without a network.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/latest
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install check lint test test-slow demo shards bench clean
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv with synthgen and everything it needs
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $@
+
+demo: $(STAMP)   ## prompts to encoder on the shipped model, in minutes; ends with a page to look at
+	@$(BIN)/synthgen run pipelines/tiny.yaml
+	@$(BIN)/synthgen view runs/tiny
+	@echo "shards: runs/tiny/shards (see its README.md)"
+
+shards: $(STAMP) ## training tars of RUN (runs/latest)
+	@$(BIN)/synthgen shards --run $(RUN)
+
+test: $(STAMP)   ## the tests
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+check: lint test ## what CI runs
+lint: $(STAMP)   ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure speed beside named alternatives; writes benchmarks/results
+	cd benchmarks && for script in generate masks shards pretrain; do ../$(BIN)/python $$script.py || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
+clean:           ## remove the environment and all runs
+	rm -rf $(VENV) runs

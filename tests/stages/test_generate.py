@@ -1,0 +1,138 @@
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from synthgen import api
+from synthgen.config import Choice
+from synthgen.engines.local import Local
+from synthgen.errors import ConfigError, PromptError, StaleArtifact, UnknownName
+from synthgen.run import Run
+from synthgen.stages.generate import Generate
+
+PROMPTS = "a photo of a [dog]\na [golden dog] and a [cat]\nthe [park] and an [umbrella umbrella]\n"
+
+
+def sums(run, *artifacts):
+    return {
+        path.relative_to(run.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for artifact in artifacts
+        for path in sorted(run.folder(artifact).glob("**/*.tar"))
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(stable_diffusion, tmp_path_factory):
+    prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
+    prompts.write_text(PROMPTS)
+    backbone = Choice("sd", {"model": str(stable_diffusion), "num_steps": 2, "guidance_scale": 2.0})
+    return {"prompts": str(prompts), "images_per_prompt": 3, "unit_size": 4, "batch_size": 4, "backbone": backbone}
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    run = Run.create(tmp_path_factory.mktemp("runs") / "r")
+    api.generate(run, engine=Local(workers=1), **settings)
+    return run
+
+
+def test_samples_hold_image_prompt_and_maps(finished):
+    samples = list(api.samples(finished))
+    assert [generation.request.key for generation, _ in samples] == [
+        f"{unit:06d}{row:04d}" for unit, rows in ((0, 4), (1, 4), (2, 1)) for row in range(rows)
+    ]
+    assert samples[1][0].request.prompt.words == ("golden dog", "cat")
+    assert samples[1][0].maps.weights.shape == (2, 8, 8)
+    assert samples[2][0].request.prompt.words == ("park",)  # the other word does not fit 16 tokens
+    assert "cut off" in samples[2][0].warnings[1]
+    assert finished.mark("images", 0)["notes"] == {"samples with warnings": 1}
+    seeds = {generation.request.seed for generation, _ in samples}
+    assert len(seeds) == 9
+    assert not np.array_equal(samples[0][0].image, samples[3][0].image)  # one prompt, two seeds
+
+
+def test_two_workers_give_the_same_bytes(finished, settings, tmp_path):
+    run = Run.create(tmp_path / "r")
+    api.generate(run, engine=Local(workers=2), **settings)
+    assert sums(run, "images", "maps") == sums(finished, "images", "maps")
+
+
+def test_kill_in_the_middle_then_the_same_command(finished, settings, tmp_path):
+    run = tmp_path / "r"
+    backbone = settings["backbone"].options
+    command = [
+        sys.executable, "-m", "synthgen", "generate", "--prompts", settings["prompts"], "--images-per-prompt", "3",
+        "--batch-size", "4", "--backbone", "sd", "--model", backbone["model"], "--steps", "2", "--guidance", "2.0",
+        "--set", "unit_size=4", "--workers", "1", "--run", str(run),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "maps" / "000000.json").exists():
+        assert process.poll() is None or (run / "maps" / "000000.json").exists()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = len(list((run / "maps").glob("*.json")))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert killed_at < 3, "the process had ended before it was killed"
+    assert f"{killed_at} of 3 units were done before" in again.stdout
+    assert sums(Run.open(run), "images", "maps") == sums(finished, "images", "maps")
+
+
+def test_changed_prompts_are_refused_by_name(finished, settings, tmp_path):
+    other = tmp_path / "p.txt"
+    other.write_text(PROMPTS + "a [cat]\n")
+    with pytest.raises(StaleArtifact, match="its input 'prompts' has changed"):
+        api.generate(finished, engine=Local(workers=1), **{**settings, "prompts": str(other)})
+    moved = tmp_path / "moved.txt"
+    moved.write_text(PROMPTS)  # another name for the same prompts is no change
+    assert api.generate(finished, engine=Local(workers=1), **{**settings, "prompts": str(moved)}).samples == 0
+
+
+def test_a_changed_option_of_the_backbone_is_refused(finished, settings):
+    backbone = Choice("sd", {**settings["backbone"].options, "num_steps": 3})
+    with pytest.raises(StaleArtifact, match="num_steps"):
+        api.generate(finished, engine=Local(workers=1), **{**settings, "backbone": backbone})
+
+
+def test_the_manifest_spells_out_every_option(finished):
+    assert finished.artifact("images")["settings"]["backbone"]["dtype"] == "float32"
+
+
+def test_bad_settings_say_so_before_anything_is_written(tmp_path, settings):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnknownName, match="did you mean 'tiny'"):
+        api.generate(run, prompts=settings["prompts"], backbone="tyny")
+    with pytest.raises(ConfigError, match="num_step"):
+        api.generate(run, prompts=settings["prompts"], backbone=Choice("sd", {"num_step": 2}))
+    with pytest.raises(ConfigError, match="unit_size must be at least 1"):
+        api.generate(run, prompts=settings["prompts"], unit_size=0)
+    with pytest.raises(PromptError):
+        api.generate(run, prompts=str(tmp_path))
+    assert [path.name for path in run.path.iterdir()] == ["run.yaml"]
+
+
+def test_limit_and_template(settings, tmp_path):
+    template = tmp_path / "t.txt"
+    template.write_text("a {} at night\n")
+    stage = Generate(prompts=settings["prompts"], template=str(template), limit=5, images_per_prompt=2, unit_size=4)
+    run = Run.create(tmp_path / "r")
+    assert stage.plan(run) == [0, 1]
+    assert [stage.size(run, unit) for unit in (0, 1)] == [4, 1]
+    stage.prepare(run)
+    assert (run.path / "prompts.jsonl").read_text().splitlines()[1].count("golden dog at night") == 1
+
+
+def test_missing_weights_are_one_line(settings, tmp_path):
+    run = Run.create(tmp_path / "r")
+    from synthgen.errors import MissingWeights
+
+    with pytest.raises(MissingWeights, match="download it first") as caught:
+        api.generate(run, engine=Local(workers=1), prompts=settings["prompts"], backbone=Choice("sd", {"model": str(tmp_path)}))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,281 @@
+"""Pretraining: what it leaves behind, and that stopping it at any moment changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from synthgen.api import make_stage
+from synthgen.config import Choice
+from synthgen.engines.local import Local
+from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, UnitsFailed, UnknownName
+from synthgen.models.vit import load_encoder
+from synthgen.run import Run
+from synthgen.runner import Progress, run_stage
+from synthgen.stages.pretrain import Pretrain
+from synthgen.stages.shards import Shards
+from synthgen.train.loop import Training
+from tests.factories import make_run
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "encoder": Choice("micro", {"dim": 32, "depth": 2, "num_heads": 2}),
+    "epochs": 4,
+    "batch_size": 8,
+    "export": False,
+    "log_every": 1,
+    "save_every": 3,
+    "num_workers": 0,
+}
+ONE = Local(workers=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with 24 samples, finished to its shards; tests take copies."""
+    path = tmp_path_factory.mktemp("source") / "run"
+    run = make_run(path, units=2, unit_size=12, image_size=32)
+    run_stage(Shards(val_ratio=0.0), run, ONE)
+    return path
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Run:
+    return Run.open(shutil.copytree(source, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that nobody stopped."""
+    run = Run.open(shutil.copytree(source, tmp_path_factory.mktemp("whole") / "run"))
+    run_stage(Pretrain(**SMALL), run, ONE)
+    return run.folder("pretrain/mae")
+
+
+def sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "encoder.safetensors").read_bytes()).hexdigest()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(folder)]
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing catches it, and only what is on the disk remains."""
+
+
+class Killer(Progress):
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def describe(self, text: str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+def test_what_it_leaves(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"encoder.safetensors", "config.json", "checkpoints", "metrics.jsonl", "done.json"}
+    done = json.loads((whole / "done.json").read_text())
+    assert done["sha256"] == sha256(whole)
+    assert (done["steps"], done["images"]) == (12, 24)
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == [
+        "step-00000009.safetensors",
+        "step-00000012.safetensors",
+    ]
+    assert [record["step"] for record in records(whole)] == list(range(1, 13))
+    assert (records(whole)[-1]["epoch"], records(whole)[-1]["loss"]) == (3, done["loss"])
+    assert {"learning_rate", "images_per_second", "seconds"} <= set(records(whole)[0])
+    encoder = load_encoder(whole)
+    assert (encoder.config.image_size, encoder.config.patch_size, encoder.config.dim) == (32, 4, 32)
+    assert not list(whole.rglob("*.pt")) + list(whole.rglob("*.bin")) + list(whole.rglob(".*.tmp"))
+
+
+def test_it_learns_and_repeats(whole, run):
+    first, last = losses(whole)[0][1], losses(whole)[-1][1]
+    assert last < first
+    run_stage(Pretrain(**SMALL), run, ONE)
+    assert sha256(run.folder("pretrain/mae")) == sha256(whole)
+
+
+def test_again_is_nothing_to_do(run, whole):
+    shutil.copytree(whole, run.folder("pretrain/mae"))
+    run.check(Pretrain(**SMALL))  # notes the settings; the fingerprint is the same
+    before = (whole / "done.json").read_bytes()
+    summary = run_stage(Pretrain(**SMALL), run, ONE)
+    assert (summary.done_before, summary.samples) == (1, 0)
+    assert (run.folder("pretrain/mae") / "done.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 12])
+def test_stopped_anywhere_it_ends_the_same(run, whole, step):
+    folder = run.folder("pretrain/mae")
+    with pytest.raises(Killed):
+        run_stage(Pretrain(**SMALL), run, ONE, Killer(step))
+    assert not (folder / "done.json").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # the line that was being written
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / ".step-00000099.safetensors.1.tmp").write_bytes(b"half")
+    summary = run_stage(Pretrain(**SMALL), run, ONE)
+    assert summary.samples == (12 - step // 3 * 3) * 8
+    assert sha256(folder) == sha256(whole)
+    assert losses(folder) == losses(whole)
+    assert not list(folder.rglob(".*.tmp"))
+
+
+def test_killed_process(run, whole):
+    """SIGKILL from outside, wherever it hits; then the same command."""
+    code = f"""
+        import sys
+        from synthgen.api import make_stage
+        from synthgen.engines.local import Local
+        from synthgen.run import Run
+        from synthgen.runner import run_stage
+        settings = {dict(SMALL, encoder={"name": "micro", **SMALL["encoder"].options})!r}
+        run_stage(make_stage("pretrain", settings), Run.open(sys.argv[1]), Local(workers=1))
+    """
+    folder = run.folder("pretrain/mae")
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(run.path)], cwd=ROOT)
+    metrics, until = folder / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 4:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait(60) == -signal.SIGKILL
+    run_stage(Pretrain(**SMALL), run, ONE)
+    assert sha256(folder) == sha256(whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_broken_checkpoint_falls_back_to_the_one_before(run, whole, caplog):
+    folder = run.folder("pretrain/mae")
+    with pytest.raises(Killed):
+        run_stage(Pretrain(**SMALL), run, ONE, Killer(8))
+    newest = folder / "checkpoints" / "step-00000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    run_stage(Pretrain(**SMALL), run, ONE)
+    assert "step-00000006.safetensors cannot be read" in caplog.text
+    assert sha256(folder) == sha256(whole)
+
+
+def test_parts_of_a_step_add_up(run, whole):
+    """Two halves of a batch give the gradient of the whole: the same training but for rounding and the draws."""
+    run_stage(Pretrain(**SMALL | {"accumulate": 2, "label": "halves"}), run, ONE)
+    folder = run.folder("pretrain/halves")
+    assert [record["step"] for record in records(folder)] == list(range(1, 13))
+    assert abs(losses(folder)[-1][1] - losses(whole)[-1][1]) < 0.2
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        run_stage(Pretrain(**SMALL | {"accumulate": 5, "label": "fifths"}), run, ONE)
+
+
+def test_settings_that_change_no_result_may_change(run, whole):
+    with pytest.raises(Killed):
+        run_stage(Pretrain(**SMALL), run, ONE, Killer(5))
+    other = SMALL | {"log_every": 5, "save_every": 100, "num_workers": 1, "export": True}
+    run_stage(Pretrain(**other), run, ONE)
+    folder = run.folder("pretrain/mae")
+    assert sha256(folder) == sha256(whole)
+    assert (folder / "transformers" / "model.safetensors").is_file()
+
+
+def test_other_settings_are_refused_and_other_labels_are_not(run):
+    short = SMALL | {"epochs": 1}
+    run_stage(Pretrain(**short), run, ONE)
+    with pytest.raises(StaleArtifact, match="method is"):
+        run_stage(Pretrain(**short, method=Choice("mae", {"foreground_share": 0.5})), run, ONE)
+    guided = Pretrain(**short, method=Choice("mae", {"foreground_share": 0.5}), label="mae-guided")
+    run_stage(guided, run, ONE)
+    assert {path.name for path in run.folder("pretrain").iterdir()} == {"mae", "mae-guided"}
+    assert all("foreground_hidden" in record for record in records(run.folder("pretrain/mae-guided")))
+    run_stage(Pretrain(**short | {"seed": 1, "label": "other-seed"}), run, ONE)
+    assert sha256(run.folder("pretrain/other-seed")) != sha256(run.folder("pretrain/mae"))
+
+
+def test_guidance_needs_masks(run):
+    run2 = Run.create(run.path.parent / "bare")
+    make_run(run2.path, units=1, unit_size=8, image_size=32, masks=False)
+    run_stage(Shards(val_ratio=0.0, masks=False), run2, ONE)
+    with pytest.raises(ConfigError, match="hides patches under word masks"):
+        run_stage(Pretrain(**SMALL, method=Choice("mae", {"foreground_share": 0.5})), run2, ONE)
+
+
+def test_own_data_needs_no_run(run, tmp_path):
+    fresh = Run.create(tmp_path / "fresh")
+    data = tuple(str(path) for path in sorted((run.path / "shards" / "train").glob("*.tar")))
+    run_stage(Pretrain(**SMALL | {"epochs": 1}, data=data), fresh, ONE)
+    assert (fresh.folder("pretrain/mae") / "encoder.safetensors").is_file()
+    with pytest.raises(MissingArtifact, match="there is no nowhere"):
+        run_stage(Pretrain(**SMALL, data=("nowhere",)), fresh, ONE)
+
+
+def test_no_shards_is_told(tmp_path):
+    with pytest.raises(MissingArtifact, match="synthgen shards"):
+        run_stage(Pretrain(**SMALL), Run.create(tmp_path / "empty"), ONE)
+
+
+def test_unfinished_shards_are_told(run):
+    (run.path / "shards" / "dataset.json").unlink()
+    with pytest.raises(MissingArtifact, match="no finished shards"):
+        run_stage(Pretrain(**SMALL), run, ONE)
+
+
+def test_a_loss_that_is_no_number_names_its_step(run, monkeypatch):
+    step = Training._step
+
+    def poisoned(self, number, batches):
+        if number == 4:
+            with torch.no_grad():
+                self.method.encoder.cls_token.fill_(float("nan"))
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Training, "_step", poisoned)
+    with pytest.raises(UnitsFailed, match="not a finite number at step 5"):
+        run_stage(Pretrain(**SMALL | {"log_every": 3}), run, ONE)
+    kept = [path.name for path in (run.folder("pretrain/mae") / "checkpoints").iterdir()]
+    assert kept == ["step-00000003.safetensors"]  # no checkpoint of broken weights
+
+
+def test_a_broken_sample_is_named(run):
+    tar = run.path / "shards" / "train" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    start = data.index(b"\xff\xd8\xff", len(data) // 2)  # a JPEG begins
+    data[start : start + 400] = bytes(400)
+    tar.write_bytes(data)
+    with pytest.raises(UnitsFailed, match=r"CorruptShard: sample \d{10} of .*000000\.tar cannot be read"):
+        run_stage(Pretrain(**SMALL), run, ONE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"method": "mea"}, UnknownName, "did you mean 'mae'"),
+        ({"encoder": "huge"}, UnknownName, "unknown encoder 'huge'"),
+        ({"method": {"name": "mae", "mask_rato": 0.5}}, ConfigError, "did you mean 'mask_ratio'"),
+        ({"epochs": 0}, ConfigError, "epochs must be 1 or more"),
+        ({"epochs": "many"}, ConfigError, "stages.pretrain.epochs"),
+        ({"precision": "fp8"}, ConfigError, "precision must be one of"),
+        ({"base_learning_rate": 0.0}, ConfigError, "base_learning_rate"),
+        ({"label": "a/b"}, ConfigError, "plain folder name"),
+        ({"trackers": ["tensorbord"]}, UnknownName, "did you mean 'tensorboard'"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_starts(run, settings, error, said):
+    with pytest.raises(error, match=said):
+        run_stage(make_stage("pretrain", settings), run, ONE)
