@@ -37,7 +37,7 @@ lint: $(STAMP)   ## format, lint and types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## measure speed beside named alternatives; writes benchmarks/results
-	cd benchmarks && for script in generate masks shards pretrain; do ../$(BIN)/python $$script.py || exit 1; done
+	for script in generate masks shards pretrain; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 clean:           ## remove the environment and all runs

@@ -1,15 +1,14 @@
 """Images a second of masked-autoencoder training: synthgen beside ``transformers``, the same shapes and the same batch.
 
 ``python benchmarks/pretrain.py`` writes ``results/pretrain.json``. A round is one step each: forward, backward, AdamW.
-Both have the same encoder, decoder, loss and number of hidden patches (a test holds that the losses are equal), both use
-fused attention, and both run on the CPU with the threads that OMP_NUM_THREADS says, or on a GPU where there is one.
+Both have the same encoder, decoder, loss and number of hidden patches (a test holds that the losses are equal), use
+fused attention, and run on the CPU with the threads that OMP_NUM_THREADS says, or on a GPU where there is one.
 ``guided`` is synthgen with masks that say which patches to hide first.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -102,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

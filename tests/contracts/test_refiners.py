@@ -14,6 +14,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import REFINERS
+from synthgen.refiners._words import otsu_level, resize, scaled
 from tests.factories import make_generation
 
 NAMES = REFINERS.names()
@@ -222,6 +223,51 @@ def test_fixed_level_is_a_level():
             image, make_maps(weights)
         )
         assert mask.mean() == pytest.approx(1 - level, abs=0.02)
+
+
+def test_otsu_level_leaves_the_least_variance():
+    for seed in range(20):
+        values = np.random.default_rng(seed).beta(0.4, 0.8, (4, 5)).round(1 if seed % 2 else 6)
+        low, high = values[values <= otsu_level(values)], values[values > otsu_level(values)]
+        found = low.size * low.var() + high.size * high.var()
+        for level in np.unique(values)[:-1]:
+            low, high = values[values <= level], values[values > level]
+            assert found <= low.size * low.var() + high.size * high.var() + 1e-9
+    assert otsu_level(np.full((2, 2), 0.3)) == 0.3
+
+
+def test_scaled_maps_span_zero_to_one():
+    maps = scaled(np.array([[[2, 4], [3, 2]], [[1, 1], [1, 1]]], dtype=np.float16))
+    assert maps.tolist() == [[[0, 1], [0.5, 0]], [[0, 0], [0, 0]]]
+
+
+def test_resize_is_linear_between_cell_centres():
+    ramp = np.arange(8, dtype=float)[None, None].repeat(3, axis=1)  # cell x holds x, so its centre x + 1/2 does
+    wide = resize(ramp, (3, 64))[0]
+    centres = (np.arange(64) + 0.5) / 8 - 0.5
+    assert wide == pytest.approx(np.clip(centres, 0, 7)[None].repeat(3, axis=0), abs=1e-5)
+    tall = np.arange(12, dtype=float).reshape(1, 4, 3)
+    assert (resize(tall, (4, 3)) == tall).all()
+    assert resize(tall, (2, 3))[0, 0].mean() < resize(tall, (2, 3))[0, 1].mean()  # upright
+
+
+@pytest.mark.parametrize("column", [28, 30, 32, 35])
+def test_outline_follows_the_colours(column):
+    """The attention ends about pixel 32, give or take a cell; the colours tell where exactly."""
+    image = np.full((64, 64, 3), 90, dtype=np.uint8)
+    image[:, :column] = 160
+    weights = np.clip((7.5 - np.arange(16)) / 4 + 0.5, 0, 1)[None, None].repeat(16, axis=1)
+    contrast_alone = REFINERS.build(Choice("attentioncut", {"palette": 0.0}))
+    (mask,) = contrast_alone.refine(image, make_maps(weights))
+    assert (mask == (np.arange(64) < column)).all()
+
+
+def test_no_cut_takes_all_or_nothing():
+    image, maps, _ = make_scene(5, 2)
+    for options in ({"coherence": 1e3}, {"affinity": 1e3}, {"color": 1e3}):
+        masks = check(REFINERS.build(Choice("attentioncut", options)), image, maps)
+        assert masks.any(axis=(1, 2)).all()
+        assert not masks.any(axis=0).all()
 
 
 def test_small_objects_survive_the_cut():

@@ -141,7 +141,7 @@ def test_what_is_missing_is_told(run, tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(plain / "a.png")
-    with pytest.raises(ConfigError, match="no image of .*plain has a label"):
+    with pytest.raises(ConfigError, match=r"no image of .*plain has a label"):
         run_stage(Evaluate(test=str(plain)), run, ONE)
     others = write_images(tmp_path / "others", {"cat": 2, "dog": 2})
     with pytest.raises(ConfigError, match="share no class: disc, square"):

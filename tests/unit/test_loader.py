@@ -198,7 +198,7 @@ def test_order_is_taken_up_anywhere(start):
 
 
 def test_processes_and_parts_share_a_step():
-    whole = list(Order(length=9, batch_size=8, epochs=1, seed=1))[0]
+    whole = next(iter(Order(length=9, batch_size=8, epochs=1, seed=1)))
     shared = [list(Order(length=9, batch_size=8, epochs=1, seed=1, rank=r, world_size=2, parts=2)) for r in (0, 1)]
     assert [len(part) for part in shared[0]] == [2, 2]
     assert sorted(ticket for rank in shared for part in rank for ticket in part) == sorted(whole)

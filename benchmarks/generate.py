@@ -1,0 +1,97 @@
+"""Images a second with and without recording, on the shipped model.
+
+The two differ in nothing but the recorder. ``written out`` is the usual way to get maps, as a named alternative: the
+cross-attention processors replaced by ones that form the softmax of all tokens and multiply it with the values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import rounds, write_result
+
+from synthgen import tiny
+from synthgen.attention.words import locate_words
+from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
+from synthgen.prompts import read_prompts
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class WrittenOut:
+    """Cross-attention with its softmax formed and kept, summed over heads and tokens, as hook scripts do."""
+
+    def __init__(self) -> None:
+        self.total: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
+        probabilities = attn.get_attention_scores(query, key)
+        maps = probabilities.unflatten(0, (-1, attn.heads)).mean(1)
+        self.total[maps.shape[1]] = self.total.get(maps.shape[1], 0) + maps
+        output: torch.Tensor = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
+        return output
+
+
+@contextmanager
+def written_out(unet: Any) -> Iterator[None]:
+    """Replace the cross-attention processors, and put the old ones back."""
+    before = dict(unet.attn_processors)
+    unet.set_attn_processor({name: WrittenOut() if "attn2" in name else old for name, old in before.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device="cpu")
+    sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    model = UNetPipeline(pipeline, sampling, cross_levels=(1, 2), self_level=1)
+    prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: options.batch_size]
+    texts, seeds = [prompt.text for prompt in prompts], list(range(len(prompts)))
+    tokens = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
+
+    def plain() -> None:
+        model.sample(texts, seeds, [], recorded=False)
+
+    def recorded() -> None:
+        _, recorder = model.sample(texts, seeds, tokens)
+        recorder.weights(), recorder.affinity()
+
+    def hooked() -> None:
+        with written_out(pipeline.unet):
+            model.sample(texts, seeds, [], recorded=False)
+
+    seconds = rounds({"plain": plain, "recorded": recorded, "cross-attention written out": hooked}, options.repeats)
+    best = {name: min(times) for name, times in seconds.items()}
+    figures: dict[str, Any] = {
+        "steps": sampling.num_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "batch_size": len(prompts),
+        "threads": 1,
+        "repeats": options.repeats,
+        "images_per_second": {name: len(prompts) / time for name, time in best.items()},
+        "time_over_plain": {name: time / best["plain"] for name, time in best.items()},
+        "seconds": seconds,
+    }
+    print(write_result("generate", figures))
+
+
+if __name__ == "__main__":
+    main()
