@@ -20,7 +20,6 @@ from synthgen.attention.words import locate_words
 from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
 from synthgen.prompts import read_prompts
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,6 +32,7 @@ class WrittenOut:
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        """What ``AttnProcessor`` computes, with the maps added up."""
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))

@@ -28,9 +28,7 @@ def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
     return build(STAGES.load(name), settings, where=f"stages.{name}")
 
 
-def generate(
-    run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any
-) -> Summary:
+def generate(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Make images and record where each word looked; settings as in :class:`synthgen.stages.generate.Generate`."""
     return _stage("generate", run, engine, progress, settings)
 
@@ -91,5 +89,3 @@ def run_pipeline(
     from synthgen.pipeline import read_pipeline
 
     return list(read_pipeline(path, overrides=overrides).execute(engine=engine, progress=progress))
-
-

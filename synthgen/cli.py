@@ -154,7 +154,9 @@ def run_file(
     pipeline = read_pipeline(file, list(_pairs(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
         for stage in pipeline.stages:
-            print(f"{stage.name}: {', '.join(stage.reads) or 'prompts'} -> {pipeline.run}/{', '.join(stage.artifacts())}")
+            print(
+                f"{stage.name}: {', '.join(stage.reads) or 'prompts'} -> {pipeline.run}/{', '.join(stage.artifacts())}"
+            )
         return
     engine = ENGINES.build("local", workers=workers) if workers else None
     for summary in pipeline.execute(engine=engine, progress=ConsoleProgress()):

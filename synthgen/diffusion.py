@@ -59,7 +59,9 @@ def load_pipeline(model: str, *, dtype: DType, device: str) -> Any:
             f"example with: hf download {model}, and check that it has safetensors weights"
         ) from None
     if not hasattr(pipeline, "unet"):
-        raise ConfigError(f"{model!r} is a {type(pipeline).__name__}, which has no U-Net; known: StableDiffusionPipeline")
+        raise ConfigError(
+            f"{model!r} is a {type(pipeline).__name__}, which has no U-Net; known: StableDiffusionPipeline"
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -84,9 +86,7 @@ class UNetPipeline:
         cross_levels, self_level: which grids are recorded, see :class:`Recorder`.
     """
 
-    def __init__(
-        self, pipeline: Any, sampling: Sampling, *, cross_levels: tuple[int, ...], self_level: int
-    ) -> None:
+    def __init__(self, pipeline: Any, sampling: Sampling, *, cross_levels: tuple[int, ...], self_level: int) -> None:
         self.pipeline, self.sampling = pipeline, sampling
         self.cross_levels, self.self_level = cross_levels, self_level
 

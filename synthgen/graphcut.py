@@ -6,7 +6,8 @@ A labelling ``l`` of the pixels costs
 
 with every price in one unit (nats, where unaries are surprises) and no weight below zero. Two labels: the minimum is
 exact, being a minimum s-t cut (Greig, Porteous and Seheult, 1989). More labels: alpha-expansion (Boykov, Veksler and
-Zabih, 2001), in which each move is such a cut; the result costs at most twice the minimum.
+Zabih, 2001), in which each move is such a cut; where no move is left and no unary is negative, the result costs at most
+twice the minimum.
 """
 
 from __future__ import annotations

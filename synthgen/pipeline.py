@@ -98,11 +98,12 @@ def _load(path: Path) -> dict[str, Any]:
 def _put(content: dict[str, Any], dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for step in path:
-        content = content.setdefault(step, {})
-        if isinstance(content, str):  # a part written as its bare name cannot take an option
-            raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {content}}} in the file")
-        if not isinstance(content, dict):
+        inner = content.setdefault(step, {})
+        if isinstance(inner, str):  # a part written as its bare name cannot take an option
+            raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {inner}}} in the file")
+        if not isinstance(inner, dict):
             raise PipelineError(f"--set {dotted}: {step!r} holds no settings")
+        content = inner
     content[last] = value
 
 

@@ -21,7 +21,7 @@ STOP_WORDS = frozenset(
     her here his how image in inside into is it its large left like many more most my near next no nor not of off on one
     or other our out outside over own photo photograph picture right seen shot side small so some such than that the
     their them there these they this those through to top toward towards two under up upon very view was we were what
-    when where which while who whose will with within without you your""".split()
+    when where which while who whose will with within without you your""".split()  # noqa: SIM905
 )
 # Vowel letters that do not sound like one, and the silent h.
 _SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
@@ -162,9 +162,9 @@ def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
             if not prompt.words:
                 raise PromptError(f"the prompt {prompt.text!r} marks no word to put into the template {template!r}")
             word = prompt.words[0]
-            article = _ARTICLE.sub(lambda found, an=_takes_an(word): f"{found[1]}{'n' * an}{found[2]}{{}}", template)  # type: ignore[misc]
-            start = article.index("{}")
-            text = article.replace("{}", word)
+            text = _ARTICLE.sub(rf"\1{'n' if _takes_an(word) else ''}\2{{}}", template)
+            start = text.index("{}")
+            text = text.replace("{}", word)
             expanded.append(Prompt(text, (word,), ((start, start + len(word)),), prompt.label or word))
     return expanded
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import socket
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false"
+)
 
 import pytest
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook(["synthgen.records", "synthgen.attention", "synthgen.refiners", "synthgen.codecs"], "beartype.beartype")
+_hook = install_import_hook(
+    ["synthgen.records", "synthgen.attention", "synthgen.refiners", "synthgen.codecs"], "beartype.beartype"
+)
 
 _real_connect = socket.socket.connect
 

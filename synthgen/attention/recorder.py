@@ -41,7 +41,8 @@ def attention_probabilities(
     queries = layer.to_q(queries_from).unflatten(-1, (heads, -1)).transpose(1, 2).float()  # type: ignore[operator]
     keys = layer.to_k(keys_from).unflatten(-1, (heads, -1)).transpose(1, 2).float()  # type: ignore[operator]
     logits = queries @ (keys.transpose(-1, -2) * layer.scale)  # b heads n k
-    return logits.softmax(dim=-1).mean(dim=1)
+    probabilities: Tensor = logits.softmax(dim=-1).mean(dim=1)
+    return probabilities
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Recorder:
             size = self.grid(level)
             if size not in self._cross:
                 raise RuntimeError(f"the model has no cross-attention on a {size[0]} x {size[1]} grid (level {level})")
-            mean = (self._cross[size] / self._counts[size]).unflatten(-1, size)
+            mean = (self._cross[size] / self._counts[size]).reshape(*self._cross[size].shape[:2], *size)
             means.append(F.interpolate(mean, (rows, columns), mode="bilinear", align_corners=False))
         merged = torch.stack(means).mean(0).to(torch.float16).cpu().numpy()
         return [merged[image, : len(words)] for image, words in enumerate(self.tokens)]
@@ -173,7 +174,7 @@ class Recorder:
         """
         if self._self is None:
             raise RuntimeError(f"the model has no self-attention on the grid {self.grid(self.self_level)}")
-        mean = (self._self / self._counts["self"]).unflatten(-1, self.grid(self.self_level))
+        mean = (self._self / self._counts["self"]).reshape(*self._self.shape[:2], *self.grid(self.self_level))
         merged = mean.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).cpu().numpy()
         return list(merged)
 

@@ -20,8 +20,8 @@ class StableDiffusion:
     """
 
     licence: ClassVar = (
-        "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for them. "
-        "Read it before you publish or sell what is made from them."
+        "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for "
+        "them. Read it before you publish or sell what is made from them."
     )
 
     def __init__(

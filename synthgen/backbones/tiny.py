@@ -18,9 +18,7 @@ class Tiny:
     Cross-attention is read on its 16 x 16 and 8 x 8 grids, self-attention on 16 x 16.
     """
 
-    licence: ClassVar = (
-        "The shipped model is Apache-2.0, and so are its images."
-    )
+    licence: ClassVar = "The shipped model is Apache-2.0, and so are its images."
 
     def __init__(
         self,

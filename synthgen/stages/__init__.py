@@ -16,7 +16,7 @@ from synthgen.registry import Family
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["STAGES", "Stage", "Worker", "Work", "free"]
+__all__ = ["STAGES", "Stage", "Work", "Worker", "free"]
 
 Work = Callable[[int], Report]
 

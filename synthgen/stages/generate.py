@@ -52,7 +52,9 @@ class Generate(Stage):
         ):
             value = getattr(self, name)
             if value < least or (most is not None and value > most):
-                raise ValueError(f"{name} must be at least {least}{f' and at most {most}' if most else ''}, not {value}")
+                raise ValueError(
+                    f"{name} must be at least {least}{f' and at most {most}' if most else ''}, not {value}"
+                )
 
     def complete(self) -> Generate:
         """With every option of the backbone."""
@@ -86,7 +88,9 @@ class Generate(Stage):
 
         def work(unit: int) -> Report:
             with run.write("maps", unit) as maps, run.write("images", unit) as images:
-                requests = [request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))]
+                requests = [
+                    request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))
+                ]
                 for start in range(0, len(requests), self.batch_size):
                     batch = requests[start : start + self.batch_size]
                     for generation in backbone.generate(batch):

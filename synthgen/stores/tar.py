@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class TarWriter:
     def __enter__(self) -> TarWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary, "w+b")  # noqa: SIM115 - closed in __exit__
+            self._file = open(self._temporary, "w+b")
         except OSError as error:
             raise storage_error(self.path, error) from error
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
@@ -107,7 +107,7 @@ class TarWriter:
                 self._file.seek(0)
                 self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
                 self.size = self._file.tell()
-                os.replace(self._temporary, self.path)
+                self._temporary.replace(self.path)
         except OSError as failed:
             raise storage_error(self.path, failed) from failed
         finally:

@@ -11,7 +11,9 @@ from tests.factories import make_run
 
 
 def synthgen(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "synthgen", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "synthgen", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
 
 
 def one_line(told, code=2):
@@ -26,7 +28,8 @@ def test_help_imports_nothing_heavy():
     script = (
         "import sys\nsys.argv = ['synthgen', '--help']\nfrom synthgen.cli import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'yaml', 'rich', 'scipy', 'PIL'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'yaml', 'rich', 'scipy', 'PIL'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -55,7 +55,9 @@ def test_the_line_ends_with_shards_an_encoder_and_scores(finished):
 def test_the_same_command_has_nothing_to_do(finished):
     run, _ = finished
     before = sums(run)
-    told = subprocess.run([sys.executable, "-m", "synthgen", "run", str(run.parent / "whole.yaml")], capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-m", "synthgen", "run", str(run.parent / "whole.yaml")], capture_output=True, text=True
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("nothing to do") == 5
     assert sums(run) == before

@@ -134,5 +134,7 @@ def test_missing_weights_are_one_line(settings, tmp_path):
     from synthgen.errors import MissingWeights
 
     with pytest.raises(MissingWeights, match="download it first") as caught:
-        api.generate(run, engine=Local(workers=1), prompts=settings["prompts"], backbone=Choice("sd", {"model": str(tmp_path)}))
+        api.generate(
+            run, engine=Local(workers=1), prompts=settings["prompts"], backbone=Choice("sd", {"model": str(tmp_path)})
+        )
     assert "\n" not in str(caught.value)

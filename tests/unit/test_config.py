@@ -21,9 +21,16 @@ class Part:
 
 
 def test_settings_are_arguments():
-    part = build(Part, {"size": 3, "refine": {"name": "attentioncut", "smoothness": 2.0}, "names": ["a"]}, where="stages.part")
+    part = build(
+        Part, {"size": 3, "refine": {"name": "attentioncut", "smoothness": 2.0}, "names": ["a"]}, where="stages.part"
+    )
     assert part == Part(3, 0.5, Choice("attentioncut", {"smoothness": 2.0}), ("a",))
-    assert dump(part) == {"size": 3, "ratio": 0.5, "refine": {"name": "attentioncut", "smoothness": 2.0}, "names": ["a"]}
+    assert dump(part) == {
+        "size": 3,
+        "ratio": 0.5,
+        "refine": {"name": "attentioncut", "smoothness": 2.0},
+        "names": ["a"],
+    }
 
 
 @pytest.mark.parametrize(

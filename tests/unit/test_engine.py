@@ -110,7 +110,9 @@ try:
 except UnitsFailed as error:
     print(error)
 """
-    told = subprocess.run([sys.executable, "-c", script, str(tmp_path / "r")], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "r")], capture_output=True, text=True, check=True
+    )
     assert "StorageError: cannot write" in told.stdout
     assert "free some space" in told.stdout
     assert told.stdout.count("\n") == 1

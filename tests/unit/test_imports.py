@@ -54,7 +54,9 @@ def imports(path: Path, *, at_run_time: bool = True):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "synthgen")
 
 
-MODULES = sorted(path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".") for path in ROOT.rglob("*.py"))
+MODULES = sorted(
+    path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".") for path in ROOT.rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -32,7 +32,11 @@ def test_stages_and_overrides(tmp_path):
     ("text", "error", "says"),
     [
         ("stages: {mask: {}}", UnknownName, "did you mean 'masks'"),
-        ("stages: {masks: {min_aera: 1.0}}", ConfigError, "stages.masks.min_aera: unknown setting; did you mean 'min_area'"),
+        (
+            "stages: {masks: {min_aera: 1.0}}",
+            ConfigError,
+            "stages.masks.min_aera: unknown setting; did you mean 'min_area'",
+        ),
         ("stages: {masks: 3}", PipelineError, "must hold settings"),
         ("stage: {masks: {}}", UnknownName, "did you mean 'stages'"),
         ("run: x", PipelineError, "'stages' must name"),

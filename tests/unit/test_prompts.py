@@ -34,7 +34,10 @@ def test_any_script_is_marked():
     assert parse_line("ein Hündchen, 犬").words == ("ein", "Hündchen", "犬")
 
 
-@pytest.mark.parametrize(("line", "says"), [("a [dog", "not closed"), ("a dog]", "no '['"), ("a []", "without a word"), ("a [b [c]]", "inside")])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("a [dog", "not closed"), ("a dog]", "no '['"), ("a []", "without a word"), ("a [b [c]]", "inside")],
+)
 def test_broken_brackets_name_the_line(tmp_path, line, says):
     path = tmp_path / "p.txt"
     path.write_text(f"# comment\n\na cat\n{line}\n")
@@ -89,7 +92,10 @@ def test_broken_rows_name_the_line(tmp_path, row, says):
 def test_templates_take_each_word_with_its_article(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("# templates\na photo of a {}\nthe {} at night\n")
-    prompts = expand([parse_line("a [dog]"), parse_line("an [owl]"), parse_line("a [unicycle]"), parse_line("an [hourglass]")], read_templates(path))
+    prompts = expand(
+        [parse_line("a [dog]"), parse_line("an [owl]"), parse_line("a [unicycle]"), parse_line("an [hourglass]")],
+        read_templates(path),
+    )
     assert [prompt.text for prompt in prompts] == [
         "a photo of a dog", "a photo of an owl", "a photo of a unicycle", "a photo of an hourglass",
         "the dog at night", "the owl at night", "the unicycle at night", "the hourglass at night",

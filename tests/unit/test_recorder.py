@@ -31,7 +31,9 @@ class Witness:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        self.calls.append((attn.heads, encoder_hidden_states is None, attn.to_q(hidden_states).double(), attn.to_k(text).double()))
+        self.calls.append(
+            (attn.heads, encoder_hidden_states is None, attn.to_q(hidden_states).double(), attn.to_k(text).double())
+        )
         return self.inner(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
@@ -41,7 +43,9 @@ def by_hand(model, guided):
     calls, before = [], dict(unet.attn_processors)
     unet.set_attn_processor({name: Witness(inner, calls) for name, inner in before.items()})
     asked = requests()
-    model._model.sample([request.prompt.text for request in asked], [request.seed for request in asked], [], recorded=False)
+    model._model.sample(
+        [request.prompt.text for request in asked], [request.seed for request in asked], [], recorded=False
+    )
     unet.set_attn_processor(before)
     grids, affinity = {8: [], 4: []}, []
     for heads, own, q, k in calls:
@@ -89,7 +93,9 @@ def test_recorded_sums_are_exact_in_float32(model):
     model._model.sampling = replace(model._model.sampling, guidance_scale=3.0)
     grids, _ = by_hand(model, guided=True)
     asked = requests()
-    _, recorder = model._model.sample([r.prompt.text for r in asked], [r.seed for r in asked], [[(5,)], [(2, 3)], [(2,)]])
+    _, recorder = model._model.sample(
+        [r.prompt.text for r in asked], [r.seed for r in asked], [[(5,)], [(2, 3)], [(2,)]]
+    )
     mean = recorder._cross[(8, 8)] / recorder._counts[(8, 8)]
     expected = torch.stack([grids[8][0][:, 5], grids[8][1][:, 2:4].mean(1), grids[8][2][:, 2]])
     torch.testing.assert_close(mean[:, 0].double(), expected, atol=1e-5, rtol=0)
@@ -100,7 +106,9 @@ def test_recorded_sums_are_exact_in_float32(model):
 def test_recording_changes_no_pixel(model, guidance, size):
     model._model.sampling = replace(model._model.sampling, guidance_scale=guidance, height=size[0], width=size[1])
     generations = model.generate(requests())
-    plain, _ = model._model.sample([r.prompt.text for r in requests()], [r.seed for r in requests()], [], recorded=False)
+    plain, _ = model._model.sample(
+        [r.prompt.text for r in requests()], [r.seed for r in requests()], [], recorded=False
+    )
     model._model.sampling = replace(model._model.sampling, height=32, width=32)
     for image, generation in zip(plain, generations, strict=True):
         assert image.shape == (*size, 3)

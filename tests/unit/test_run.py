@@ -23,7 +23,7 @@ def test_a_missing_run_says_how_to_make_one(tmp_path):
 @pytest.mark.parametrize("text", ["- a", "seed: x\nartifacts: {}", "seed: 1", "a: [", b"\xff"])
 def test_a_broken_manifest_is_one_line(tmp_path, text):
     (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match="run.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
         Run.open(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -77,7 +77,9 @@ def test_a_truncated_tar_is_named_with_the_last_whole_key(tmp_path):
     run = make_run(tmp_path / "r")
     path = run.tar("images", 0)
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(CorruptShard, match=r"images/000000\.tar cannot be read: it is cut off; the last key read is 0000000000"):
+    with pytest.raises(
+        CorruptShard, match=r"images/000000\.tar cannot be read: it is cut off; the last key read is 0000000000"
+    ):
         list(run.read("images", 0))
 
 
@@ -86,7 +88,7 @@ def test_a_tar_that_ends_between_members_is_cut_off_too(tmp_path):
     path = run.tar("maps", 0)
     from synthgen.stores.tar import index_tar
 
-    key, members = index_tar(path)[2]
+    _, members = index_tar(path)[2]
     path.write_bytes(path.read_bytes()[: members["maps.npz"].offset - 512])
     with pytest.raises(CorruptShard, match="cut off"):
         list(run.read("maps", 0))

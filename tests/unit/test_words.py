@@ -14,7 +14,10 @@ def spelled(tokenizer, line):
     prompt = parse_line(line)
     ids = tokenizer(prompt.text, truncation=True, max_length=16)["input_ids"]
     found = locate_words(tokenizer, prompt)
-    return ["".join(tokenizer.convert_ids_to_tokens([ids[p] for p in word])).replace("</w>", " ") for word in found.positions], found.warnings
+    return [
+        "".join(tokenizer.convert_ids_to_tokens([ids[p] for p in word])).replace("</w>", " ")
+        for word in found.positions
+    ], found.warnings
 
 
 def test_words_of_one_and_of_many_tokens(tokenizer):
