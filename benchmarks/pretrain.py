@@ -26,7 +26,6 @@ REPEATS = 12
 CASES = {  # encoder, image size, batch, decoder width and depth
     "micro, 64 px": ("micro", 64, 64, 128, 2),
     "tiny, 128 px": ("tiny", 128, 16, 192, 4),
-    "small, 224 px": ("small", 224, 8, 384, 8),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

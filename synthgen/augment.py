@@ -60,7 +60,7 @@ class CenterCrop:
 
     size: int
 
-    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:  # noqa: ARG002
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         """The view; ``rng`` is not used."""
         height, width = sample.image.shape[:2]
         side = min(height, width)

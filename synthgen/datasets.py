@@ -346,7 +346,7 @@ def _index(path: Path) -> list[tuple[str, dict[str, Member]]]:
 
 
 @cache
-def _indexed(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Member]]]:  # noqa: ARG001 - cache keys
+def _indexed(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Member]]]:
     return index_tar(path)
 
 

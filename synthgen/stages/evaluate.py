@@ -151,7 +151,7 @@ class Evaluate(Stage):
         """Of settings and inputs."""
         return digest({"seed": run.seed, "settings": self.fingerprinted(), "inputs": self.inputs(run)})
 
-    def plan(self, run: Run) -> list[int]:  # noqa: ARG002 - the contract's argument
+    def plan(self, run: Run) -> list[int]:
         """All of it is one unit."""
         return [0]
 
@@ -199,7 +199,7 @@ class Evaluate(Stage):
             raise ConfigError(f"training and test images share no class: {few[0]} ... there, and {few[1]} ... here")
         return found
 
-    def size(self, run: Run, unit: int) -> int:  # noqa: ARG002
+    def size(self, run: Run, unit: int) -> int:
         """Images to look at."""
         if self.encoder_folder(run) is None:
             return 1
@@ -319,7 +319,7 @@ class Evaluate(Stage):
 
 
 @lru_cache(maxsize=4)
-def _labelled(source: str, stamp: str) -> Split:  # noqa: ARG001 - stamp: the files' names and sizes
+def _labelled(source: str, stamp: str) -> Split:
     """A dataset and its labels; they are asked for several times, and each asking reads every sample's json."""
     from synthgen.datasets import open_dataset
 

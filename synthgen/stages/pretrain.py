@@ -115,7 +115,7 @@ class Pretrain(Stage):
             raise MissingArtifact(f"{run.path} has no finished shards yet; run: synthgen shards --run {run.path}")
         return [str(run.folder("shards") / "train")]
 
-    def plan(self, run: Run) -> list[int]:  # noqa: ARG002 - the contract's argument
+    def plan(self, run: Run) -> list[int]:
         """A training is one unit."""
         return [0]
 
@@ -130,7 +130,7 @@ class Pretrain(Stage):
             return [0]
         return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
 
-    def size(self, run: Run, unit: int) -> int:  # noqa: ARG002
+    def size(self, run: Run, unit: int) -> int:
         """Images in all, each counted once an epoch."""
         order = self.order(run, len(self.dataset(run)))
         return order.steps * order.batch_size

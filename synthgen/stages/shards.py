@@ -168,7 +168,7 @@ class Shards(Stage):
 
 
 @functools.lru_cache(maxsize=4)
-def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:  # noqa: ARG001 - stamp: when units were added
+def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:
     units = run.units("images")
     if stage.shuffle:
         units.sort(key=lambda unit: _draw(run, "unit", unit))
