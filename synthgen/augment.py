@@ -47,11 +47,11 @@ class Augment:
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-                return left, top, left + w, top + h
+                return float(left), float(top), float(left + w), float(top + h)
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
+        return float(left), float(top), float(left + w), float(top + h)
 
 
 @dataclass(frozen=True, kw_only=True)

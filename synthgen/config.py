@@ -53,6 +53,11 @@ class Choice:
 
         return core_schema.no_info_plain_validator_function(read)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
+        part = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+        return {"anyOf": [{"type": "string"}, part]}
+
 
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
     """A strict pydantic model of the arguments of ``target``, without those that the caller gives itself."""

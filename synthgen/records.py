@@ -71,6 +71,7 @@ class Report:
     count: int = 0  # samples written
     seconds: float = 0.0
     error: str = ""  # empty: done
+    trace: str = ""  # where an error that nobody foresaw came from
     notes: dict[str, int] = field(default_factory=dict)  # counted remarks, such as {"dropped masks": 3}
 
 

@@ -231,7 +231,7 @@ class Run:
         """Note why a unit failed, beside where its tar would be; a later success takes the note away."""
         for name in stage.artifacts():
             path = self.tar(name, report.unit).with_suffix(".failed.json")
-            write_json(path, {"unit": report.unit, "error": report.error})
+            write_json(path, {"unit": report.unit, "error": report.error, "trace": report.trace})
 
     def failures(self, artifact: str) -> dict[int, str]:
         """The units of an artifact that failed when they were last tried, each with its reason."""

@@ -69,7 +69,7 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
                 if report.error:
                     run.fail(stage, report)
                     failed.append(report)
-                    logger.error("%s: unit %06d failed: %s", stage.name, report.unit, report.error)
+                    logger.info("%s: unit %06d failed: %s", stage.name, report.unit, report.error)
                 summary.samples += report.count
                 for remark, count in report.notes.items():
                     summary.notes[remark] = summary.notes.get(remark, 0) + count

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing as mp
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from synthgen.engines import Listener
+from synthgen.errors import SynthgenError
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
 __all__ = ["Local"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +96,10 @@ def _guarded(work: Work, unit: int) -> Report:
     try:
         return work(unit)
     except Exception as error:
-        logger.debug("unit %06d", unit, exc_info=True)
         reason = " ".join(str(error).split()) or "no message"
-        return Report(unit, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {reason}")
+        trace = "" if isinstance(error, SynthgenError) else traceback.format_exc()
+        seconds = time.perf_counter() - started
+        return Report(unit, seconds=seconds, error=f"{type(error).__name__}: {reason}", trace=trace)
 
 
 def _relay(heard: Connection[Any, int], listener: Listener, ended: threading.Event) -> None:

@@ -37,7 +37,7 @@ class PixelDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, features: Float[Tensor, "b v+1 d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b h"]
+        self, features: Float[Tensor, "b t d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b h"]
     ) -> Float[Tensor, "b h p"]:
         """What the hidden patches look like, in the order of ``hidden``; the first feature is the class token's."""
         places = self.positions[0, 1:]

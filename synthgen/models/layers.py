@@ -65,7 +65,7 @@ def initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def sincos_positions(dim: int, grid: int) -> Float[Tensor, "1 n+1 d"]:
+def sincos_positions(dim: int, grid: int) -> Float[Tensor, "1 t d"]:
     """Fixed two-dimensional positions: a row of zeros for the class token, then the patches row by row.
 
     The first half of the channels holds sine and cosine of the column, the second of the row, with wavelengths from

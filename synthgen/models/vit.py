@@ -113,13 +113,13 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n+1 d"]:
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b t d"]:
         """Tokens of whole, normalised images: the class token, then the patches row by row."""
         return self.encode(patchify(images, self.config.patch_size))
 
     def encode(
         self, patches: Float[Tensor, "b v p"], places: Int[Tensor, "b v"] | None = None
-    ) -> Float[Tensor, "b v+1 d"]:
+    ) -> Float[Tensor, "b t d"]:
         """Tokens of some patches, which lie at ``places`` of the grid (all of them, in order, where it is None)."""
         positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
         x = self.patch_embed(patches) + positions

@@ -52,9 +52,9 @@ class Pretrain(Stage):
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
-    epochs: int = 40
+    epochs: int = 20
     batch_size: int = 64  # images a step, over all processes and accumulated parts
-    base_learning_rate: float = 1e-3  # for 256 images a step; the papers' long trainings have 1.5e-4
+    base_learning_rate: float = 0.0  # for 256 images a step; 0: 1.5e-4, or 3e-3 for encoders of fewer than 12 blocks
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05  # share of the steps
     max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
@@ -76,8 +76,8 @@ class Pretrain(Stage):
         for name in ("epochs", "batch_size", "accumulate", "threads", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if not self.base_learning_rate > 0:
-            raise ValueError(f"base_learning_rate must be above 0, not {self.base_learning_rate}")
+        if not 0 <= self.base_learning_rate < float("inf"):
+            raise ValueError(f"base_learning_rate must be above 0 (or 0, to choose it), not {self.base_learning_rate}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         if "/" in self.label or self.label.startswith("."):
@@ -261,7 +261,7 @@ class Pretrain(Stage):
             samples=samples if method.uses_masks else self.dataset(run, masks=False),
             order=order,
             optim=OptimSettings(
-                base_learning_rate=self.base_learning_rate,
+                base_learning_rate=self.base_learning_rate or (1.5e-4 if method.encoder.config.depth >= 12 else 3e-3),
                 batch_size=order.batch_size,
                 warmup_ratio=self.warmup_ratio,
                 weight_decay=self.weight_decay,

@@ -66,7 +66,7 @@ def test_every_command_and_part_appears_in_the_docs():
         (["generate", "--prompts", "p.txt", "--set", "unit_siz=4", "--run", "r"], "did you mean 'unit_size'"),
         (["generate", "--prompts", "p.txt", "--set", "unit_size", "--run", "r"], "NAME=VALUE"),
         (["generate", "--prompts", "p.txt", "--workers", "-1", "--run", "r"], "workers must be"),
-        (["generate", "--prompts", "p.txt", "--limit", "x", "--run", "r"], "'x' is not a valid"),
+        (["generate", "--prompts", "p.txt", "--limit", "x", "--run", "r"], "'--limit'"),
         (["masks", "--run", "absent"], "there is no run at absent"),
         (["masks", "--run", "empty"], "first run: synthgen generate"),
         (["masks", "--refine", "attentioncutt", "--run", "empty"], "did you mean 'attentioncut'"),

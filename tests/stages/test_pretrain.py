@@ -271,7 +271,7 @@ def test_a_broken_sample_is_named(run):
         ({"epochs": 0}, ConfigError, "epochs must be 1 or more"),
         ({"epochs": "many"}, ConfigError, "stages.pretrain.epochs"),
         ({"precision": "fp8"}, ConfigError, "precision must be one of"),
-        ({"base_learning_rate": 0.0}, ConfigError, "base_learning_rate"),
+        ({"base_learning_rate": -1.0}, ConfigError, "base_learning_rate"),
         ({"label": "a/b"}, ConfigError, "plain folder name"),
         ({"trackers": ["tensorbord"]}, UnknownName, "did you mean 'tensorboard'"),
     ],
