@@ -11,8 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 HEAD = """# Results
 
 Written by `python benchmarks/report.py` from `results/*.json`; `make bench` measures anew. Contenders take turns in one
-process, and medians count where nothing else is said. The machines are shared and noisy (see the load): read the ratios, not the
-rates.
+process. The machines are shared and noisy (see the load): read the ratios, not the rates.
 """
 
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "Prompt": "synthgen.records",
     "Run": "synthgen.run",
     "SynthgenError": "synthgen.errors",
+    "attend": "synthgen.api",
     "evaluate": "synthgen.api",
     "generate": "synthgen.api",
     "masks": "synthgen.api",

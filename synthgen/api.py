@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from synthgen.engines import Engine
     from synthgen.pipeline import Override
 
-__all__ = ["evaluate", "generate", "make_stage", "masks", "pretrain", "run_pipeline", "samples", "shards", "view"]
+__all__ = [
+    "attend",
+    "evaluate",
+    "generate",
+    "make_stage",
+    "masks",
+    "pretrain",
+    "run_pipeline",
+    "samples",
+    "shards",
+    "view",
+]
 
 
 def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
@@ -31,6 +42,11 @@ def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
 def generate(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Make images and record where each word looked; settings as in :class:`synthgen.stages.generate.Generate`."""
     return _stage("generate", run, engine, progress, settings)
+
+
+def attend(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """Record where captions look in images that exist; settings as in :class:`synthgen.stages.attend.Attend`."""
+    return _stage("attend", run, engine, progress, settings)
 
 
 def masks(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:

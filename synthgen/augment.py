@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from synthgen.datasets import Sample
@@ -84,7 +84,7 @@ def _resample(
     return resized
 
 
-def _jitter(image: UInt8[np.ndarray, "H W 3"], factors: Float32[np.ndarray, " 3"]) -> UInt8[np.ndarray, "H W 3"]:
+def _jitter(image: UInt8[np.ndarray, "H W 3"], factors: Float64[np.ndarray, " 3"]) -> UInt8[np.ndarray, "H W 3"]:
     """Scale brightness, then contrast round the mean grey, then saturation round each pixel's grey."""
     brightness, contrast, saturation = factors
     grey = np.array([0.299, 0.587, 0.114], np.float32)

@@ -57,12 +57,29 @@ def generate(
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
     options = {"model": model, "num_steps": steps, "guidance_scale": guidance}
-    part = _choice("backbone", backbone or "tiny", options)
+    part = _choice(backbone or "tiny", options)
     given = {
         "prompts": prompts, "template": template, "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
     _stage("generate", _create(run, seed), given, settings, workers)
+
+
+@app.command()
+def attend(
+    images: Annotated[str, typer.Option(help="WebDataset tars with captions: a file, a pattern or a folder.")],
+    run: RunOption = LATEST,
+    seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
+    backbone: Annotated[str | None, typer.Option(help="tiny, sd.  [default: tiny]")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id, for --backbone sd.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images seen together.  [default: 16]")] = None,
+    workers: WorkersOption = 0,
+    settings: SetOption = None,
+) -> None:
+    """Record where the words of captions look in images that exist."""
+    part = _choice(backbone or "tiny", {"model": model})
+    given = {"images": images, "backbone": part, "batch_size": batch_size}
+    _stage("attend", _create(run, seed), given, settings, workers)
 
 
 @app.command()
@@ -77,7 +94,7 @@ def masks(
     """Turn where each word looked into masks the size of the image."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
-    part = _choice("refine", "attentioncut" if attentioncut else refine or "threshold", {})
+    part = _choice("attentioncut" if attentioncut else refine or "threshold", {})
     _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, workers)
 
 
@@ -213,8 +230,7 @@ def _open(path: Path) -> Run:
     return Run.open(path)
 
 
-def _choice(name: str, part: str, options: dict[str, Any]) -> dict[str, Any]:
-    del name
+def _choice(part: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"name": part, **{key: value for key, value in options.items() if value is not None}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 
 from synthgen.attention.recorder import Recorder, record
-from synthgen.attention.words import locate_words
+from synthgen.attention.words import WordTokens, locate_words
 from synthgen.errors import ConfigError, MissingWeights, SynthgenError
 from synthgen.records import Generation, Maps, Request
 
@@ -99,23 +99,47 @@ class UNetPipeline:
         Raises:
             SynthgenError: an image came out with values that are no numbers.
         """
-        located = [locate_words(self.pipeline.tokenizer, request.prompt) for request in requests]
-        tokens = [[positions for positions in found.positions if positions] for found in located]
+        located, tokens = self._locate(requests)
         images, recorder = self.sample(
             [request.prompt.text for request in requests], [request.seed for request in requests], tokens
         )
-        weights, affinity = recorder.weights(), recorder.affinity()
-        generations = []
-        for index, (request, found) in enumerate(zip(requests, located, strict=True)):
-            kept = [number for number, positions in enumerate(found.positions) if positions]
-            prompt = replace(
-                request.prompt,
-                words=tuple(request.prompt.words[number] for number in kept),
-                spans=tuple(request.prompt.spans[number] for number in kept),
-            )
-            maps = Maps(prompt.words, weights[index], affinity[index])
-            generations.append(Generation(replace(request, prompt=prompt), images[index], maps, found.warnings))
-        return generations
+        return _records(requests, located, images, recorder)
+
+    def attend(
+        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+    ) -> list[Generation]:
+        """The record that :meth:`generate` makes, for images that exist: each is noised to every timestep, once.
+
+        z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, with one draw of noise an image, from its request's seed; the
+        network runs once a timestep, with the image's own prompt and without guidance. The model must have been
+        trained on discrete timesteps (those of Stable Diffusion are 0 to 999).
+        """
+        pipeline, device = self.pipeline, self.pipeline.device
+        located, tokens = self._locate(requests)
+        with torch.inference_mode():
+            pixels = torch.from_numpy(images).to(device, pipeline.vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+            encoded = pipeline.vae.encode(pixels)
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+            latents = latents * pipeline.vae.config.scaling_factor
+            draws = [torch.randn(latents.shape[1:], generator=_generator(request.seed)) for request in requests]
+            noise = torch.stack(draws).to(device, latents.dtype)
+            texts = [request.prompt.text for request in requests]
+            context, _ = pipeline.encode_prompt(texts, device, 1, False)
+            recorder = self._recorder(latents.shape[-2:], tokens, guided=lambda: False)
+            with record(pipeline.unet, recorder):
+                for timestep in timesteps:
+                    kept = float(pipeline.scheduler.alphas_cumprod[timestep])
+                    noised = kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+                    pipeline.unet(noised, timestep, encoder_hidden_states=context)
+        return _records(requests, located, images, recorder)
+
+    def _locate(self, requests: Sequence[Request]) -> tuple[list[WordTokens], list[list[tuple[int, ...]]]]:
+        located = [locate_words(self.pipeline.tokenizer, request.prompt) for request in requests]
+        return located, [[positions for positions in found.positions if positions] for found in located]
+
+    def _recorder(self, latent_size: Any, tokens: Any, guided: Callable[[], bool]) -> Recorder:
+        rows, columns = latent_size
+        return Recorder((rows, columns), tokens, guided, self.cross_levels, self.self_level)
 
     def sample(
         self, texts: list[str], seeds: list[int], tokens: Sequence[Sequence[Sequence[int]]], *, recorded: bool = True
@@ -123,13 +147,8 @@ class UNetPipeline:
         """Images for texts, and the recorder that looked on (``recorded=False``: it did not, for comparison)."""
         sampling, pipeline = self.sampling, self.pipeline
         factor = pipeline.vae_scale_factor
-        recorder = Recorder(
-            latent_size=(sampling.height // factor, sampling.width // factor),
-            tokens=tokens,
-            guided=lambda: bool(pipeline.do_classifier_free_guidance),
-            cross_levels=self.cross_levels,
-            self_level=self.self_level,
-        )
+        size = (sampling.height // factor, sampling.width // factor)
+        recorder = self._recorder(size, tokens, guided=lambda: bool(pipeline.do_classifier_free_guidance))
         arguments: dict[str, Any] = {
             "prompt": texts,
             "num_inference_steps": sampling.num_steps,
@@ -137,7 +156,7 @@ class UNetPipeline:
             "negative_prompt": [sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
             "height": sampling.height,
             "width": sampling.width,
-            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "generator": [_generator(seed) for seed in seeds],
             "output_type": "np",
         }
         with torch.inference_mode():
@@ -149,3 +168,26 @@ class UNetPipeline:
         if not np.isfinite(values).all():
             raise SynthgenError("an image came out with values that are no numbers; try dtype float32 or another seed")
         return (values * 255).round().astype(np.uint8), recorder
+
+
+def _generator(seed: int) -> torch.Generator:
+    """The source of an image's noise: on the CPU, whatever the device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _records(
+    requests: Sequence[Request], located: Sequence[WordTokens], images: UInt8[np.ndarray, "b H W 3"], recorder: Recorder
+) -> list[Generation]:
+    """Images and maps, without the words that the tokenizer cut off."""
+    generations = []
+    everything = zip(requests, located, images, recorder.weights(), recorder.affinity(), strict=True)
+    for request, found, image, weights, affinity in everything:
+        kept = [number for number, positions in enumerate(found.positions) if positions]
+        prompt = replace(
+            request.prompt,
+            words=tuple(request.prompt.words[number] for number in kept),
+            spans=tuple(request.prompt.spans[number] for number in kept),
+        )
+        maps = Maps(prompt.words, weights, affinity)
+        generations.append(Generation(replace(request, prompt=prompt), image, maps, found.warnings))
+    return generations

@@ -36,6 +36,8 @@ def decode_rgb(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def resize(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels at another ``size`` (height, width), with antialiasing."""
+    """Pixels at another ``size`` (height, width), with antialiasing; the same pixels where it is theirs."""
     height, width = size
+    if pixels.shape[:2] == size:
+        return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

@@ -12,7 +12,7 @@ from typing import Any
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
 
-__all__ = ["expand", "parse_line", "read_prompts", "read_templates", "request_for", "sample_seed"]
+__all__ = ["expand", "find_words", "parse_line", "read_prompts", "read_templates", "request_for", "sample_seed"]
 
 #: Words that name nothing to mask. A line without brackets asks for masks of all its other words.
 STOP_WORDS = frozenset(
@@ -129,14 +129,19 @@ def _parse_json(line: str) -> Prompt:
     if words is None:
         prompt = parse_line(row["prompt"])
     elif isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words):
-        text, spans = row["prompt"], _find(row["prompt"], words)
+        text, spans = row["prompt"], find_words(row["prompt"], words)
         prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
     else:
         raise ValueError("'words' must be a list of words that stand in the prompt")
     return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else str(label))
 
 
-def _find(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
+def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each of ``words`` stands in ``text``: whole words, either case, the n-th of equal ones at the n-th place.
+
+    Raises:
+        ValueError: a word does not stand there, or not so often.
+    """
     spans: list[tuple[int, int]] = []
     for word in words:
         for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE):

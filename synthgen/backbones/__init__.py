@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+import numpy as np
+from jaxtyping import UInt8
+
 from synthgen.records import Generation, Request
 from synthgen.registry import Family
 
@@ -18,6 +21,17 @@ class Backbone(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request. A request's result depends on the request alone."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        ...
+
+    def attend(
+        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+    ) -> list[Generation]:
+        """The same record for images of its size that exist: where each word of its prompt looks in each."""
         ...
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+from jaxtyping import UInt8
+
 from synthgen import tiny
 from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
 from synthgen.records import Generation, Request
@@ -37,3 +40,14 @@ class Tiny:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request."""
         return self._model.generate(requests)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        return self._model.sampling.height, self._model.sampling.width
+
+    def attend(
+        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+    ) -> list[Generation]:
+        """The record that :meth:`generate` makes, for images that exist."""
+        return self._model.attend(images, requests, timesteps)

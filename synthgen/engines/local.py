@@ -41,7 +41,11 @@ class Local:
             raise ValueError(f"workers must be 0 (as many as fit) or more, not {self.workers}")
 
     def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
-        """One report for each unit, as they come."""
+        """One report for each unit, as they come.
+
+        Raises:
+            SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
+        """
         devices = _devices(stage)
         count = min(self.workers or len(devices), len(units))
         if stage.collective or count <= 1:
@@ -120,14 +124,13 @@ def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], co
     _STATE["stack"] = stack = ExitStack()
     try:
         _STATE["work"] = stack.enter_context(stage.open(run, worker))
-    except Exception as error:  # told by every unit: an initializer that raises would only break the pool
+    except Exception as error:  # raised by the first unit: an initializer that raises would only break the pool
         _STATE["error"] = error
 
 
 def _work(unit: int) -> Report:
     if "error" in _STATE:
-        error = _STATE["error"]
-        return Report(unit, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise _STATE["error"]
     return _guarded(_STATE["work"], unit)
 
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -22,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
 from synthgen.tiny.compositor import Compositor, Names
 from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
+from synthgen.tiny.sheet import PROMPTS, draw, write_sheet
 from synthgen.tiny.truth import held_out
 
 __all__ = ["export", "train_decoder", "train_unet", "train_vae"]
@@ -32,40 +32,6 @@ UNET_BATCH = 16  # a step and process
 DRAWS = 2  # of noise for each composite
 DROPPED = 0.1  # share of captions that are left empty, for guidance
 VOCAB_SIZE = 4096  # at most; enough for every word of the captions
-SHEET = (  # prompts of the sample sheets
-    "a photo of a dog",
-    "a photo of a cat",
-    "a photo of a panda",
-    "a photo of a penguin",
-    "a photo of a car",
-    "a photo of an apple",
-    "a photo of a pizza",
-    "a photo of a guitar",
-    "a photo of a golden retriever",
-    "a photo of a tabby cat",
-    "a photo of a minivan",
-    "a photo of a pirate ship",
-    "a photo of a school bus",
-    "a photo of a backpack",
-    "a photo of an umbrella",
-    "a photo of a teapot",
-    "a photo of a horse in the forest",
-    "a photo of a rocket at night",
-    "a photo of a bus in the city",
-    "a photo of a butterfly in the park",
-    "a photo of a chair in the studio",
-    "a photo of a whale at sunset",
-    "a photo of a flamingo in venice",
-    "a photo of a tractor at sunrise",
-    "a photo of a cat and a car",
-    "a photo of a dog and a bicycle in the park",
-    "a photo of a lion and a castle",
-    "a photo of an elephant and a balloon",
-    "a photo of a frog and a banana in the lab",
-    "a photo of a rabbit and a drum",
-    "a sailboat next to a tree",
-    "a photo of a crab and a clock at dawn",
-)
 M = TypeVar("M", bound=nn.Module)
 CHUNK = 16  # batches that are composed together
 
@@ -146,7 +112,8 @@ def autoencode(job: Job, vae: AutoencoderTiny, out: Path, settings: Settings) ->
 
     def show(ema: dict[str, Tensor]) -> dict[str, float]:
         y = reconstruct(averaged(copy.deepcopy(vae), "vae.", ema), x)
-        write_sheet(out / "sheet.png", torch.stack([x[:32], y[:32]], dim=1).flatten(0, 1), columns=16)
+        pairs = torch.stack([x[:32], y[:32]], dim=1).flatten(0, 1)
+        write_sheet(out / "sheet.png", (pairs + 1) / 2, columns=16)
         return {"held_out_psnr": psnr(x, y)}
 
     ema = optimise(model, losses, out, job.budget, settings, show)
@@ -209,15 +176,8 @@ def train_unet(job: Job) -> None:
 
     def show(ema: dict[str, Tensor]) -> dict[str, float]:
         pipeline = assemble(job.out, ema)
-        generator = torch.Generator().manual_seed(SEED)
-        images = pipeline(
-            list(SHEET),
-            num_inference_steps=DEFAULT_STEPS,
-            guidance_scale=DEFAULT_GUIDANCE,
-            generator=generator,
-            output_type="pt",
-        ).images
-        write_sheet(out / "sheet.png", images * 2 - 1, columns=8)
+        images = draw(pipeline, PROMPTS[::2], DEFAULT_STEPS, DEFAULT_GUIDANCE, SEED)
+        write_sheet(out / "sheet.png", images, columns=8)
         pipeline.save_pretrained(job.out / "pipeline")
         return {}
 
@@ -245,7 +205,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 def assemble(out: Path, ema: dict[str, Tensor]) -> StableDiffusionPipeline:
     """Put the parts in ``out`` and the averaged U-Net and text tower together."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    pipeline = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(out / "vae"),
         text_encoder=averaged(networks.text_encoder(tokenizer), "text_encoder.", ema),
         tokenizer=tokenizer,
@@ -255,8 +215,6 @@ def assemble(out: Path, ema: dict[str, Tensor]) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def barrier() -> None:
@@ -281,14 +239,6 @@ def psnr(x: Tensor, y: Tensor) -> float:
     """Mean over images of the peak signal-to-noise ratio, in dB; images in [-1, 1]."""
     error = ((x - y) / 2).square().mean(dim=(1, 2, 3))
     return round(float(-10 * error.log10().mean()), 3)
-
-
-def write_sheet(path: Path, images: Tensor, columns: int) -> None:
-    """Write images (b, 3, H, W) in [-1, 1] as one PNG, row by row."""
-    rows = (
-        images.reshape(-1, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    )  # (r H) (c W) 3
-    Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
 
 
 COMMANDS: dict[str, Callable[[Job], None]] = {

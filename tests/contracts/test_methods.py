@@ -207,7 +207,7 @@ def test_the_share_rises_over_training():
 
 def test_without_foreground_guidance_is_plain_hiding():
     plain, guided, batch = build("mae"), build("mae", foreground_share=0.5), make_batch()
-    empty = dataclasses.replace(batch, masks=torch.zeros(4, 0, 32, 32, dtype=torch.bool))
+    empty = dataclasses.replace(batch, masks=batch.masks[:, :0], present=batch.present[:, :0])
     losses = []
     for method in (plain, guided):
         torch.manual_seed(1)
@@ -259,7 +259,7 @@ def test_bad_options_are_told(options, said):
 
 def test_decay_spares_biases_norms_and_tokens():
     method = build("mae")
-    settings = OptimSettings(base_learning_rate=1e-3, batch_size=64, warmup_ratio=0.1, weight_decay=0.05, max_norm=0)
+    settings = OptimSettings(base_learning_rate=1e-3, batch_size=64, warmup_ratio=0.1, weight_decay=0.05, max_norm=0.0)
     decayed, spared = build_optimizer(method, settings).param_groups
     names = {id(p): name for name, p in method.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
@@ -271,7 +271,7 @@ def test_decay_spares_biases_norms_and_tokens():
 
 
 def test_the_rate_rises_then_falls_to_nothing():
-    settings = OptimSettings(base_learning_rate=1e-3, batch_size=512, warmup_ratio=0.1, weight_decay=0, max_norm=0)
+    settings = OptimSettings(base_learning_rate=1e-3, batch_size=512, warmup_ratio=0.1, weight_decay=0.0, max_norm=0.0)
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)

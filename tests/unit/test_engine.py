@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from synthgen.engines.local import Local
-from synthgen.errors import UnitsFailed
+from synthgen.errors import MissingWeights, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -35,6 +35,9 @@ class Numbers(Stage):
 
     @contextmanager
     def open(self, run, worker):
+        if self.trouble == "open":
+            raise MissingWeights("no weights; fetch them")
+
         def work(unit):
             healed = (run.path / "healed").exists()
             if unit == 2 and self.trouble == "raise" and not healed:
@@ -82,6 +85,12 @@ def test_a_killed_worker_is_told_and_the_rest_can_be_made(tmp_path):
     (run.path / "healed").touch()
     run_stage(Numbers(trouble="die"), run, Local(workers=2))
     assert run.units("numbers") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stage_that_cannot_be_opened_says_why_once(tmp_path, workers):
+    with pytest.raises(MissingWeights, match=r"^no weights; fetch them$"):
+        run_stage(Numbers(trouble="open"), Run.create(tmp_path / "r"), Local(workers=workers))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

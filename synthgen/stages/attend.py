@@ -1,0 +1,129 @@
+"""Where each word of a caption looks in an image that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from synthgen import codecs
+from synthgen.backbones import BACKBONES
+from synthgen.config import Choice
+from synthgen.errors import ConfigError, PromptError
+from synthgen.image import resize
+from synthgen.prompts import find_words, parse_line, sample_seed
+from synthgen.records import Prompt, Report, Request
+from synthgen.run import Run, digest
+from synthgen.stages import Stage, Work, Worker, free
+
+if TYPE_CHECKING:
+    from synthgen.datasets import ImageDataset, Sample
+
+__all__ = ["Attend"]
+
+
+@dataclass(frozen=True)
+class Attend(Stage):
+    """Make the record of ``generate`` for images that exist, from their captions.
+
+    ``images`` is a WebDataset tar, a pattern of tars, or a folder of them: an image and ``txt``, and in ``json`` the
+    ``words`` to look for; without them the caption is read as a line of a prompt file. Each image is noised to every
+    one of ``timesteps`` and seen by the network once at each; DiffusionSeg's digest names this the control without
+    inversion. Images are resized to the model's size. Keys stay as they are, so that masks can be held against true
+    ones.
+    """
+
+    name: ClassVar = "attend"
+    reads: ClassVar = ()
+    writes: ClassVar = ("images", "maps")
+    accelerated: ClassVar = True
+
+    images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
+    timesteps: tuple[int, ...] = (300, 500, 700)
+    unit_size: int = 64
+    batch_size: int = free(16)
+    backbone: Choice = Choice("tiny")
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or not all(0 <= timestep < 1000 for timestep in self.timesteps):
+            raise ValueError(f"timesteps must be one or more of 0 to 999, not {self.timesteps}")
+        if self.unit_size < 1 or self.batch_size < 1:
+            raise ValueError(f"unit_size and batch_size must be 1 or more, not {self.unit_size} and {self.batch_size}")
+
+    def complete(self) -> Attend:
+        """With every option of the backbone."""
+        return replace(self, backbone=BACKBONES.complete(self.backbone, "device"))
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Names and sizes of the tars."""
+        from synthgen.datasets import source_inputs
+
+        return {"images": digest(list(source_inputs(self.images).values()))}
+
+    def plan(self, run: Run) -> list[int]:
+        """Units of ``unit_size`` images; the last may be smaller."""
+        return list(range(-(-len(_dataset(self.images)) // self.unit_size)))
+
+    def size(self, run: Run, unit: int) -> int:
+        """Images of one unit."""
+        return min(self.unit_size, len(_dataset(self.images)) - unit * self.unit_size)
+
+    @contextmanager
+    def open(self, run: Run, worker: Worker) -> Iterator[Work]:
+        """Load the backbone; then a unit is its images in batches."""
+        import torch
+
+        if worker.device == "cpu":
+            torch.set_num_threads(1)  # sums come out in one order, whatever the number of workers
+        backbone = BACKBONES.build(self.backbone, device=worker.device)
+        samples = _dataset(self.images)
+
+        def work(unit: int) -> Report:
+            numbers = range(unit * self.unit_size, unit * self.unit_size + self.size(run, unit))
+            with run.write("maps", unit) as maps, run.write("images", unit) as images:
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = [samples[number] for number in numbers[start : start + self.batch_size]]
+                    requests = [Request(one.key, caption(one), sample_seed(run.seed, one.key)) for one in batch]
+                    pixels = np.stack([resize(one.image, backbone.size) for one in batch])
+                    for generation in backbone.attend(pixels, requests, self.timesteps):
+                        images.add(generation.request.key, codecs.encode_image(generation))
+                        maps.add(generation.request.key, codecs.encode_maps(generation.maps))
+                        if generation.warnings:
+                            images.note("samples with warnings")
+                    worker.tick(len(batch))
+            return Report(unit, len(numbers), notes=images.notes)
+
+        yield work
+
+
+def caption(sample: Sample) -> Prompt:
+    """The prompt of an image that exists: its text, and its listed words or those that a prompt line would mark.
+
+    Raises:
+        PromptError: it has no text, or a listed word does not stand in it.
+    """
+    if not sample.text:
+        raise PromptError(f"sample {sample.key} has no caption; it needs a member txt")
+    try:
+        if not sample.words:
+            return parse_line(sample.text)
+        spans = find_words(sample.text, sample.words)
+    except ValueError as error:
+        raise PromptError(f"sample {sample.key}: {error}") from None
+    words = tuple(sample.text[first:last] for first, last in spans)
+    return Prompt(sample.text, words, tuple(spans), sample.label)
+
+
+@lru_cache(maxsize=2)
+def _dataset(source: str) -> ImageDataset:
+    """Opened once; every unit asks for its size."""
+    from synthgen.datasets import FolderDataset, open_dataset
+
+    samples = open_dataset(source, masks=False)
+    if isinstance(samples, FolderDataset):
+        raise ConfigError(f"the images of {source} have no captions; give WebDataset tars with a member txt")
+    return samples
