@@ -36,7 +36,7 @@ def generate(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def masks(figures: dict[str, Any]) -> Iterator[str]:
-    yield "Drawn shapes with noisy maps on a 16 × 16 grid, one thread. `whole` is AttentionCut's energy on all pixels.\n"
+    yield "Drawn shapes, noisy maps on a 16 × 16 grid, one thread. `whole` is AttentionCut's energy on all pixels.\n"
     yield "| case | refiner | masks/s | speed over whole | mean IoU |\n| --- | --- | --- | --- | --- |"
     for case, refiners in figures.items():
         if isinstance(refiners, dict):
@@ -56,7 +56,7 @@ def shards(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def pretrain(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"A training step of MAE on {figures['device']}, threads: {figures['threads']}, beside `transformers`' ViTMAE.\n"
+    yield f"Training steps of MAE on {figures['device']}, threads: {figures['threads']}, beside ViTMAE.\n"
     yield "| case | contender | images/s | speed over transformers |\n| --- | --- | --- | --- |"
     for case, row in figures.items():
         if isinstance(row, dict):

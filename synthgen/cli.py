@@ -185,8 +185,8 @@ def run_file(
 def status(run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST) -> None:
     """Say what is done, what failed and why, and what to do next."""
     from synthgen.run import Run
-    from synthgen.status import render
     from synthgen.status import status as look
+    from synthgen.status_text import render
 
     print(render(look(Run.open(run))))
 
@@ -266,7 +266,7 @@ def _stage(name: str, run: Run, given: dict[str, Any], extra: list[str] | None, 
 
 def _print_scores(run: Path) -> None:
     from synthgen.run import Run
-    from synthgen.status import scores
+    from synthgen.status_text import scores
 
     for line in scores(Run.open(run)):
         print(line)

@@ -7,22 +7,13 @@ import time
 from typing import TYPE_CHECKING
 
 from synthgen.runner import Progress, Summary
+from synthgen.text import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["ConsoleProgress", "duration", "tell"]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: ``8 s``, ``3 min 05 s``, ``2 h 07 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+__all__ = ["ConsoleProgress", "tell"]
 
 
 def tell(summary: Summary) -> str:

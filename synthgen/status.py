@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import textwrap
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from synthgen.config import build
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
 from synthgen.stages import STAGES
-from synthgen.stores.tar import index_tar
+from synthgen.stores.tar import read_tar
 
 __all__ = [
     "ArtifactStatus",
@@ -26,17 +24,11 @@ __all__ = [
     "Shards",
     "Tally",
     "Training",
-    "duration",
-    "read_members",
-    "render",
-    "scores",
-    "size",
+    "evaluations",
     "status",
 ]
 
 _ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
-_WIDTH = 100
-_MOST_ROWS = 12  # of classes, words and notes each; the page shows all
 _NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of an evaluation's file
 
 
@@ -151,7 +143,7 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
         _training(folder, artifacts.get(f"pretrain/{folder.name}"))
         for folder in sorted(run.folder("pretrain").glob("*/"))
     )
-    evaluations = _evaluations(run, problems)
+    judged = evaluations(run, problems)
     found = tuple(artifacts.values())
     return RunStatus(
         run.path,
@@ -161,31 +153,10 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
         words,
         _shards(run, problems),
         training,
-        evaluations,
+        judged,
         tuple(problems),
-        _advice(run, found, evaluations),
+        _advice(run, found, judged),
     )
-
-
-def read_members(
-    path: Path, names: Collection[str], keys: Collection[str] | None = None
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Some members of some samples (of all, without ``keys``) of a tar, in order; other bytes are not read.
-
-    Raises:
-        MissingArtifact, CorruptShard: the tar is not there, or not whole.
-    """
-    index = index_tar(path)
-    with open(path, "rb") as file:
-        for key, members in index:
-            if keys is not None and key not in keys:
-                continue
-            values = {}
-            for name in names:
-                if name in members:
-                    file.seek(members[name].offset)
-                    values[name] = file.read(members[name].size)
-            yield key, values
 
 
 def _artifact(
@@ -267,8 +238,8 @@ def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Ta
     for path in sorted(run.folder("masks").glob("[0-9]*.tar")):
         try:
             images = run.folder("images") / path.name
-            label_of = {key: _label(members) for key, members in read_members(images, ("json",))}
-            records = [(key, json.loads(members["json"])) for key, members in read_members(path, ("json",))]
+            label_of = {key: _label(members) for key, members in read_tar(images, ("json",))}
+            records = [(key, json.loads(members["json"])) for key, members in read_tar(path, ("json",))]
         except (SynthgenError, OSError, KeyError, ValueError) as error:
             problems.append(str(error))
             continue
@@ -341,7 +312,8 @@ def _training(folder: Path, artifact: ArtifactStatus | None) -> Training:
     return Training(folder.name, done, rows[-1] if rows else {}, curve)
 
 
-def _evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
+def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
+    """What each evaluation of a run found; files that cannot be read are named in ``problems``."""
     found = []
     for path in sorted(run.folder("evaluate").glob("*.json")):
         value = _json(path, problems)
@@ -398,178 +370,3 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence
         return f"all stages are done; look at them: synthgen view {shlex.quote(str(run.path))}"
     options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(_ORDER[last + 1], "")
     return f"synthgen {_ORDER[last + 1]} {options}{where}"
-
-
-# -- for the console
-
-
-def render(state: RunStatus) -> str:
-    """A status as plain text of at most 100 columns, without a newline at its end."""
-    return "\n\n".join("\n".join(block) for block in _blocks(state) if block)
-
-
-def scores(run: Run) -> list[str]:
-    """The scores of a run's evaluations as lines of a table; none where there are none."""
-    return _score_block(_evaluations(run, []))
-
-
-def _blocks(state: RunStatus) -> Iterator[list[str]]:
-    versions = state.artifacts[-1].versions if state.artifacts else {}
-    made = ", ".join(f"{name} {versions[name]}" for name in ("synthgen", "torch", "diffusers") if name in versions)
-    yield _wrap(f"{state.path}  seed {state.seed}{f'  ({made})' if made else ''}")
-    if state.artifacts:
-        yield _table(
-            ("artifact", "made by", "units", "samples", "time", "samples/s", "size", "notes"),
-            [
-                (
-                    item.name,
-                    item.stage,
-                    f"{item.done}/{item.planned}" + (f", {len(item.failures)} failed" if item.failures else ""),
-                    f"{item.samples:,}" if item.samples or not item.done else "",  # a training has none of its own
-                    duration(item.seconds),
-                    f"{item.rate:.3g}" if item.rate else "",
-                    size(item.bytes) if item.bytes else "",
-                    ", ".join(f"{count:,} {remark}" for remark, count in item.notes.items()),
-                )
-                for item in state.artifacts
-            ],
-            right=(2, 3, 4, 5, 6),
-        )
-    yield from _failure_block(state)
-    yield _tally_block("class", state.labels)
-    yield _tally_block("word", state.words)
-    if state.shards is not None:
-        splits = ", ".join(f"{name} {count:,}" for name, count in state.shards.splits.items())
-        yield [
-            _plain(f"shards: {state.shards.num_shards} tars, {size(state.shards.bytes)}; samples: {splits or 'none'}")
-        ]
-    if state.training:
-        yield _table(
-            ("pretrain", "state", "step", "loss"),
-            [
-                (
-                    item.name,
-                    "done" if item.done else "not done",
-                    f"{item.last['step']:,.0f}" if "step" in item.last else "",
-                    f"{item.last['loss']:.4g}" if "loss" in item.last else "",
-                )
-                for item in state.training
-            ],
-            right=(2, 3),
-        )
-    yield _score_block(state.evaluations)
-    yield _wrap(f"next: {state.advice}")
-
-
-def _failure_block(state: RunStatus) -> Iterator[list[str]]:
-    reasons: dict[tuple[str, str], set[int]] = {}
-    for artifact in state.artifacts:
-        for unit, reason in artifact.failures.items():
-            reasons.setdefault((artifact.stage, reason), set()).add(unit)
-    lines = []
-    for (stage, reason), units in reasons.items():
-        shown = ", ".join(f"{unit:06d}" for unit in sorted(units)[:8]) + (", ..." if len(units) > 8 else "")
-        lines += _wrap(f"failed: {stage} {shown}: {reason}")
-    yield lines
-    yield [line for problem in state.problems for line in _wrap(f"problem: {problem}")]
-
-
-def _score_block(evaluations: Sequence[Evaluation]) -> list[str]:
-    rows = []
-    for evaluation in evaluations:
-        for score in evaluation.scores:
-            name, value = score.main
-            rest = [f"{key} {number:.4g}" for key, number in score.values.items() if key not in (name, "low", "high")]
-            bounds = (
-                f"{score.values['low']:.3f} to {score.values['high']:.3f}"
-                if score.values.keys() >= {"low", "high"}
-                else ""
-            )
-            rows.append((evaluation.name, score.of, score.evaluator, name, f"{value:.4g}", bounds, ", ".join(rest)))
-    doubts = [
-        line for evaluation in evaluations for warning in evaluation.warnings for line in _wrap(f"note: {warning}")
-    ]
-    return (
-        _table(("evaluate", "of", "by", "score", "value", "95 %", "also"), rows, right=(4,)) + doubts
-        if rows
-        else doubts
-    )
-
-
-def _tally_block(kind: str, tallies: Sequence[Tally]) -> list[str]:
-    if not tallies:
-        return []
-    rows = [
-        (
-            tally.name,
-            f"{tally.samples:,}",
-            f"{tally.masks:,}",
-            f"{sum(tally.dropped.values()):,}",
-            ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items(), key=lambda it: -it[1])),
-        )
-        for tally in tallies[:_MOST_ROWS]
-    ]
-    more = len(tallies) - len(rows)
-    rest = [f"... and {more:,} more; synthgen view shows all"] if more > 0 else []
-    return _table((kind, "samples", "masks", "dropped", "why"), rows, right=(1, 2, 3)) + rest
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Aligned columns; an empty last column is left out, and a long one is cut at the page's edge."""
-    cells = [[_plain(cell) for cell in row] for row in (head, *rows)]
-    if not any(row[-1] for row in cells[1:]):
-        cells = [row[:-1] for row in cells]
-    num = len(cells[0])
-    widths = [min(max(_columns(row[index]) for row in cells), 28) for index in range(num - 1)]
-    widths.append(max(8, min(max(_columns(row[-1]) for row in cells), _WIDTH - sum(widths) - 2 * (num - 1))))
-    lines = []
-    for row in cells:
-        fitted = [_fit(cell, width) for cell, width in zip(row, widths, strict=True)]
-        padded = [
-            " " * (width - _columns(cell)) + cell if index in right else cell + " " * (width - _columns(cell))
-            for index, (cell, width) in enumerate(zip(fitted, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
-
-
-def _fit(text: str, width: int) -> str:
-    if _columns(text) <= width:
-        return text
-    while text and _columns(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
-
-
-def _columns(text: str) -> int:
-    """How wide a console draws a text: East Asian wide characters take two columns, combining ones none."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-
-
-def _plain(text: str) -> str:
-    """Text without control characters: a prompt must not steer the console."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
-def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(_plain(text), _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 0.4 s, 75 s as 1 min 15 s, 3 h 02 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.2g} {unit}"
-        value /= 1000
-    raise AssertionError  # the loop ends in its last round

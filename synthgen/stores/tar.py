@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -162,8 +162,12 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     return samples
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_tar(
+    path: Path, names: Collection[str] | None = None, keys: Collection[str] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a tar in order: key, and each member's bytes.
+
+    With ``names`` only those members, with ``keys`` only those samples; other bytes are not read.
 
     Raises:
         MissingArtifact, CorruptShard: as for :func:`index_tar`.
@@ -171,10 +175,13 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     samples = index_tar(path)
     with open(path, "rb") as file:
         for key, members in samples:
+            if keys is not None and key not in keys:
+                continue
             values = {}
             for name, member in members.items():
-                file.seek(member.offset)
-                values[name] = file.read(member.size)
+                if names is None or name in names:
+                    file.seek(member.offset)
+                    values[name] = file.read(member.size)
             yield key, values
 
 

@@ -25,8 +25,9 @@ from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png, resize
 from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.run import Run
-from synthgen.status import RunStatus, Training, read_members, size, status
-from synthgen.stores.tar import write_bytes
+from synthgen.status import RunStatus, Training, status
+from synthgen.stores.tar import read_tar, write_bytes
+from synthgen.text import size
 
 __all__ = ["write_page"]
 
@@ -79,7 +80,7 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
         try:
             keys = run.keys("images", unit)
             wanted = {keys[row] for row in rows if row < len(keys)}
-            images = dict(read_members(run.tar("images", unit), ("png", "json"), wanted))
+            images = dict(read_tar(run.tar("images", unit), ("png", "json"), wanted))
             maps = _column(run, "maps", unit, ("maps.npz",), wanted, problems) if "maps" in made else {}
             masks = _column(run, "masks", unit, ("masks.npz", "json"), wanted, problems) if "masks" in made else {}
             found += [_sample(key, members, maps.get(key), masks.get(key)) for key, members in images.items()]
@@ -112,7 +113,7 @@ def _column(
     if run.mark(artifact, unit) is None:
         return {}
     try:
-        return dict(read_members(run.tar(artifact, unit), names, keys))
+        return dict(read_tar(run.tar(artifact, unit), names, keys))
     except (SynthgenError, OSError) as error:
         problems.append(str(error))
         return {}

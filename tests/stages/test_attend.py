@@ -89,8 +89,8 @@ def test_other_images_are_refused_and_bad_ones_named(settings, tmp_path, truth):
         tar.add("000000001", {"png": encode_png(np.zeros((8, 8, 3), np.uint8))})
     with pytest.raises(StaleArtifact, match="its input 'images' has changed"):
         api.attend(run, engine=Local(workers=1), **{**settings, "images": str(other)})
+    fresh = Run.create(tmp_path / "fresh")
     with pytest.raises(UnitsFailed, match="sample 000000001 has no caption"):
-        fresh = Run.create(tmp_path / "fresh")
         api.attend(fresh, engine=Local(workers=1), **{**settings, "images": str(other)})
     with pytest.raises(MissingArtifact, match=r"absent\.tar"):
         api.attend(Run.create(tmp_path / "f2"), **{**settings, "images": str(tmp_path / "absent.tar")})

@@ -19,7 +19,9 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Work, Worker
 from synthgen.stages.shards import Shards
-from synthgen.status import Tally, duration, render, scores, size, status
+from synthgen.status import Tally, status
+from synthgen.status_text import render, scores
+from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
 
 
@@ -247,7 +249,8 @@ def test_sizes(count, text):
 def test_no_torch_is_imported(tmp_path):
     run = make_run(tmp_path / "demo")
     script = (
-        "import sys\nfrom synthgen.run import Run\nfrom synthgen.status import render, status\n"
+        "import sys\nfrom synthgen.run import Run\n"
+        "from synthgen.status import status\nfrom synthgen.status_text import render\n"
         "render(status(Run.open(sys.argv[1])))\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(run.path)], check=True)
