@@ -124,8 +124,11 @@ class Run:
             raise MissingArtifact(f"{self.path} has no {name} yet; first run: synthgen {stage} --run {self.path}")
         return entry
 
-    def check(self, stage: Stage) -> None:
-        """See that the inputs of ``stage`` are there and that what it made before had these settings; note them.
+    def check(self, stage: Stage) -> dict[str, Any]:
+        """See that the inputs of ``stage`` are there and that what it made before had these settings.
+
+        Returns:
+            What the manifest should say of its artifacts (see :meth:`note`). Nothing is written.
 
         Raises:
             MissingArtifact: an input is missing; names the stage to run first.
@@ -134,15 +137,19 @@ class Run:
         settings = stage.fingerprinted()
         inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads} | stage.inputs(self)
         fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
-        manifest = self.manifest()
+        made = self.manifest()["artifacts"]
         for name in stage.artifacts():
-            before = manifest["artifacts"].get(name)
+            before = made.get(name)
             if before is not None and before["fingerprint"] != fingerprint and self._holds_anything(name):
                 self._refuse(name, before, settings, inputs)
-        entry = {"stage": stage.name, "settings": stage.settings(), "inputs": inputs, "fingerprint": fingerprint}
+        return {"stage": stage.name, "settings": stage.settings(), "inputs": inputs, "fingerprint": fingerprint}
+
+    def note(self, stage: Stage) -> None:
+        """Put settings, inputs and versions of ``stage`` into the manifest, after :meth:`check`."""
+        entry, manifest = self.check(stage), self.manifest()
         for name in stage.artifacts():
             kept = manifest["artifacts"].get(name, {})
-            if kept.get("fingerprint") != fingerprint or kept.get("settings") != entry["settings"]:
+            if any(kept.get(key) != entry[key] for key in ("fingerprint", "settings")):
                 manifest["artifacts"][name] = entry | {"versions": versions()}
                 self._save(manifest)
 

@@ -57,6 +57,7 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
     stage = stage.complete()
     run.check(stage)
     stage.prepare(run)
+    run.note(stage)
     plan, todo = stage.plan(run), stage.todo(run)
     sizes = {unit: stage.size(run, unit) for unit in plan}
     summary = Summary(stage.name, units=len(plan), done_before=len(plan) - len(todo))

@@ -196,7 +196,9 @@ class Evaluate(Stage):
         known, asked = (set(found[name][1].values()) for name in ("train", "test"))
         if not known & asked:
             few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
-            raise ConfigError(f"training and test images share no class: {few[0]} ... there, and {few[1]} ... here")
+            raise ConfigError(
+                f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
+            )
         return found
 
     def size(self, run: Run, unit: int) -> int:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -95,6 +95,12 @@ class Pretrain(Stage):
     def artifacts(self) -> tuple[str, ...]:
         """One folder a training."""
         return (f"pretrain/{self.folder_name}",)
+
+    def complete(self) -> Pretrain:
+        """With every option of the method."""
+        from synthgen.methods import METHODS
+
+        return replace(self, method=METHODS.complete(self.method, "encoder"))
 
     def inputs(self, run: Run) -> dict[str, str]:
         """Names and sizes of the shards."""

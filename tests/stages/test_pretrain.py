@@ -115,7 +115,7 @@ def test_it_learns_and_repeats(whole, run):
 
 def test_again_is_nothing_to_do(run, whole):
     shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.check(Pretrain(**SMALL))  # notes the settings; the fingerprint is the same
+    run.note(Pretrain(**SMALL).complete())  # notes the settings; the fingerprint is the same
     before = (whole / "done.json").read_bytes()
     summary = run_stage(Pretrain(**SMALL), run, ONE)
     assert (summary.done_before, summary.samples) == (1, 0)
