@@ -121,6 +121,7 @@ def pretrain(
     guided: Annotated[bool, typer.Option("--guided", help="Hide patches under the masks sooner.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the shards.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="micro, tiny, small, base, large.  [default: micro]")] = None,
     label: Annotated[str | None, typer.Option(help="Folder name under pretrain/.  [default: the method]")] = None,
     settings: SetOption = None,
 ) -> None:
@@ -131,7 +132,7 @@ def pretrain(
     options = {"foreground_share": 0.5} if guided else {}
     given = {
         "method": {"name": method, **options}, "epochs": epochs, "batch_size": batch_size,
-        "label": label or (f"{method}-guided" if guided else None),
+        "encoder": encoder, "label": label or (f"{method}-guided" if guided else None),
     }  # fmt: skip
     _stage("pretrain", opened, given, settings, 1)
 
@@ -238,12 +239,17 @@ def _pairs(settings: list[str] | None) -> dict[str, Any]:
     """``NAME=VALUE`` options as a mapping; values are YAML, so numbers are numbers."""
     import yaml
 
+    from synthgen.config import load_yaml
+
     pairs = {}
     for setting in settings or []:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set takes NAME=VALUE, not {setting!r}")
-        pairs[name] = yaml.safe_load(value)
+        try:
+            pairs[name] = load_yaml(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {name}: {value!r} is not a YAML value") from None
     return pairs
 
 
@@ -256,7 +262,8 @@ def _stage(name: str, run: Run, given: dict[str, Any], extra: list[str] | None, 
     for dotted, value in _pairs(extra).items():
         part, _, option = dotted.partition(".")
         if option:  # --set refine.smoothness=2 is an option of a part
-            settings[part] = {**settings.get(part, {}), option: value}
+            before = settings.get(part, {})
+            settings[part] = {**({"name": before} if isinstance(before, str) else before), option: value}
         else:
             settings[part] = value
     engine = ENGINES.build("local", workers=workers)

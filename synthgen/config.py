@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -59,6 +60,23 @@ class Choice:
         return {"anyOf": [{"type": "string"}, part]}
 
 
+def load_yaml(text: str) -> Any:
+    """Read YAML safely; ``1e-3`` is a number, as YAML 1.2 has it (1.1, and so PyYAML, takes it for text).
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return Loader(text).get_single_data()
+
+
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
     """A strict pydantic model of the arguments of ``target``, without those that the caller gives itself."""
     from pydantic import ConfigDict, create_model
@@ -88,9 +106,16 @@ def check(
     from pydantic import ValidationError
 
     model = settings_model(target, given=given)
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        default = model.model_fields[key].default if key in model.model_fields else None
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(default, Choice) and isinstance(value, Mapping) and "name" not in value:
+            value = {"name": default.name, **value}  # options alone are those of the part that is there by default
+        values[key] = value
     try:
-        checked = model.model_validate(options)
+        checked = model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, where, list(model.model_fields))) from None
     return {name: getattr(checked, name) for name in model.model_fields}

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from synthgen.api import make_stage
-from synthgen.config import Choice
+from synthgen.config import Choice, load_yaml
 from synthgen.engines import ENGINES, Engine
 from synthgen.errors import MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
@@ -85,7 +85,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingArtifact(f"there is no pipeline file {path}; look into pipelines/ for examples") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:

@@ -168,9 +168,10 @@ class Run:
         ]
         changes += [f"its input {key!r} has changed" for key in differing(before["inputs"], inputs)]
         folder = self.path / name
+        elsewhere = "another --label" if name.startswith("pretrain/") else "another --run folder"
         raise StaleArtifact(
             f"{folder} was made differently: {'; '.join(changes) or 'by another stage'}; "
-            f"use the same settings, choose another --run folder, or delete {folder} to make it anew"
+            f"use the same settings, choose {elsewhere}, or delete {folder} to make it anew"
         )
 
     # -- units

@@ -12,9 +12,8 @@ os.environ.update(
 import pytest
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook(
-    ["synthgen.records", "synthgen.attention", "synthgen.refiners", "synthgen.codecs"], "beartype.beartype"
-)
+_CHECKED = "records attention refiners codecs graphcut models methods loader datasets augment evaluators train export"
+_hook = install_import_hook([f"synthgen.{name}" for name in _CHECKED.split()], "beartype.beartype")
 
 _real_connect = socket.socket.connect
 

@@ -51,8 +51,8 @@ class Local:
         if stage.collective or count <= 1:
             worker = Worker(device=devices[0], tick=listener.advance, describe=listener.describe)
             with stage.open(run, worker) as work:
-                for unit in units:
-                    yield _guarded(work, unit)
+                for unit in units:  # where there is one unit, its error is the stage's
+                    yield work(unit) if stage.collective else _guarded(work, unit)
             return
         context = mp.get_context("spawn")
         heard, ticks = context.Pipe(duplex=False)  # not a queue: its lock would stay taken when a worker is killed

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from synthgen.config import Choice, build, dump
+from synthgen.config import Choice, build, dump, load_yaml
 from synthgen.errors import ConfigError, MissingDependency, UnknownName
 from synthgen.registry import Family
 from synthgen.stages import STAGES
@@ -65,3 +65,12 @@ def test_a_missing_library_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependency, match="pip install no_such_library"):
         Family("someparts").load("cloud")
+
+
+def test_options_alone_are_those_of_the_default_part():
+    part = build(Part, {"size": 3, "refine": {"level": 0.4}}, where="stages.part")
+    assert part.refine == Choice("threshold", {"level": 0.4})
+
+
+def test_exponents_are_numbers():
+    assert load_yaml("[1e-3, -2.5E+4, .5e1, 1.5, 3, 1e, x1e3]") == [1e-3, -2.5e4, 5.0, 1.5, 3, "1e", "x1e3"]
