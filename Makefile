@@ -5,7 +5,7 @@ RUN ?= runs/latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint test test-slow demo shards bench clean
+.PHONY: help install check lint test demo shards bench clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -26,9 +26,6 @@ shards: $(STAMP) ## training tars of RUN (runs/latest)
 
 test: $(STAMP)   ## the tests
 	$(BIN)/python -m pytest -q -n 2
-
-test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
 
 check: lint test ## what CI runs
 lint: $(STAMP)   ## format, lint and types
