@@ -37,5 +37,5 @@ bench: $(STAMP)  ## measure speed beside named alternatives; writes benchmarks/r
 	for script in generate masks shards pretrain; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
-clean:           ## remove the environment and all runs
-	rm -rf $(VENV) runs
+clean:           ## remove the environment; runs stay
+	rm -rf $(VENV)

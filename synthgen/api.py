@@ -1,4 +1,8 @@
-"""What the commands do, as functions. Each stage function has the settings of its stage as keyword arguments."""
+"""What the commands do, as functions. Each stage function has the settings of its stage as keyword arguments.
+
+Stages deal their units out to processes, so a script that calls them keeps its calls under
+``if __name__ == "__main__":``, as for all of Python's ``multiprocessing``.
+"""
 
 from __future__ import annotations
 

@@ -127,8 +127,9 @@ def pretrain(
 ) -> None:
     """Train an encoder on the run's shards (made first where they are missing)."""
     opened = _open(run)
-    if "shards" not in opened.manifest()["artifacts"]:
-        _stage("shards", opened, {}, None, 0)
+    if not (opened.folder("shards") / "dataset.json").is_file():  # not made, or not to the end: with its own settings
+        begun = opened.manifest()["artifacts"].get("shards", {})
+        _stage("shards", opened, begun.get("settings", {}), None, 0)
     options = {"foreground_share": 0.5} if guided else {}
     given = {
         "method": {"name": method, **options}, "epochs": epochs, "batch_size": batch_size,
@@ -196,7 +197,7 @@ def status(run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST)
 def view(
     run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST,
     output: Annotated[Path | None, typer.Option(help="Where to write the page.  [default: RUN/view.html]")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many samples.")] = 96,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 96,
 ) -> None:
     """Write one page that shows images, prompts and each word's mask."""
     from synthgen.api import view as write
@@ -206,7 +207,9 @@ def view(
 
 
 @app.command()
-def schema(stage: Annotated[str, typer.Argument(help="generate, masks, shards, pretrain or evaluate.")]) -> None:
+def schema(
+    stage: Annotated[str, typer.Argument(help="One of the stages, such as masks.")],
+) -> None:
     """Print the settings of a stage as JSON schema."""
     import json
 
@@ -263,6 +266,8 @@ def _stage(name: str, run: Run, given: dict[str, Any], extra: list[str] | None, 
         part, _, option = dotted.partition(".")
         if option:  # --set refine.smoothness=2 is an option of a part
             before = settings.get(part, {})
+            if not isinstance(before, str | dict):
+                raise ConfigError(f"--set {dotted}: {part} is no part with options, but {before!r}")
             settings[part] = {**({"name": before} if isinstance(before, str) else before), option: value}
         else:
             settings[part] = value
@@ -289,6 +294,9 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own errors have one; anything else is a bug
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the command alone asks for help
+            print(error.format_message())
+            sys.exit(0)
         command = getattr(getattr(error, "ctx", None), "command_path", "synthgen")
         message = error.format_message().rstrip(".")
         print(f"synthgen: {message}; see: {command} --help", file=sys.stderr)

@@ -158,4 +158,6 @@ def _json(value: Any) -> bytes:
 
 def _corrupt(key: str, what: str, error: Exception) -> CorruptShard:
     reason = f"member {error} is missing" if isinstance(error, KeyError) else str(error)
-    return CorruptShard(f"the {what} of sample {key} cannot be read: {reason}; delete its tar and run that stage again")
+    return CorruptShard(
+        f"the {what} of sample {key} cannot be read: {reason}; delete its tar and run the stage that made it again"
+    )

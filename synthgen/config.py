@@ -52,7 +52,8 @@ class Choice:
             except ConfigError as error:
                 raise ValueError(str(error)) from None
 
-        return core_schema.no_info_plain_validator_function(read)
+        plain = core_schema.plain_serializer_function_ser_schema(cls.dump)
+        return core_schema.no_info_plain_validator_function(read, serialization=plain)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:

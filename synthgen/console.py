@@ -61,6 +61,8 @@ class ConsoleProgress(Progress):
         self._done += count
         now = time.monotonic()
         rate = (self._done - self._before) / max(now - self._started, 1e-6)
+        if not rate:
+            return
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
         elif now - self._said >= self.every_seconds:
@@ -68,6 +70,12 @@ class ConsoleProgress(Progress):
             left = duration((self._total - self._done) / rate)
             text = f", {self._text}" if self._text else ""
             print(f"{self._stage}: {self._done}/{self._total}, {rate:.1f}/s, {left} left{text}", file=sys.stderr)
+
+    def skip(self, count: int) -> None:
+        """Move on by ``count`` samples that an earlier call made: they say nothing of the rate."""
+        self._done += count
+        self._before += count
+        self._started = time.monotonic()
 
     def describe(self, text: str) -> None:
         """Put a remark beside the bar."""

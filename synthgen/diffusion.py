@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from synthgen.records import Generation, Maps, Request
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
 
-__all__ = ["DTYPES", "Sampling", "UNetPipeline", "load_pipeline"]
+__all__ = ["DTYPES", "Sampling", "UNetPipeline", "load_pipeline", "one_thread"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -64,6 +65,18 @@ def load_pipeline(model: str, *, dtype: DType, device: str) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """On a CPU compute with one thread, so that sums come out in one order whatever the number of workers."""
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

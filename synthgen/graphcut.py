@@ -207,7 +207,9 @@ def _move(
 
 def _sums(where: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], size: int) -> Float64[np.ndarray, " size"]:
     """The sum of the values that fall on each place."""
-    return np.bincount(where, weights=values, minlength=size).astype(np.float64)  # counts, where there is nothing to add
+    return np.bincount(where, weights=values, minlength=size).astype(
+        np.float64
+    )  # counts, where there is nothing to add
 
 
 def _fold(

@@ -88,7 +88,7 @@ def _load(path: Path) -> dict[str, Any]:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingArtifact(f"there is no pipeline file {path}; look into pipelines/ for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise PipelineError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{path} holds no settings; it needs 'stages' at least")
@@ -98,7 +98,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _put(content: dict[str, Any], dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for step in path:
-        inner = content.setdefault(step, {})
+        if content.get(step) is None:
+            content[step] = {}
+        inner = content[step]
         if isinstance(inner, str):  # a part written as its bare name cannot take an option
             raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {inner}}} in the file")
         if not isinstance(inner, dict):
@@ -112,7 +114,9 @@ def _stage(path: Path, name: str, values: Any) -> Stage:
         values = {}
     if not isinstance(values, dict):
         raise PipelineError(f"{path}: stages.{name} must hold settings, not {values!r}")
-    return make_stage(name, values)
+    stage = make_stage(name, values)
+    stage.complete()  # a part that does not exist, or an option that it does not take, is told before anything runs
+    return stage
 
 
 def _ordered(path: Path, stages: Sequence[Stage]) -> Sequence[Stage]:

@@ -40,7 +40,7 @@ def read_prompts(path: str | Path, template: str | Path | None = None) -> list[P
     path = Path(path)
     parse = _parse_json if path.suffix == ".jsonl" else parse_line
     prompts = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path, "prompt file", "--prompts").split("\n"), start=1):
         line = line.strip()
         if not line or (line.startswith("#") and path.suffix != ".jsonl"):
             continue
@@ -61,7 +61,7 @@ def read_templates(path: str | Path) -> list[str]:
     """
     path = Path(path)
     templates = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path, "template file", "--template").split("\n"), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -193,13 +193,13 @@ def request_for(prompts: Sequence[Prompt], run_seed: int, unit: int, row: int, u
     return Request(key, prompt, sample_seed(run_seed, key))
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, kind: str, option: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise MissingArtifact(f"there is no prompt file {path}; give one with --prompts FILE") from None
+        raise MissingArtifact(f"there is no {kind} {path}; give one with {option} FILE") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror}; give a file with --prompts FILE") from None
+        raise PromptError(f"{path} cannot be read: {error.strerror}; give a file with {option} FILE") from None
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{path} is not UTF-8 (byte {error.start}, 0x{error.object[error.start]:02x}); save it as UTF-8, "

@@ -68,6 +68,9 @@ class Run:
         path = Path(path)
         if (path / "run.yaml").exists():
             run = cls.open(path)
+            if seed is not None and seed != run.seed and not run.manifest()["artifacts"]:
+                run = cls(path, seed)  # nothing has been made with the old one
+                run._save({"seed": seed, "artifacts": {}})
             if seed is not None and seed != run.seed:
                 raise StaleArtifact(f"{path} was made with seed {run.seed}, not {seed}; choose another --run folder")
             return run

@@ -38,6 +38,9 @@ class Progress:
     def advance(self, count: int) -> None:
         """So many more samples are made."""
 
+    def skip(self, count: int) -> None:
+        """So many samples of a unit were made by an earlier call."""
+
     def describe(self, text: str) -> None:
         """A remark beside the bar, such as the loss."""
 
@@ -84,4 +87,7 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
             f"run the same command again to retry only those, or see: synthgen status {run.path}"
         )
     stage.finish(run)
+    for name in stage.artifacts():  # every unit is done, so what is half written is of processes that were killed
+        for leftover in run.folder(name).glob("**/.*.tmp"):
+            leftover.unlink(missing_ok=True)
     return summary

@@ -19,6 +19,9 @@ class Listener(Protocol):
     def advance(self, count: int) -> None:
         """So many more samples are made."""
 
+    def skip(self, count: int) -> None:
+        """So many samples of a unit were made by an earlier call."""
+
     def describe(self, text: str) -> None:
         """A remark beside the bar."""
 

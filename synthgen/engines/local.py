@@ -49,7 +49,7 @@ class Local:
         devices = _devices(stage)
         count = min(self.workers or len(devices), len(units))
         if stage.collective or count <= 1:
-            worker = Worker(device=devices[0], tick=listener.advance, describe=listener.describe)
+            worker = Worker(device=devices[0], tick=listener.advance, skip=listener.skip, describe=listener.describe)
             with stage.open(run, worker) as work:
                 for unit in units:  # where there is one unit, its error is the stage's
                     yield work(unit) if stage.collective else _guarded(work, unit)

@@ -29,6 +29,7 @@ class Worker:
     world_size: int = 1
     device: str = "cpu"
     tick: Callable[[int], None] = lambda count: None  # say that ``count`` more samples are made, for the progress bar
+    skip: Callable[[int], None] = lambda count: None  # say that an earlier call made ``count`` samples of this unit
     describe: Callable[[str], None] = lambda text: None  # a remark beside the bar, such as the loss
 
 

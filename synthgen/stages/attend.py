@@ -75,10 +75,8 @@ class Attend(Stage):
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         """Load the backbone; then a unit is its images in batches."""
-        import torch
+        from synthgen.diffusion import one_thread
 
-        if worker.device == "cpu":
-            torch.set_num_threads(1)  # sums come out in one order, whatever the number of workers
         backbone = BACKBONES.build(self.backbone, device=worker.device)
         samples = _dataset(self.images)
 
@@ -97,7 +95,8 @@ class Attend(Stage):
                     worker.tick(len(batch))
             return Report(unit, len(numbers), notes=images.notes)
 
-        yield work
+        with one_thread(worker.device):
+            yield work
 
 
 def caption(sample: Sample) -> Prompt:
@@ -126,4 +125,10 @@ def _dataset(source: str) -> ImageDataset:
     samples = open_dataset(source, masks=False)
     if isinstance(samples, FolderDataset):
         raise ConfigError(f"the images of {source} have no captions; give WebDataset tars with a member txt")
+    keys = [samples.key(number) for number in range(len(samples))]
+    if len(set(keys)) < len(keys):
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ConfigError(
+            f"the key {twice} stands twice in {source}; keys must be unique, for masks are joined by them"
+        )
     return samples

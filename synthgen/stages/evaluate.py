@@ -42,6 +42,7 @@ class Evaluate(Stage):
     name: ClassVar = "evaluate"
     reads: ClassVar = ()
     writes: ClassVar = ("evaluate",)
+    collective: ClassVar = True
     accelerated: ClassVar = True
 
     encoder: str = ""  # folder; the run's newest training where it is empty
@@ -51,7 +52,7 @@ class Evaluate(Stage):
     predicted: str = ""  # the masks to judge; the run's own where it is empty
     evaluators: tuple[Choice, ...] = ()  # none: knn and linear_probe of an encoder, mask_iou where truth is given
     pool: str = "mean"  # of the patch tokens, or cls
-    label: str = ""  # name of the file; the encoder's folder, with the name of ``test``
+    label: str = ""  # name of the file; the encoder's folder, with the names of ``test`` and ``truth``
     batch_size: int = free(128)
     num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
 
@@ -131,10 +132,12 @@ class Evaluate(Stage):
             with open(folder / "encoder.safetensors", "rb") as file:
                 found["encoder"] = hashlib.file_digest(file, "sha256").hexdigest()
             for name, source in self.sources(run).items():
-                found[name] = digest(source_inputs(source))
+                found[name] = digest(list(source_inputs(source).values()))
         if self.truth:
-            found["truth"] = digest(source_inputs(self.truth))
-            predicted = source_inputs(self.predicted) if self.predicted else run.artifact("masks")["fingerprint"]
+            found["truth"] = digest(list(source_inputs(self.truth).values()))
+            predicted = (
+                list(source_inputs(self.predicted).values()) if self.predicted else run.artifact("masks")["fingerprint"]
+            )
             found["predicted"] = digest(predicted)
         return found
 
@@ -145,6 +148,7 @@ class Evaluate(Stage):
         if not label:
             label = "masks" if folder is None else folder.resolve().name
             label += f"-{Path(self.test).stem}" if self.test else ""
+            label += f"-{Path(self.truth).stem}" if self.truth and folder is not None else ""
         return run.folder("evaluate") / f"{label}.json"
 
     def fingerprint(self, run: Run) -> str:

@@ -79,11 +79,9 @@ class Generate(Stage):
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         """Load the backbone; then a unit is its requests in batches."""
-        import torch
+        from synthgen.diffusion import one_thread
 
         prompts = self._prompts()
-        if worker.device == "cpu":
-            torch.set_num_threads(1)  # sums come out in one order, whatever the number of workers
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
         def work(unit: int) -> Report:
@@ -101,7 +99,8 @@ class Generate(Stage):
                     worker.tick(len(batch))
             return Report(unit, len(requests), notes=images.notes)
 
-        yield work
+        with one_thread(worker.device):
+            yield work
 
     def _prompts(self) -> list[Prompt]:
         files = [Path(name) for name in (self.prompts, self.template) if name]

@@ -121,4 +121,7 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
                 f"{run.tar('images', unit)} and {run.tar('maps', unit)} hold different samples ({key} and {other}); "
                 "delete both and run synthgen generate again"
             )
-        yield codecs.decode_generation(key, image, maps)
+        try:
+            yield codecs.decode_generation(key, image, maps)
+        except CorruptShard as error:
+            raise CorruptShard(f"{run.tar('images', unit)} or {run.tar('maps', unit)}: {error}") from None

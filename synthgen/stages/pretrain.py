@@ -281,7 +281,7 @@ class Pretrain(Stage):
             num_workers=_workers(self.num_workers),
         )
         before = training.step * order.batch_size
-        worker.tick(before)
+        worker.skip(before)
         count, loss = 0, float("nan")
         for record in training.run():
             count += record.samples
@@ -299,7 +299,6 @@ class Pretrain(Stage):
                 export_encoder(encoder, folder / "transformers")
             if not count:  # killed between the last checkpoint and here: the loss stands in the metrics
                 loss = _last_loss(folder / "metrics.jsonl")
-            (folder / "000000.failed.json").unlink(missing_ok=True)
             done = {
                 "fingerprint": fingerprint,
                 "sha256": _sha256(folder / "encoder.safetensors"),

@@ -20,7 +20,7 @@ from PIL import Image
 from synthgen import __version__, codecs
 from synthgen.backbones import BACKBONES
 from synthgen.card import SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
@@ -76,6 +76,17 @@ class Shards(Stage):
             raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
         if not self.masks:
             object.__setattr__(self, "reads", ("images",))
+
+    def prepare(self, run: Run) -> None:
+        """See that the images are generated ones.
+
+        Raises:
+            ConfigError: they are ``attend``'s, whose keys are not the run's own.
+        """
+        if run.artifact("images")["stage"] == "attend":
+            raise ConfigError(
+                f"the images of {run.path} were attended, not generated; shards are made of generated ones"
+            )
 
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the units that are there, so that shards of fewer units are not taken for these.

@@ -76,6 +76,9 @@ def test_every_command_and_part_appears_in_the_docs():
         (["evaluate", "--run", "empty"], "synthgen"),
         (["status", "absent"], "there is no run at absent"),
         (["view", "absent"], "there is no run at absent"),
+        (["view", "empty", "--limit", "0"], "--limit"),
+        (["masks", "--min-area", "0.1", "--set", "min_area.x=1", "--run", "empty"], "no part with options"),
+        (["generate", "--prompts", "p.txt", "--template", "t.txt", "--run", "r"], "there is no template file t.txt"),
         (["run", "absent.yaml"], "there is no pipeline file"),
         (["schema", "mask"], "did you mean 'masks'"),
     ],
@@ -113,6 +116,14 @@ def test_failed_units_end_with_code_three(tmp_path):
     assert run.mark("masks", 0) is not None
 
 
+def test_the_bare_command_shows_its_help():
+    told = synthgen()
+    assert told.returncode == 0
+    assert told.stdout.startswith("Usage:")
+    assert not told.stderr
+
+
 def test_schema_is_json():
     told = synthgen("schema", "masks")
     assert set(json.loads(told.stdout)["properties"]) == {"refine", "min_area", "max_area"}
+    assert json.loads(told.stdout)["properties"]["refine"]["default"] == {"name": "threshold"}

@@ -72,7 +72,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished, tmp_path):
         while not list(run.glob(wait)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, f"the line had ended before it was killed at {wait}"
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert sums(run) == sums(finished[0])

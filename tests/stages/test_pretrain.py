@@ -18,7 +18,7 @@ import torch
 from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, UnitsFailed, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, SynthgenError, UnknownName
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_names_its_step(run, monkeypatch):
         return step(self, number, batches)
 
     monkeypatch.setattr(Training, "_step", poisoned)
-    with pytest.raises(UnitsFailed, match="not a finite number at step 5"):
+    with pytest.raises(SynthgenError, match="not a finite number at step 5"):
         run_stage(Pretrain(**SMALL | {"log_every": 3}), run, ONE)
     kept = [path.name for path in (run.folder("pretrain/mae") / "checkpoints").iterdir()]
     assert kept == ["step-00000003.safetensors"]  # no checkpoint of broken weights
@@ -258,7 +258,7 @@ def test_a_broken_sample_is_named(run):
     start = data.index(b"\xff\xd8\xff", len(data) // 2)  # a JPEG begins
     data[start : start + 400] = bytes(400)
     tar.write_bytes(data)
-    with pytest.raises(UnitsFailed, match=r"CorruptShard: sample \d{10} of .*000000\.tar cannot be read"):
+    with pytest.raises(CorruptShard, match=r"^sample \d{10} of .*000000\.tar cannot be read"):
         run_stage(Pretrain(**SMALL), run, ONE)
 
 

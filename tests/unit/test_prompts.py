@@ -59,6 +59,12 @@ def test_files_that_are_no_prompt_files(tmp_path):
         read_prompts(tmp_path / "empty.txt")
 
 
+def test_only_newlines_end_a_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a dog\u2028a cat"}\r\n', encoding="utf-8")
+    assert read_prompts(path)[0].text == "a dog\u2028a cat"
+
+
 def test_jsonl_with_words_and_label(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(

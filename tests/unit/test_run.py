@@ -11,7 +11,9 @@ def test_a_run_keeps_its_seed(tmp_path):
     Run.create(tmp_path / "r", seed=3)
     assert Run.open(tmp_path / "r").seed == 3
     assert Run.create(tmp_path / "r").seed == 3
-    with pytest.raises(StaleArtifact, match="made with seed 3, not 4"):
+    assert Run.create(tmp_path / "r", seed=5).seed == 5  # nothing has been made yet
+    make_run(tmp_path / "r", masks=False)
+    with pytest.raises(StaleArtifact, match="made with seed 5, not 4"):
         Run.create(tmp_path / "r", seed=4)
 
 

@@ -1,0 +1,60 @@
+"""The four commands that users were promised, as typed and in that order, on the run that nobody named."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_four_commands(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    shutil.copy(ROOT / "prompts/imagenet.txt", tmp_path / "prompts")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    bin_folder = tmp_path / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "synthgen").write_text(f'#!/bin/sh\nexec {sys.executable} -m synthgen "$@"\n')
+    (bin_folder / "synthgen").chmod(0o755)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "constraints.txt").touch()
+    (tmp_path / ".venv" / ".installed").touch()
+    for command in (
+        ".venv/bin/synthgen generate --prompts prompts/imagenet.txt --limit 24 --steps 2",  # all 1000 take minutes
+        ".venv/bin/synthgen masks --attentioncut",
+        ".venv/bin/synthgen pretrain --method mae --epochs 2",
+        "make shards",
+    ):
+        told = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path)
+        assert told.returncode == 0, f"{command}: {told.stderr}"
+    assert "nothing to do" in told.stdout  # pretrain had made the shards
+    run = tmp_path / "runs" / "latest"
+    assert (run / "pretrain" / "mae" / "encoder.safetensors").is_file()
+    assert (run / "shards" / "train" / "000000.tar").is_file()
+    assert (run / "shards" / "README.md").is_file()
+
+
+def test_pretrain_goes_on_with_shards_that_were_begun(tmp_path):
+    from synthgen import api
+    from synthgen.engines.local import Local
+    from tests.factories import make_run
+
+    run = make_run(tmp_path / "r", units=3)
+    api.shards(run, engine=Local(workers=1), samples_per_shard=7)
+    (run.folder("shards") / "dataset.json").unlink()  # as if killed before the end
+    command = [
+        sys.executable,
+        "-m",
+        "synthgen",
+        "pretrain",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--run",
+        str(run.path),
+    ]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert (run.folder("shards") / "dataset.json").is_file()
+    assert run.artifact("shards")["settings"]["samples_per_shard"] == 7

@@ -1,0 +1,42 @@
+"""What the documents show works as it stands."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+
+from synthgen.pipeline import read_pipeline
+from tests.factories import make_generation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_refiner_in_extending_is_whole(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "abovemean.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("abovemean", tmp_path / "abovemean.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    generation, truth = make_generation(words=("disc", "square"))
+    masks = module.AboveMean().refine(generation.image, generation.maps)
+    assert masks.dtype == bool
+    assert masks.sum(0).max() == 1
+    assert ((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)) > 0.5).all()
+    assert np.array_equal(module.AboveMean(factor=99.0).refine(generation.image, generation.maps), np.zeros_like(masks))
+
+
+def test_every_pipeline_file_can_be_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = sorted(Path("pipelines").glob("*.yaml"))
+    assert len(files) >= 3
+    for path in files:
+        assert read_pipeline(path).stages[0].name == "generate"
+        assert path.name in Path("pipelines/README.md").read_text(encoding="utf-8")
+
+
+def test_links_between_documents_lead_somewhere():
+    names = ["README.md", "prompts/README.md", "pipelines/README.md", "CONTRIBUTING.md"]
+    for path in [*(ROOT / name for name in names), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path} links to {target}"
