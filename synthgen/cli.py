@@ -213,10 +213,10 @@ def schema(
     """Print the settings of a stage as JSON schema."""
     import json
 
-    from synthgen.config import settings_model
+    from synthgen.config import settings_schema
     from synthgen.stages import STAGES
 
-    print(json.dumps(settings_model(STAGES.load(stage)).model_json_schema(), indent=2))
+    print(json.dumps(settings_schema(STAGES.load(stage)), indent=2))
 
 
 # -- what the commands share

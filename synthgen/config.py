@@ -52,8 +52,7 @@ class Choice:
             except ConfigError as error:
                 raise ValueError(str(error)) from None
 
-        plain = core_schema.plain_serializer_function_ser_schema(cls.dump)
-        return core_schema.no_info_plain_validator_function(read, serialization=plain)
+        return core_schema.no_info_plain_validator_function(read)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
@@ -94,6 +93,15 @@ def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozen
     return create_model(
         name, __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True), **fields
     )
+
+
+def settings_schema(target: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of the arguments of ``target``, for editors and people."""
+    schema = settings_model(target).model_json_schema()
+    for name, parameter in inspect.signature(target).parameters.items():
+        if isinstance(parameter.default, Choice):
+            schema["properties"][name]["default"] = parameter.default.dump()
+    return schema
 
 
 def check(

@@ -128,7 +128,7 @@ def test_a_tar_that_cannot_be_read_is_named_and_the_rest_still_told(tmp_path):
     assert any("masks/000000.tar" in problem for problem in state.problems)
     assert any("images/000000.json" in problem for problem in state.problems)
     assert sum(tally.samples for tally in state.labels) == 6
-    assert "problem: " in render(state)
+    assert "problem:" in render(state)
 
 
 def test_a_stage_of_another_version_is_planned_by_what_it_reads(run):
