@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import threading
@@ -121,7 +122,8 @@ def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], co
     threading.Thread(target=_end_with_parent, daemon=True).start()
     rank = ranks.get()
     worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.send)
-    _STATE["stack"] = stack = ExitStack()
+    stack = ExitStack()
+    atexit.register(stack.close)  # while there is still an interpreter to close it in
     try:
         _STATE["work"] = stack.enter_context(stage.open(run, worker))
     except Exception as error:  # raised by the first unit: an initializer that raises would only break the pool
