@@ -50,6 +50,7 @@ WITH_SCENE = 0.5  # share of captions that name the scene
 WITH_ALIAS = 0.75  # at most this share of objects is called by an ImageNet name, less where they have few
 HELD_OUT_YAW = 5.0  # held-out views look at most this far, in degrees, from the seam of a panorama
 FIELD_OF_VIEW = (56.0, 70.0)  # degrees
+HELD_OUT_FIELD_OF_VIEW = (56.0, 58.0)  # narrower, so that no corner of a view meets one of training's
 PITCH = (-12.0, 8.0)  # degrees above the horizon
 SUPERSAMPLE = 2  # objects are drawn this much larger, then averaged
 
@@ -164,10 +165,13 @@ class Compositor:
         if self.held_out:
             yaw = uniform((b,), -HELD_OUT_YAW, HELD_OUT_YAW, generator)
         else:
-            clear = HELD_OUT_YAW + FIELD_OF_VIEW[1] + 4  # so that the crops cannot meet at these pitches
+            clear = (
+                HELD_OUT_YAW + FIELD_OF_VIEW[1] + 4
+            )  # the corners of a view reach further than its field, by 5° at most
             yaw = uniform((b,), clear, 360 - clear, generator)
         pitch = uniform((b,), *PITCH, generator).deg2rad()
-        half = (uniform((b,), *FIELD_OF_VIEW, generator) / 2).deg2rad().tan()
+        field = HELD_OUT_FIELD_OF_VIEW if self.held_out else FIELD_OF_VIEW
+        half = (uniform((b,), *field, generator) / 2).deg2rad().tan()
         flip = 1 - 2.0 * (torch.rand(b, generator=generator) < 0.5)
         axis = (torch.arange(size) + 0.5) / size * 2 - 1
         right = (flip * half)[:, None, None] * axis[None, None, :]  # the view's own axes; forward is 1

@@ -190,6 +190,7 @@ def export(job: Job) -> None:
     pipeline = assemble(job.out, ema)
     if (job.out / "vae-tuned").is_dir():
         pipeline.vae = AutoencoderTiny.from_pretrained(job.out / "vae-tuned")
+    pipeline.vae.register_to_config(_name_or_path="synthgen/tiny")  # in place of a path on this machine
     pipeline.save_pretrained(WEIGHTS)
     for path in WEIGHTS.rglob("*.safetensors"):
         path.chmod(0o644)
