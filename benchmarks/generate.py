@@ -17,7 +17,7 @@ from _common import rounds, write_result
 
 from synthgen import tiny
 from synthgen.attention.words import locate_words
-from synthgen.diffusion import Sampling, UNetPipeline, load_pipeline
+from synthgen.diffusion import Looking, Sampling, UNetPipeline, load_pipeline
 from synthgen.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device="cpu")
     sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
-    model = UNetPipeline(pipeline, sampling, cross_levels=(1, 2), self_level=1)
+    model = UNetPipeline(pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1))
+    part = UNetPipeline(pipeline, sampling, Looking((1, 2), 1, layers=("up_blocks",), first=0.5))
     prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: options.batch_size]
     texts, seeds = [prompt.text for prompt in prompts], list(range(len(prompts)))
     tokens = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
@@ -70,7 +71,7 @@ def main() -> None:
     def plain() -> None:
         model.sample(texts, seeds, [], recorded=False)
 
-    def recorded() -> None:
+    def recorded(model: UNetPipeline) -> None:
         _, recorder = model.sample(texts, seeds, tokens)
         recorder.weights(), recorder.affinity()
 
@@ -78,7 +79,15 @@ def main() -> None:
         with written_out(pipeline.unet):
             model.sample(texts, seeds, [], recorded=False)
 
-    seconds = rounds({"plain": plain, "recorded": recorded, "cross-attention written out": hooked}, options.repeats)
+    seconds = rounds(
+        {
+            "plain": plain,
+            "recorded": lambda: recorded(part),
+            "recorded, all layers and steps": lambda: recorded(model),
+            "cross-attention written out": hooked,
+        },
+        options.repeats,
+    )
     best = {name: min(times) for name, times in seconds.items()}
     figures: dict[str, Any] = {
         "steps": sampling.num_steps,

@@ -20,7 +20,7 @@ from synthgen.records import Generation, Maps, Request
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
 
-__all__ = ["DTYPES", "Sampling", "UNetPipeline", "load_pipeline", "one_thread"]
+__all__ = ["DTYPES", "Looking", "Sampling", "UNetPipeline", "load_pipeline", "one_thread"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -90,18 +90,27 @@ class Sampling:
     width: int
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Which attention counts."""
+
+    cross_levels: tuple[int, ...]  # the grids of cross-attention, as factors against the latent
+    self_level: int  # and that of self-attention
+    layers: tuple[str, ...] = ("",)  # beginnings of the names of the layers; "" is all
+    first: float = 0.0  # the share of the steps, the noisiest ones, that are not recorded
+
+
 class UNetPipeline:
     """Generate from requests with a loaded pipeline.
 
     Args:
         pipeline: a ``StableDiffusionPipeline`` on its device.
         sampling: steps, guidance and size.
-        cross_levels, self_level: which grids are recorded, see :class:`Recorder`.
+        looking: which attention is recorded.
     """
 
-    def __init__(self, pipeline: Any, sampling: Sampling, *, cross_levels: tuple[int, ...], self_level: int) -> None:
-        self.pipeline, self.sampling = pipeline, sampling
-        self.cross_levels, self.self_level = cross_levels, self_level
+    def __init__(self, pipeline: Any, sampling: Sampling, looking: Looking) -> None:
+        self.pipeline, self.sampling, self.looking = pipeline, sampling, looking
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request.
@@ -139,7 +148,7 @@ class UNetPipeline:
             texts = [request.prompt.text for request in requests]
             context, _ = pipeline.encode_prompt(texts, device, 1, False)
             recorder = self._recorder(latents.shape[-2:], tokens, guided=lambda: False)
-            with record(pipeline.unet, recorder):
+            with record(pipeline.unet, recorder, self.looking.layers):
                 for timestep in timesteps:
                     kept = float(pipeline.scheduler.alphas_cumprod[timestep])
                     noised = kept**0.5 * latents + (1 - kept) ** 0.5 * noise
@@ -152,7 +161,7 @@ class UNetPipeline:
 
     def _recorder(self, latent_size: Any, tokens: Any, guided: Callable[[], bool]) -> Recorder:
         rows, columns = latent_size
-        return Recorder((rows, columns), tokens, guided, self.cross_levels, self.self_level)
+        return Recorder((rows, columns), tokens, guided, self.looking.cross_levels, self.looking.self_level)
 
     def sample(
         self, texts: list[str], seeds: list[int], tokens: Sequence[Sequence[Sequence[int]]], *, recorded: bool = True
@@ -174,8 +183,15 @@ class UNetPipeline:
         }
         with torch.inference_mode():
             if recorded:
-                with record(pipeline.unet, recorder):
-                    values = pipeline(**arguments).images
+                skipped = int(self.looking.first * sampling.num_steps)
+                recorder.paused = skipped > 0
+
+                def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                    recorder.paused = step + 1 < skipped
+                    return tensors
+
+                with record(pipeline.unet, recorder, self.looking.layers):
+                    values = pipeline(**arguments, callback_on_step_end=after_step).images
             else:
                 values = pipeline(**arguments).images
         if not np.isfinite(values).all():

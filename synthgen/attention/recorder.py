@@ -56,6 +56,7 @@ class Recorder:
             pipeline's own flag that counts and not the batch's size.
         cross_levels: the factors, against the latent, of the grids whose cross-attention counts.
         self_level: the factor of the grid whose self-attention is kept.
+        paused: while True nothing is added.
     """
 
     latent_size: Size
@@ -63,6 +64,7 @@ class Recorder:
     guided: Callable[[], bool]
     cross_levels: tuple[int, ...] = (1, 2)
     self_level: int = 1
+    paused: bool = False  # steps at which nothing is added
     _cross: dict[Size, Tensor] = field(default_factory=dict)
     _self: Tensor | None = None
     _counts: dict[Size | str, int] = field(default_factory=dict)
@@ -194,7 +196,9 @@ class _Recording:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is None:
+        if self.recorder.paused:
+            pass
+        elif encoder_hidden_states is None:
             self.recorder.self_attention(attn, hidden_states)
         else:
             self.recorder.cross(attn, hidden_states, encoder_hidden_states)
@@ -203,10 +207,14 @@ class _Recording:
 
 
 @contextmanager
-def record(unet: Any, recorder: Recorder) -> Iterator[Recorder]:
-    """Within this context ``recorder`` sees every attention layer of ``unet``; afterwards the model is as it was."""
+def record(unet: Any, recorder: Recorder, layers: tuple[str, ...] = ("",)) -> Iterator[Recorder]:
+    """Within this context ``recorder`` sees attention layers of ``unet``; afterwards the model is as it was.
+
+    ``layers`` are beginnings of their names, such as ``up_blocks``; all other layers keep their own processor.
+    """
     before = dict(unet.attn_processors)
-    unet.set_attn_processor({name: _Recording(inner, recorder) for name, inner in before.items()})
+    recorded = {name: _Recording(inner, recorder) for name, inner in before.items() if name.startswith(layers)}
+    unet.set_attn_processor({**before, **recorded})
     try:
         yield recorder
     finally:

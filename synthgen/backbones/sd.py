@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import UInt8
 
-from synthgen.diffusion import DType, Sampling, UNetPipeline, load_pipeline
+from synthgen.diffusion import DType, Looking, Sampling, UNetPipeline, load_pipeline
 from synthgen.records import Generation, Request
 
 __all__ = ["StableDiffusion"]
@@ -49,7 +49,7 @@ class StableDiffusion:
             raise ValueError(f"height and width must be multiples of {2 * factor} pixels, not {height} x {width}")
         sampling = Sampling(num_steps, guidance_scale, negative_prompt, height, width)
         self._name = model
-        self._model = UNetPipeline(pipeline, sampling, cross_levels=(2, 4), self_level=2)
+        self._model = UNetPipeline(pipeline, sampling, Looking(cross_levels=(2, 4), self_level=2))
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request."""

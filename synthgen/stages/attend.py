@@ -43,7 +43,7 @@ class Attend(Stage):
     accelerated: ClassVar = True
 
     images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
-    timesteps: tuple[int, ...] = (300, 500, 700)
+    timesteps: tuple[int, ...] = (100, 300, 500)
     unit_size: int = 64
     batch_size: int = free(16)
     backbone: Choice = Choice("tiny")

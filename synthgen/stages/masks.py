@@ -36,7 +36,7 @@ class Masks(Stage):
 
     refine: Choice = Choice("threshold")
     min_area: float = 0.005  # share of the image
-    max_area: float = 0.95
+    max_area: float = 0.8  # what covers more is hardly an object; where attention is turned round, this catches it
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_area < self.max_area <= 1:

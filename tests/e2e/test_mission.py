@@ -27,6 +27,7 @@ def test_the_four_commands(tmp_path):
     ):
         told = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path)
         assert told.returncode == 0, f"{command}: {told.stderr}"
+        assert "Traceback" not in told.stderr
     assert "nothing to do" in told.stdout  # pretrain had made the shards
     run = tmp_path / "runs" / "latest"
     assert (run / "pretrain" / "mae" / "encoder.safetensors").is_file()

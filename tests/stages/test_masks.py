@@ -62,7 +62,7 @@ def test_masks_that_are_too_small_or_too_large_are_dropped_with_the_reason():
     values[1] = True
     kept = Masks().keep(values, generation.maps)
     assert "less than 0.50%" in kept.dropped[0]
-    assert "more than 95.00%" in kept.dropped[1]
+    assert "more than 80.00%" in kept.dropped[1]
     assert not kept.values.any()
     assert (kept.scores == 0).all()
     values[:] = False
