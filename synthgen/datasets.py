@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -52,26 +53,26 @@ class Sample:
     labels: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
 
 
-class ImageDataset(Dataset[Sample]):
+class ImageDataset(Dataset[Sample], ABC):
     """What the two kinds of source share: a length, samples by number, and labels without decoding an image."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
 
+    @abstractmethod
     def key(self, index: int) -> str:
         """The name of a sample; reads nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, index: int) -> str | None:
         """The class of a sample; reads no pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_masks(self) -> bool:
         """Whether the first sample comes with masks."""
-        raise NotImplementedError
 
 
 class ShardDataset(ImageDataset):

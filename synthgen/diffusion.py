@@ -101,7 +101,7 @@ class Looking:
 
 
 class UNetPipeline:
-    """Generate from requests with a loaded pipeline.
+    """What the backbones of this kind share: generate from requests, and attend to images that exist.
 
     Args:
         pipeline: a ``StableDiffusionPipeline`` on its device.
@@ -111,6 +111,11 @@ class UNetPipeline:
 
     def __init__(self, pipeline: Any, sampling: Sampling, looking: Looking) -> None:
         self.pipeline, self.sampling, self.looking = pipeline, sampling, looking
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        return self.sampling.height, self.sampling.width
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-from jaxtyping import UInt8
-
 from synthgen.diffusion import DType, Looking, Sampling, UNetPipeline, load_pipeline
-from synthgen.records import Generation, Request
 
 __all__ = ["StableDiffusion"]
 
 
-class StableDiffusion:
+class StableDiffusion(UNetPipeline):
     """Any pipeline that ``StableDiffusionPipeline.from_pretrained`` loads from safetensors.
 
     Attention is read on the grids of half and quarter of the latent (32 x 32 and 16 x 16 at 512 px), self-attention on
@@ -48,20 +43,4 @@ class StableDiffusion:
         if height % (2 * factor) or width % (2 * factor):
             raise ValueError(f"height and width must be multiples of {2 * factor} pixels, not {height} x {width}")
         sampling = Sampling(num_steps, guidance_scale, negative_prompt, height, width)
-        self._name = model
-        self._model = UNetPipeline(pipeline, sampling, Looking(cross_levels=(2, 4), self_level=2))
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """One image with its maps for each request."""
-        return self._model.generate(requests)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of its images, in pixels."""
-        return self._model.sampling.height, self._model.sampling.width
-
-    def attend(
-        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
-    ) -> list[Generation]:
-        """The record that :meth:`generate` makes, for images that exist."""
-        return self._model.attend(images, requests, timesteps)
+        super().__init__(pipeline, sampling, Looking(cross_levels=(2, 4), self_level=2))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
-
-import numpy as np
-from jaxtyping import UInt8
 
 from synthgen import tiny
 from synthgen.diffusion import Looking, Sampling, UNetPipeline, load_pipeline
-from synthgen.records import Generation, Request
 
 __all__ = ["Tiny"]
 
 
-class Tiny:
+class Tiny(UNetPipeline):
     """64 x 64 images of the objects and scenes that its model card lists (``synthgen/tiny/README.md``).
 
     Cross-attention is read on its 16 x 16 and 8 x 8 grids, self-attention on 16 x 16: in the decoding half of the U-Net
@@ -36,21 +31,6 @@ class Tiny:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
         sampling = Sampling(num_steps, guidance_scale, negative_prompt, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device=device)
-        self._model = UNetPipeline(
+        super().__init__(
             pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1, layers=("up_blocks",), first=0.5)
         )
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """One image with its maps for each request."""
-        return self._model.generate(requests)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of its images, in pixels."""
-        return self._model.sampling.height, self._model.sampling.width
-
-    def attend(
-        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
-    ) -> list[Generation]:
-        """The record that :meth:`generate` makes, for images that exist."""
-        return self._model.attend(images, requests, timesteps)

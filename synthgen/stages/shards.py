@@ -138,7 +138,7 @@ class Shards(Stage):
         yield work
 
     def finish(self, run: Run) -> None:
-        """Write what describes the whole: sizes, wids indexes, ``dataset.json`` and the card. Sweep leftovers."""
+        """Write what describes the whole: sizes, wids indexes, ``dataset.json`` and the card."""
         folder = run.folder("shards")
         rows = [_row(run, shard) for shard in self.layout(run)]
         for split, index in _INDEXES.items():
@@ -149,8 +149,6 @@ class Shards(Stage):
         description = self.describe(run, rows)
         write_json(folder / "dataset.json", description)
         write_bytes(folder / "README.md", dataset_card(description).encode())
-        for leftover in folder.rglob(".*.tmp"):  # of processes that were killed
-            leftover.unlink(missing_ok=True)
 
     def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What ``dataset.json`` holds."""

@@ -59,7 +59,7 @@ def test_another_seed_gives_another_image(backbone):
 def test_recording_changes_no_pixel(backbone):
     asked = requests()
     texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
-    plain, _ = backbone._model.sample(texts, seeds, [], recorded=False)
+    plain, _ = backbone.sample(texts, seeds, [], recorded=False)
     for image, generation in zip(plain, backbone.generate(asked), strict=True):
         np.testing.assert_array_equal(image, generation.image)
 

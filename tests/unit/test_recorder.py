@@ -39,13 +39,11 @@ class Witness:
 
 def by_hand(model, guided):
     """Mean word maps (level 2 and 4) and affinity from written-out softmaxes, images x words x h x w."""
-    unet = model._model.pipeline.unet
+    unet = model.pipeline.unet
     calls, before = [], dict(unet.attn_processors)
     unet.set_attn_processor({name: Witness(inner, calls) for name, inner in before.items()})
     asked = requests()
-    model._model.sample(
-        [request.prompt.text for request in asked], [request.seed for request in asked], [], recorded=False
-    )
+    model.sample([request.prompt.text for request in asked], [request.seed for request in asked], [], recorded=False)
     unet.set_attn_processor(before)
     grids, affinity = {8: [], 4: []}, []
     for heads, own, q, k in calls:
@@ -68,7 +66,7 @@ def by_hand(model, guided):
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_maps_equal_a_softmax_by_hand(model, guidance):
-    model._model.sampling = replace(model._model.sampling, guidance_scale=guidance)
+    model.sampling = replace(model.sampling, guidance_scale=guidance)
     grids, affinity = by_hand(model, guided=guidance > 1)
     generations = model.generate(requests())
     positions = [[(5,)], [(2, 3), (6,)], [(2,)]]
@@ -90,12 +88,10 @@ def test_maps_equal_a_softmax_by_hand(model, guidance):
 
 
 def test_recorded_sums_are_exact_in_float32(model):
-    model._model.sampling = replace(model._model.sampling, guidance_scale=3.0)
+    model.sampling = replace(model.sampling, guidance_scale=3.0)
     grids, _ = by_hand(model, guided=True)
     asked = requests()
-    _, recorder = model._model.sample(
-        [r.prompt.text for r in asked], [r.seed for r in asked], [[(5,)], [(2, 3)], [(2,)]]
-    )
+    _, recorder = model.sample([r.prompt.text for r in asked], [r.seed for r in asked], [[(5,)], [(2, 3)], [(2,)]])
     mean = recorder._cross[(8, 8)] / recorder._counts[(8, 8)]
     expected = torch.stack([grids[8][0][:, 5], grids[8][1][:, 2:4].mean(1), grids[8][2][:, 2]])
     torch.testing.assert_close(mean[:, 0].double(), expected, atol=1e-5, rtol=0)
@@ -104,12 +100,10 @@ def test_recorded_sums_are_exact_in_float32(model):
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)])
 def test_recording_changes_no_pixel(model, guidance, size):
-    model._model.sampling = replace(model._model.sampling, guidance_scale=guidance, height=size[0], width=size[1])
+    model.sampling = replace(model.sampling, guidance_scale=guidance, height=size[0], width=size[1])
     generations = model.generate(requests())
-    plain, _ = model._model.sample(
-        [r.prompt.text for r in requests()], [r.seed for r in requests()], [], recorded=False
-    )
-    model._model.sampling = replace(model._model.sampling, height=32, width=32)
+    plain, _ = model.sample([r.prompt.text for r in requests()], [r.seed for r in requests()], [], recorded=False)
+    model.sampling = replace(model.sampling, height=32, width=32)
     for image, generation in zip(plain, generations, strict=True):
         assert image.shape == (*size, 3)
         np.testing.assert_array_equal(image, generation.image)
@@ -118,9 +112,9 @@ def test_recording_changes_no_pixel(model, guidance, size):
 
 def test_recording_changes_no_pixel_in_bfloat16_and_with_slicing(stable_diffusion):
     model = StableDiffusion(model=str(stable_diffusion), num_steps=2, guidance_scale=3.0, dtype="bfloat16")
-    model._model.pipeline.enable_attention_slicing(1)
+    model.pipeline.enable_attention_slicing(1)
     asked = requests()
-    plain, _ = model._model.sample([r.prompt.text for r in asked], [r.seed for r in asked], [], recorded=False)
+    plain, _ = model.sample([r.prompt.text for r in asked], [r.seed for r in asked], [], recorded=False)
     for image, generation in zip(plain, model.generate(asked), strict=True):
         np.testing.assert_array_equal(image, generation.image)
 
@@ -133,7 +127,7 @@ def test_an_image_does_not_depend_on_its_batch(model):
 
 
 def test_the_model_is_as_it_was_afterwards_even_after_an_error(model):
-    unet = model._model.pipeline.unet
+    unet = model.pipeline.unet
     before = dict(unet.attn_processors)
     with pytest.raises(ZeroDivisionError), record(unet, Recorder((16, 16), [], lambda: False)):
         raise ZeroDivisionError
