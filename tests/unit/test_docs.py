@@ -1,6 +1,7 @@
 """What the documents show works as it stands."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +41,11 @@ def test_links_between_documents_lead_somewhere():
     for path in [*(ROOT / name for name in names), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_the_model_card_lists_what_is_drawn_for_every_imagenet_class():
+    folder = ROOT / "synthgen/tiny"
+    card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    for row in json.loads((folder / "imagenet.json").read_text(encoding="utf-8")):
+        (names,) = re.findall(rf"- \*\*{re.escape(row['object'])}\*\*: (.*?)(?= - \*\*| </details>)", card)
+        assert row["name"] in names.split(", ")
