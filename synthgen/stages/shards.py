@@ -20,12 +20,13 @@ from PIL import Image
 from synthgen import __version__, codecs
 from synthgen.backbones import BACKBONES
 from synthgen.card import SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
+from synthgen.columns import Column, unit_of
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker
-from synthgen.stores.tar import Member, TarWriter, index_tar, storage_error, write_bytes, write_json
+from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
 
 __all__ = ["Shards"]
 
@@ -288,7 +289,7 @@ class Packer:
         if "masks" in columns:
             masks = codecs.decode_masks(key, columns["masks"].read(key))
             if masks.words != prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
-                path = self.run.tar("masks", _unit(key))
+                path = self.run.tar("masks", unit_of(key))
                 raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
             members["mask.png"] = encode_png(codecs.masks_to_labels(masks.values))
             meta["masks"] = described = describe_masks(masks)
@@ -310,44 +311,6 @@ class Packer:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="WEBP", quality=self.stage.quality)
         return buffer.getvalue()
-
-
-class Column:
-    """The samples of one artifact by key; headers of a unit are read when it is first asked for."""
-
-    def __init__(self, run: Run, artifact: str) -> None:
-        self.run, self.artifact = run, artifact
-        self._units: dict[int, dict[str, dict[str, Member]]] = {}
-
-    def read(self, key: str, *names: str) -> dict[str, bytes]:
-        """The members of a sample: all, or those of these names.
-
-        Raises:
-            MissingArtifact: there is no such sample, or its unit is gone.
-            CorruptShard: a member is missing, or the unit is cut off.
-        """
-        unit = _unit(key)
-        path = self.run.tar(self.artifact, unit)
-        if unit not in self._units:
-            self._units[unit] = dict(index_tar(path))
-        members = self._units[unit].get(key)
-        if members is None:
-            raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
-        values = {}
-        with open(path, "rb") as file:
-            for name in names or members:
-                if name not in members:
-                    raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
-                file.seek(members[name].offset)
-                values[name] = file.read(members[name].size)
-        return values
-
-    def _again(self) -> str:
-        return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"
-
-
-def _unit(key: str) -> int:
-    return int(key[:6])
 
 
 # -- what shards say of themselves

@@ -13,6 +13,7 @@ FLOORS = [
     {"records", "tiny.__init__"},
     {"config", "image", "stores", "text"},
     {"registry", "codecs", "prompts", "run", "graphcut"},
+    {"columns"},
     {"stages.__init__"},
     {"attention", "models", "augment", "datasets", "loader", "diffusion", "export"},
     {"backbones", "refiners", "methods", "evaluators", "engines", "card"},

@@ -1,0 +1,48 @@
+"""One artifact of a run as a column: any sample's members by its key."""
+
+from __future__ import annotations
+
+from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.run import Run
+from synthgen.stores.tar import Member, index_tar
+
+__all__ = ["Column", "unit_of"]
+
+
+class Column:
+    """The samples of one artifact by key; headers of a unit are read when it is first asked for."""
+
+    def __init__(self, run: Run, artifact: str) -> None:
+        self.run, self.artifact = run, artifact
+        self._units: dict[int, dict[str, dict[str, Member]]] = {}
+
+    def read(self, key: str, *names: str) -> dict[str, bytes]:
+        """The members of a sample: all, or those of these names.
+
+        Raises:
+            MissingArtifact: there is no such sample, or its unit is gone.
+            CorruptShard: a member is missing, or the unit is cut off.
+        """
+        unit = unit_of(key)
+        path = self.run.tar(self.artifact, unit)
+        if unit not in self._units:
+            self._units[unit] = dict(index_tar(path))
+        members = self._units[unit].get(key)
+        if members is None:
+            raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
+        values = {}
+        with open(path, "rb") as file:
+            for name in names or members:
+                if name not in members:
+                    raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
+                file.seek(members[name].offset)
+                values[name] = file.read(members[name].size)
+        return values
+
+    def _again(self) -> str:
+        return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"
+
+
+def unit_of(key: str) -> int:
+    """The unit that a sample of the run's own making belongs to."""
+    return int(key[:6])
