@@ -1,9 +1,14 @@
-"""Record attention while a U-Net runs, without touching what it computes.
+"""Record attention while a diffusion model runs, without touching what it computes.
 
 Every attention layer keeps its own processor, which is called as before: the image is bit-identical with and without
-recording. Beside it the layer's queries and keys are projected once more for the conditional half of the batch, and
-their softmax is averaged over heads and added, at once and in place, to a few small accumulators on the device.
-Memory does not grow with the number of steps, and nothing is copied to the host before the image is done.
+recording. What the layer hands to PyTorch's attention, its queries and keys, is seen on the way. For the conditional
+half of the batch the softmax is formed at the wanted words' keys alone, exactly, with the rows' normaliser that the
+fused kernel computes anyway; it is averaged over heads and added, at once and in place, to a few small accumulators on
+the device. Memory does not grow with the number of steps, and nothing is copied to the host before the image is done.
+
+Two kinds of layers: in a U-Net image queries meet text keys (cross-attention) or image keys (self-attention); in a
+diffusion transformer text and image form one sequence, of which the image's rows and the text's columns are the
+cross-attention and the image's rows and columns the self-attention, each as a part of the whole row's softmax.
 
 The mean over heads, layers and timesteps follows DAAM (Tang et al., 2023) and Free-ATM, which reportedly compiles
 maps "across layers and timesteps"; which layers, and that grids weigh equally, is our choice.
@@ -14,35 +19,47 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
 from synthgen.records import AFFINITY_OFFSETS
 
-__all__ = ["Recorder", "attention_probabilities", "record"]
+__all__ = ["Recorder", "Sight", "record"]
 
 Size = tuple[int, int]
 
 
-def attention_probabilities(
-    layer: nn.Module, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k d"]
-) -> Float[Tensor, "b n k"]:
-    """The softmax of one attention layer, in float32, averaged over its heads; each row sums to 1.
+@dataclass(frozen=True)
+class Sight:
+    """What one attention layer computes with, once: both halves of a guided batch, all heads."""
 
-    ``layer`` is a ``diffusers`` ``Attention`` without group or query norms before its projections, as in the
-    transformer blocks of every U-Net.
-    """
-    heads: int = layer.heads  # type: ignore[assignment]
-    queries = layer.to_q(queries_from).unflatten(-1, (heads, -1)).transpose(1, 2).float()  # type: ignore[operator]
-    keys = layer.to_k(keys_from).unflatten(-1, (heads, -1)).transpose(1, 2).float()  # type: ignore[operator]
-    logits = queries @ (keys.transpose(-1, -2) * layer.scale)  # b heads n k
-    probabilities: Tensor = logits.softmax(dim=-1).mean(dim=1)
-    return probabilities
+    query: Float[Tensor, "b h n d"]
+    key: Float[Tensor, "b h k d"]
+    normaliser: Float[Tensor, "b h n"] | None  # of each row's softmax; None: still to be computed
+    scale: float
+    mask: Tensor | None = None  # what was added to the logits, or bool: which keys are seen; spreads over b h n k
+
+    def half(self) -> Sight:
+        """The second half of the batch, which is the conditional one."""
+        mask = self.mask
+        if mask is not None and mask.dim() == 4 and len(mask) > 1:
+            mask = mask.chunk(2)[1]
+        normaliser = None if self.normaliser is None else self.normaliser.chunk(2)[1]
+        return Sight(self.query.chunk(2)[1], self.key.chunk(2)[1], normaliser, self.scale, mask)
+
+    def normalised(self) -> Sight:
+        """With the normaliser, in float32."""
+        if self.normaliser is not None:
+            return self
+        normaliser = log_normaliser(self.query, self.key, scale=self.scale, mask=self.mask)
+        return Sight(self.query, self.key, normaliser, self.scale, self.mask)
 
 
 @dataclass
@@ -50,12 +67,13 @@ class Recorder:
     """Sums of attention over layers and steps, one accumulator a grid.
 
     Args:
-        latent_size: rows and columns of the latent.
-        tokens: for each image of the batch, for each word, the positions of its tokens.
+        latent_size: rows and columns of the finest grid of tokens: the latent of a U-Net, its patches of a transformer.
+        tokens: for each image of the batch, for each word, the positions of its tokens in the text.
         guided: whether the batch holds an unconditional half first. Asked while recording, so that it is the
             pipeline's own flag that counts and not the batch's size.
         cross_levels: the factors, against the latent, of the grids whose cross-attention counts.
         self_level: the factor of the grid whose self-attention is kept.
+        text: where the text stands in the sequence of a transformer, before or after the image.
         paused: while True nothing is added.
     """
 
@@ -64,6 +82,7 @@ class Recorder:
     guided: Callable[[], bool]
     cross_levels: tuple[int, ...] = (1, 2)
     self_level: int = 1
+    text: Literal["first", "last"] = "first"
     paused: bool = False  # steps at which nothing is added
     _cross: dict[Size, Tensor] = field(default_factory=dict)
     _self: Tensor | None = None
@@ -72,8 +91,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self._cross_sizes = {rows * columns: (rows, columns) for rows, columns in map(self.grid, self.cross_levels)}
         self._num_words = max((len(words) for words in self.tokens), default=0)
-        self._mean_of_tokens: Tensor | None = None
-        self._edges: tuple[Tensor, Tensor, Tensor] | None = None
+        self._columns: tuple[Tensor, Tensor] | None = None  # the wanted tokens of each image, and how they make words
 
     def grid(self, level: int) -> Size:
         """Rows and columns of the latent after ``log2(level)`` halvings; each rounds up, as a strided convolution."""
@@ -84,68 +102,96 @@ class Recorder:
 
     # -- while the model runs
 
-    def cross(self, layer: nn.Module, hidden: Float[Tensor, "b n c"], text: Float[Tensor, "b k d"]) -> None:
-        """Add one cross-attention layer at one step."""
-        size = self._cross_sizes.get(hidden.shape[1])
-        if size is None or not self._num_words:
-            return
-        probabilities = attention_probabilities(layer, self._conditional(hidden), self._conditional(text))
-        if self._mean_of_tokens is None:
-            self._mean_of_tokens = self._token_weights(probabilities.shape[-1]).to(probabilities.device)
-        maps = self._mean_of_tokens @ probabilities.transpose(1, 2)  # b words n
-        self._add(size, maps)
+    def cross(self, sight: Sight) -> None:
+        """Add one cross-attention layer at one step: image rows, text columns."""
+        size = self._cross_sizes.get(sight.query.shape[2])
+        if size is not None and self._num_words:
+            sight = self._conditional(sight).normalised()
+            self._add_words(size, sight, slice(None), first_key=0)
 
-    def self_attention(self, layer: nn.Module, hidden: Float[Tensor, "b n c"]) -> None:
+    def own(self, sight: Sight) -> None:
         """Add one self-attention layer at one step: only the edges of ``AFFINITY_OFFSETS`` are kept."""
         rows, columns = self.grid(self.self_level)
-        if hidden.shape[1] != rows * columns:
+        if sight.query.shape[2] == rows * columns:
+            sight = self._conditional(sight).normalised()
+            self._add_edges(sight, slice(None))
+
+    def joint(self, sight: Sight) -> None:
+        """Add one layer over text and image together (or over the image alone) at one step."""
+        rows, columns = self.latent_size
+        num_pixels, num_all = rows * columns, sight.query.shape[2]
+        if num_all < num_pixels:
             return
-        hidden = self._conditional(hidden)
-        if self._edges is None:
-            self._edges = self._edge_index(rows, columns, hidden.device)
-        here, there, inside = self._edges
-        for image, one in enumerate(hidden):  # one at a time: heads x n x n is the largest thing here
-            probabilities = attention_probabilities(layer, one[None], one[None])[0]
-            both = (probabilities[here, there] + probabilities[there, here]) * (0.5 * rows * columns)  # edges n
-            if self._self is None:
-                self._self = hidden.new_zeros((len(hidden), *here.shape), dtype=torch.float32)
-            self._self[image] += both * inside
-        self._counts["self"] = self._counts.get("self", 0) + 1
+        sight = self._conditional(sight).normalised()
+        start = num_all - num_pixels if self.text == "first" else 0
+        image = slice(start, start + num_pixels)
+        self._add_edges(sight, image)
+        if num_all > num_pixels and self._num_words:
+            self._add_words((rows, columns), sight, image, first_key=0 if self.text == "first" else num_pixels)
 
-    def _conditional(self, tensor: Tensor) -> Tensor:
-        return tensor.chunk(2)[1] if self.guided() else tensor
+    def _conditional(self, sight: Sight) -> Sight:
+        return sight.half() if self.guided() else sight
 
-    def _add(self, size: Size, maps: Tensor) -> None:
+    def _add_words(self, size: Size, sight: Sight, image: slice, *, first_key: int) -> None:
+        """exp(scale q · k - L) in the rows ``image`` at the words' keys, mean over heads, mean over a word's tokens."""
+        assert sight.normaliser is not None
+        query, normaliser = sight.query[:, :, image], sight.normaliser[:, :, image]
+        if self._columns is None:
+            self._columns = self._wanted(query.device)
+        places, weights = self._columns  # b t and b words t
+        wanted = (places + first_key)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        keys = torch.gather(sight.key, 2, wanted).float()
+        logits = keys @ (query.float() * sight.scale).transpose(-1, -2)  # b h t n
+        if sight.mask is not None:
+            logits = logits + self._mask_at(sight.mask, places + first_key, logits)
+        probabilities = torch.exp(logits - normaliser[:, :, None]).mean(dim=1)
+        maps = weights @ probabilities
         if size in self._cross:
             self._cross[size] += maps
         else:
             self._cross[size] = maps
         self._counts[size] = self._counts.get(size, 0) + 1
 
-    def _token_weights(self, num_tokens: int) -> Float[Tensor, "b words k"]:
-        weights = torch.zeros(len(self.tokens), self._num_words, num_tokens)
-        for image, words in enumerate(self.tokens):
-            for word, positions in enumerate(words):
-                if positions:
-                    weights[image, word, list(positions)] = 1 / len(positions)
-        return weights
-
     @staticmethod
-    def _edge_index(
-        rows: int, columns: int, device: torch.device
-    ) -> tuple[Int[Tensor, "edges n"], Int[Tensor, "edges n"], Float[Tensor, "edges n"]]:
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        here = (y * columns + x).flatten()
-        there, inside = [], []
-        for down, right in AFFINITY_OFFSETS:
-            valid = (y + down >= 0) & (y + down < rows) & (x + right >= 0) & (x + right < columns)
-            there.append(torch.where(valid.flatten(), here + down * columns + right, here))
-            inside.append(valid.flatten())
-        return (
-            here.expand(len(there), -1).to(device),
-            torch.stack(there).to(device),
-            torch.stack(inside).float().to(device),
-        )
+    def _mask_at(mask: Tensor, places: Tensor, logits: Tensor) -> Tensor:
+        """What a mask adds to the logits (b h t n) of some keys; it must be the same for all rows and heads."""
+        row = mask[(None,) * (4 - mask.dim())][:, 0, 0].expand(len(places), -1)  # b k
+        if row.dtype == torch.bool:
+            row = torch.zeros_like(row, dtype=logits.dtype).masked_fill(~row, float("-inf"))
+        return torch.gather(row, 1, places)[:, None, :, None].to(logits.dtype)
+
+    def _add_edges(self, sight: Sight, image: slice) -> None:
+        """For each edge between pixels the mean of both ways' probabilities, in multiples of uniform attention."""
+        assert sight.normaliser is not None
+        rows, columns = self.grid(self.self_level)
+        b, heads, _, d = sight.query.shape
+        q = (sight.query[:, :, image].float() * sight.scale).reshape(b, heads, rows, columns, d)
+        k = sight.key[:, :, image].float().reshape(b, heads, rows, columns, d)
+        level = sight.normaliser[:, :, image].reshape(b, heads, rows, columns)
+        if self._self is None:
+            self._self = q.new_zeros((len(q), len(AFFINITY_OFFSETS), rows, columns))
+        for edge, (down, right) in enumerate(AFFINITY_OFFSETS):
+            if down >= rows or abs(right) >= columns:
+                continue
+            here = slice(0, rows - down), slice(max(0, -right), min(columns, columns - right))
+            there = slice(down, rows), slice(max(0, right), columns + min(0, right))
+            forth = ((q[:, :, *here] * k[:, :, *there]).sum(-1) - level[:, :, *here]).exp()
+            back = ((q[:, :, *there] * k[:, :, *here]).sum(-1) - level[:, :, *there]).exp()
+            self._self[:, edge, *here] += (forth + back).mean(dim=1) * (0.5 * rows * columns)
+        self._counts["self"] = self._counts.get("self", 0) + 1
+
+    def _wanted(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The positions of all words' tokens (b t), padded with 0, and the share of each in each word (b words t)."""
+        flat = [[position for positions in words for position in positions] for words in self.tokens]
+        most = max(map(len, flat))
+        places = torch.tensor([row + [0] * (most - len(row)) for row in flat], dtype=torch.long)
+        weights = torch.zeros(len(self.tokens), self._num_words, most)
+        for image, words in enumerate(self.tokens):
+            column = 0
+            for word, positions in enumerate(words):
+                weights[image, word, column : column + len(positions)] = 1 / max(1, len(positions))
+                column += len(positions)
+        return places.to(device), weights.to(device)
 
     # -- when the images are done
 
@@ -176,17 +222,40 @@ class Recorder:
         """
         if self._self is None:
             raise RuntimeError(f"the model has no self-attention on the grid {self.grid(self.self_level)}")
-        mean = (self._self / self._counts["self"]).reshape(*self._self.shape[:2], *self.grid(self.self_level))
+        mean = self._self / self._counts["self"]
         merged = mean.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).cpu().numpy()
         return list(merged)
+
+
+class _Tap(TorchFunctionMode):
+    """While active, hands what PyTorch's attention is called with to ``look``; its output is as without."""
+
+    def __init__(self, look: Callable[[Sight], None]) -> None:
+        super().__init__()
+        self.look, self.seen = look, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.seen = True
+        return self._attention(*args, **(kwargs or {}))
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        output, normaliser = attention_with_normaliser(query, key, value, attn_mask, *args, **kwargs)
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        self.look(Sight(query, key, normaliser, scale, attn_mask))
+        return output
 
 
 class _Recording:
     """An attention processor that does what ``inner`` does, and lets the recorder look on."""
 
-    def __init__(self, inner: Any, recorder: Recorder) -> None:
-        self.inner, self.recorder = inner, recorder
+    def __init__(self, inner: Any, recorder: Recorder, *, joint: bool) -> None:
+        self.inner, self.recorder, self.joint = inner, recorder, joint
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         attn: nn.Module,
@@ -195,27 +264,51 @@ class _Recording:
         attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> Tensor:
-        if self.recorder.paused:
-            pass
-        elif encoder_hidden_states is None:
-            self.recorder.self_attention(attn, hidden_states)
-        else:
-            self.recorder.cross(attn, hidden_states, encoder_hidden_states)
-        output: Tensor = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+    ) -> Any:
+        arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, *args)
+        recorder = self.recorder
+        if recorder.paused:
+            return self.inner(*arguments, **kwargs)
+        look = recorder.joint if self.joint else recorder.own if encoder_hidden_states is None else recorder.cross
+        with _Tap(look) as tap:
+            output = self.inner(*arguments, **kwargs)
+        if not tap.seen:
+            if self.joint:
+                raise RuntimeError(
+                    f"{type(self.inner).__name__} does not call PyTorch's attention, so there is nothing to record"
+                )
+            text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            look(projected(attn, hidden_states, text))
         return output
 
 
-@contextmanager
-def record(unet: Any, recorder: Recorder, layers: tuple[str, ...] = ("",)) -> Iterator[Recorder]:
-    """Within this context ``recorder`` sees attention layers of ``unet``; afterwards the model is as it was.
+def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k e"]) -> Sight:
+    """The queries and keys of a U-Net's attention layer, projected once more, for processors that keep them hidden.
 
-    ``layers`` are beginnings of their names, such as ``up_blocks``; all other layers keep their own processor.
+    Such are sliced attention and xFormers'. ``layer`` has no norms before its projections, as in the transformer
+    blocks of every U-Net.
     """
-    before = dict(unet.attn_processors)
-    recorded = {name: _Recording(inner, recorder) for name, inner in before.items() if name.startswith(layers)}
-    unet.set_attn_processor({**before, **recorded})
+    query, key = (
+        project(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+        for project, x in ((layer.to_q, queries_from), (layer.to_k, keys_from))
+    )
+    return Sight(query, key, None, layer.scale)
+
+
+@contextmanager
+def record(network: Any, recorder: Recorder, layers: tuple[str, ...] = ("",)) -> Iterator[Recorder]:
+    """Within this context ``recorder`` sees attention layers of ``network``; afterwards the model is as it was.
+
+    ``network`` is the U-Net or the transformer of a pipeline. ``layers`` are beginnings of the names of its attention
+    processors, such as ``up_blocks`` or ``transformer_blocks.``; all other layers keep their own processor.
+    """
+    before = dict(network.attn_processors)
+    joint = not hasattr(network, "up_blocks")
+    recorded = {
+        name: _Recording(inner, recorder, joint=joint) for name, inner in before.items() if name.startswith(layers)
+    }
+    network.set_attn_processor({**before, **recorded})
     try:
         yield recorder
     finally:
-        unet.set_attn_processor(before)
+        network.set_attn_processor(before)

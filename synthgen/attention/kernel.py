@@ -1,0 +1,113 @@
+"""Fused attention that also tells the normaliser of each row's softmax, so that single columns of it cost little.
+
+``softmax(s)[i, j] = exp(s[i, j] - L[i])`` with ``L[i] = logsumexp(s[i])``. The fused kernels compute L on their way and
+PyTorch's public function throws it away; called by their own names they return it, and the same output to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["attention_with_normaliser", "log_normaliser"]
+
+_CHUNK = 2**24  # logits that are held at a time where no kernel gives the normaliser
+_FLASH, _EFFICIENT, _CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend
+_PROBE = 8  # rows of the first head that a kernel's normaliser is checked on, once
+_trusted: dict[tuple[Any, ...], bool] = {}
+
+
+def attention_with_normaliser(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h k d"],
+    value: Float[Tensor, "b h k e"],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"] | None]:
+    """``torch.nn.functional.scaled_dot_product_attention`` and the normaliser of its rows, in float32.
+
+    The output is the public function's, bit for bit: the kernel that it would choose is called. The normaliser is None
+    where that kernel does not tell it, and where its word, on the first call, was not that of a plain computation.
+    """
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    plain = query.dim() != 4 or enable_gqa or dropout_p > 0 or is_causal or (attn_mask is not None and query.is_cuda)
+    kernel = -1 if plain else torch._fused_sdp_choice(query, key, value, attn_mask, **options)
+    kind = (query.device.type, kernel, query.dtype, query.shape[-1])
+    if not _trusted.get(kind, True):
+        kernel = -1
+    found = _call(kernel, query, key, value, attn_mask, options)
+    if found is None:
+        options["enable_gqa"] = enable_gqa
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), None
+    output, normaliser = found
+    if kind not in _trusted:
+        expected = log_normaliser(query[:1, :1, :_PROBE], key[:1, :1], scale=scale, mask=_first(attn_mask))
+        near = normaliser.shape == query.shape[:3] and torch.allclose(
+            normaliser[:1, :1, :_PROBE], expected, rtol=1e-3, atol=1e-3
+        )
+        _trusted[kind] = bool(near)
+        if not near:
+            return output, None
+    return output, normaliser
+
+
+def _call(
+    kernel: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """The output and normaliser of one kernel, None where it is none of those that tell it."""
+    aten, scale, rows = torch.ops.aten, options["scale"], query.shape[2]
+    if query.device.type == "cpu" and kernel == _FLASH:
+        output, normaliser = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=_as_bias(mask, query), scale=scale
+        )
+    elif query.is_cuda and kernel == _FLASH and query.shape[-1] % 8 == 0:  # others are padded on the way
+        output, normaliser, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    elif query.is_cuda and kernel == _EFFICIENT:
+        output, normaliser, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, scale=scale
+        )
+    elif query.is_cuda and kernel == _CUDNN:
+        output, normaliser, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        normaliser = normaliser.reshape(*query.shape[:2], -1)
+    else:
+        return None
+    return output, normaliser[..., :rows]
+
+
+def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+
+
+def _first(mask: Tensor | None) -> Tensor | None:
+    """A mask's part for the rows that are checked; it spreads over batch, heads and rows."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask[:1, :1, :_PROBE]
+
+
+def log_normaliser(
+    query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h k d"], *, scale: float | None, mask: Tensor | None = None
+) -> Float[Tensor, "b h n"]:
+    """``logsumexp`` over the keys of ``scale * query · key`` (+ mask), in float32, a few rows at a time."""
+    b, heads, n, d = query.shape
+    scale = d**-0.5 if scale is None else scale
+    bias = _as_bias(mask, query)
+    step = max(1, _CHUNK // (b * heads * key.shape[2]))
+    keys = key.float().transpose(-1, -2)
+    parts = []
+    for start in range(0, n, step):
+        logits = (query[:, :, start : start + step].float() * scale) @ keys
+        if bias is not None:
+            logits = logits + (bias[..., start : start + step, :] if bias.shape[-2] > 1 else bias).float()
+        parts.append(logits.logsumexp(dim=-1))
+    return torch.cat(parts, dim=2)

@@ -1,0 +1,75 @@
+"""The fused kernels' own normaliser, against the public function and a plain logsumexp."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synthgen.attention import kernel
+from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
+
+
+def qkv(rows=50, keys=77, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, n, 16, generator=generator).to(dtype) for n in (rows, keys, keys)]
+
+
+def by_hand(query, key, mask=0.0, scale=0.25):
+    return (query.double() @ key.double().transpose(-1, -2) * scale + mask).logsumexp(-1).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_the_output_is_the_public_functions_and_the_normaliser_is_right(dtype, scale):
+    query, key, value = qkv(dtype=dtype)
+    with torch.inference_mode():
+        output, normaliser = attention_with_normaliser(query, key, value, scale=scale)
+        assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, scale=scale))
+    assert normaliser is not None
+    assert normaliser.dtype == torch.float32
+    torch.testing.assert_close(normaliser, by_hand(query, key, scale=scale or 0.25), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_mask_is_part_of_both(boolean):
+    query, key, value = qkv()
+    seen = torch.arange(77) < torch.tensor([40, 60])[:, None, None, None]
+    bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    with torch.inference_mode():
+        mask = seen if boolean else bias
+        output, normaliser = attention_with_normaliser(query, key, value, mask)
+        assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, mask))
+    expected = by_hand(query, key, bias)
+    found = normaliser if normaliser is not None else log_normaliser(query, key, scale=None, mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_normaliser(query, key, scale=None, mask=mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_no_kernel_tells_is_left_to_the_caller():
+    query, key, value = qkv(rows=77)
+    output, normaliser = attention_with_normaliser(query, key, value, is_causal=True)
+    assert normaliser is None
+    assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
+    query, key, value = qkv(dtype=torch.float64)
+    asked = []
+
+    def wrong(*arguments):
+        asked.append(arguments)
+        return F.scaled_dot_product_attention(*arguments[1:4]), torch.zeros(2, 3, 50)
+
+    monkeypatch.setattr(kernel, "_trusted", {})
+    monkeypatch.setattr(kernel, "_call", wrong)
+    assert attention_with_normaliser(query, key, value)[1] is None
+    assert list(kernel._trusted.values()) == [False]
+    attention_with_normaliser(query, key, value)
+    assert asked[0][0] != -1
+    assert asked[1][0] == -1
+
+
+def test_the_plain_normaliser_does_not_depend_on_its_chunks(monkeypatch):
+    query, key, _ = qkv()
+    whole = log_normaliser(query, key, scale=0.25)
+    monkeypatch.setattr(kernel, "_CHUNK", 1)
+    torch.testing.assert_close(log_normaliser(query, key, scale=0.25), whole)
