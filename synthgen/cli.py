@@ -36,6 +36,13 @@ SetOption = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of this stage, e.g. min_area=0.01."),
 ]
 WorkersOption = Annotated[int, typer.Option(help="Processes; 0: one for every GPU, or core where there is none.")]
+BackboneOption = Annotated[
+    str | None, typer.Option(help="tiny (ships with synthgen), diffusers.  [default: tiny; diffusers with --model]")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Short name (sd15, sdxl, sd35, flux-dev, ...), folder or hub id of a diffusers model."),
+]
 LATEST = Path("runs/latest")
 
 
@@ -47,8 +54,8 @@ def generate(
     template: Annotated[str | None, typer.Option(help="File of templates for the marked words.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images of each prompt.  [default: 1]")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="tiny (ships with synthgen), sd.  [default: tiny]")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id, for --backbone sd.")] = None,
+    backbone: BackboneOption = None,
+    model: ModelOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together.  [default: 16]")] = None,
@@ -57,7 +64,7 @@ def generate(
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
     options = {"model": model, "num_steps": steps, "guidance_scale": guidance}
-    part = _choice(backbone or "tiny", options)
+    part = _choice(backbone or ("diffusers" if model else "tiny"), options)
     given = {
         "prompts": prompts, "template": template, "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
@@ -70,14 +77,14 @@ def attend(
     images: Annotated[str, typer.Option(help="WebDataset tars with captions: a file, a pattern or a folder.")],
     run: RunOption = LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
-    backbone: Annotated[str | None, typer.Option(help="tiny, sd.  [default: tiny]")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id, for --backbone sd.")] = None,
+    backbone: BackboneOption = None,
+    model: ModelOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images seen together.  [default: 16]")] = None,
     workers: WorkersOption = 0,
     settings: SetOption = None,
 ) -> None:
     """Record where the words of captions look in images that exist."""
-    part = _choice(backbone or "tiny", {"model": model})
+    part = _choice(backbone or ("diffusers" if model else "tiny"), {"model": model})
     given = {"images": images, "backbone": part, "batch_size": batch_size}
     _stage("attend", _create(run, seed), given, settings, workers)
 

@@ -8,37 +8,71 @@ from typing import Any
 
 from synthgen.records import Prompt
 
-__all__ = ["WordTokens", "locate_words"]
+__all__ = ["TextEncoder", "WordTokens", "locate_in_encoders", "locate_words"]
 
 _WHOLE = 100_000  # more tokens than any prompt has: tokenize all of it, then see where the pipeline will cut
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder as the network's attention sees it: how its prompt is cut, and where its tokens stand."""
+
+    tokenizer: Any
+    length: int  # tokens that it reads at most, the marks included
+    start: int = 0  # the place of its first token in the text that is attended to
+
+
 @dataclass(frozen=True, slots=True)
 class WordTokens:
-    """The token positions of a prompt's words in the text encoder's input."""
+    """The token positions of a prompt's words in the text that is attended to."""
 
     positions: tuple[tuple[int, ...], ...]  # one tuple a word, empty where the word was cut off
     warnings: tuple[str, ...]  # what a person should know, such as a prompt that was cut
 
 
-def locate_words(tokenizer: Any, prompt: Prompt) -> WordTokens:
-    """Find the tokens of each marked word of ``prompt``, as the pipeline will tokenize it (cut at its maximum length).
+def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordTokens:
+    """Find the tokens of each marked word of ``prompt`` in all text encoders of a model.
 
-    Start, end and padding tokens are never counted. Works by the character offsets that the tokenizer gives, so any
-    script, words of many tokens, and the second of two equal words come out right.
+    Encoders that stand at the same place (Stable Diffusion XL's two) share positions; where they cut a word
+    differently, the positions of both count. A word is cut off where no encoder reads it.
+
+    Raises:
+        ValueError: a tokenizer gives no offsets (a slow one).
+    """
+    found = [locate_words(encoder.tokenizer, prompt, encoder.length) for encoder in encoders]
+    positions: list[tuple[int, ...]] = []
+    for k in range(len(prompt.words)):
+        places = {encoder.start + at for encoder, one in zip(encoders, found, strict=True) for at in one.positions[k]}
+        positions.append(tuple(sorted(places)))
+    read = {_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if places}
+    warnings = dict.fromkeys(warning for one in found for warning in one.warnings if warning not in read)
+    return WordTokens(tuple(positions), tuple(warnings))
+
+
+def _cut_off(word: str) -> str:
+    return f"the word {word!r} is cut off and has no mask"
+
+
+def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> WordTokens:
+    """Find the tokens of each marked word of ``prompt``, as the pipeline will tokenize it.
+
+    The prompt is cut at ``length`` tokens, by default the tokenizer's own. Start, end and padding tokens are never
+    counted. Works by the character offsets that the tokenizer gives, so any script, words of many tokens, and the
+    second of two equal words come out right.
 
     Raises:
         ValueError: the tokenizer gives no offsets (a slow one).
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
-    limit = tokenizer.model_max_length
+    limit = length or tokenizer.model_max_length
     encoded = tokenizer(prompt.text, truncation=True, max_length=_WHOLE, return_offsets_mapping=True)
     offsets: Sequence[tuple[int, int]] = encoded["offset_mapping"]
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # not the unknown token, which may well be a word
     spelled = [
         (position, first, last)
         for position, (first, last) in enumerate(offsets)
-        if last > first and encoded["input_ids"][position] not in tokenizer.all_special_ids
+        if last > first and encoded["input_ids"][position] not in marks
     ]
     cut = len(offsets) > limit
     kept = [token for token in spelled if token[0] < limit - 1] if cut else spelled  # the last place is the end token
@@ -51,7 +85,7 @@ def locate_words(tokenizer: Any, prompt: Prompt) -> WordTokens:
     for word, (start, stop) in zip(prompt.words, prompt.spans, strict=True):
         found = tuple(position for position, first, last in kept if first < stop and last > start)
         if cut and stop > reached:
-            warnings.append(f"the word {word!r} is cut off and has no mask")
+            warnings.append(_cut_off(word))
             found = ()
         positions.append(found)
     return WordTokens(tuple(positions), tuple(warnings))

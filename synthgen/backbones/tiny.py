@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from synthgen import tiny
-from synthgen.diffusion import Looking, Sampling, UNetPipeline, load_pipeline
+from synthgen.diffusion import Loading, Looking, Sampling, StableDiffusion, load_pipeline
 
 __all__ = ["Tiny"]
 
 
-class Tiny(UNetPipeline):
-    """64 x 64 images of the objects and scenes that its model card lists (``synthgen/tiny/README.md``).
+class Tiny(StableDiffusion):
+    """128 x 128 images of the objects and scenes that its model card lists (``synthgen/tiny/README.md``).
 
     Cross-attention is read on its 16 x 16 and 8 x 8 grids, self-attention on 16 x 16: in the decoding half of the U-Net
     and in the second half of the steps, where held-out composites showed that its words point best.
@@ -30,7 +30,7 @@ class Tiny(UNetPipeline):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
         sampling = Sampling(num_steps, guidance_scale, negative_prompt, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
-        pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device=device)
+        pipeline = load_pipeline(Loading(str(tiny.WEIGHTS), device=device), ["StableDiffusionPipeline"])
         super().__init__(
             pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1, layers=("up_blocks",), first=0.5)
         )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from synthgen import api
-from synthgen.backbones.sd import StableDiffusion
+from synthgen.backbones.diffusers import Diffusers
 from synthgen.codecs import masks_to_labels
 from synthgen.config import Choice
 from synthgen.engines.local import Local
@@ -38,7 +38,7 @@ def truth(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(stable_diffusion, truth):
-    backbone = Choice("sd", {"model": str(stable_diffusion)})
+    backbone = Choice("diffusers", {"model": str(stable_diffusion)})
     return {"images": str(truth), "unit_size": 3, "backbone": backbone, "timesteps": (300, 600)}
 
 
@@ -65,7 +65,7 @@ def test_batches_and_workers_change_nothing_that_matters(settings, tmp_path):
 
 
 def test_the_network_sees_the_noised_latent_once_a_timestep(stable_diffusion):
-    model = StableDiffusion(model=str(stable_diffusion))
+    model = Diffusers(model=str(stable_diffusion))
     pipeline, seen = model.pipeline, []
     pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(args))
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)

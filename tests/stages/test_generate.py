@@ -30,7 +30,7 @@ def sums(run, *artifacts):
 def settings(stable_diffusion, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "p.txt"
     prompts.write_text(PROMPTS)
-    backbone = Choice("sd", {"model": str(stable_diffusion), "num_steps": 2, "guidance_scale": 2.0})
+    backbone = Choice("diffusers", {"model": str(stable_diffusion), "num_steps": 2, "guidance_scale": 2.0})
     return {"prompts": str(prompts), "images_per_prompt": 3, "unit_size": 4, "batch_size": 4, "backbone": backbone}
 
 
@@ -67,7 +67,7 @@ def test_kill_in_the_middle_then_the_same_command(finished, settings, tmp_path):
     backbone = settings["backbone"].options
     command = [
         sys.executable, "-m", "synthgen", "generate", "--prompts", settings["prompts"], "--images-per-prompt", "3",
-        "--batch-size", "4", "--backbone", "sd", "--model", backbone["model"], "--steps", "2", "--guidance", "2.0",
+        "--batch-size", "4", "--model", backbone["model"], "--steps", "2", "--guidance", "2.0",
         "--set", "unit_size=4", "--workers", "1", "--run", str(run),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -96,7 +96,7 @@ def test_changed_prompts_are_refused_by_name(finished, settings, tmp_path):
 
 
 def test_a_changed_option_of_the_backbone_is_refused(finished, settings):
-    backbone = Choice("sd", {**settings["backbone"].options, "num_steps": 3})
+    backbone = Choice("diffusers", {**settings["backbone"].options, "num_steps": 3})
     with pytest.raises(StaleArtifact, match="num_steps"):
         api.generate(finished, engine=Local(workers=1), **{**settings, "backbone": backbone})
 
@@ -110,7 +110,7 @@ def test_bad_settings_say_so_before_anything_is_written(tmp_path, settings):
     with pytest.raises(UnknownName, match="did you mean 'tiny'"):
         api.generate(run, prompts=settings["prompts"], backbone="tyny")
     with pytest.raises(ConfigError, match="num_step"):
-        api.generate(run, prompts=settings["prompts"], backbone=Choice("sd", {"num_step": 2}))
+        api.generate(run, prompts=settings["prompts"], backbone=Choice("diffusers", {"num_step": 2}))
     with pytest.raises(ConfigError, match="unit_size must be at least 1"):
         api.generate(run, prompts=settings["prompts"], unit_size=0)
     with pytest.raises(PromptError):
@@ -135,6 +135,9 @@ def test_missing_weights_are_one_line(settings, tmp_path):
 
     with pytest.raises(MissingWeights, match="download it first") as caught:
         api.generate(
-            run, engine=Local(workers=1), prompts=settings["prompts"], backbone=Choice("sd", {"model": str(tmp_path)})
+            run,
+            engine=Local(workers=1),
+            prompts=settings["prompts"],
+            backbone=Choice("diffusers", {"model": str(tmp_path)}),
         )
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synthgen.attention.recorder import Recorder, record
-from synthgen.backbones.sd import StableDiffusion
+from synthgen.backbones.diffusers import Diffusers
 from synthgen.prompts import parse_line
 from synthgen.records import AFFINITY_OFFSETS, Request
 
@@ -16,7 +16,7 @@ LINES = ["a photo of a [dog]", "a [golden dog] and a [cat]", "the [park]"]
 
 @pytest.fixture(scope="module")
 def model(stable_diffusion):
-    return StableDiffusion(model=str(stable_diffusion), num_steps=3, guidance_scale=3.0)
+    return Diffusers(model=str(stable_diffusion), num_steps=3, guidance_scale=3.0, height=32, width=32).family
 
 
 def requests(lines=LINES):
@@ -111,7 +111,7 @@ def test_recording_changes_no_pixel(model, guidance, size):
 
 
 def test_recording_changes_no_pixel_in_bfloat16_and_with_slicing(stable_diffusion):
-    model = StableDiffusion(model=str(stable_diffusion), num_steps=2, guidance_scale=3.0, dtype="bfloat16")
+    model = Diffusers(model=str(stable_diffusion), num_steps=2, guidance_scale=3.0, dtype="bfloat16").family
     model.pipeline.enable_attention_slicing(1)
     asked = requests()
     plain, _ = model.sample([r.prompt.text for r in asked], [r.seed for r in asked], [], recorded=False)

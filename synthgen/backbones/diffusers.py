@@ -1,0 +1,88 @@
+"""Any text-to-image model of ``diffusers`` whose family synthgen knows, by short name, folder or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from synthgen.diffusion import FAMILIES, DType, Loading, Sampling, load_pipeline
+from synthgen.records import Generation, Request
+
+__all__ = ["Diffusers"]
+
+
+class Diffusers:
+    """Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, and their distilled forms.
+
+    The family follows from the class that the model's ``model_index.json`` names. What is left open (None or empty) is
+    what is usual for the family; ``docs/models.md`` has the table. Weights are loaded from safetensors only.
+    """
+
+    licence: ClassVar = (
+        "The images are the output of a model: the licence of that model, and what it says of its outputs, holds for "
+        "them. Read it before you publish or sell what is made from them."
+    )
+
+    def __init__(
+        self,
+        *,
+        model: str = "sd15",
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,  # pixels; None: what the model was trained at
+        width: int | None = None,
+        dtype: DType = "float32",
+        variant: str = "",
+        scheduler: str = "",
+        lora: str = "",
+        textual_inversion: str = "",
+        without: tuple[str, ...] = (),  # parts that are not loaded, such as text_encoder_3 and tokenizer_3
+        offload: bool = False,
+        layers: tuple[str, ...] = (),  # beginnings of the names of the attention layers that are recorded
+        skip_steps: float | None = None,  # the share of the steps, the noisiest ones, that are not recorded
+        device: str = "cpu",
+    ) -> None:
+        if num_steps is not None and num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+        if skip_steps is not None and not 0 <= skip_steps < 1:
+            raise ValueError(f"skip_steps must be in [0, 1), not {skip_steps}")
+        loading = Loading(model, dtype, variant, scheduler, lora, textual_inversion, without, offload, device)
+        pipeline = load_pipeline(loading, FAMILIES)
+        family = FAMILIES[type(pipeline).__name__]
+        native, multiple = family.native_size(pipeline), 2 * pipeline.vae_scale_factor
+        height, width = height or native, width or native
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple} pixels, not {height} x {width}")
+        sampling = Sampling(
+            family.num_steps if num_steps is None else num_steps,
+            family.guidance_scale if guidance_scale is None else guidance_scale,
+            negative_prompt,
+            height,
+            width,
+        )
+        looking = family.looking_at
+        if layers:
+            looking = replace(looking, layers=layers)
+        if skip_steps is not None:
+            looking = replace(looking, first=skip_steps)
+        self.family = family(pipeline, sampling, looking)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        return self.family.size
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """One image with its maps for each request."""
+        return self.family.generate(requests)
+
+    def attend(
+        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+    ) -> list[Generation]:
+        """The same record for images that exist."""
+        return self.family.attend(images, requests, timesteps)

@@ -1,0 +1,21 @@
+"""Diffusion pipelines of ``diffusers``: loading them, generating with them, and recording their attention."""
+
+from synthgen.diffusion.backbone import DiffusionBackbone, Looking, Sampling, one_thread
+from synthgen.diffusion.families import FAMILIES, Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from synthgen.diffusion.loading import SHORT_NAMES, DType, Loading, load_pipeline
+
+__all__ = [
+    "FAMILIES",
+    "SHORT_NAMES",
+    "DType",
+    "DiffusionBackbone",
+    "Flux",
+    "Loading",
+    "Looking",
+    "Sampling",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "load_pipeline",
+    "one_thread",
+]

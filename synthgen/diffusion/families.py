@@ -1,0 +1,250 @@
+"""The families of text-to-image models whose attention is known, one class each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from synthgen.attention.words import TextEncoder
+from synthgen.diffusion.backbone import DiffusionBackbone, Looking
+from synthgen.errors import ConfigError
+
+__all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL"]
+
+
+class Family(DiffusionBackbone):
+    """A family, with what is usual for it: the number of steps, the guidance scale, and which attention counts."""
+
+    num_steps: ClassVar[int] = 30
+    guidance_scale: ClassVar[float] = 7.5
+    looking_at: ClassVar[Looking]
+
+    @staticmethod
+    def native_size(pipeline: Any) -> int:
+        """The side of the images that the model was trained for, in pixels."""
+        raise NotImplementedError
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x and their distilled forms: a U-Net with cross-attention to one CLIP text encoder.
+
+    Attention is read on the grids of half and quarter of the latent (32 x 32 and 16 x 16 at 512 px), self-attention on
+    the half: the finest cross-attention is noisy, and its self-attention large. That is our choice.
+    """
+
+    looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
+
+    @staticmethod
+    @override
+    def native_size(pipeline: Any) -> int:
+        size = pipeline.unet.config.sample_size
+        return int((size if isinstance(size, int) else size[0]) * pipeline.vae_scale_factor)
+
+    @property
+    @override
+    def network(self) -> Any:
+        return self.pipeline.unet
+
+    @override
+    def encoders(self) -> tuple[TextEncoder, ...]:
+        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return tuple(TextEncoder(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer)
+
+    @override
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        factor = self.pipeline.vae_scale_factor
+        return height // factor, width // factor
+
+    @override
+    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, section 2)."""
+        if not hasattr(self.pipeline.scheduler, "alphas_cumprod"):
+            kind = type(self.pipeline.scheduler).__name__
+            raise ConfigError(f"{kind} tells no noise levels; give another scheduler, such as DDIMScheduler")
+        kept = float(self.pipeline.scheduler.alphas_cumprod[timestep])
+        signal, share = math.sqrt(kept), math.sqrt(1 - kept)
+        return signal * latents + share * noise
+
+    @override
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+        pipeline = self.pipeline
+        context, _ = pipeline.encode_prompt(list(texts), pipeline._execution_device, 1, False)
+        return lambda noised, timestep: pipeline.unet(noised, timestep, encoder_hidden_states=context)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL and its distilled forms: a U-Net over the features of two CLIP text encoders side by side.
+
+    Where the two tokenizers cut a word differently, the tokens of both count. At 1024 px the grids are 64 x 64 and
+    32 x 32, which is where this U-Net has its attention.
+    """
+
+    guidance_scale: ClassVar = 5.0
+    looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
+
+    @override
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+        pipeline = self.pipeline
+        device = pipeline._execution_device
+        context, _, pooled, _ = pipeline.encode_prompt(
+            list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        size = tuple(side * pipeline.vae_scale_factor for side in latents.shape[2:])
+        width = pipeline.text_encoder_2.config.projection_dim
+        ids = pipeline._get_add_time_ids(size, (0, 0), size, context.dtype, text_encoder_projection_dim=width)
+        conditions = {"text_embeds": pooled, "time_ids": ids.to(device).repeat(len(texts), 1)}
+        return lambda noised, timestep: pipeline.unet(
+            noised, timestep, encoder_hidden_states=context, added_cond_kwargs=conditions
+        )
+
+
+class JointAttention(Family):
+    """Diffusion transformers: text and image patches form one sequence; noise is mixed in linearly."""
+
+    @override
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        factor = 2 * self.pipeline.vae_scale_factor  # a patch is 2 x 2 latents
+        return height // factor, width // factor
+
+    @property
+    @override
+    def network(self) -> Any:
+        return self.pipeline.transformer
+
+    @staticmethod
+    @override
+    def native_size(pipeline: Any) -> int:
+        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+
+    @override
+    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """z_t = (1 - sigma) z_0 + sigma noise, sigma = t / 1000 (Esser et al., 2024, section 3)."""
+        sigma = timestep / 1000
+        return (1 - sigma) * latents + sigma * noise
+
+
+class StableDiffusion3(JointAttention):
+    """Stable Diffusion 3 and 3.5: joint attention over image patches, then CLIP's 77 tokens, then T5's.
+
+    The layers that count are the later half of the joint blocks, and of 3.5 medium's the image-only attention beside
+    them too. That is our choice, not yet checked on real weights.
+    """
+
+    text: ClassVar = "last"
+    num_steps: ClassVar = 28
+    guidance_scale: ClassVar = 7.0
+    looking_at: ClassVar = Looking()
+    max_sequence_length = 256  # T5's tokens, as in the pipeline
+
+    @override
+    def encoders(self) -> tuple[TextEncoder, ...]:
+        pipeline = self.pipeline
+        clip = pipeline.tokenizer_max_length
+        found = [
+            TextEncoder(tokenizer, clip)
+            for tokenizer, encoder in (
+                (pipeline.tokenizer, pipeline.text_encoder),
+                (pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
+            if encoder is not None
+        ]
+        if pipeline.text_encoder_3 is not None:
+            found.append(TextEncoder(pipeline.tokenizer_3, self.max_sequence_length, start=clip))
+        return tuple(found)
+
+    @override
+    def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {**super().arguments(texts), "max_sequence_length": self.max_sequence_length}
+
+    @override
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+        pipeline = self.pipeline
+        device = pipeline._execution_device
+        context, _, pooled, _ = pipeline.encode_prompt(
+            list(texts),
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+
+        def look(noised: Tensor, timestep: int) -> None:
+            times = torch.full((len(noised),), float(timestep), device=device)
+            pipeline.transformer(
+                hidden_states=noised, timestep=times, encoder_hidden_states=context, pooled_projections=pooled
+            )
+
+        return look
+
+
+class Flux(JointAttention):
+    """FLUX.1 dev and schnell: joint attention over T5's tokens, then image patches.
+
+    There are blocks of two streams and blocks of one; the former count, which is our choice. CLIP's text encoder only
+    steers the whole image, so its tokens are not counted. Guidance is a number that the model
+    is told; there is no unconditional half, and no negative prompt.
+    """
+
+    num_steps: ClassVar = 28
+    guidance_scale: ClassVar = 3.5
+    looking_at: ClassVar = Looking(layers=("transformer_blocks.",))
+
+    @property
+    def max_sequence_length(self) -> int:
+        """T5's tokens; schnell was trained with fewer."""
+        return 512 if self.pipeline.transformer.config.guidance_embeds else 256
+
+    @override
+    def guided(self) -> bool:
+        return False
+
+    @override
+    def encoders(self) -> tuple[TextEncoder, ...]:
+        return (TextEncoder(self.pipeline.tokenizer_2, self.max_sequence_length),)
+
+    @override
+    def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        if self.sampling.negative_prompt:
+            raise ConfigError("FLUX takes no negative prompt: it was distilled to do without; leave it empty")
+        return {"max_sequence_length": self.max_sequence_length}
+
+    @override
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+        pipeline = self.pipeline
+        device = pipeline._execution_device
+        context, pooled, text_ids = pipeline.encode_prompt(
+            list(texts), None, device=device, max_sequence_length=self.max_sequence_length
+        )
+        b, channels, height, width = latents.shape
+        places = pipeline._prepare_latent_image_ids(b, height // 2, width // 2, device, context.dtype)
+        guidance = None
+        if pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((b,), self.sampling.guidance_scale, device=device)
+
+        def look(noised: Tensor, timestep: int) -> None:
+            pipeline.transformer(
+                hidden_states=pipeline._pack_latents(noised, b, channels, height, width),
+                timestep=torch.full((b,), timestep / 1000, device=device, dtype=noised.dtype),
+                guidance=guidance,
+                pooled_projections=pooled,
+                encoder_hidden_states=context,
+                txt_ids=text_ids,
+                img_ids=places,
+            )
+
+        return look
+
+
+FAMILIES: dict[str, type[Family]] = {  # by the class of the pipeline
+    "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+}

@@ -1,0 +1,165 @@
+"""Load a text-to-image pipeline of ``diffusers``, from safetensors only, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
+
+__all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline"]
+
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+SHORT_NAMES: dict[str, str] = {  # for a model's hub id
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-turbo": "stabilityai/sd-turbo",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sdxl-turbo": "stabilityai/sdxl-turbo",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35": "stabilityai/stable-diffusion-3.5-medium",
+    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
+    "sd35-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where a pipeline comes from and how it is held.
+
+    Args:
+        model: a short name, a folder, or a hub id.
+        dtype: of the weights and of what is computed.
+        variant: of the weights' files, such as "fp16".
+        scheduler: a class of ``diffusers`` in place of the model's own, such as "DPMSolverMultistepScheduler".
+        lora: a folder, file or hub id of LoRA weights.
+        textual_inversion: a file or hub id of learned embeddings.
+        without: parts that are not loaded, such as Stable Diffusion 3's large text encoder.
+        offload: keep on the device only the part that computes (slower, for large models on small GPUs).
+        device: where it runs.
+    """
+
+    model: str
+    dtype: DType = "float32"
+    variant: str = ""
+    scheduler: str = ""
+    lora: str = ""
+    textual_inversion: str = ""
+    without: tuple[str, ...] = ()
+    offload: bool = False
+    device: str = "cpu"
+
+
+def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
+    """A pipeline whose class is one of ``known``, without a safety checker, on its device.
+
+    Raises:
+        MissingWeights: they are not on this machine and cannot be fetched.
+        ConfigError: the model is of another family, or has no such scheduler.
+        MissingDependency: LoRA weights need a library that is not installed.
+    """
+    import diffusers
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (logging, transformers_logging):  # their bars and notes would break into ours
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    model = SHORT_NAMES.get(loading.model, loading.model)
+    kind = pipeline_class(model)
+    if kind not in known:
+        raise ConfigError(f"{model!r} is a {kind}, whose attention synthgen does not know; known: {', '.join(known)}")
+    options: dict[str, Any] = {"dtype": DTYPES[loading.dtype], "use_safetensors": True}
+    if loading.variant:
+        options["variant"] = loading.variant
+    index = _index(model)
+    unknown = [part for part in loading.without if part not in index]
+    if unknown:
+        raise ConfigError(f"{model!r} has no part {unknown[0]!r} to leave out; there are: {', '.join(_parts(index))}")
+    empty = [part for part in _parts(index) if not any(index[part])]  # saved without them
+    options |= dict.fromkeys([*empty, *loading.without])
+    if "safety_checker" in index:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = getattr(diffusers, kind).from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        raise _missing(model, error) from None
+    _add_parts(pipeline, loading)
+    pipeline.set_progress_bar_config(disable=True)
+    if loading.offload and loading.device != "cpu":
+        pipeline.enable_model_cpu_offload(device=loading.device)
+        return pipeline
+    return pipeline.to(loading.device)
+
+
+def pipeline_class(model: str) -> str:
+    """The name of the class that a folder's or a hub id's ``model_index.json`` asks for.
+
+    Raises:
+        MissingWeights: there is no such file, here or on the hub.
+    """
+    return str(_index(model).get("_class_name", "model without a class"))
+
+
+def _index(model: str) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    try:
+        if Path(model).is_dir():
+            index = json.loads((Path(model) / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+        else:
+            index = DiffusionPipeline.load_config(model)
+    except (OSError, ValueError) as error:
+        raise _missing(model, error) from None
+    return dict(index)
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    return [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+
+
+def _missing(model: str, error: Exception) -> MissingWeights:
+    kind = "folder" if Path(model).exists() else "folder or model id"
+    reason = " ".join(str(error).split())[:200]
+    return MissingWeights(
+        f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {reason}; download it first, for example "
+        f"with: hf download {model}, and check that it has safetensors weights"
+    )
+
+
+def _add_parts(pipeline: Any, loading: Loading) -> None:
+    """What is put on top of a model: scheduler, LoRA, learned embeddings."""
+    import diffusers
+
+    if loading.scheduler:
+        compatible = {part.__name__: part for part in pipeline.scheduler.compatibles}
+        compatible.setdefault(type(pipeline.scheduler).__name__, type(pipeline.scheduler))
+        if loading.scheduler not in compatible or not hasattr(diffusers, loading.scheduler):
+            raise UnknownName.among("scheduler for this model", loading.scheduler, compatible)
+        pipeline.scheduler = compatible[loading.scheduler].from_config(pipeline.scheduler.config)
+    try:
+        if loading.lora:
+            pipeline.load_lora_weights(loading.lora, use_safetensors=True)
+        if loading.textual_inversion:
+            pipeline.load_textual_inversion(loading.textual_inversion, use_safetensors=True)
+    except (OSError, KeyError) as error:
+        extra = loading.lora or loading.textual_inversion
+        raise MissingWeights(f"{extra!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    except ValueError as error:
+        if "PEFT" in str(error):
+            raise MissingDependency("LoRA weights need the library 'peft'; install it with: pip install peft") from None
+        raise ConfigError(f"{loading.model!r} does not take these weights: {error}") from None

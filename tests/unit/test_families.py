@@ -1,0 +1,186 @@
+"""Recorded attention of every family, against softmaxes written out by hand over what its layers computed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synthgen.backbones.diffusers import Diffusers
+from synthgen.prompts import parse_line
+from synthgen.records import AFFINITY_OFFSETS, Request
+from tests import models
+
+LINES = ["a photo of a [dog]", "a [golden dog] and a [cat]", "the [park], an [umbrella]"]
+HEIGHT, WIDTH = 64, 96
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Any
+    guidance: float
+    image: int | None = None  # of joint attention: the place of its first image patch
+
+
+CASES = {
+    "sd2": Case(models.make_stable_diffusion_2, 5.0),
+    "sdxl": Case(models.make_stable_diffusion_xl, 5.0),
+    "sd3": Case(models.make_stable_diffusion_3, 5.0, image=0),
+    "sd35": Case(partial(models.make_stable_diffusion_3, medium=True), 5.0, image=0),
+    "sd3-no-t5": Case(partial(models.make_stable_diffusion_3, t5=False), 5.0, image=0),
+    "flux-dev": Case(models.make_flux, 3.5, image=512),
+    "flux-schnell": Case(partial(models.make_flux, dev=False), 0.0, image=256),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+    case = CASES[request.param]
+    return case, case.make(tmp_path_factory.mktemp(request.param))
+
+
+def load(case: tuple[Case, Path], **options: Any) -> Any:
+    settings = {"num_steps": 2, "guidance_scale": case[0].guidance, "height": HEIGHT, "width": WIDTH, **options}
+    return Diffusers(model=str(case[1]), **settings).family
+
+
+def requests() -> list[Request]:
+    return [Request(f"{row:010d}", parse_line(line), row) for row, line in enumerate(LINES)]
+
+
+class Witness:
+    """Keeps the queries and keys of every call of PyTorch's attention, layer by layer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, network: Any, layers: tuple[str, ...]) -> None:
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.inside = False
+        inner = F.scaled_dot_product_attention
+
+        def attention(query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                self.calls.append((query.double(), key.double()))
+            return inner(query, key, *args, **kwargs)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        for name, module in network.named_modules():
+            if f"{name}.processor" in network.attn_processors and f"{name}.processor".startswith(layers):
+                module.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
+                module.register_forward_hook(lambda *_: setattr(self, "inside", False))
+
+
+def by_hand(case: Case, family: Any, calls: Any, num: int) -> tuple[dict[tuple[int, int], list[Any]], list[Any]]:
+    """Image-to-text probabilities by grid and image-to-image ones, a mean over heads each, of the conditional half."""
+    guided = case.guidance > 1 and not hasattr(family.network.config, "guidance_embeds")
+    levels = [family.looking.cross_levels, (family.looking.self_level,)]
+    fine = family.grid(HEIGHT, WIDTH)
+    cross_grids, (own_grid,) = ([(fine[0] // level, fine[1] // level) for level in found] for found in levels)
+    cross: dict[tuple[int, int], list[Any]] = {grid: [] for grid in cross_grids}
+    own = []
+    for query, key in calls:
+        assert len(query) == num * (1 + guided)
+        query, key = query[-num:], key[-num:]
+        probability = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, dim=-1).mean(1)
+        pixels, keys = query.shape[2], key.shape[2]
+        if case.image is not None:
+            size = fine[0] * fine[1]
+            image = slice(case.image, case.image + size) if pixels > size else slice(0, size)
+            if pixels > size:
+                cross[fine].append(
+                    probability[:, image, size:] if case.image == 0 else probability[:, image, : image.start]
+                )
+            own.append(probability[:, image, image])
+        elif keys == 77:
+            for grid in cross_grids:
+                if pixels == grid[0] * grid[1]:
+                    cross[grid].append(probability)
+        elif pixels == own_grid[0] * own_grid[1]:
+            own.append(probability)
+    return cross, own
+
+
+def test_maps_equal_a_softmax_by_hand(case: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    family = load(case)
+    asked = requests()
+    _, tokens = family._locate(asked)
+    texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
+    _, recorder = family.sample(texts, seeds, tokens)
+    witness = Witness(monkeypatch, family.network, family.looking.layers)
+    family.sample(texts, seeds, [], recorded=False)
+    cross, own = by_hand(case[0], family, witness.calls, len(asked))
+    for grid, found in cross.items():
+        assert len(found) == recorder._counts[grid] > 0
+        mean = torch.stack(found).mean(0)  # b pixels text
+        for row, words in enumerate(tokens):
+            for word, positions in enumerate(words):
+                expected = mean[row][:, list(positions)].mean(1)
+                recorded = recorder._cross[grid][row, word].double() / recorder._counts[grid]
+                torch.testing.assert_close(recorded, expected, atol=1e-5, rtol=0)
+    rows, columns = recorder.grid(family.looking.self_level)
+    assert len(own) == recorder._counts["self"] > 0
+    mean = torch.stack(own).mean(0) * rows * columns
+    assert recorder._self is not None
+    for edge, (down, right) in enumerate(AFFINITY_OFFSETS):
+        for y in range(rows):
+            for x in range(columns):
+                value = recorder._self[:, edge, y, x].double() / recorder._counts["self"]
+                if 0 <= y + down < rows and 0 <= x + right < columns:
+                    here, there = y * columns + x, (y + down) * columns + x + right
+                    expected = (mean[:, here, there] + mean[:, there, here]) / 2
+                    torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+                else:
+                    assert not value.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_recording_changes_no_bit(case: tuple[Case, Path], dtype: Any, guided: bool) -> None:
+    family = load(case, dtype=dtype, **({} if guided else {"guidance_scale": 1.0}))
+    asked = requests()
+    texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
+    latents: list[torch.Tensor] = []
+    decode = family.pipeline.vae.decode
+
+    def witnessed(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        latents.append(z.clone())
+        return decode(z, *args, **kwargs)
+
+    family.pipeline.vae.decode = witnessed
+    family.sample(texts, seeds, [], recorded=False)
+    generations = family.generate(asked)
+    assert torch.equal(*latents)
+    for generation, words in zip(generations, [1, 2, 2], strict=True):
+        assert generation.image.shape == (HEIGHT, WIDTH, 3)
+        assert generation.maps.weights.shape[0] == words
+        assert generation.maps.weights.shape[1:] == (4, 6)
+        assert (generation.maps.weights.astype(float).sum((1, 2)) > 0).all()
+
+
+def test_memory_does_not_grow_with_steps(case: tuple[Case, Path]) -> None:
+    family = load(case)
+    (asked, *_) = requests()
+    sizes = []
+    for steps in (1, 4):
+        family.sampling = replace(family.sampling, num_steps=steps)
+        _, recorder = family.sample([asked.prompt.text], [0], family._locate([asked])[1])
+        held = [*recorder._cross.values(), recorder._self, *(recorder._columns or ())]
+        sizes.append(sum(tensor.numel() for tensor in held if tensor is not None))
+    assert sizes[0] == sizes[1]
+
+
+def test_attend_records_images_that_exist(case: tuple[Case, Path]) -> None:
+    family = load(case)
+    images = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    first = family.attend(images, requests(), (100, 500))
+    again = family.attend(images, requests(), (100, 500))
+    for one, other, image in zip(first, again, images, strict=True):
+        np.testing.assert_array_equal(one.maps.weights, other.maps.weights)
+        np.testing.assert_array_equal(one.image, image)
+        assert np.isfinite(one.maps.affinity.astype(float)).all()
+    other = family.attend(images[:, ::-1].copy(), requests(), (100, 500))
+    assert not np.array_equal(first[0].maps.weights, other[0].maps.weights)
