@@ -51,6 +51,7 @@ class Generation:
     image: UInt8[np.ndarray, "H W 3"]
     maps: Maps
     warnings: tuple[str, ...] = ()  # what a person should know of a sample that is still good
+    failed: str = ""  # why there is no image worth keeping; empty: there is
 
 
 @dataclass(frozen=True, slots=True)

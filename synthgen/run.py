@@ -259,6 +259,7 @@ class UnitWriter:
     def __init__(self, run: Run, artifact: str, unit: int) -> None:
         self.run, self.artifact, self.unit = run, artifact, unit
         self.notes: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
@@ -281,6 +282,11 @@ class UnitWriter:
         """Count a remark, such as "dropped masks", for ``status`` and ``view``."""
         self.notes[remark] = self.notes.get(remark, 0) + count
 
+    def fail(self, key: str, reason: str) -> None:
+        """Leave a sample out and keep its reason in the done mark; it is counted in the notes."""
+        self.failed[key] = reason
+        self.note("failed samples")
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -293,6 +299,7 @@ class UnitWriter:
                 "seconds": round(time.perf_counter() - self._started, 3),
                 "fingerprint": self._fingerprint,
                 "notes": self.notes,
+                **({"failed": self.failed} if self.failed else {}),
             }
             write_json(self._tar.path.with_suffix(".json"), mark)
             self._tar.path.with_suffix(".failed.json").unlink(missing_ok=True)

@@ -42,6 +42,7 @@ class Diffusers:
         lora: str = "",
         textual_inversion: str = "",
         without: tuple[str, ...] = (),  # parts that are not loaded, such as text_encoder_3 and tokenizer_3
+        safety_checker: bool = False,  # ask the model's own about each image; its verdict is a warning of the sample
         offload: bool = False,
         layers: tuple[str, ...] = (),  # beginnings of the names of the attention layers that are recorded
         skip_steps: float | None = None,  # the share of the steps, the noisiest ones, that are not recorded
@@ -51,7 +52,9 @@ class Diffusers:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
         if skip_steps is not None and not 0 <= skip_steps < 1:
             raise ValueError(f"skip_steps must be in [0, 1), not {skip_steps}")
-        loading = Loading(model, dtype, variant, scheduler, lora, textual_inversion, without, offload, device)
+        loading = Loading(
+            model, dtype, variant, scheduler, lora, textual_inversion, without, safety_checker, offload, device
+        )
         pipeline = load_pipeline(loading, FAMILIES)
         family = FAMILIES[type(pipeline).__name__]
         native, multiple = family.native_size(pipeline), 2 * pipeline.vae_scale_factor

@@ -16,9 +16,14 @@ from torch import Tensor
 from synthgen.attention.recorder import Recorder, record
 from synthgen.attention.words import TextEncoder, WordTokens, locate_in_encoders
 from synthgen.errors import SynthgenError
+from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
 
-__all__ = ["DiffusionBackbone", "Looking", "Sampling", "one_thread"]
+__all__ = ["BLACK", "FLAGGED", "RETRIES", "DiffusionBackbone", "Looking", "Sampling", "one_thread"]
+
+RETRIES = 2  # other seeds that a failed image is tried with
+BLACK = "the image came out black or with values that are no numbers; try another dtype"
+FLAGGED = "the safety checker objects to this image"
 
 
 @contextmanager
@@ -112,11 +117,19 @@ class DiffusionBackbone(ABC):
 
         The noise of each image is drawn on the CPU from its own seed, so neither the batch it is in nor the device
         changes it. Words that every tokenizer cuts off are left out of the record, with a warning. A batch for which
-        the device has too little memory is halved, again and again if need be.
-
-        Raises:
-            SynthgenError: an image came out with values that are no numbers.
+        the device has too little memory is halved, again and again if need be. An image that comes out black or with
+        values that are no numbers is made again from another seed, RETRIES times at most; its request then tells the
+        seed that it was made from, or its ``failed`` the reason.
         """
+        made = self._generate(requests)
+        for attempt in range(1, RETRIES + 1):
+            bad = [row for row, generation in enumerate(made) if generation.failed]
+            again = [replace(requests[row], seed=sample_seed(requests[row].seed, f"attempt {attempt}")) for row in bad]
+            for row, generation in zip(bad, self._generate(again) if again else [], strict=True):
+                made[row] = generation
+        return made
+
+    def _generate(self, requests: Sequence[Request]) -> list[Generation]:
         located, tokens = self._locate(requests)
         try:
             images, recorder = self.sample(
@@ -129,10 +142,23 @@ class DiffusionBackbone(ABC):
                     "a smaller size"
                 ) from None
         else:
-            return _records(requests, located, images, recorder)
+            flagged = self.flagged(images)
+            made = _records(requests, located, images, recorder)
+            return [
+                replace(
+                    generation,
+                    failed="" if generation.image.any() else BLACK,
+                    warnings=(*generation.warnings, *([FLAGGED] if flag else [])),
+                )
+                for generation, flag in zip(made, flagged, strict=True)
+            ]
         torch.cuda.empty_cache()
         half = len(requests) // 2
-        return [*self.generate(requests[:half]), *self.generate(requests[half:])]
+        return [*self._generate(requests[:half]), *self._generate(requests[half:])]
+
+    def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
+        """Whether a safety checker objects to each image. None is asked unless a family says otherwise."""
+        return [False] * len(images)
 
     def attend(
         self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
@@ -176,7 +202,10 @@ class DiffusionBackbone(ABC):
     def sample(
         self, texts: list[str], seeds: list[int], tokens: Sequence[Sequence[Sequence[int]]], *, recorded: bool = True
     ) -> tuple[UInt8[np.ndarray, "b H W 3"], Recorder]:
-        """Images for texts, and the recorder that looked on (``recorded=False``: it did not, for comparison)."""
+        """Images for texts, and the recorder that looked on (``recorded=False``: it did not, for comparison).
+
+        An image with values that are no numbers is black.
+        """
         sampling, pipeline = self.sampling, self.pipeline
         recorder = self._recorder(self.grid(*self.size), tokens, self.guided)
         arguments: dict[str, Any] = {
@@ -202,8 +231,7 @@ class DiffusionBackbone(ABC):
                     values = pipeline(**arguments, callback_on_step_end=after_step).images
             else:
                 values = pipeline(**arguments).images
-        if not np.isfinite(values).all():
-            raise SynthgenError("an image came out with values that are no numbers; try dtype float32 or another seed")
+        values[~np.isfinite(values).all(axis=(1, 2, 3))] = 0
         return (values * 255).round().astype(np.uint8), recorder
 
 

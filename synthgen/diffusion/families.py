@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from typing_extensions import override
 
@@ -38,6 +40,17 @@ class StableDiffusion(Family):
     """
 
     looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
+
+    @override
+    def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
+        checker = getattr(self.pipeline, "kept_safety_checker", None)
+        if checker is None:
+            return super().flagged(images)
+        pixels = self.pipeline.feature_extractor(list(images), return_tensors="pt").pixel_values
+        with torch.inference_mode():
+            blank = np.zeros((len(images), 1, 1, 3))  # what it would black out
+            _, flags = checker(images=blank, clip_input=pixels.to(checker.device, checker.dtype))
+        return [bool(flag) for flag in flags]
 
     @staticmethod
     @override

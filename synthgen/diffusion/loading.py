@@ -49,6 +49,7 @@ class Loading:
         lora: a folder, file or hub id of LoRA weights.
         textual_inversion: a file or hub id of learned embeddings.
         without: parts that are not loaded, such as Stable Diffusion 3's large text encoder.
+        safety_checker: keep the model's own at hand, to be asked about images.
         offload: keep on the device only the part that computes (slower, for large models on small GPUs).
         device: where it runs.
     """
@@ -60,12 +61,16 @@ class Loading:
     lora: str = ""
     textual_inversion: str = ""
     without: tuple[str, ...] = ()
+    safety_checker: bool = False
     offload: bool = False
     device: str = "cpu"
 
 
 def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
-    """A pipeline whose class is one of ``known``, without a safety checker, on its device.
+    """A pipeline whose class is one of ``known``, on its device.
+
+    A safety checker is taken out of it, so that no image is blacked out; where one is wanted, it stays at hand as the
+    pipeline's ``kept_safety_checker``.
 
     Raises:
         MissingWeights: they are not on this machine and cannot be fetched.
@@ -90,16 +95,23 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     unknown = [part for part in loading.without if part not in index]
     if unknown:
         raise ConfigError(f"{model!r} has no part {unknown[0]!r} to leave out; there are: {', '.join(_parts(index))}")
-    empty = [part for part in _parts(index) if not any(index[part])]  # saved without them
-    options |= dict.fromkeys([*empty, *loading.without])
+    empty = set(_parts(index)) - set(_parts(index, saved=True))
+    options |= dict.fromkeys([*sorted(empty), *loading.without])
+    if loading.safety_checker and "safety_checker" not in _parts(index, saved=True):
+        raise ConfigError(f"{model!r} has no safety checker to ask; leave safety_checker false")
     if "safety_checker" in index:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
+        options["requires_safety_checker"] = False
+        if not loading.safety_checker:
+            options["safety_checker"] = None
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         raise _missing(model, error) from None
     _add_parts(pipeline, loading)
     pipeline.set_progress_bar_config(disable=True)
+    if loading.safety_checker:
+        pipeline.kept_safety_checker = pipeline.safety_checker.to(loading.device)
+        pipeline.safety_checker = None
     if loading.offload and loading.device != "cpu":
         pipeline.enable_model_cpu_offload(device=loading.device)
         return pipeline
@@ -128,8 +140,10 @@ def _index(model: str) -> dict[str, Any]:
     return dict(index)
 
 
-def _parts(index: dict[str, Any]) -> list[str]:
-    return [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
+    """The parts that an index names, or those of them that were saved with it."""
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return [name for name, value in parts.items() if any(value) or not saved]
 
 
 def _missing(model: str, error: Exception) -> MissingWeights:

@@ -13,6 +13,7 @@ from typing import ClassVar
 from synthgen import codecs
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
+from synthgen.errors import SynthgenError
 from synthgen.prompts import read_prompts, request_for, to_jsonl
 from synthgen.records import Prompt, Report
 from synthgen.run import Run
@@ -92,12 +93,17 @@ class Generate(Stage):
                 for start in range(0, len(requests), self.batch_size):
                     batch = requests[start : start + self.batch_size]
                     for generation in backbone.generate(batch):
+                        if generation.failed:
+                            images.fail(generation.request.key, generation.failed)
+                            continue
                         images.add(generation.request.key, codecs.encode_image(generation))
                         maps.add(generation.request.key, codecs.encode_maps(generation.maps))
                         if generation.warnings:
                             images.note("samples with warnings")
                     worker.tick(len(batch))
-            return Report(unit, len(requests), notes=images.notes)
+                if not images.count:
+                    raise SynthgenError(f"no image of the unit is good: {next(iter(images.failed.values()))}")
+            return Report(unit, images.count, notes=images.notes)
 
         with one_thread(worker.device):
             yield work
