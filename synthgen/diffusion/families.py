@@ -144,8 +144,8 @@ class JointAttention(Family):
 class StableDiffusion3(JointAttention):
     """Stable Diffusion 3 and 3.5: joint attention over image patches, then CLIP's 77 tokens, then T5's.
 
-    The layers that count are the later half of the joint blocks, and of 3.5 medium's the image-only attention beside
-    them too. That is our choice, not yet checked on real weights.
+    All joint blocks count, and of 3.5 medium the image-only attention beside them. That is our choice, not yet checked
+    on real weights.
     """
 
     text: ClassVar = "last"
