@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from synthgen import codecs
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, PromptError
 from synthgen.image import resize
 from synthgen.prompts import find_words, parse_line, sample_seed
-from synthgen.records import Prompt, Report, Request
+from synthgen.records import Generation, Prompt, Request
 from synthgen.run import Run, digest
 from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages._generations import write_unit
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset, Sample
@@ -80,23 +80,16 @@ class Attend(Stage):
         backbone = BACKBONES.build(self.backbone, device=worker.device)
         samples = _dataset(self.images)
 
-        def work(unit: int) -> Report:
+        def batches(unit: int) -> Iterator[list[Generation]]:
             numbers = range(unit * self.unit_size, unit * self.unit_size + self.size(run, unit))
-            with run.write("maps", unit) as maps, run.write("images", unit) as images:
-                for start in range(0, len(numbers), self.batch_size):
-                    batch = [samples[number] for number in numbers[start : start + self.batch_size]]
-                    requests = [Request(one.key, caption(one), sample_seed(run.seed, one.key)) for one in batch]
-                    pixels = np.stack([resize(one.image, backbone.size) for one in batch])
-                    for generation in backbone.attend(pixels, requests, self.timesteps):
-                        images.add(generation.request.key, codecs.encode_image(generation))
-                        maps.add(generation.request.key, codecs.encode_maps(generation.maps))
-                        if generation.warnings:
-                            images.note("samples with warnings")
-                    worker.tick(len(batch))
-            return Report(unit, len(numbers), notes=images.notes)
+            for start in range(0, len(numbers), self.batch_size):
+                batch = [samples[number] for number in numbers[start : start + self.batch_size]]
+                requests = [Request(one.key, caption(one), sample_seed(run.seed, one.key)) for one in batch]
+                pixels = np.stack([resize(one.image, backbone.size) for one in batch])
+                yield backbone.attend(pixels, requests, self.timesteps)
 
         with one_thread(worker.device):
-            yield work
+            yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)
 
 
 def caption(sample: Sample) -> Prompt:

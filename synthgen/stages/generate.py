@@ -13,11 +13,11 @@ from typing import ClassVar
 from synthgen import codecs
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
-from synthgen.errors import SynthgenError
 from synthgen.prompts import read_prompts, request_for, to_jsonl
-from synthgen.records import Prompt, Report
+from synthgen.records import Generation, Prompt
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages._generations import write_unit
 from synthgen.stores.tar import write_bytes
 
 __all__ = ["Generate"]
@@ -85,28 +85,15 @@ class Generate(Stage):
         prompts = self._prompts()
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
-        def work(unit: int) -> Report:
-            with run.write("maps", unit) as maps, run.write("images", unit) as images:
-                requests = [
-                    request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))
-                ]
-                for start in range(0, len(requests), self.batch_size):
-                    batch = requests[start : start + self.batch_size]
-                    for generation in backbone.generate(batch):
-                        if generation.failed:
-                            images.fail(generation.request.key, generation.failed)
-                            continue
-                        images.add(generation.request.key, codecs.encode_image(generation))
-                        maps.add(generation.request.key, codecs.encode_maps(generation.maps))
-                        if generation.warnings:
-                            images.note("samples with warnings")
-                    worker.tick(len(batch))
-                if not images.count:
-                    raise SynthgenError(f"no image of the unit is good: {next(iter(images.failed.values()))}")
-            return Report(unit, images.count, notes=images.notes)
+        def batches(unit: int) -> Iterator[list[Generation]]:
+            requests = [
+                request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))
+            ]
+            for start in range(0, len(requests), self.batch_size):
+                yield backbone.generate(requests[start : start + self.batch_size])
 
         with one_thread(worker.device):
-            yield work
+            yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)
 
     def _prompts(self) -> list[Prompt]:
         files = [Path(name) for name in (self.prompts, self.template) if name]

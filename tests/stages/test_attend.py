@@ -66,7 +66,7 @@ def test_batches_and_workers_change_nothing_that_matters(settings, tmp_path):
 
 def test_the_network_sees_the_noised_latent_once_a_timestep(stable_diffusion):
     model = Diffusers(model=str(stable_diffusion))
-    pipeline, seen = model.pipeline, []
+    pipeline, seen = model.family.pipeline, []
     pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(args))
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
     model.attend(image, [Request("0", parse_line("a [dog]"), 7)], (100, 900))

@@ -1,0 +1,52 @@
+"""Write what a backbone makes, while it makes more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from synthgen import codecs
+from synthgen.errors import SynthgenError
+from synthgen.records import Generation, Report
+from synthgen.run import Run, UnitWriter
+
+__all__ = ["write_unit"]
+
+
+def write_unit(run: Run, unit: int, batches: Iterable[Sequence[Generation]], tick: Callable[[int], None]) -> Report:
+    """Write one unit of ``images`` and ``maps`` from batches, in their order.
+
+    A batch is encoded and written in a thread of its own while the next one is drawn. Failed images are left out, with
+    their reasons in the unit's done mark.
+
+    Raises:
+        SynthgenError: not one image is good.
+    """
+    with (
+        run.write("maps", unit) as maps,
+        run.write("images", unit) as images,
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as pool,
+    ):
+        writing: Future[None] | None = None
+        for batch in batches:
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(_write, batch, images, maps, tick)
+        if writing is not None:
+            writing.result()
+        if images.failed and not images.count:
+            raise SynthgenError(f"no image of the unit is good: {next(iter(images.failed.values()))}")
+    return Report(unit, images.count, notes=images.notes)
+
+
+def _write(batch: Sequence[Generation], images: UnitWriter, maps: UnitWriter, tick: Callable[[int], None]) -> None:
+    for generation in batch:
+        key = generation.request.key
+        if generation.failed:
+            images.fail(key, generation.failed)
+            continue
+        images.add(key, codecs.encode_image(generation))
+        maps.add(key, codecs.encode_maps(generation.maps))
+        if generation.warnings:
+            images.note("samples with warnings")
+    tick(len(batch))
