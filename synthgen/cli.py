@@ -214,6 +214,26 @@ def view(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Option("--run", help="Where runs would be written.")] = Path("runs"),
+    model: ModelOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether this machine will work, and how well."""
+    import json
+
+    from synthgen.doctor import examine
+    from synthgen.doctor_text import render
+
+    found = examine(run, model or "")
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found), flush=True)
+    for problem in found.problems:
+        print(f"synthgen: {problem}", file=sys.stderr)
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
 def schema(
     stage: Annotated[str, typer.Argument(help="One of the stages, such as masks.")],
 ) -> None:

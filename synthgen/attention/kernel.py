@@ -37,7 +37,15 @@ def attention_with_normaliser(
     where that kernel does not tell it, and where its word, on the first call, was not that of a plain computation.
     """
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    plain = query.dim() != 4 or enable_gqa or dropout_p > 0 or is_causal or (attn_mask is not None and query.is_cuda)
+    known = query.device.type in ("cpu", "cuda")  # others do not say which kernel they choose
+    plain = (
+        not known
+        or query.dim() != 4
+        or enable_gqa
+        or dropout_p > 0
+        or is_causal
+        or (attn_mask is not None and query.is_cuda)
+    )
     kernel = -1 if plain else torch._fused_sdp_choice(query, key, value, attn_mask, **options)
     kind = (query.device.type, kernel, query.dtype, query.shape[-1])
     if not _trusted.get(kind, True):

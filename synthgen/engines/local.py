@@ -47,7 +47,7 @@ class Local:
         Raises:
             SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
         """
-        devices = _devices(stage)
+        devices = devices_for(stage)
         count = min(self.workers or len(devices), len(units))
         if stage.collective or count <= 1:
             worker = Worker(device=devices[0], tick=listener.advance, skip=listener.skip, describe=listener.describe)
@@ -84,7 +84,8 @@ class Local:
             relay.join()
 
 
-def _devices(stage: Stage) -> list[str]:
+def devices_for(stage: Stage) -> list[str]:
+    """The device of each worker, where as many work as fit this machine."""
     cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if not stage.accelerated:
         return cores

@@ -207,7 +207,8 @@ def test_a_model_in_a_folder(folder, tmp_path):
     assert not notes
     assert (model.family, model.pipeline) == ("StableDiffusion", "StableDiffusionPipeline")
     assert model.bytes == sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
-    assert "StableDiffusion (StableDiffusionPipeline), weights" in render(examine(tmp_path, str(folder)))
+    text = " ".join(render(examine(tmp_path, str(folder))).split())
+    assert "StableDiffusion (StableDiffusionPipeline), weights" in text
 
 
 @pytest.mark.usefixtures("quick")

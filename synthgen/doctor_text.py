@@ -1,0 +1,102 @@
+"""What was found out about this machine as plain text for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from synthgen.doctor import Examination, Hosted
+from synthgen.text import size, table, wrap
+
+__all__ = ["render"]
+
+_YES_NO = {True: "yes", False: "no"}
+
+
+def render(found: Examination) -> str:
+    """An examination as plain text of at most 100 columns, without its problems and without a newline at its end."""
+    return "\n\n".join("\n".join(block) for block in _blocks(found) if block)
+
+
+def _blocks(found: Examination) -> Iterator[list[str]]:
+    libraries = ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "synthgen")
+    yield wrap(f"synthgen {found.versions.get('synthgen', '')} on {found.platform}") + wrap(f"with {libraries}")
+    if found.devices:
+        yield table(
+            ("device", "memory", "free", "bfloat16", "model"),
+            [
+                (
+                    item.name,
+                    _size(item.memory_total),
+                    _size(item.memory_free),
+                    _YES_NO[item.bfloat16],
+                    item.model + (f", {item.cores} cores" if item.cores else ""),
+                )
+                for item in found.devices
+            ],
+            right=(1, 2),
+        )
+    if found.generate is not None:
+        workers = f"{found.generate.workers} worker{'s' if found.generate.workers > 1 else ''}"
+        yield wrap(f"synthgen generate would use: {', '.join(found.generate.devices)}; {workers}")
+    if found.attention:
+        yield table(
+            ("attention", "dtype", "at", "kernel", "same image", "error", "recorded with"),
+            [
+                (
+                    item.device,
+                    item.dtype,
+                    item.shape,
+                    item.kernel,
+                    _YES_NO[item.same_output],
+                    f"{item.error:.1e}",
+                    "the kernel's normaliser" if item.tells_normaliser else "a second computation of the normaliser",
+                )
+                for item in found.attention
+            ],
+            right=(5,),
+        )
+    yield list(_places(found))
+    yield table(
+        ("extra", "is there", "adds", "install with"),
+        [
+            (item.name, _there(item.missing, item.libraries), item.adds, item.install if item.missing else "")
+            for item in found.extras
+        ],
+    )
+    yield [line for note in found.notes for line in wrap(f"note: {note}")]
+    count = len(found.problems)
+    yield [f"{count} problem{'s' if count > 1 else ''} must be put right" if count else "all of this works"]
+
+
+def _places(found: Examination) -> Iterator[str]:
+    """One line each: disk, memory, models."""
+    disk, memory, shipped = found.disk, found.memory, found.shipped
+    yield from wrap(f"disk: {disk.path}: {size(disk.free)} free, can{'' if disk.writable else 'not'} be written to")
+    if memory.total is not None:
+        yield f"memory: {size(memory.total)}" + (
+            f", {size(memory.available)} available" if memory.available is not None else ""
+        )
+    if shipped is not None:
+        state = "loads" if shipped.loads else "does not load" if shipped.there else "is not there"
+        kind = "all safetensors" if shipped.safetensors else "not all safetensors"
+        yield f"shipped model: {state}; {size(shipped.bytes)}, {kind}"
+    if found.model is not None:
+        yield from wrap(f"model {_model(found.model)}")
+
+
+def _model(model: Hosted) -> str:
+    name = model.name if model.name == model.model else f"{model.name} ({model.model})"
+    if not model.pipeline:
+        return f"{name}: {'its index cannot be read' if model.folder else 'is not on this machine'}"
+    weights = f"no weights of {', '.join(model.missing)}" if model.missing else f"weights {size(model.bytes)}"
+    return f"{name}: {model.family or 'unknown family'} ({model.pipeline}), {weights}, in {model.folder}"
+
+
+def _there(missing: list[str], libraries: dict[str, str]) -> str:
+    if not missing:
+        return next(iter(libraries.values())) if len(libraries) == 1 else "yes"
+    return "no" if len(missing) == len(libraries) else f"without {', '.join(missing)}"
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else size(count)
