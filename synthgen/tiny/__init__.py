@@ -7,4 +7,4 @@ __all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "IMAGE_SIZE", "WEIGHTS"]
 WEIGHTS: Path = Path(__file__).parent / "weights"  # a folder for diffusers.StableDiffusionPipeline.from_pretrained
 DEFAULT_STEPS: int = 16
 DEFAULT_GUIDANCE: float = 3.0
-IMAGE_SIZE: int = 64  # pixels a side
+IMAGE_SIZE: int = 128  # pixels a side

@@ -1,4 +1,4 @@
-"""The training loop of the tiny model: data-parallel on CPU cores, budgeted in minutes or steps, resumable."""
+"""The training loop of the tiny model: on CPU cores or a GPU, budgeted in minutes or steps, resumable."""
 
 import json
 import math
@@ -43,6 +43,7 @@ class Settings:
     learning_rate: float
     batch_size: int  # samples a step and process; only counted here
     warmup_steps: int = 100
+    steady: float = 0.0  # share of the budget at the full learning rate, before the cosine
     final_rate: float = 0.02  # of the learning rate, at the end of the cosine
     weight_decay: float = 0.01
     max_norm: float = 1.0
@@ -71,7 +72,11 @@ class State:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.params.items()}
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+            self.params.values(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.step, self.seconds, self.samples = 0, 0.0, 0
 
@@ -116,9 +121,9 @@ def optimise(
 ) -> dict[str, Tensor]:
     """Train ``model`` until the budget is spent and return the moving average of its parameters.
 
-    ``losses(step)`` gives the terms of one batch, the one named "loss" to be minimised; it must depend on nothing but
-    the step, the rank and the weights. ``show(ema)`` draws a sample sheet and returns figures for the log. The folder
-    ``out`` gets ``state.safetensors``, from which a stopped run goes on, and ``metrics.jsonl``.
+    ``losses(step)`` gives the terms of one batch, the one named "loss" to be minimised. ``show(ema)`` draws a sample
+    sheet and returns figures for the log. The folder ``out`` gets ``state.safetensors``, from which a stopped run goes
+    on, and ``metrics.jsonl``.
     """
     out.mkdir(parents=True, exist_ok=True)
     state, path = State(model, settings), out / "state.safetensors"
@@ -155,8 +160,9 @@ def optimise(
 
 
 def schedule(step: int, progress: float, settings: Settings) -> float:
-    """Linear warm-up, then a cosine over the budget down to ``final_rate``."""
-    cosine = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+    """Linear warm-up, the full rate for the share ``steady`` of the budget, then a cosine down to ``final_rate``."""
+    falling = max(0.0, progress - settings.steady) / (1 - settings.steady)
+    cosine = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * falling))
     return min(1.0, (step + 1) / settings.warmup_steps) * cosine
 
 
@@ -165,7 +171,7 @@ def average_gradients(params: dict[str, nn.Parameter], progress: float) -> float
     if not dist.is_initialized():
         return progress
     gradients = [p.grad for p in params.values() if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([progress])])
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), torch.tensor([progress], device=gradients[0].device)])
     dist.all_reduce(flat)
     flat /= world()
     for gradient, mean in zip(gradients, torch.split(flat[:-1], [g.numel() for g in gradients]), strict=True):

@@ -12,37 +12,38 @@ from synthgen.tiny import IMAGE_SIZE
 __all__ = ["MAX_LENGTH", "autoencoder", "scheduler", "text_encoder", "train_tokenizer", "unet"]
 
 MAX_LENGTH = 32  # tokens, the two marks included
-WIDTH = 128  # of the text tower
+WIDTH = 160  # of the text tower
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def autoencoder() -> AutoencoderTiny:
-    """Images (b, 3, 64, 64) in [-1, 1] ↔ latents (b, 4, 16, 16)."""
-    channels = (32, 32, 32)
+    """Images (b, 3, 128, 128) in [-1, 1] ↔ latents (b, 4, 16, 16), Stable Diffusion's own compression."""
+    channels = (48, 48, 48, 48)
     return AutoencoderTiny(
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
-        num_encoder_blocks=(0, 2, 2),
-        num_decoder_blocks=(3, 2, 1),
+        num_encoder_blocks=(0, 0, 2, 3),
+        num_decoder_blocks=(4, 3, 1, 0),
     )
 
 
 def unet() -> UNet2DConditionModel:
-    """Self- and cross-attention with four heads on 16 × 16 (three blocks) and 8 × 8 (four blocks)."""
+    """Self- and cross-attention on 16 × 16 and 8 × 8 (three blocks each) and on 4 × 4 (four blocks)."""
+    channels = (48, 96, 160)
     return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // 4,
-        block_out_channels=(48, 96),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=IMAGE_SIZE // 8,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         norm_num_groups=16,
-        attention_head_dim=4,  # in these blocks diffusers reads this as the number of heads
+        attention_head_dim=(2, 4, 4),  # in these blocks diffusers reads this as the number of heads
     )
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's text tower, two layers of width 128."""
+    """CLIP's text tower, two layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -1,16 +1,25 @@
-"""Draw the 64 prompts of the model card as one unselected contact sheet: ``python -m synthgen.tiny.sheet``."""
+"""Draw unselected contact sheets for the model card: ``python -m synthgen.tiny.sheet``.
+
+Either one image of each of PROMPTS, or, with ``--run``, the first images of a run beside their masks.
+"""
 
 import argparse
+import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from jaxtyping import Bool, UInt8
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 
+from synthgen import api
+from synthgen.run import Run
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS
 
-__all__ = ["PROMPTS", "draw", "write_sheet"]
+__all__ = ["PROMPTS", "draw", "overlay", "pairs", "write_sheet"]
 
 PROMPTS = tuple(
     f"a photo of {text}"
@@ -21,17 +30,18 @@ PROMPTS = tuple(
         *("a school bus", "a backpack", "an umbrella", "a teapot"),
         *("a tiger shark", "a goldfish", "a barn spider", "a monarch butterfly"),
         *("an acoustic guitar", "a sports car", "a rocking chair", "a laptop computer"),
+        *("a red car", "a blue car", "a green hat", "a purple chair"),
+        *("a yellow umbrella", "a black boot", "a white backpack", "an orange bus"),
         *("a horse in the forest", "a rocket at night", "a bus in the city", "a butterfly in the park"),
         *("a chair in the studio", "a whale at sunset", "a flamingo in venice", "a tractor at sunrise"),
-        *("a computer in the lab", "a clock in the warehouse", "a balloon in the sky", "a shoe in the workshop"),
-        *("a tent at dawn", "a cactus in the lobby", "a drum in the hall", "a lamp in the apartment"),
         *("a cat and a car", "a dog and a bicycle in the park", "a lion and a castle", "an elephant and a balloon"),
         *("a frog and a banana in the lab", "a rabbit and a drum", "a sailboat and a tree", "a crab and a clock"),
-        *("a taxi next to a traffic light", "a panda next to a book", "a bear and a fish at night"),
-        *("a cup and a cake", "a crown and a trophy", "a pig and a bucket", "a zebra and a lion in the forest"),
-        "a ship and a lighthouse",
+        *("a taxi next to a traffic light", "a panda to the left of a book", "an owl above a pumpkin"),
+        *("a rocket below a star", "a dog in front of a house", "a bed behind a cat", "a zebra next to a blue car"),
+        "an apple, a banana and a pear",
     )
 )
+COLOURS = ((255, 64, 64), (64, 160, 255), (255, 208, 0), (64, 208, 96), (208, 96, 255))  # of the first words, RGB
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: tuple[str, ...], steps: int, guidance: float, seed: int) -> Tensor:
@@ -42,21 +52,44 @@ def draw(pipeline: StableDiffusionPipeline, prompts: tuple[str, ...], steps: int
     return torch.cat([pipeline(list(prompts[i : i + 16]), **options).images for i in range(0, len(prompts), 16)])
 
 
+def pairs(run: Run, num: int) -> Tensor:
+    """The first ``num`` images of a run, each followed by itself under its masks: (2 num, 3, H, W) in [0, 1]."""
+    tiles = []
+    for generation, masks in itertools.islice(api.samples(run), num):
+        values = masks.values if masks is not None else np.zeros((0, *generation.image.shape[:2]), bool)
+        tiles += [generation.image, overlay(generation.image, values)]
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
+
+
+def overlay(image: UInt8[np.ndarray, "H W 3"], masks: Bool[np.ndarray, "words H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The image with each mask tinted and outlined in its word's colour, and the rest darker."""
+    out = image * np.where(masks.any(axis=0), 1.0, 0.35)[..., None]
+    for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
+        out[mask] = 0.55 * out[mask] + 0.45 * np.array(colour)
+        out[mask & ~binary_erosion(mask)] = colour
+    return np.asarray(out.round(), dtype=np.uint8)
+
+
 def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     """Write images (b, 3, H, W) in [0, 1] as one PNG, row by row."""
     table = images.reshape(-1, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2)  # r H c W 3
     pixels = (table.flatten(0, 1).flatten(1, 2).clamp(0, 1) * 255).round().to(torch.uint8)
-    Image.fromarray(pixels.numpy()).save(path, optimize=True)
+    Image.fromarray(pixels.numpy()).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m synthgen.tiny.sheet", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--run", type=Path, help="a run whose first images are shown beside their masks")
+    parser.add_argument("--num", type=int, default=32, help="how many of them; a multiple of 4")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="another pipeline to draw with")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.run is not None:
+        write_sheet(args.out, pairs(Run.open(args.run), args.num), columns=8)
+        return
     pipeline = StableDiffusionPipeline.from_pretrained(args.weights)
     write_sheet(args.out, draw(pipeline, PROMPTS, args.steps, args.guidance, args.seed), columns=8)
 

@@ -41,7 +41,8 @@ def write_truth(data: Path, out: Path, num: int) -> Path:
         row = 0
         for batch in held_out(data, num):
             for i, caption in enumerate(batch.captions):
-                labels = batch.masks[i, 0].to(torch.uint8) + 2 * batch.masks[i, 1].to(torch.uint8)
+                numbers = torch.arange(1, len(batch.masks[i]) + 1, dtype=torch.uint8)[:, None, None]
+                labels = (batch.masks[i] * numbers).amax(dim=0)
                 about = {"words": batch.words[i], "objects": batch.objects[i]}
                 members = {
                     "json": json.dumps(about).encode(),

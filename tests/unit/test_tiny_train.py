@@ -1,0 +1,117 @@
+"""A few steps of the tiny model's own training, part by part, on made-up data: both presets, stop and go on, export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from synthgen.tiny import IMAGE_SIZE, networks, train
+from synthgen.tiny.compositor import Names
+from synthgen.tiny.loop import Budget
+from tests.tiny_data import NAMES, make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Names, "load", classmethod(lambda cls: NAMES))
+    monkeypatch.setattr(train, "CHUNK", 2)
+    monkeypatch.setattr(train, "HELD_OUT", 8)
+    monkeypatch.setattr(train, "PROMPTS", train.PROMPTS[:8])
+    torch.set_num_threads(1)
+
+
+def job(data: Path, out: Path, preset: str, steps: int) -> train.Job:
+    """A preset on this machine: its batches smaller, and without its device and compiler."""
+    chosen = train.PRESETS[preset]
+    parts = {
+        name: replace(getattr(chosen, name), batch_size=4, log_every=1, show_every=1e9)
+        for name in ("vae", "decoder", "unet")
+    }
+    return train.Job(data, out, Budget(steps=steps), replace(chosen, device="cpu", compile=False, **parts))
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_every_part_trains_and_the_whole_draws(
+    preset: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
+    for command in ("vae", "unet", "decoder", "export"):
+        train.COMMANDS[command](job(data, tmp_path / "out", preset, 3))
+    for part in ("vae", "unet", "decoder"):
+        rows = (tmp_path / "out" / f"{part}-training" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1])["step"] == 3
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "weights")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a photo of a dog", num_inference_steps=1, output_type="np").images[0]
+    assert image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    (weights,) = (tmp_path / "weights" / "unet").glob("*.safetensors")
+    with safe_open(weights, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in list(file.keys())} == {torch.float16}
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.float32
+
+
+def test_the_decoders_training_leaves_latents_as_they_are(data: Path, tmp_path: Path) -> None:
+    for command in ("vae", "decoder"):
+        train.COMMANDS[command](job(data, tmp_path, "cpu", 2))
+    before, after = (train.AutoencoderTiny.from_pretrained(tmp_path / name) for name in ("vae", "vae-tuned"))
+    x = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
+    assert torch.equal(before.encode(x).latents, after.encode(x).latents)
+    assert not torch.equal(
+        before.decode(torch.zeros(1, 4, 16, 16)).sample, after.decode(torch.zeros(1, 4, 16, 16)).sample
+    )
+
+
+def test_a_unet_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
+    train.train_vae(job(data, tmp_path, "cpu", 1))
+    train.train_unet(job(data, tmp_path, "cpu", 2))
+    train.train_unet(job(data, tmp_path, "cpu", 4))
+    rows = [json.loads(row) for row in (tmp_path / "unet-training" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_the_end_token_and_what_follows_can_be_hidden() -> None:
+    tokenizer = networks.train_tokenizer(NAMES.captions(), 1024)
+    model = train.Denoising(networks.text_encoder(tokenizer), networks.unet()).eval()
+    tokens = train.tokenize(tokenizer, ["a photo of a dog"])
+    other = tokens.clone()
+    other[:, -3:] = tokenizer.bos_token_id  # behind the end token, so a change there is seen only if padding is
+    z, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    noise = torch.randn(1, 4, 16, 16)
+    for hidden in (True, False):
+        with torch.no_grad():
+            losses = [float(model(z, some, t, noise, torch.tensor([hidden]))["loss"]) for some in (tokens, other)]
+        assert (losses[0] == losses[1]) == hidden
+
+
+def test_attention_written_out_is_attention() -> None:
+    torch.manual_seed(0)
+    unet = networks.unet().eval()
+    arguments = (torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 7, networks.WIDTH))
+    seen = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    with torch.no_grad():
+        plain = [unet(*arguments, encoder_attention_mask=mask).sample for mask in (None, seen)]
+        unet.set_attn_processor(train.WrittenOutAttention())
+        written = [unet(*arguments, encoder_attention_mask=mask).sample for mask in (None, seen)]
+    for one, other in zip(plain, written, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(plain[0][1], plain[1][1])
+
+
+def test_the_bank_keeps_the_newest() -> None:
+    bank = train.Bank(4)
+    for number in range(3):
+        bank.add(torch.full((2, 1), float(number)), torch.full((2, 1), number))
+    latents, tokens = bank.draw(200, torch.Generator().manual_seed(0))
+    assert set(latents.flatten().tolist()) == {1.0, 2.0}
+    assert torch.equal(latents.long(), tokens)
