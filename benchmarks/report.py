@@ -17,7 +17,8 @@ process. The machines are shared and noisy (see the load): read the ratios, not 
 
 def main() -> None:
     parts = [HEAD]
-    for name, table in (("generate", generate), ("masks", masks), ("shards", shards), ("pretrain", pretrain)):
+    tables = {"tiny": tiny_model, "generate": generate, "masks": masks, "shards": shards, "pretrain": pretrain}
+    for name, table in tables.items():
         path = FOLDER / "results" / f"{name}.json"
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -26,6 +27,40 @@ def main() -> None:
             parts.append(f"## {name}\n\n{record['date']}, {where}, commit {record['commit']}.\n")
             parts.append("\n".join(table(record["figures"])) + "\n")
     (FOLDER / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def tiny_model(figures: dict[str, Any]) -> Iterator[str]:
+    drawn, pairs, real, pointing = (figures[name] for name in ("one_object", "two_objects", "held_out", "masks"))
+    default = f"{figures['num_steps']} steps, guidance {figures['guidance_scale']:g}"
+    yield f"The shipped model at its defaults ({default}). The judge is a classifier that was trained on composites of"
+    yield "training alone; held-out composites, judged by their exact masks, show how far it can be trusted.\n"
+    yield "| figure | model | held-out composites |\n| --- | --- | --- |"
+    yield f"| one object, top-1 of {figures['objects']} | {drawn['top1']:.3f} | {real['top1']:.3f} |"
+    yield f"| two objects, both found in their masks | {pairs['both']:.3f} | {real['both']:.3f} |"
+    yield f"| autoencoder, mean PSNR | {figures['vae_psnr_db']:.2f} dB | |"
+    yield f"| weights | {figures['size_mb']:.1f} MB | |"
+    if "speed" in figures:
+        speed = figures["speed"]
+        where = f"{speed['workers']} workers of one thread, attention recorded"
+        yield f"| images/s, {where} | {speed['images_per_second']:.2f} ({speed['with_start']:.2f} with their start) | |"
+    counts = list(next(iter(pointing["mean_iou"].values())))
+    level = pointing["levels"]["in hindsight"]
+    yield f"\nMasks of {pointing['images']} held-out composites through `attend`, mean IoU with the exact ones. `level`"
+    yield f"is one share of the maximum for all words, chosen on the other half of the images (in hindsight {level}).\n"
+    yield f"| masks by | {' | '.join(count if count == 'all' else f'objects: {count}' for count in counts)} |"
+    yield f"| --- |{' --- |' * len(counts)}"
+    for name, rows in pointing["mean_iou"].items():
+        cells = [f"{rows[count]['mean_iou']:.3f}" for count in counts]
+        cells[0] += f" ({rows['all']['low']:.3f} to {rows['all']['high']:.3f})"
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield f"\nTop-1 of {figures['samplers'][0]['images']} objects, the same noise in all cells, and images/s.\n"
+    scales = sorted({row["guidance"] for row in figures["samplers"]})
+    yield f"| steps | {' | '.join(f'guidance {scale:g}' for scale in scales)} |\n| --- |{' --- |' * len(scales)}"
+    cell = {(row["steps"], row["guidance"]): row for row in figures["samplers"]}
+    for steps in sorted({row["steps"] for row in figures["samplers"]}):
+        row = [cell[steps, scale] for scale in scales]
+        shown = [f"{one['top1']:.3f}, {one['images_per_second']:.1f}/s" for one in row]
+        yield f"| {steps} | {' | '.join(shown)} |"
 
 
 def generate(figures: dict[str, Any]) -> Iterator[str]:
