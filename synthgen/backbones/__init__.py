@@ -29,9 +29,13 @@ class Backbone(Protocol):
         ...
 
     def attend(
-        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+        self,
+        images: UInt8[np.ndarray, "b H W 3"],
+        requests: Sequence[Request],
+        timesteps: Sequence[int],
+        inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The same record for images of its size that exist: where each word of its prompt looks in each."""
+        """The same record for images of its size that exist: noised to ``timesteps``, or inverted in so many steps."""
         ...
 
 

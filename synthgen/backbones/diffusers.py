@@ -85,7 +85,11 @@ class Diffusers:
         return self.family.generate(requests)
 
     def attend(
-        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+        self,
+        images: UInt8[np.ndarray, "b H W 3"],
+        requests: Sequence[Request],
+        timesteps: Sequence[int],
+        inversion_steps: int = 0,
     ) -> list[Generation]:
         """The same record for images that exist."""
-        return self.family.attend(images, requests, timesteps)
+        return self.family.attend(images, requests, timesteps, inversion_steps)

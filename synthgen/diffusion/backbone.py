@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from synthgen.attention.recorder import Recorder, record
@@ -102,8 +102,12 @@ class DiffusionBackbone(ABC):
         """The latents as they would be at a timestep of training (0 to 999)."""
 
     @abstractmethod
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         """A function that runs the network once, without guidance, on noised latents at a timestep."""
+
+    @abstractmethod
+    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
+        """The timesteps of an inversion, from image to noise, and a step: latents, its number, what was predicted."""
 
     # -- what they share
 
@@ -161,26 +165,51 @@ class DiffusionBackbone(ABC):
         return [False] * len(images)
 
     def attend(
-        self, images: UInt8[np.ndarray, "b H W 3"], requests: Sequence[Request], timesteps: Sequence[int]
+        self,
+        images: UInt8[np.ndarray, "b H W 3"],
+        requests: Sequence[Request],
+        timesteps: Sequence[int],
+        inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The record that :meth:`generate` makes, for images that exist: each is noised to every timestep, once.
+        """The record that :meth:`generate` makes, for images that exist.
 
-        There is one draw of noise an image, from its request's seed; the network runs once a timestep, with the image's
-        own prompt and without guidance.
+        Each image is noised to every timestep and seen by the network once at each: one draw of noise an image, from
+        its request's seed. With ``inversion_steps`` there is no noise and no use for ``timesteps``: the image is
+        carried to noise in so many deterministic steps (DDIM inversion; for linear mixtures Euler's method), and the
+        record is made on the way, without the noisiest share of the steps that ``looking.first`` says. Both with the
+        image's own prompt and without guidance.
         """
-        pipeline = self.pipeline
-        device = pipeline._execution_device
+        device = self.pipeline._execution_device
         located, tokens = self._locate(requests)
         with torch.inference_mode():
             latents = self.encode(torch.from_numpy(images).to(device))
-            draws = [torch.randn(latents.shape[1:], generator=_generator(request.seed)) for request in requests]
-            noise = torch.stack(draws).to(device, latents.dtype)
             look = self.looker([request.prompt.text for request in requests], latents)
             recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, guided=lambda: False)
             with record(self.network, recorder, self.looking.layers):
-                for timestep in timesteps:
-                    look(self.noised(latents, noise, timestep), timestep)
+                if inversion_steps:
+                    self.invert(latents, look, inversion_steps, recorder)
+                else:
+                    draws = [torch.randn(latents.shape[1:], generator=_generator(one.seed)) for one in requests]
+                    noise = torch.stack(draws).to(device, latents.dtype)
+                    for timestep in timesteps:
+                        look(self.noised(latents, noise, timestep), timestep)
         return _records(requests, located, images, recorder)
+
+    def invert(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        look: Callable[[Tensor, float], Tensor],
+        num_steps: int,
+        recorder: Recorder | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Carry latents to noise, step by step; sampling without guidance from there leads back to them, nearly."""
+        timesteps, step = self.inversion(num_steps)
+        recorded = num_steps - int(self.looking.first * num_steps)
+        for number, timestep in enumerate(timesteps):
+            if recorder is not None:
+                recorder.paused = number >= recorded
+            latents = step(latents, number, look(latents, timestep))
+        return latents
 
     def encode(self, images: UInt8[Tensor, "b H W 3"]) -> Tensor:
         """Latents as the network takes them, without noise: the mode of the autoencoder's, shifted and scaled."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import DDIMInverseScheduler
 from jaxtyping import UInt8
 from torch import Tensor
 from typing_extensions import override
@@ -84,10 +85,17 @@ class StableDiffusion(Family):
         return signal * latents + share * noise
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         pipeline = self.pipeline
         context, _ = pipeline.encode_prompt(list(texts), pipeline._execution_device, 1, False)
-        return lambda noised, timestep: pipeline.unet(noised, timestep, encoder_hidden_states=context)
+        return lambda noised, timestep: pipeline.unet(noised, timestep, encoder_hidden_states=context).sample
+
+    @override
+    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
+        scheduler = DDIMInverseScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(num_steps)
+        times = scheduler.timesteps.tolist()
+        return times, lambda latents, number, output: scheduler.step(output, times[number], latents).prev_sample
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -101,7 +109,7 @@ class StableDiffusionXL(StableDiffusion):
     looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -111,8 +119,8 @@ class StableDiffusionXL(StableDiffusion):
         width = pipeline.text_encoder_2.config.projection_dim
         ids = pipeline._get_add_time_ids(size, (0, 0), size, context.dtype, text_encoder_projection_dim=width)
         conditions = {"text_embeds": pooled, "time_ids": ids.to(device).repeat(len(texts), 1)}
-        return lambda noised, timestep: pipeline.unet(
-            noised, timestep, encoder_hidden_states=context, added_cond_kwargs=conditions
+        return lambda noised, timestep: (
+            pipeline.unet(noised, timestep, encoder_hidden_states=context, added_cond_kwargs=conditions).sample
         )
 
 
@@ -139,6 +147,17 @@ class JointAttention(Family):
         """z_t = (1 - sigma) z_0 + sigma noise, sigma = t / 1000 (Esser et al., 2024, section 3)."""
         sigma = timestep / 1000
         return (1 - sigma) * latents + sigma * noise
+
+    @override
+    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
+        shift = float(self.pipeline.scheduler.config.shift or 1.0)
+        share = [number / num_steps for number in range(num_steps + 1)]
+        sigmas = [shift * x / (1 + (shift - 1) * x) for x in share]  # as the scheduler spaces them, backwards
+
+        def step(latents: Tensor, number: int, output: Tensor) -> Tensor:
+            return latents + (sigmas[number + 1] - sigmas[number]) * output
+
+        return [1000 * sigma for sigma in sigmas[:-1]], step
 
 
 class StableDiffusion3(JointAttention):
@@ -175,7 +194,7 @@ class StableDiffusion3(JointAttention):
         return {**super().arguments(texts), "max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -187,11 +206,12 @@ class StableDiffusion3(JointAttention):
             max_sequence_length=self.max_sequence_length,
         )
 
-        def look(noised: Tensor, timestep: int) -> None:
+        def look(noised: Tensor, timestep: float) -> Tensor:
             times = torch.full((len(noised),), float(timestep), device=device)
-            pipeline.transformer(
+            velocity: Tensor = pipeline.transformer(
                 hidden_states=noised, timestep=times, encoder_hidden_states=context, pooled_projections=pooled
-            )
+            ).sample
+            return velocity
 
         return look
 
@@ -228,7 +248,7 @@ class Flux(JointAttention):
         return {"max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, int], None]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, pooled, text_ids = pipeline.encode_prompt(
@@ -240,8 +260,8 @@ class Flux(JointAttention):
         if pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((b,), self.sampling.guidance_scale, device=device)
 
-        def look(noised: Tensor, timestep: int) -> None:
-            pipeline.transformer(
+        def look(noised: Tensor, timestep: float) -> Tensor:
+            packed = pipeline.transformer(
                 hidden_states=pipeline._pack_latents(noised, b, channels, height, width),
                 timestep=torch.full((b,), timestep / 1000, device=device, dtype=noised.dtype),
                 guidance=guidance,
@@ -249,7 +269,10 @@ class Flux(JointAttention):
                 encoder_hidden_states=context,
                 txt_ids=text_ids,
                 img_ids=places,
-            )
+            ).sample
+            factor = pipeline.vae_scale_factor
+            velocity: Tensor = pipeline._unpack_latents(packed, height * factor, width * factor, factor)
+            return velocity
 
         return look
 

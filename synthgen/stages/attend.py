@@ -32,9 +32,9 @@ class Attend(Stage):
 
     ``images`` is a WebDataset tar, a pattern of tars, or a folder of them: an image and ``txt``, and in ``json`` the
     ``words`` to look for; without them the caption is read as a line of a prompt file. Each image is noised to every
-    one of ``timesteps`` and seen by the network once at each; DiffusionSeg's digest names this the control without
-    inversion. Images are resized to the model's size. Keys stay as they are, so that masks can be held against true
-    ones.
+    one of ``timesteps`` and seen by the network once at each. With ``inversion_steps`` it is carried to noise without
+    chance instead, as DiffusionSeg reportedly does, and recorded on the way. Images are resized to the model's size.
+    Keys stay as they are, so that masks can be held against true ones.
     """
 
     name: ClassVar = "attend"
@@ -44,6 +44,7 @@ class Attend(Stage):
 
     images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
     timesteps: tuple[int, ...] = (100, 300, 500)
+    inversion_steps: int = 0  # more than 0: no noise, but a deterministic inversion in so many steps
     unit_size: int = 64
     batch_size: int = free(16)
     backbone: Choice = Choice("tiny")
@@ -51,6 +52,8 @@ class Attend(Stage):
     def __post_init__(self) -> None:
         if not self.timesteps or not all(0 <= timestep < 1000 for timestep in self.timesteps):
             raise ValueError(f"timesteps must be one or more of 0 to 999, not {self.timesteps}")
+        if self.inversion_steps < 0:
+            raise ValueError(f"inversion_steps must be 0 (noise) or more, not {self.inversion_steps}")
         if self.unit_size < 1 or self.batch_size < 1:
             raise ValueError(f"unit_size and batch_size must be 1 or more, not {self.unit_size} and {self.batch_size}")
 
@@ -86,7 +89,7 @@ class Attend(Stage):
                 batch = [samples[number] for number in numbers[start : start + self.batch_size]]
                 requests = [Request(one.key, caption(one), sample_seed(run.seed, one.key)) for one in batch]
                 pixels = np.stack([resize(one.image, backbone.size) for one in batch])
-                yield backbone.attend(pixels, requests, self.timesteps)
+                yield backbone.attend(pixels, requests, self.timesteps, self.inversion_steps)
 
         with one_thread(worker.device):
             yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.prompts import parse_line
@@ -184,3 +185,44 @@ def test_attend_records_images_that_exist(case: tuple[Case, Path]) -> None:
         assert np.isfinite(one.maps.affinity.astype(float)).all()
     other = family.attend(images[:, ::-1].copy(), requests(), (100, 500))
     assert not np.array_equal(first[0].maps.weights, other[0].maps.weights)
+
+
+def back(family: Any, latents: torch.Tensor, look: Any, num_steps: int) -> torch.Tensor:
+    """Sample without guidance from where an inversion ended."""
+    scheduler = family.pipeline.scheduler
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="leading")
+        scheduler.set_timesteps(num_steps)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, use_dynamic_shifting=False)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(look(latents, float(timestep)), timestep, latents).prev_sample
+    return latents
+
+
+def test_sampling_from_where_an_inversion_ended_leads_back(case: tuple[Case, Path]) -> None:
+    family = load(case)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8))
+    with torch.inference_mode():
+        latents = torch.randn(family.encode(images).shape, generator=torch.Generator().manual_seed(0))
+        look = family.looker(["a dog", "a cat"], latents)
+        errors = []
+        for num_steps in (10, 80):
+            noise = family.invert(latents, look, num_steps)
+            assert not torch.allclose(noise, latents, atol=0.1)
+            errors.append(float((back(family, noise, look, num_steps) - latents).norm() / latents.norm()))
+    assert errors[1] < 0.25
+    assert errors[1] < errors[0] / 3  # of first order in the size of the steps
+
+
+def test_an_inversion_is_recorded_on_its_way(case: tuple[Case, Path]) -> None:
+    family = load(case)
+    images = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    whole = family.attend(images, requests(), (), inversion_steps=4)
+    other_seeds = [replace(request, seed=request.seed + 1) for request in requests()]
+    for one, other in zip(whole, family.attend(images, other_seeds, (), inversion_steps=4), strict=True):
+        np.testing.assert_array_equal(one.maps.weights, other.maps.weights)  # no chance in it
+    family.looking = replace(family.looking, first=0.5)
+    early = family.attend(images, requests(), (), inversion_steps=4)
+    assert not np.array_equal(whole[0].maps.weights, early[0].maps.weights)
