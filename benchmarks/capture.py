@@ -11,7 +11,7 @@ the maps of the marked words:
 * ``naive``: a hook script. The layers that count write out softmax(QK^T) with all its columns; the mean over heads is
   kept for each layer and step, and averaged at the end.
 
-Memory on a CPU is the growth of the resident set, each contender in a process of its own (Linux only).
+Memory on a CPU is what the resident set grows by, each contender in a process of its own (Linux only).
 """
 
 from __future__ import annotations
@@ -343,57 +343,63 @@ def final_latents(pipeline: Any) -> Iterator[list[Tensor]]:
         del scheduler.step
 
 
-def grown(run: Callable[[], object]) -> float:
-    """MiB by which the resident set grows at most while something runs (Linux).
+def memory_on_cpu(scene: Scene, contender: Contender, repeats: int) -> list[float]:
+    """MiB by which a contender's own memory grows at most, in a process of its own that begins as a copy of this one.
 
-    Blocks of a quarter of a MiB and more are given back at once, so that what is resident is what is held.
+    It runs on one thread, after a first step that is not counted. This process looks on: pages that come from files
+    are not counted, since the system takes and brings them back as it pleases.
     """
+    here, there = mp.Pipe()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        give_back_at_once()
+        with steps(scene, 1):
+            contender.run(scene)
+        for _ in range(repeats):
+            give_back_at_once()
+            for action in (None, lambda: contender.run(scene)):
+                if action:
+                    action()
+                there.send("ready")
+                there.recv()
+
+    child = mp.get_context("fork").Process(target=run, daemon=True)
+    child.start()
+    there.close()
+    assert child.pid is not None
+    peaks = []
+    try:
+        for _ in range(repeats):
+            here.recv()
+            before = peak = anonymous(child.pid)
+            here.send("go on")
+            while not here.poll(0.0005):
+                peak = max(peak, anonymous(child.pid))
+            here.recv()
+            here.send("go on")
+            peaks.append(peak - before)
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the process that memory was measured in ended with {child.exitcode}") from None
+    child.join()
+    return peaks
+
+
+def give_back_at_once() -> None:
+    """Let freed blocks of a quarter of a MiB and more go back to the system, so that what is resident is in use."""
+    gc.collect()
     libc = ctypes.CDLL(None)
     with suppress(AttributeError):  # another C library than glibc
         libc.mallopt(-3, MIB // 4)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, MIB // 4)  # M_TRIM_THRESHOLD
-    gc.collect()
-    with suppress(AttributeError):
         libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
 
 
-def resident(field: str) -> float:
-    """A field of this process's status, in MiB."""
-    (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(kilobytes) / 1024
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """What a function returns, called in a process of its own that begins as a copy of this one."""
-    context = mp.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(function()), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"a child process ended with exit code {child.exitcode}") from None
-    finally:
-        child.join()
-
-
-def memory_on_cpu(scene: Scene, contender: Contender, repeats: int) -> list[float]:
-    """Peak growths of a contender in its own process, on one thread, after a first step that is not counted."""
-
-    def measured() -> list[float]:
-        torch.set_num_threads(1)
-        with steps(scene, 1):
-            contender.run(scene)
-        return [grown(lambda: contender.run(scene)) for _ in range(repeats)]
-
-    found: list[float] = in_child(measured)
-    return found
+def anonymous(pid: int) -> float:
+    """Resident memory of a process that is no file's, in MiB (Linux)."""
+    _, _, rest = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").partition("RssAnon:")
+    return int(rest.split(maxsplit=1)[0]) / 1024 if rest else 0.0  # a process that ended tells nothing
 
 
 def turns(

@@ -17,7 +17,7 @@ from _common import rounds, write_result
 
 from synthgen import tiny
 from synthgen.attention.words import locate_words
-from synthgen.diffusion import Looking, Sampling, UNetPipeline, load_pipeline
+from synthgen.diffusion import Loading, Looking, Sampling, StableDiffusion, load_pipeline
 from synthgen.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = load_pipeline(str(tiny.WEIGHTS), dtype="float32", device="cpu")
-    sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
-    model = UNetPipeline(pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1))
-    part = UNetPipeline(pipeline, sampling, Looking((1, 2), 1, layers=("up_blocks",), first=0.5))
+    pipeline = load_pipeline(Loading(str(tiny.WEIGHTS)), ["StableDiffusionPipeline"])
+    side = StableDiffusion.native_size(pipeline)
+    sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", side, side)
+    model = StableDiffusion(pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1))
+    part = StableDiffusion(pipeline, sampling, Looking((1, 2), 1, layers=("up_blocks",), first=0.5))
     prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: options.batch_size]
     texts, seeds = [prompt.text for prompt in prompts], list(range(len(prompts)))
     tokens = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
@@ -71,7 +72,7 @@ def main() -> None:
     def plain() -> None:
         model.sample(texts, seeds, [], recorded=False)
 
-    def recorded(model: UNetPipeline) -> None:
+    def recorded(model: StableDiffusion) -> None:
         _, recorder = model.sample(texts, seeds, tokens)
         recorder.weights(), recorder.affinity()
 

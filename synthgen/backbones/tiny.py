@@ -29,8 +29,9 @@ class Tiny(StableDiffusion):
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-        sampling = Sampling(num_steps, guidance_scale, negative_prompt, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         pipeline = load_pipeline(Loading(str(tiny.WEIGHTS), device=device), ["StableDiffusionPipeline"])
+        side = self.native_size(pipeline)
+        sampling = Sampling(num_steps, guidance_scale, negative_prompt, side, side)
         super().__init__(
             pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1, layers=("up_blocks",), first=0.5)
         )
