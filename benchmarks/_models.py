@@ -168,10 +168,10 @@ PRESETS: dict[tuple[str, str], Preset] = {
         resolution=1024,
     ),
     ("sd3", "tiny"): Preset(SD3, sd3(2, 1, (16, 32), 64), clips=(16, 32), t5=64, resolution=64, steps=2),
-    ("sd3", "small"): Preset(SD3, sd3(8, 6, (192, 320), 512), clips=(192, 320), t5=512, resolution=256, steps=6),
+    ("sd3", "small"): Preset(SD3, sd3(8, 6, (192, 320), 512), clips=(192, 320), t5=512, resolution=256, steps=3),
     ("sd3", "sd3"): Preset(SD3, sd3(24, 24, (768, 1280), 4096), clips=(768, 1280), t5=4096, resolution=1024),
     ("flux", "tiny"): Preset(FLUX, flux((1, 1), 1, 32, 64), clips=(32,), t5=64, resolution=64, steps=2),
-    ("flux", "small"): Preset(FLUX, flux((4, 8), 3, 192, 512), clips=(192,), t5=512, resolution=256, steps=6),
+    ("flux", "small"): Preset(FLUX, flux((4, 8), 3, 192, 512), clips=(192,), t5=512, resolution=256, steps=3),
     ("flux", "flux"): Preset(FLUX, flux((19, 38), 24, 768, 4096), clips=(768,), t5=4096, resolution=1024),
 }
 

@@ -57,9 +57,9 @@ LINES = (
 )
 TOLERANCE = 1e-5  # of word maps, against a softmax in float64
 RANDOM = (
-    "all weights are random, those of the networks and all others; the queries' are six times as large",
-    "text encoders have the right output widths and two layers; prompts are read whole words a token, so that the "
-    "positions of words are those of the real tokenizers",
+    "all weights are random; those of the queries are six times as large, so that maps have a shape",
+    "text encoders have the right output widths and two layers; tokenizers know each word of the prompts whole, and "
+    "the positions of words are what they say",
     "the autoencoder has eight channels, so that its time and memory hide nothing of the network's",
 )
 MIB = 2**20
@@ -358,11 +358,11 @@ def memory_on_cpu(scene: Scene, contender: Contender, repeats: int) -> list[floa
             contender.run(scene)
         for _ in range(repeats):
             give_back_at_once()
-            for action in (None, lambda: contender.run(scene)):
-                if action:
-                    action()
-                there.send("ready")
-                there.recv()
+            there.send("begins")
+            there.recv()
+            contender.run(scene)
+            there.send("ended")
+            there.recv()
 
     child = mp.get_context("fork").Process(target=run, daemon=True)
     child.start()
@@ -488,7 +488,8 @@ def measure(family: str, size: str, options: argparse.Namespace) -> dict[str, An
         for name, contender in asked.items()
     }
     names = [name for name, reason in tried.items() if not reason]
-    peaks = {} if cuda else {name: memory_on_cpu(scene, asked[name], options.repeat) for name in names}
+    linux = not cuda and Path("/proc/self/status").is_file()
+    peaks = {name: memory_on_cpu(scene, asked[name], min(2, options.repeat)) for name in names} if linux else {}
     torch.set_num_threads(options.threads)
     seconds, peaks_on_cuda, latents, maps = turns(scene, names, options.repeat)
     peaks = peaks_on_cuda if cuda else peaks
@@ -502,8 +503,10 @@ def measure(family: str, size: str, options: argparse.Namespace) -> dict[str, An
         rows[name] = {
             "seconds_per_image": spread([one / options.batch for one in seconds[name]]),
             "time_over_plain": spread(ratios),
-            "peak_mib": spread(peaks[name]),
-            "extra_mib": round(statistics.median(peaks[name]) - statistics.median(peaks["plain"]), 2),
+            "peak_mib": spread(peaks[name]) if peaks else None,
+            "extra_mib": round(statistics.median(peaks[name]) - statistics.median(peaks["plain"]), 2)
+            if peaks
+            else None,
             "latents": {
                 "claimed_identical": asked[name].same_latents,
                 "identical": torch.equal(latents[name], latents["plain"]),
@@ -529,7 +532,7 @@ def measure(family: str, size: str, options: argparse.Namespace) -> dict[str, An
         "steps": sampling.num_steps,
         "guidance": sampling.guidance_scale,
         "recorded_layers": len(scene.layers),
-        "positions": [dict(zip(prompt.words, found, strict=True)) for prompt, found in prompts],
+        "positions": [dict(zip(prompt.words, map(list, found), strict=True)) for prompt, found in prompts],
         "contenders": rows,
     }
 
@@ -560,7 +563,7 @@ def device_name(device: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, and write ``results/capture-DEVICE.json``."""
     parser = argparse.ArgumentParser(prog="python benchmarks/capture.py", description=(__doc__ or "").splitlines()[0])
-    families, sizes = sorted(FAMILY_NAMES), ["tiny", "small", *FULL]
+    families, sizes = list(dict.fromkeys(family for family, _ in PRESETS)), ["tiny", "small", *FULL]
     parser.add_argument("--family", nargs="+", choices=families, help="of tiny and small networks (sd)")
     parser.add_argument("--size", nargs="+", choices=sizes, default=["small"], help="the last four as published")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -596,9 +599,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-FAMILY_NAMES = {family for family, _ in PRESETS}
-
-
 def show(case: Mapping[str, Any]) -> None:
     print(f"{case['family']} {case['size']}, {case['resolution']} px, {case['steps']} steps")
     for name, row in case["contenders"].items():
@@ -607,7 +607,8 @@ def show(case: Mapping[str, Any]) -> None:
             continue
         time, ratio = row["seconds_per_image"]["median"], row["time_over_plain"]["median"]
         same = "latents as plain's" if row["latents"]["identical"] else "other latents"
-        print(f"  {name}: {time:.3f} s an image, {ratio:.3f} x plain, {row['extra_mib']:+.1f} MiB, {same}")
+        extra = "" if row["extra_mib"] is None else f", {row['extra_mib']:+.1f} MiB"
+        print(f"  {name}: {time:.3f} s an image, {ratio:.3f} x plain{extra}, {same}")
         if "against_float64" in row:
             print(f"    word maps within {row['against_float64']['largest_error']:.1e} of float64", flush=True)
 

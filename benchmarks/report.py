@@ -17,14 +17,20 @@ process. The machines are shared and noisy (see the load): read the ratios, not 
 
 def main() -> None:
     parts = [HEAD]
-    tables = {"tiny": tiny_model, "generate": generate, "masks": masks, "shards": shards, "pretrain": pretrain}
-    for name, table in tables.items():
-        path = FOLDER / "results" / f"{name}.json"
-        if path.is_file():
+    tables = {
+        "tiny": tiny_model,
+        "capture-*": capture,
+        "generate": generate,
+        "masks": masks,
+        "shards": shards,
+        "pretrain": pretrain,
+    }
+    for names, table in tables.items():
+        for path in sorted((FOLDER / "results").glob(f"{names}.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
             about = record["machine"]
             where = f"{about['cpu']}, {about['cores']} cores, load {about['load']}, Python {about['python']}"
-            parts.append(f"## {name}\n\n{record['date']}, {where}, commit {record['commit']}.\n")
+            parts.append(f"## {path.stem}\n\n{record['date']}, {where}, commit {record['commit']}.\n")
             parts.append("\n".join(table(record["figures"])) + "\n")
     (FOLDER / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -61,6 +67,40 @@ def tiny_model(figures: dict[str, Any]) -> Iterator[str]:
         row = [cell[steps, scale] for scale in scales]
         shown = [f"{one['top1']:.3f}, {one['images_per_second']:.1f}/s" for one in row]
         yield f"| {steps} | {' | '.join(shown)} |"
+
+
+def capture(figures: dict[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    setting = f"{figures['dtype']}, images at once: {figures['batch']}, threads: {figures['threads']}"
+    yield f"Recording attention on {figures['device']}, {setting}; {versions}. What was random:"
+    yield (
+        "; ".join(figures["random"]) + ". Time and memory include making the maps of the marked words; in brackets the"
+    )
+    yield f"quartiles of {figures['repeat']} rounds.\n"
+    for case in figures["cases"]:
+        about = f"{case['parameters'] / 1e6:.0f} million parameters, {case['resolution']} px, {case['steps']} steps"
+        yield f"### {case['family']}, size {case['size']}\n\n{about}, guidance {case['guidance']:g}.\n"
+        yield "| contender | s/image | time over plain | more peak memory | final latents | word maps |"
+        yield "| --- | --- | --- | --- | --- | --- |"
+        for name, row in case["contenders"].items():
+            yield f"| {name} | {' | '.join(capture_cells(row))} |"
+        yield ""
+
+
+def capture_cells(row: dict[str, Any]) -> list[str]:
+    if "not_run" in row:
+        return [f"not run: {row['not_run']}", "", "", "", ""]
+    time, ratio, latents = row["seconds_per_image"], row["time_over_plain"], row["latents"]
+    spread = " to ".join(f"{value:.3f}" for value in ratio["quartiles"])
+    same = "as plain's, to the bit" if latents["identical"] else f"differ by {latents['largest_difference']:.0e}"
+    exact = row.get("against_float64")
+    return [
+        f"{time['median']:.3f}",
+        f"{ratio['median']:.3f} ({spread})",
+        "" if row["extra_mib"] is None else f"{row['extra_mib']:+.1f} MiB",
+        same,
+        f"within {exact['largest_error']:.0e} of float64" if exact else "",
+    ]
 
 
 def generate(figures: dict[str, Any]) -> Iterator[str]:

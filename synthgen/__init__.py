@@ -17,6 +17,7 @@ _PUBLIC = {
     "SynthgenError": "synthgen.errors",
     "attend": "synthgen.api",
     "evaluate": "synthgen.api",
+    "export_dataset": "synthgen.api",
     "generate": "synthgen.api",
     "masks": "synthgen.api",
     "pretrain": "synthgen.api",

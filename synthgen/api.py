@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attend",
     "evaluate",
+    "export_dataset",
     "generate",
     "make_stage",
     "masks",
@@ -96,6 +97,16 @@ def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     from synthgen.viewers.page import write_page
 
     return write_page(run, path, limit=limit)
+
+
+def export_dataset(
+    run: Run, format: str, folder: Path | None = None, *, progress: Progress | None = None, **settings: Any
+) -> Summary:
+    """Write the masked samples as ``coco``, ``yolo`` or ``labels``; see :class:`synthgen.interchange.Export`."""
+    from synthgen import interchange
+
+    chosen = build(interchange.Export, {"format": format, **settings}, where="export")
+    return interchange.export_dataset(run, chosen, folder, progress=progress)
 
 
 def run_pipeline(

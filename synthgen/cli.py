@@ -214,6 +214,24 @@ def view(
 
 
 @app.command()
+def export(
+    format: Annotated[str, typer.Option("--format", help="coco, yolo or labels.")],
+    run: RunOption = LATEST,
+    out: Annotated[Path | None, typer.Option(help="Where to.  [default: RUN/export-FORMAT]")] = None,
+    image_format: Annotated[str | None, typer.Option(help="png or jpg.  [default: jpg for yolo, else png]")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Write images and masks as COCO, YOLO or label images."""
+    from synthgen.api import export_dataset
+    from synthgen.console import ConsoleProgress, tell
+
+    opened = _open(run)
+    given = _pairs(settings) | ({"image_format": image_format} if image_format else {})
+    print(tell(export_dataset(opened, format, out, progress=ConsoleProgress(), **given)))
+    print(f"{format}: {out or opened.folder(f'export-{format}')}")
+
+
+@app.command()
 def doctor(
     run: Annotated[Path, typer.Option("--run", help="Where runs would be written.")] = Path("runs"),
     model: ModelOption = None,

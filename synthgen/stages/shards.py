@@ -96,7 +96,7 @@ class Shards(Stage):
             MissingArtifact: some images have no masks yet.
         """
         units = run.units("images")
-        found = {"units of images": _content(run, "images", units)}
+        found = {"units of images": content_of(run, "images", units)}
         if self.masks:
             missing = sorted(set(units) - set(run.units("masks")))
             if missing:
@@ -104,7 +104,7 @@ class Shards(Stage):
                     f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
                     f"run: synthgen masks --run {run.path}, or leave masks out with --set masks=false"
                 )
-            found["units of masks"] = _content(run, "masks", units)
+            found["units of masks"] = content_of(run, "masks", units)
         return found
 
     def layout(self, run: Run) -> Sequence[Shard]:
@@ -162,7 +162,7 @@ class Shards(Stage):
             "schema_version": SCHEMA_VERSION,
             "name": run.path.resolve().name,
             "seed": run.seed,
-            **_source(run),
+            **source_of(run),
             "members": sorted(members),
             "settings": self.settings(),
             "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
@@ -187,7 +187,7 @@ def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:
         for key in run.keys("images", unit):
             if not key.startswith(f"{unit:06d}"):
                 raise CorruptShard(f"{run.tar('images', unit)} holds sample {key}, which belongs to another unit")
-            keys["val" if _draw(run, "split", key) < stage.val_ratio * 2**64 else "train"].append(key)
+            keys[split_of(run, key, stage.val_ratio)].append(key)
     shards = []
     for split, all_of_split in keys.items():
         for number, start in enumerate(range(0, len(all_of_split), stage.samples_per_shard)):
@@ -200,12 +200,17 @@ def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
+def split_of(run: Run, key: str, val_ratio: float) -> str:
+    """The split of a sample: "val" for a share of ``val_ratio`` of all, else "train"."""
+    return "val" if _draw(run, "split", key) < val_ratio * 2**64 else "train"
+
+
 def _draw(run: Run, purpose: str, name: str | int) -> int:
     """A number in [0, 2**64) that depends on the run's seed, the purpose and the name, whatever the numpy version."""
     return int.from_bytes(blake2b(f"{run.seed}:{purpose}:{name}".encode(), digest_size=8).digest(), "big")
 
 
-def _content(run: Run, artifact: str, units: Sequence[int]) -> str:
+def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
     """A hash of the content of these units, from their done marks.
 
     Raises:
@@ -230,7 +235,7 @@ class Packer:
     def __init__(self, stage: Shards, run: Run) -> None:
         self.stage, self.run = stage, run
         self.fingerprint = run.artifact("shards")["fingerprint"]
-        self.source = _source(run)
+        self.source = source_of(run)
         self.classes = {label: number for number, label in enumerate(_classes(run))}
 
     def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
@@ -345,7 +350,7 @@ def _row(run: Run, shard: Shard) -> dict[str, Any]:
     return {"file": shard.file, "split": shard.split, **counts}
 
 
-def _source(run: Run) -> dict[str, str]:
+def source_of(run: Run) -> dict[str, str]:
     """Which backbone made the images, which model it ran, and what may be done with them."""
     backbone = run.artifact("images")["settings"].get("backbone") or {}
     name = str(backbone.get("name", ""))

@@ -20,7 +20,7 @@ FLOORS = [
     {"train"},
     {"stages", "status", "doctor"},
     {"status_text", "doctor_text", "viewers"},
-    {"runner"},
+    {"runner", "interchange"},
     {"api", "pipeline", "console"},
     {"cli"},
     {"__main__", "__init__", "tiny"},  # tiny: the recipe of the shipped model uses all of the house

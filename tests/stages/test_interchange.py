@@ -1,0 +1,443 @@
+"""Exports: other tools read the same masks, and a run that was cut short ends with the same bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+import synthgen.interchange as interchange
+from synthgen import codecs
+from synthgen.api import export_dataset
+from synthgen.cli import main
+from synthgen.engines.local import Local
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.interchange import compress_counts, outlines, run_lengths
+from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages.shards import Shards
+from synthgen.stores.tar import read_tar
+from tests.factories import make_run
+
+FORMATS = ("coco", "yolo", "labels")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """12 samples in two units; every third has both words. Tests only read it, and export elsewhere."""
+    return make_run(tmp_path_factory.mktemp("source") / "run", units=2, unit_size=6)
+
+
+def truths(run: Run) -> dict[str, WordMasks]:
+    return {
+        key: codecs.decode_masks(key, members)
+        for unit in run.units("masks")
+        for key, members in run.read("masks", unit)
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rasterise(polygons: list[np.ndarray], height: int, width: int, scale: int = 8) -> np.ndarray:
+    """Whether each pixel's centre is inside one of the polygons."""
+    canvas = Image.new("1", (width * scale, height * scale))
+    for polygon in polygons:
+        ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in (np.asarray(polygon) * scale).tolist()], fill=1)
+    return np.asarray(canvas)[scale // 2 :: scale, scale // 2 :: scale]
+
+
+def decompress(text: str, height: int, width: int) -> np.ndarray:
+    """COCO's compressed run lengths, read with nothing of ours."""
+    counts: list[int] = []
+    number = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        number |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                number -= 1 << shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    flat = [index % 2 == 1 for index, count in enumerate(counts) for _ in range(count)]
+    return np.array(flat, bool).reshape(width, height).T
+
+
+def blobs(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
+    """A ragged mask of several parts, with pixels that touch at corners only."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.random((7, 9)).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(coarse) + rng.normal(0, 0.05, (height, width)) > 0.6
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+
+    return ndimage.binary_fill_holes(mask, structure=np.ones((3, 3)))
+
+
+# -- run lengths
+
+
+def test_run_lengths_of_known_masks() -> None:
+    dot = np.zeros((3, 3), bool)
+    dot[1, 1] = True
+    assert run_lengths(dot) == [4, 1, 4]
+    assert run_lengths(np.ones((2, 3), bool)) == [0, 6]
+    assert run_lengths(np.zeros((2, 3), bool)) == [6]
+    assert run_lengths(np.array([[1, 1, 0], [0, 0, 0]], bool)) == [0, 1, 1, 1, 3]  # down the columns
+    assert compress_counts([4, 1, 4]) == "414"
+    assert compress_counts([10, 20, 30, 5]) == ":d0n0A"  # 20 and 30 take two characters; 5 is 15 less than 20
+    assert compress_counts([100]) == "T3"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_run_lengths_come_back(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for mask in (blobs(seed), ~blobs(seed), rng.random((13, 7)) < 0.5, np.ones((300, 200), bool)):
+        assert np.array_equal(decompress(compress_counts(run_lengths(mask)), *mask.shape), mask)
+
+
+# -- outlines
+
+
+def test_outlines_of_known_masks() -> None:
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 2:5] = True
+    (box,) = outlines(mask)
+    assert box.tolist() == [[2, 1], [5, 1], [5, 3], [2, 3]]
+    assert outlines(np.zeros((4, 6), bool)) == []
+    assert [len(part) for part in outlines(np.eye(3, dtype=bool))] == [4, 4, 4]  # corners do not connect
+    ring = np.ones((5, 5), bool)
+    ring[2, 2] = False
+    assert [part.tolist() for part in outlines(ring)] == [[[0, 0], [5, 0], [5, 5], [0, 5]]]
+    open_ring = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0]], bool)  # its hole reaches the outside over a corner
+    (part,) = outlines(open_ring)
+    assert np.array_equal(rasterise([part], 3, 3), open_ring)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_outlines_drawn_again_are_the_mask_with_its_holes_filled(seed: int) -> None:
+    mask = blobs(seed)
+    parts = outlines(mask)
+    drawn = rasterise(parts, *mask.shape)
+    assert mask.sum() >= 100
+    assert not (mask & ~drawn).any()
+    assert (drawn & filled(mask)).sum() == drawn.sum()
+    whole = mask | drawn
+    again = rasterise(outlines(whole), *mask.shape)
+    assert (again & whole).sum() / (again | whole).sum() >= 0.95
+    steps = [np.roll(part, -1, axis=0) - part for part in parts]
+    for step in steps:  # straight, and every point a turn
+        assert ((step == 0).sum(axis=1) == 1).all()
+        assert ((step[:, 0] == 0) != (np.roll(step[:, 0], 1) == 0)).all()
+
+
+# -- coco
+
+
+@pytest.mark.parametrize("rle", [False, True])
+def test_coco_holds_every_mask(source: Run, tmp_path: Path, rle: bool) -> None:
+    summary = export_dataset(source, "coco", tmp_path / "out", rle=rle)
+    whole = json.loads((tmp_path / "out/annotations/instances.json").read_text())
+    captions = json.loads((tmp_path / "out/annotations/captions.json").read_text())
+    assert whole["categories"] == [{"id": 1, "name": "disc"}, {"id": 2, "name": "square"}]
+    assert [image["id"] for image in whole["images"]] == list(range(1, 13))
+    assert [one["id"] for one in whole["annotations"]] == list(range(1, summary.notes["masks"] + 1))
+    names = {one["id"]: one["name"] for one in whole["categories"]}
+    prompts = {one["image_id"]: one["caption"] for one in captions["annotations"]}
+    for image in whole["images"]:
+        key = image["file_name"].removesuffix(".png")
+        truth = truths(source)[key]
+        assert prompts[image["id"]] == image["caption"] == "a photo of a " + " and a ".join(truth.words)
+        unit = dict(source.read("images", int(key[:6])))
+        assert (tmp_path / "out/images" / image["file_name"]).read_bytes() == unit[key]["png"]
+        mine = [one for one in whole["annotations"] if one["image_id"] == image["id"]]
+        assert [names[one["category_id"]] for one in mine] == list(truth.words)
+        for one, mask in zip(mine, truth.values, strict=True):
+            size = image["height"], image["width"]
+            if rle:
+                assert one["segmentation"]["size"] == list(size)
+                found = decompress(one["segmentation"]["counts"], *size)
+                assert np.array_equal(found, mask)
+            else:
+                found = rasterise([np.reshape(part, (-1, 2)) for part in one["segmentation"]], *size)
+                assert (found & mask).sum() / (found | mask).sum() >= 0.95
+            assert (one["area"], one["iscrowd"], one["score"]) == (mask.sum(), 0, 0.5)
+            left, top, width, height = one["bbox"]
+            assert mask[top : top + height, left : left + width].sum() == mask.sum()
+            assert mask.any(axis=0).sum() == width
+            assert mask.any(axis=1).sum() == height
+
+
+@pytest.mark.parametrize("rle", [False, True])
+def test_the_coco_api_reads_it(source: Run, tmp_path: Path, rle: bool) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    export_dataset(source, "coco", tmp_path / "out", rle=rle)
+    read = coco.COCO(str(tmp_path / "out/annotations/instances.json"))
+    assert len(coco.COCO(str(tmp_path / "out/annotations/captions.json")).anns) == 12
+    for number, image in read.imgs.items():
+        masks = truths(source)[image["file_name"].removesuffix(".png")].values
+        for one, mask in zip(read.loadAnns(read.getAnnIds(number)), masks, strict=True):
+            assert np.array_equal(read.annToMask(one).astype(bool), mask)
+
+
+def test_the_coco_api_draws_our_outlines_and_packs_the_same_text() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    for seed in range(4):
+        mask = blobs(seed)
+        assert coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() == compress_counts(run_lengths(mask))
+        polygons = [part.ravel().tolist() for part in outlines(mask)]
+        drawn = coco.decode(coco.merge(coco.frPyObjects(polygons, *mask.shape))).astype(bool)
+        assert np.array_equal(drawn, rasterise(outlines(mask), *mask.shape))
+
+
+def test_jpg_instead_of_png(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "coco", tmp_path / "out", image_format="jpg")
+    assert {path.suffix for path in (tmp_path / "out/images").iterdir()} == {".jpg"}
+    images = json.loads((tmp_path / "out/annotations/instances.json").read_text())["images"]
+    assert all((tmp_path / "out/images" / image["file_name"]).is_file() for image in images)
+
+
+# -- yolo
+
+
+def test_yolo_holds_every_mask_in_shares_of_the_image(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "yolo", tmp_path / "out")
+    data = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    assert data["names"] == {0: "disc", 1: "square"}
+    for key, truth in truths(source).items():
+        (label,) = (tmp_path / "out/labels").glob(f"*/{key}.txt")
+        assert (tmp_path / "out/images" / label.parent.name / f"{key}.jpg").is_file()
+        found = {word: np.zeros((64, 64), bool) for word in truth.words}
+        for line in label.read_text().splitlines():
+            number, *numbers = line.split()
+            corners = np.array(numbers, float).reshape(-1, 2)
+            assert len(corners) >= 4
+            assert corners.min() >= 0
+            assert corners.max() <= 1
+            found[data["names"][int(number)]] |= rasterise([corners * 64], 64, 64)
+        for word, mask in zip(truth.words, truth.values, strict=True):
+            assert (found[word] & mask).sum() / (found[word] | mask).sum() >= 0.95
+
+
+def test_the_split_is_that_of_the_shards(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", units=2, unit_size=12)
+    run_stage(Shards(val_ratio=0.3), run, Local(workers=1))
+    export_dataset(run, "yolo")
+    assert yaml.safe_load((run.path / "export-yolo/data.yaml").read_text())["val"] == "images/val"
+    for split in ("train", "val"):
+        packed = {key for tar in (run.folder("shards") / split).glob("*.tar") for key, _ in read_tar(tar)}
+        assert packed
+        assert {path.stem for path in (run.path / "export-yolo/images" / split).iterdir()} == packed
+        assert {path.stem for path in (run.path / "export-yolo/labels" / split).iterdir()} == packed
+
+
+def test_without_a_val_split_the_images_of_train_stand_for_it(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "yolo", tmp_path / "out", val_ratio=0)
+    data = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    assert data["train"] == data["val"] == "images/train"
+    assert not (tmp_path / "out/images/val").exists()
+
+
+# -- labels
+
+
+def test_labels_hold_class_numbers(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "labels", tmp_path / "out")
+    classes = (tmp_path / "out/classes.txt").read_text().splitlines()
+    assert classes == ["background", "disc", "square"]
+    for key, truth in truths(source).items():
+        label = Image.open(tmp_path / f"out/labels/{key}.png")
+        assert label.mode == "L"
+        pixels = np.asarray(label)
+        assert (pixels == 0).sum() == (~truth.values.any(axis=0)).sum()
+        for word, mask in zip(truth.words, truth.values, strict=True):
+            assert (pixels[mask] == classes.index(word)).all()
+
+
+def test_many_classes_take_sixteen_bits(tmp_path: Path) -> None:
+    words = tuple(f"w{number:03d}" for number in range(300))
+    run = make_own(tmp_path / "run", [("0000000000", words[:150]), ("0000000001", words[150:])])
+    export_dataset(run, "labels")
+    pixels = np.asarray(Image.open(run.path / "export-labels/labels/0000000001.png"))
+    assert pixels.dtype.itemsize >= 2
+    assert sorted(set(pixels.ravel().tolist())) == [0, *range(151, 301)]
+    assert len((run.path / "export-labels/classes.txt").read_text().splitlines()) == 301
+
+
+# -- samples that are not as the others
+
+
+def make_own(path: Path, wanted: list[tuple[str, tuple[str, ...]]], *, dropped: tuple[str, ...] = ()) -> Run:
+    """A run of one unit with these keys and words; each word has a row of four pixels, but for the ``dropped``."""
+    from tests.factories import Drawn, TrueMasks
+
+    run = Run.create(path)
+    run.note(Drawn(units=1))
+    with run.write("images", 0) as images, run.write("maps", 0) as maps:
+        for key, words in wanted:
+            text = " ".join(words) or "nothing"
+            prompt = Prompt(text, words, tuple((0, 1) for _ in words), None)
+            none = Maps(words, np.zeros((len(words), 4, 4), np.float16), np.zeros((12, 4, 4), np.float16))
+            generation = Generation(Request(key, prompt, 0), np.full((32, 24, 3), 9, np.uint8), none)
+            images.add(key, codecs.encode_image(generation))
+            maps.add(key, codecs.encode_maps(none))
+    run.note(TrueMasks())
+    with run.write("masks", 0) as masks:
+        for key, words in wanted:
+            values = np.zeros((len(words), 32, 24), bool)
+            for number, word in enumerate(words):
+                row, column = divmod(4 * number, 24)
+                values[number, row, column : column + 4] = word not in dropped
+            why = tuple("is empty" if word in dropped else "" for word in words)
+            masks.add(key, codecs.encode_masks(WordMasks(words, values, np.full(len(words), np.nan, np.float32), why)))
+    return run
+
+
+def test_the_same_word_twice_is_annotated_twice(tmp_path: Path) -> None:
+    run = make_own(tmp_path / "run", [("0000000000", ("dog", "cat", "dog"))])
+    export_dataset(run, "coco")
+    export_dataset(run, "yolo", val_ratio=0.0)
+    whole = json.loads((run.path / "export-coco/annotations/instances.json").read_text())
+    assert [one["category_id"] for one in whole["annotations"]] == [2, 1, 2]
+    assert [one["bbox"] for one in whole["annotations"]] == [[0, 0, 4, 1], [4, 0, 4, 1], [8, 0, 4, 1]]
+    assert [one["score"] for one in whole["annotations"]] == [0, 0, 0]  # JSON has no nan
+    lines = (run.path / "export-yolo/labels/train/0000000000.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "0", "1"]
+
+
+def test_an_image_without_masks_stays(tmp_path: Path) -> None:
+    run = make_own(tmp_path / "run", [("0000000000", ("dog",)), ("0000000001", ())], dropped=("dog",))
+    summary = export_dataset(run, "coco")
+    assert (summary.notes["masks"], summary.notes["dropped masks"]) == (0, 1)
+    export_dataset(run, "yolo", val_ratio=0.0)
+    export_dataset(run, "labels")
+    whole = json.loads((run.path / "export-coco/annotations/instances.json").read_text())
+    assert len(whole["images"]) == 2
+    assert whole["annotations"] == []
+    assert whole["categories"] == [{"id": 1, "name": "dog"}]
+    assert (run.path / "export-yolo/labels/train/0000000000.txt").read_bytes() == b""
+    assert not np.asarray(Image.open(run.path / "export-labels/labels/0000000001.png")).any()
+
+
+def test_a_key_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    run = make_own(tmp_path / "run", [("../../out", ("dog",))])
+    with pytest.raises(CorruptShard, match="name of a file"):
+        export_dataset(run, "coco")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# -- again, and after a kill
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_cut_short_and_run_again_gives_the_same_bytes(
+    source: Run, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_dataset(source, format, tmp_path / "whole")
+    whole, folder = contents(tmp_path / "whole"), tmp_path / "cut"
+    real, left = interchange.write_bytes, [8]
+
+    def write(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            path.with_name(f".{path.name}.1.tmp").write_bytes(data[: len(data) // 2])
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(interchange, "write_bytes", write)
+    with pytest.raises(KeyboardInterrupt):
+        export_dataset(source, format, folder)
+    monkeypatch.undo()
+    assert list(folder.rglob(".*.tmp"))
+    assert 8 < len(contents(folder)) < len(whole)
+    export_dataset(source, format, folder)
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_finished_export_stays_as_it_is_and_what_is_lost_is_written_again(
+    source: Run, tmp_path: Path, format: str
+) -> None:
+    folder = tmp_path / "out"
+    export_dataset(source, format, folder)
+    whole, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    summary = export_dataset(source, format, folder)
+    assert summary.done_before == summary.units == 2
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    next(folder.glob("images/**/0000010003.*")).unlink()
+    export_dataset(source, format, folder)
+    assert contents(folder) == whole
+
+
+def test_other_settings_other_samples_and_other_folders_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", units=1, unit_size=3)
+    export_dataset(run, "coco", tmp_path / "out")
+    with pytest.raises(StaleArtifact, match="rle is True and was False"):
+        export_dataset(run, "coco", tmp_path / "out", rle=True)
+    more = make_run(tmp_path / "more", units=2, unit_size=3)
+    with pytest.raises(StaleArtifact, match="units of masks have changed"):
+        export_dataset(more, "coco", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="not written by"):
+        export_dataset(run, "coco", tmp_path / "mine")
+    for settings in ({"rle": True}, {"image_format": "webp"}, {"quality": 0}, {"val_ratio": 1.5}, {"size": 3}):
+        with pytest.raises(ConfigError, match="export"):
+            export_dataset(run, "yolo", tmp_path / "new", **settings)
+    assert not (tmp_path / "new").exists()
+
+
+# -- the command
+
+
+def command(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["synthgen", "export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return int(str(end.value.code))
+
+
+def test_the_command_writes_beside_the_run_and_says_where(
+    source: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--run", source.path, "--format", "coco", "--out", tmp_path / "out", "--set", "rle=true") == 0
+    told = capsys.readouterr().out
+    assert "12 samples" in told
+    assert f"coco: {tmp_path / 'out'}" in told
+    whole = json.loads((tmp_path / "out/annotations/instances.json").read_text())
+    assert isinstance(whole["annotations"][0]["segmentation"]["counts"], str)
+
+
+def test_a_run_without_masks_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", units=1, unit_size=2, masks=False)
+    assert command("--run", run.path, "--format", "yolo") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"synthgen masks --run {run.path}" in told
+    assert not (run.path / "export-yolo").exists()
+
+
+def test_a_unit_without_masks_says_what_to_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", units=2, unit_size=2)
+    run.tar("masks", 1).with_suffix(".json").unlink()
+    with pytest.raises(MissingArtifact, match=r"1 of 2 units .* synthgen masks --run"):
+        export_dataset(run, "labels")
+
+
+def test_images_are_those_of_the_run(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "yolo", tmp_path / "out")
+    for key, members in source.read("images", 0):
+        (path,) = (tmp_path / "out/images").glob(f"*/{key}.jpg")
+        pixels = np.asarray(Image.open(io.BytesIO(members["png"])), np.int16)
+        assert np.abs(np.asarray(Image.open(path), np.int16) - pixels).mean() < 6

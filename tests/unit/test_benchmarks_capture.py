@@ -1,0 +1,109 @@
+"""The benchmark of recording attention: its networks have the published sizes, and it runs through for every family."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = {"sd15": 0.86e9, "sdxl": 2.57e9, "sd3": 2.0e9, "flux": 11.9e9}  # as published
+
+
+@pytest.fixture
+def capture(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(importlib.import_module("_common"), "FOLDER", tmp_path)
+    threads = torch.get_num_threads()
+    yield importlib.import_module("capture")
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_full_sizes_have_the_published_numbers_of_parameters(capture, size):
+    models = importlib.import_module("_models")
+    with torch.device("meta"):
+        network = models.make_network(models.PRESETS[models.FULL[size], size])
+    total = sum(weight.numel() for weight in network.parameters())
+    assert total == pytest.approx(PARAMETERS[size], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_it_runs_through_and_its_report_can_be_read(capture, family, tmp_path):
+    figures = capture.main(["--size", "tiny", "--family", family, "--steps", "1", "--repeat", "1"])
+    record = json.loads((tmp_path / "results" / "capture-cpu.json").read_text(encoding="utf-8"))
+    assert record["figures"] == figures
+    assert record["date"]
+    assert record["machine"]["torch"]
+    assert {"device", "dtype", "batch", "threads", "repeat", "versions", "random"} <= figures.keys()
+    (case,) = figures["cases"]
+    assert (case["family"], case["steps"], case["resolution"]) == (family, 1, 64)
+    assert [list(words) for words in case["positions"]] == [["dog", "umbrella", "grass"]]
+    rows = case["contenders"]
+    assert list(rows) == list(capture.CONTENDERS)
+    for name in ("plain", "synthgen", "naive"):
+        assert rows[name]["seconds_per_image"]["median"] > 0
+        assert len(rows[name]["time_over_plain"]["quartiles"]) == 2
+        assert rows[name]["latents"]["largest_difference"] < 1e-4
+        assert rows[name]["peak_mib"] is None or rows[name]["extra_mib"] < 8
+    assert rows["synthgen"]["latents"]["identical"]
+    exact = rows["synthgen"]["against_float64"]
+    assert exact["agree"]
+    assert exact["largest_error"] < 1e-6 < exact["largest_error_as_stored"] < exact["largest_value"] / 100
+    assert rows["naive"]["maps"]["largest_difference_to_synthgen"] < 1e-4
+    text = "\n".join(importlib.import_module("report").capture(figures))
+    assert "| synthgen | " in text
+    assert "to the bit" in text
+
+
+def test_what_is_left_out_is_said(capture):
+    options = ["--size", "tiny", "--steps", "1", "--repeat", "1", "--batch", "2", "--guidance", "1"]
+    figures = capture.main([*options, "--contenders", "synthgen"])
+    rows = figures["cases"][0]["contenders"]
+    assert list(rows) == ["plain", "synthgen"]
+    assert rows["synthgen"]["against_float64"]["agree"]
+    assert list(figures["cases"][0]["positions"][1]) == ["cat", "umbrella", "park"]
+    absent = capture.Contender(capture.plain, same_latents=True, module="no_such_package")
+    assert capture.reason_not_to_run(None, absent, 1) == "not installed"
+    report = importlib.import_module("report")
+    assert report.capture_cells({"not_run": "not installed"})[0] == "not run: not installed"
+
+
+def test_a_contender_that_fails_leaves_the_network_as_it_was(capture):
+    options = capture.argparse.Namespace(
+        dtype="float32", device="cpu", resolution=None, steps=1, guidance=None, batch=1
+    )
+    scene = capture.make_scene("sd", "tiny", options)
+
+    def failing(scene):
+        scene.network.set_attn_processor(dict.fromkeys(scene.network.attn_processors))
+        raise ValueError("it does not\nrun")
+
+    before = dict(scene.network.attn_processors)
+    failed = capture.Contender(failing, same_latents=True)
+    assert capture.reason_not_to_run(scene, failed, 1) == "ValueError: it does not run"
+    assert scene.network.attn_processors == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [("sd", "small")]),
+        (["--family", "sd3", "flux"], [("sd3", "small"), ("flux", "small")]),
+        (["--size", "sd15", "flux"], [("sd", "sd15"), ("flux", "flux")]),
+        (["--size", "tiny", "sdxl", "--family", "sdxl"], [("sdxl", "tiny"), ("sdxl", "sdxl")]),
+    ],
+)
+def test_families_and_sizes(capture, monkeypatch, arguments, expected):
+    seen = []
+    monkeypatch.setattr(capture, "measure", lambda family, size, options: seen.append((family, size)))
+    monkeypatch.setattr(capture, "show", lambda case: None)
+    capture.main(arguments)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("arguments", [["--size", "sd15", "--family", "flux"], ["--size", "huge"], ["--family", "x"]])
+def test_what_cannot_be_is_refused(capture, arguments):
+    with pytest.raises(SystemExit):
+        capture.main(arguments)
