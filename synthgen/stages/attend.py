@@ -43,7 +43,7 @@ class Attend(Stage):
     accelerated: ClassVar = True
 
     images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
-    timesteps: tuple[int, ...] = (100, 300, 500)
+    timesteps: tuple[int, ...] = (50, 100, 200)
     inversion_steps: int = 0  # more than 0: no noise, but a deterministic inversion in so many steps
     unit_size: int = 64
     batch_size: int = free(16)
