@@ -37,7 +37,7 @@ class AttentionCut:
     It is solved twice, with label 0 for no word. First on the maps' own grid, which finds the object:
 
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
-        P   = softmax over (0, z_1, z_2, ...),  z_v = (F_v - clip(Otsu(F_v), min_level, max_level)) / softness
+        P   = softmax over (0, z_1, z_2, ...),  z_v = (F_v - clip(level Otsu(F_v), min_level, max_level)) / softness
         U   = -log P
         w   = affinity A_ij + [neighbours] (coherence + color B_ij) / distance
 
@@ -56,20 +56,21 @@ class AttentionCut:
 
     num_steps: int = 1  # steps of the walk along self-attention
     spread: float = 0.1  # share of a step that comes from other cells, in [0, 1]
-    min_level: float = 0.35  # bounds for the level at which a word and the background are as likely, in [0, 1]
+    level: float = 0.5  # where a word and the background are as likely, as a share of Otsu's level
+    min_level: float = 0.15  # bounds for that, in [0, 1]
     max_level: float = 0.6
-    softness: float = 0.1  # difference of scaled attention that is worth one nat
+    softness: float = 0.08  # difference of scaled attention that is worth one nat
     floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.2  # nats for parting two cells of which each looks at the other most
     coherence: float = 0.1  # nats for parting two neighbouring cells, whatever their colours
     color: float = 0.2  # nats more where their colours are equal
-    band: float = 1.5  # half the width of the band that is cut again, in cells of the maps
-    palette: float = 0.75  # weight of the colours' own vote; 0 asks contrast alone
-    smoothness: float = 6.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    band: float = 3.0  # half the width of the band that is cut again, in cells of the maps
+    palette: float = 2.0  # weight of the colours' own vote; 0 asks contrast alone
+    smoothness: float = 15.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     max_size: int = 128  # pixels on the long side of the finer cut
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "affinity", "coherence", "color", "palette", "smoothness", "band"):
+        for name in ("num_steps", "level", "affinity", "coherence", "color", "palette", "smoothness", "band"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative or infinite, but is {getattr(self, name)}")
         if not 0 <= self.spread <= 1:
@@ -101,7 +102,7 @@ class AttentionCut:
 
     def probabilities(self, attention: Float64[np.ndarray, "words h w"]) -> Float64[np.ndarray, "labels h w"]:
         """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
-        levels = np.clip([otsu_level(one) for one in attention], self.min_level, self.max_level)
+        levels = np.clip([self.level * otsu_level(one) for one in attention], self.min_level, self.max_level)
         odds = np.concatenate([np.zeros_like(attention[:1]), (attention - levels[:, None, None]) / self.softness])
         share = np.exp(odds - odds.max(axis=0))
         return self.above_floor(share / share.sum(axis=0))

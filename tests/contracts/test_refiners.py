@@ -257,7 +257,7 @@ def test_outline_follows_the_colours(column):
     image = np.full((64, 64, 3), 90, dtype=np.uint8)
     image[:, :column] = 160
     weights = np.clip((7.5 - np.arange(16)) / 4 + 0.5, 0, 1)[None, None].repeat(16, axis=1)
-    contrast_alone = REFINERS.build(Choice("attentioncut", {"palette": 0.0}))
+    contrast_alone = REFINERS.build(Choice("attentioncut", {"palette": 0.0, "level": 1.0}))
     (mask,) = contrast_alone.refine(image, make_maps(weights))
     assert (mask == (np.arange(64) < column)).all()
 
