@@ -12,7 +12,10 @@ os.environ.update(
 import pytest
 from jaxtyping import install_import_hook
 
-_CHECKED = "records attention refiners codecs graphcut models methods loader datasets augment evaluators train export interchange"
+_CHECKED = (
+    "records attention refiners codecs graphcut models methods "
+    "loader datasets augment evaluators train export interchange"
+)
 _hook = install_import_hook([f"synthgen.{name}" for name in _CHECKED.split()], "beartype.beartype")
 
 _real_connect = socket.socket.connect
