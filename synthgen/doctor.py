@@ -37,10 +37,9 @@ SHAPES: dict[str, tuple[int, int, int]] = {  # rows, keys and width of a head
 TOLERANCE = 2**-12  # of a probability: half a step, below 1, of the float16 that maps are stored in
 _ADDS = {
     "tensorboard": "training curves: synthgen pretrain --set trackers=[tensorboard]",
-    "peft": "LoRA weights: --set backbone.lora=...",
+    "lora": "LoRA weights: --set backbone.lora=...",
     "dev": "tests, lint and types",
 }
-_BESIDE = ("peft",)  # libraries that are used where they are there, and that no extra of ours need name
 _UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")  # classes of a pipeline
 _WEIGHTS = re.compile(  # with the number of a shard, of so many, and a variant on either side of it
@@ -233,10 +232,6 @@ def _extras() -> tuple[Extra, ...]:
         if extra:
             groups.setdefault(extra, []).append(name)
     installs = {extra: f"pip install 'synthgen[{extra}]'" for extra in groups}
-    named = {name for names in groups.values() for name in names}
-    for name in _BESIDE:
-        if name not in named:
-            groups[name], installs[name] = [name], f"pip install {name}"
     return tuple(
         Extra(group, _ADDS.get(group, ""), {name: _version(name) for name in names}, installs[group])
         for group, names in sorted(groups.items(), key=lambda item: (item[0] == "dev", item[0]))

@@ -73,9 +73,9 @@ def test_the_machine_itself(healthy, tmp_path):
     assert healthy.shipped.bytes > 100_000
     assert healthy.model is None
     extras = {extra.name: extra for extra in healthy.extras}
-    assert extras.keys() >= {"tensorboard", "peft", "dev"}
+    assert extras.keys() >= {"tensorboard", "lora", "dev"}
     assert "training curves" in extras["tensorboard"].adds
-    assert "LoRA" in extras["peft"].adds
+    assert "LoRA" in extras["lora"].adds
     assert extras["dev"].libraries["pytest"]
 
 
