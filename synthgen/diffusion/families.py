@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -28,9 +29,9 @@ class Family(DiffusionBackbone):
     looking_at: ClassVar[Looking]
 
     @staticmethod
+    @abstractmethod
     def native_size(pipeline: Any) -> int:
         """The side of the images that the model was trained for, in pixels."""
-        raise NotImplementedError
 
 
 class StableDiffusion(Family):
