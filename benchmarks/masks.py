@@ -1,8 +1,10 @@
-"""Masks a second and their quality: threshold, AttentionCut, and its pixel cut over the whole image.
+"""How good masks are: AttentionCut beside every plainer way, against exact ones.
 
-``python benchmarks/masks.py`` draws scenes with known masks, gives all contenders the same maps, lets them take turns
-on one core, and writes ``results/masks.json``. "whole" is AttentionCut with the energy of its pixel cut solved on every
-pixel of the image in place of a band: the plain use of SciPy's maximum flow, and what the band is measured against.
+``python benchmarks/masks.py --data DATA --photos TAR`` writes ``results/masks.json``. DATA is what
+``synthgen.tiny.fetch`` prepared: held-out composites go through ``attend`` on the shipped model. TAR holds photos with
+label images; their attention is the truth made as coarse, blurred and noisy as the shipped model's own maps of the
+tuning composites are. What a contender leaves open is chosen on the tuning composites, never on those that are
+reported; ``attentioncut`` has its defaults.
 """
 
 from __future__ import annotations
@@ -13,141 +15,285 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import functools
-from collections.abc import Callable
-from statistics import median
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import rounds, write_result
+import torch
+from _common import write_result
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
+from synthgen.datasets import ShardDataset
+from synthgen.evaluators._bootstrap import mean_with_interval
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import Refiner
+from synthgen.refiners._words import resize, scaled
 from synthgen.refiners.attentioncut import AttentionCut
+from synthgen.refiners.grabcut import GrabCut
+from synthgen.refiners.propagation import Propagation
 from synthgen.refiners.threshold import Threshold
+from synthgen.tiny import score
+from synthgen.tiny.sheet import overlay, write_sheet
+from synthgen.tiny.truth import SEED, held_out
 
-GRID = 16  # cells a side of the maps
-NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours
-CONTENDERS: dict[str, Refiner] = {
-    "threshold": Threshold(),
-    "attentioncut": AttentionCut(),
-    "whole": AttentionCut(band=float(GRID)),  # a band as wide as the image
-}
-Scene = tuple[UInt8[np.ndarray, "H W 3"], Maps, Bool[np.ndarray, "words H W"]]
-
-
-def draw_scene(seed: int, num_words: int, size: int) -> Scene:
-    """Textured ellipses and boxes over spots of the same colours; maps that are coarse, blurred, uneven and noisy.
-
-    Everything is drawn at four pixels a cell and enlarged, so that a seed is the same picture at any size.
-    """
-    rng = np.random.default_rng(seed)
-    base = 4 * GRID
-    palette = rng.permutation([(0.8, 0.2, 0.2), (0.2, 0.3, 0.8), (0.9, 0.8, 0.2), (0.2, 0.6, 0.3), (0.9, 0.9, 0.9)])
-    canvas = texture(rng, base, size, muted(palette[0]), 0.15)
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    for _ in range(NUM_DISTRACTORS):
-        (row, column), radius, color = rng.uniform(0, 1, 2), rng.uniform(0.06, 0.15), palette[rng.integers(5)]
-        spot = (y - row) ** 2 + (x - column) ** 2 < radius**2
-        canvas = np.where(spot[..., None], texture(rng, base, size, muted(color), 0.15), canvas)
-    masks: list[Bool[np.ndarray, "H W"]] = []
-    for k in range(num_words):
-        row, column = rng.uniform(0.4, 0.6), (k + 0.5) / num_words + rng.uniform(-0.04, 0.04)
-        tall, wide = rng.uniform(0.15, 0.3, 2) / (1 if num_words == 1 else 1.4)
-        dy, dx = (y - row) / tall, (x - column) / wide
-        mask = dy**2 + dx**2 < 1 if rng.random() < 0.5 else np.maximum(abs(dy), abs(dx)) < 0.9
-        for other in masks:
-            mask = mask & ~other
-        canvas = np.where(mask[..., None], texture(rng, base, size, muted(palette[k + 1]), 0.15), canvas)
-        masks.append(mask)
-    truth = np.stack(masks)
-    canvas = gaussian_filter(canvas, (0.8 * size / base, 0.8 * size / base, 0))  # borders as soft as a lens leaves them
-    return (canvas * 255).astype(np.uint8), draw_maps(rng, truth), truth
+TUNING_SEED = 9_000_000  # of composites that neither training nor any report has
+LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)
+WALKS = ((1, 0.3), (1, 0.7), (2, 0.5), (4, 0.5), (8, 0.5), (4, 1.0))  # steps and spread
+TOLERANCE = 2.0  # pixels that an outline may be off
+GRID = 16  # cells of a photo's long side
+SMALLEST = 0.02  # share of a photo that a class must cover: less is not seen on such a grid
+FIGURE_ROWS = 8
 
 
-def muted(color: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
-    """A colour nearer to grey, so that it alone does not tell things apart."""
-    return 0.3 * color + 0.35
+@dataclass(frozen=True)
+class Scene:
+    """An image, what was recorded of it, and the exact masks of the words."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    maps: Maps
+    truth: Bool[np.ndarray, "words H W"]
 
 
-def texture(
-    rng: np.random.Generator, base: int, size: int, color: Float[np.ndarray, " 3"], grain: float
-) -> Float[np.ndarray, "size size 3"]:
-    """One colour with spots of several sizes, lit from one side."""
-    layers = [gaussian_filter(rng.normal(size=(base, base)), s) * s for s in (1, 2, 3)]
-    slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, base)[:, None, None]
-    noise = color + slope + grain * np.stack(layers, axis=2) + rng.normal(0, 0.02, (base, base, 3))
-    enlarge = size // base
-    return np.clip(noise, 0, 1).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+@dataclass(frozen=True)
+class Damage:
+    """How a model's maps differ from the truth on their grid: blurred, uneven on the object, restless off it."""
+
+    blur: float  # sigma in cells
+    uneven: float  # standard deviation on the object over the mean there
+    noise: float  # standard deviation off the object over the mean on it
+    grain: float  # sigma in cells that both are blurred by
 
 
-def draw_maps(rng: np.random.Generator, truth: Bool[np.ndarray, "words H W"]) -> Maps:
-    """Maps of a shape that a model's have: the truth on 16 x 16, uneven, blurred by a cell, with noise."""
-    shrunk = [Image.fromarray(one.astype(np.float32)).resize((GRID, GRID), Image.Resampling.BOX) for one in truth]
-    coarse = np.stack([np.asarray(one) for one in shrunk])
-    weights = []
-    for one in coarse:
-        soft = gaussian_filter(one * rng.uniform(0.6, 1.0, one.shape), 1.0)
-        weights.append(np.clip(soft / soft.max() + rng.normal(0, 0.12, one.shape), 0, None) * 0.2)
-    where = gaussian_filter(coarse, (0, 0.7, 0.7))
-    affinity = np.zeros((len(AFFINITY_OFFSETS), GRID, GRID))
-    for edge, (dy, dx) in enumerate(AFFINITY_OFFSETS):
-        far = np.square(where - np.roll(where, (-dy, -dx), axis=(1, 2))).sum(axis=0)
-        affinity[edge] = 8 * np.exp(-2 * far - np.hypot(dy, dx) / 3 + rng.normal(0, 0.4, far.shape))
-    words = tuple(f"word{k}" for k in range(len(truth)))
-    return Maps(words, np.stack(weights).astype(np.float16), affinity.astype(np.float16))
+def composites(data: Path, num: int, seed: int) -> list[Scene]:
+    """Held-out composites through ``attend`` at its defaults; those whose words were all recorded."""
+    pairs = score.attend(score.backbone(), held_out(data, num, seed=seed))
+    scenes = [Scene(generation.image, generation.maps, exact.values) for generation, exact in pairs]
+    return [scene for scene in scenes if len(scene.truth) == len(scene.maps.words)]
 
 
-def run(refiner: Refiner, scenes: list[Scene]) -> None:
-    for image, maps, _ in scenes:
-        refiner.refine(image, maps)
+def photos(tar: Path, damage: Damage) -> list[Scene]:
+    """Real photos; the maps of their larger classes are the truth, damaged. There is no self-attention of them."""
+    scenes = []
+    samples = ShardDataset([tar])
+    for number in range(len(samples)):
+        sample, rng = samples[number], np.random.default_rng(number)
+        words = samples.word_masks(number).words
+        if sample.labels is None or not words:
+            continue
+        truth = sample.labels == np.arange(1, len(words) + 1)[:, None, None]
+        seen = truth.mean(axis=(1, 2)) >= SMALLEST
+        if not seen.any():
+            continue
+        shape = grid_of(sample.labels.shape)
+        weights = np.stack([damaged(one, shape, damage, rng) for one in truth[seen]])
+        affinity = np.ones((len(AFFINITY_OFFSETS), *shape), np.float16)  # uniform: links nothing
+        names = tuple(word for word, there in zip(words, seen, strict=True) if there)
+        scenes.append(Scene(sample.image, Maps(names, weights.astype(np.float16), affinity), truth[seen]))
+    return scenes
 
 
-def mean_iou(refiner: Refiner, scenes: list[Scene]) -> float:
-    """Mean intersection over union of all words of all scenes."""
-    scores = []
-    for image, maps, truth in scenes:
-        masks = refiner.refine(image, maps)
-        scores += [(mask & true).sum() / (mask | true).sum() for mask, true in zip(masks, truth, strict=True)]
-    return round(float(np.mean(scores)), 4)
+def grid_of(size: tuple[int, ...]) -> tuple[int, int]:
+    """Cells for an image of (height, width), GRID on its long side."""
+    height, width = (max(1, round(side * GRID / max(size))) for side in size)
+    return height, width
 
 
-def measure(size: int, num_words: int, num_scenes: int, repeats: int) -> dict[str, Any]:
-    """Quality and speed of all contenders on the same scenes."""
-    scenes = [draw_scene(seed, num_words, size) for seed in range(num_scenes)]
-    work: dict[str, Callable[[], None]] = {
-        name: functools.partial(run, refiner, scenes) for name, refiner in CONTENDERS.items()
-    }
-    seconds = rounds(work, repeats)
-    num_masks = num_scenes * num_words
+def coarse(mask: Bool[np.ndarray, "H W"], shape: tuple[int, int]) -> Float[np.ndarray, "h w"]:
+    """The share of each cell that a mask covers."""
+    image = Image.fromarray(mask.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BOX)
+    cells: Float[np.ndarray, "h w"] = np.asarray(image, dtype=np.float64)
+    return cells
+
+
+def damaged(
+    mask: Bool[np.ndarray, "H W"], shape: tuple[int, int], damage: Damage, rng: np.random.Generator
+) -> Float[np.ndarray, "h w"]:
+    """A map as the model might have given it."""
+    soft = gaussian_filter(coarse(mask, shape), damage.blur)
+    uneven, noise = (gaussian_filter(rng.normal(size=shape), damage.grain, mode="wrap") for _ in range(2))
+    gain = np.exp(np.sqrt(np.log1p(damage.uneven**2)) * uneven / max(uneven.std(), 1e-9))
+    restless = damage.noise * soft.max() * noise / max(noise.std(), 1e-9)
+    found: Float[np.ndarray, "h w"] = np.maximum(soft * gain + restless, 0.0)
+    return found
+
+
+def measured_damage(scenes: Sequence[Scene]) -> Damage:
+    """The blur that brings the truth nearest to the maps, and what is left on and off the objects."""
+    pairs = [
+        (map_, coarse(mask, (map_.shape[0], map_.shape[1])))
+        for scene in scenes
+        for map_, mask in zip(scaled(scene.maps.weights), scene.truth, strict=True)
+        if mask.any()
+    ]
+    maps = np.stack([map_ for map_, _ in pairs])
+
+    def softened(blur: float) -> Float[np.ndarray, "n h w"]:
+        soft = [gaussian_filter(true, blur) for _, true in pairs]
+        return np.stack([one / one.max() for one in soft])
+
+    def left(blur: float) -> Float[np.ndarray, "n h w"]:
+        soft = softened(blur)
+        rest: Float[np.ndarray, "n h w"] = maps - soft * (maps * soft).sum() / np.square(soft).sum()
+        return rest
+
+    blur = min((0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0), key=lambda sigma: float(np.square(left(sigma)).mean()))
+    soft, rest = softened(blur), left(blur)
+    inside, outside = maps[soft > 0.8], maps[soft < 0.05]
+    beside = float((rest[:, :, 1:] * rest[:, :, :-1]).mean() / np.square(rest).mean())  # correlation of neighbours
+    # white noise blurred by sigma has exp(-1 / (4 sigma^2)) between neighbours
+    grain = float(np.sqrt(-1 / (4 * np.log(np.clip(beside, 1e-3, 0.99)))))
+    mean = float(inside.mean())
+    return Damage(blur, round(float(inside.std()) / mean, 3), round(float(outside.std()) / mean, 3), round(grain, 3))
+
+
+# -- figures of one mask
+
+
+def iou(mask: Bool[np.ndarray, "H W"], true: Bool[np.ndarray, "H W"]) -> float:
+    """Intersection over union."""
+    return float((mask & true).sum() / max((mask | true).sum(), 1))
+
+
+def boundary_f(mask: Bool[np.ndarray, "H W"], true: Bool[np.ndarray, "H W"]) -> float:
+    """Harmonic mean of precision and recall of outlines, which match within TOLERANCE."""
+    edge, other = (one & ~binary_erosion(one) for one in (mask, true))
+    if not edge.any() or not other.any():
+        return 0.0
+    precision = float((distance_transform_edt(~other)[edge] <= TOLERANCE).mean())
+    recall = float((distance_transform_edt(~edge)[other] <= TOLERANCE).mean())
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def astray(masks: Bool[np.ndarray, "words H W"], truth: Bool[np.ndarray, "words H W"]) -> tuple[float, float]:
+    """Pixels of objects that another word's mask has, and pixels of objects."""
+    mine = masks.reshape(len(masks), -1).astype(np.float64) @ truth.reshape(len(truth), -1).T  # pixels in both
+    return float(mine.sum() - np.trace(mine)), float(truth.sum())
+
+
+# -- contenders
+
+
+def mean_iou(refiner: Refiner, scenes: Sequence[Scene]) -> float:
+    """Mean over all words, empty truths aside."""
+    found = [(refiner.refine(scene.image, scene.maps), scene.truth) for scene in scenes]
+    return float(
+        np.mean([iou(*pair) for masks, truth in found for pair in zip(masks, truth, strict=True) if pair[1].any()])
+    )
+
+
+def tuned(scenes: Sequence[Scene]) -> dict[str, Refiner]:
+    """Every contender, what it leaves open chosen on ``scenes``."""
+    levels = [Threshold(method="fixed", level=level) for level in LEVELS]
+    walks = [
+        Propagation(num_steps=steps, spread=spread, method="fixed", level=level)
+        for (steps, spread), level in itertools.product(WALKS, LEVELS)
+    ]
+    best = functools.partial(max, key=lambda refiner: mean_iou(refiner, scenes))
     return {
-        name: {
-            "iou": mean_iou(refiner, scenes),
-            "masks_per_second": round(num_masks / min(seconds[name]), 1),
-            "masks_per_second_median": round(num_masks / median(seconds[name]), 1),
-            "ms_per_image": round(1e3 * min(seconds[name]) / num_scenes, 2),
-            "ms_per_image_median": round(1e3 * median(seconds[name]) / num_scenes, 2),
-        }
-        for name, refiner in CONTENDERS.items()
+        "level": best(levels),
+        "otsu": Threshold(),
+        "propagation": best(walks),
+        "grabcut": GrabCut(),
+        "attentioncut": AttentionCut(),
     }
 
 
-def main() -> None:
-    """Measure the four cases and write them down."""
+def measure(refiners: Mapping[str, Refiner], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """All figures of all contenders, of all images and by their number of words; differences to ``attentioncut``."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, refiner in refiners.items():
+        rows[name] = [of_scene(refiner.refine(scene.image, scene.maps), scene.truth) for scene in scenes]
+    counts = sorted({len(scene.truth) for scene in scenes})
+    groups: dict[str, Callable[[Scene], bool]] = {"all": lambda scene: True}
+    if len(counts) <= 3:
+        groups |= {str(count): lambda scene, count=count: len(scene.truth) == count for count in counts}  # type: ignore[misc]
+    figures = {}
+    for group, belongs in groups.items():
+        some = [number for number, scene in enumerate(scenes) if belongs(scene)]
+        ours = [rows["attentioncut"][number] for number in some]
+        figures[group] = {
+            "images": len(some),
+            **{name: summed([row[number] for number in some], ours) for name, row in rows.items()},
+        }
+    return figures
+
+
+def of_scene(masks: Bool[np.ndarray, "words H W"], truth: Bool[np.ndarray, "words H W"]) -> dict[str, Any]:
+    """What one image adds."""
+    pairs = [(mask, true) for mask, true in zip(masks, truth, strict=True) if true.any()]
+    return {
+        "iou": [iou(*pair) for pair in pairs],
+        "f": [boundary_f(*pair) for pair in pairs],
+        "astray": astray(masks, truth),
+    }
+
+
+def summed(rows: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over words, and by how much ``ours`` is better with its interval over images (95 %)."""
+    words = np.array([float(len(row["iou"])) for row in rows])
+    gains = np.array([sum(own["iou"]) - sum(row["iou"]) for own, row in zip(ours, rows, strict=True)])
+    gain, low, high = mean_with_interval(gains, words)
+    wrong, pixels = np.sum([row["astray"] for row in rows], axis=0)
+    return {
+        "iou": round(float(np.mean([value for row in rows for value in row["iou"]])), 4),
+        "boundary_f": round(float(np.mean([value for row in rows for value in row["f"]])), 4),
+        "wrong_word": round(float(wrong / max(pixels, 1)), 4),
+        "attentioncut_gains": [round(value, 4) for value in (gain, low, high)],
+    }
+
+
+def draw_figure(path: Path, refiners: Mapping[str, Refiner], scenes: Iterable[Scene]) -> None:
+    """A row an image: itself, where its words look, the masks of each contender, the exact masks."""
+    tiles = []
+    for scene in scenes:
+        size = (scene.image.shape[0], scene.image.shape[1])
+        heat = resize(scaled(scene.maps.weights), size).max(axis=0)
+        looked = (scene.image * (0.25 + 0.75 * heat[..., None])).astype(np.uint8)
+        found = [refiner.refine(scene.image, scene.maps) for refiner in refiners.values()]
+        tiles += [scene.image, looked, *(overlay(scene.image, masks) for masks in (*found, scene.truth))]
+    write_sheet(path, torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255, columns=len(refiners) + 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and, unless it was quick, write ``results/masks.json``."""
     parser = argparse.ArgumentParser(prog="python benchmarks/masks.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=20, help="pictures of each case")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds in which all contenders take turns")
-    args = parser.parse_args()
-    figures: dict[str, Any] = {"grid": GRID, "scenes": args.scenes, "rounds": args.repeats, "threads": 1}
-    for size in (64, 128):
-        for num_words in (1, 2):
-            case = measure(size, num_words, args.scenes, args.repeats)
-            figures[f"{size} px, {num_words} word{'s' if num_words > 1 else ''}"] = case
-            for name, row in case.items():
-                print(f"{size:4} px  {num_words} word(s)  {name:13}  {row}")
-    print(write_result("masks", figures))
+    parser.add_argument("--data", type=Path, required=True, help="what synthgen.tiny.fetch prepared")
+    parser.add_argument("--photos", type=Path, help="a tar of photos with label images and their classes")
+    parser.add_argument("--num", type=int, default=512, help="composites to report on")
+    parser.add_argument("--tuning", type=int, default=192, help="composites to choose levels on")
+    parser.add_argument("--figure", type=Path, help="draw the first composites under each refiner, a PNG")
+    parser.add_argument("--quick", action="store_true", help="a handful of images, and nothing is written")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    tuning = composites(options.data, 8 if options.quick else options.tuning, TUNING_SEED)
+    refiners = tuned(tuning)
+    damage = measured_damage(tuning)
+    chosen = {name: {"refiner": type(one).__name__, **asdict(one)} for name, one in refiners.items()}  # type: ignore[call-overload]
+    figures: dict[str, Any] = {
+        "settings": chosen,
+        "tuning": len(tuning),
+        "tolerance": TOLERANCE,
+        "damage": asdict(damage),
+    }
+    scenes = composites(options.data, 8 if options.quick else options.num, SEED)
+    figures["composites"] = measure(refiners, scenes)
+    if options.photos is not None:
+        real = photos(options.photos, damage)
+        figures["photos"] = measure(refiners, real[:4] if options.quick else real)
+    if options.figure is not None:
+        draw_figure(options.figure, refiners, scenes[:FIGURE_ROWS])
+    for part in ("composites", "photos"):
+        for group, rows in figures.get(part, {}).items():
+            for name in refiners:
+                print(part, group, name, rows[name], flush=True)
+    if not options.quick:
+        print(write_result("masks", figures))
+    return figures
 
 
 if __name__ == "__main__":

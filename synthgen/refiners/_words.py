@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from PIL import Image
 
-__all__ = ["otsu_level", "resize", "scaled"]
+__all__ = ["above_level", "otsu_level", "resize", "scaled", "side_means"]
 
 
 def scaled(weights: Float[np.ndarray, "words h w"]) -> Float64[np.ndarray, "words h w"]:
@@ -45,6 +45,13 @@ def otsu_level(values: Float64[np.ndarray, "h w"]) -> float:
     return float((ordered[split] + ordered[split + 1]) / 2)
 
 
+def side_means(values: Float64[np.ndarray, "h w"]) -> tuple[float, float]:
+    """The means of the values up to Otsu's level and above it; the same twice where all values are equal."""
+    above = values > otsu_level(values)
+    low = float(values[~above].mean())
+    return low, float(values[above].mean()) if above.any() else low
+
+
 def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32[np.ndarray, "n H W"]:
     """Each layer on a grid of ``size`` (height, width): linear between cell centres, averaging where it shrinks."""
     layers = layers.astype(np.float32)
@@ -52,3 +59,19 @@ def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32
         return layers
     images = [Image.fromarray(layer).resize((size[1], size[0]), Image.Resampling.BILINEAR) for layer in layers]
     return np.stack([np.asarray(image) for image in images])
+
+
+def above_level(
+    fields: Float64[np.ndarray, "words h w"], level: float | None, size: tuple[int, int]
+) -> Bool[np.ndarray, "words H W"]:
+    """Where a word's field is the highest and above ``level``, by default each field's Otsu level.
+
+    Fields are linear between cell centres on a grid of ``size`` (height, width); the first word wins a tie.
+    """
+    if not len(fields):
+        return np.zeros((0, *size), dtype=bool)
+    levels = np.array([otsu_level(field) if level is None else level for field in fields])
+    fine = resize(fields, size)
+    winner = fine.argmax(axis=0) == np.arange(len(fine))[:, None, None]
+    above: Bool[np.ndarray, "words H W"] = (fine > levels[:, None, None]) & winner
+    return above

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
-from scipy.sparse import csr_array
 
 from synthgen.graphcut import Edges, ends, expand, grid_edges
-from synthgen.records import AFFINITY_OFFSETS, Maps
-from synthgen.refiners._words import otsu_level, resize, scaled
+from synthgen.records import Maps
+from synthgen.refiners._affinity import affinity_edges, walk
+from synthgen.refiners._words import resize, scaled, side_means
 
 __all__ = ["AttentionCut"]
 
@@ -34,53 +34,62 @@ class AttentionCut:
 
         E(l) = sum_i U_i(l_i) + sum_(i, j) w_ij [l_i != l_j]            prices in nats
 
-    It is solved twice, with label 0 for no word. First on the maps' own grid, which finds the object:
+    It is solved on one grid after another, with label 0 for no word. First on the maps' own, which finds the object:
 
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
-        P   = softmax over (0, z_1, z_2, ...),  z_v = (F_v - clip(level Otsu(F_v), min_level, max_level)) / softness
+        t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's level: calibrated per image
+        P   = softmax over (0, z_1, z_2, ...),  z_v = (F_v - clip(t_v, min_level, max_level)) / softness
         U   = -log P
         w   = affinity A_ij + [neighbours] (coherence + color B_ij) / distance
 
     A is what self-attention along ``AFFINITY_OFFSETS`` has above uniform, over the most that i gives anyone, averaged
     with the same of j; S is A with rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i
     - c_j|^2) as in GrabCut. Each word keeps the cell that speaks most for it, and so does the background; hence no cut
-    takes all or nothing. Then on the image's pixels, in a band around that outline, everything else held:
+    takes all or nothing. Then on pixels, each grid twice as fine as the one before, up to the image's own; free is a
+    band around the outline so far, ``band`` cells to each side on the first of these grids and ``reach`` pixels later:
 
-        U   = -log P - palette log Q,  Q_l = share of label l in a pixel's colour, counted over the image with weight P
+        U   = -log P - palette log Q,  Q_l = share of label l in a pixel's colour
         w   = smoothness (cell / 8 px) B_ij / distance
 
-    One word: both minima are exact. Several are solved together by alpha-expansion, each move exact. Images longer
-    than ``max_size`` are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map
-    is flat gets an empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
+    Q is counted over the image with weight P, and later with P and the labels so far, mixed by ``trust``. One word:
+    every minimum is exact. Several are solved together by alpha-expansion, each move exact. Images longer than
+    ``max_size`` are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map is flat
+    gets an empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
     """
 
     num_steps: int = 1  # steps of the walk along self-attention
     spread: float = 0.1  # share of a step that comes from other cells, in [0, 1]
-    level: float = 0.5  # where a word and the background are as likely, as a share of Otsu's level
+    level: float = 0.38  # where word and background are as likely, on the way from the low side's mean to the high's
     min_level: float = 0.15  # bounds for that, in [0, 1]
     max_level: float = 0.6
-    softness: float = 0.08  # difference of scaled attention that is worth one nat
+    softness: float = 0.1  # difference of scaled attention that is worth one nat
     floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.2  # nats for parting two cells of which each looks at the other most
     coherence: float = 0.1  # nats for parting two neighbouring cells, whatever their colours
     color: float = 0.2  # nats more where their colours are equal
-    band: float = 3.0  # half the width of the band that is cut again, in cells of the maps
+    band: float = 3.0  # half the width of the band on the first grid of pixels, in cells of the maps
     palette: float = 2.0  # weight of the colours' own vote; 0 asks contrast alone
-    smoothness: float = 15.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
-    max_size: int = 128  # pixels on the long side of the finer cut
+    smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    reach: int = 4  # half the width of the band on the finer grids after the first, in their pixels
+    trust: float = 0.5  # share of the labels so far in what the colours are counted by, on those grids
+    max_rounds: int = 2  # of alpha-expansion, on each grid of pixels
+    max_size: int = 128  # pixels on the long side of the finest cut
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "level", "affinity", "coherence", "color", "palette", "smoothness", "band"):
+        for name in ("num_steps", "affinity", "coherence", "color", "palette", "smoothness", "band"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative or infinite, but is {getattr(self, name)}")
-        if not 0 <= self.spread <= 1:
-            raise ValueError(f"spread must be in [0, 1], not {self.spread}")
+        for name in ("spread", "level", "trust"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if not 0 <= self.min_level <= self.max_level <= 1:
             raise ValueError(f"0 <= min_level <= max_level <= 1 must hold, not {self.min_level} and {self.max_level}")
         if not 1e-3 <= self.softness < math.inf:
             raise ValueError(f"softness must be at least 0.001, not {self.softness}")
         if not 0 < self.floor <= 0.01:
             raise ValueError(f"floor must be in (0, 0.01], not {self.floor}")
+        if self.reach < 1 or self.max_rounds < 1:
+            raise ValueError(f"reach and max_rounds must be 1 or more, not {self.reach} and {self.max_rounds}")
         if self.max_size < 8:
             raise ValueError(f"max_size must be at least 8 pixels, not {self.max_size}")
 
@@ -102,7 +111,8 @@ class AttentionCut:
 
     def probabilities(self, attention: Float64[np.ndarray, "words h w"]) -> Float64[np.ndarray, "labels h w"]:
         """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
-        levels = np.clip([self.level * otsu_level(one) for one in attention], self.min_level, self.max_level)
+        means = np.array([side_means(one) for one in attention])
+        levels = np.clip(means @ (1 - self.level, self.level), self.min_level, self.max_level)
         odds = np.concatenate([np.zeros_like(attention[:1]), (attention - levels[:, None, None]) / self.softness])
         share = np.exp(odds - odds.max(axis=0))
         return self.above_floor(share / share.sum(axis=0))
@@ -135,54 +145,44 @@ class AttentionCut:
         likely: Float64[np.ndarray, "labels h w"],
         cells: Int[np.ndarray, "h w"],
     ) -> Int[np.ndarray, "H W"]:
-        """Labels of the image's pixels: the second cut, in the band around the outline of the first."""
-        shrink = min(1.0, self.max_size / max(image.shape[:2]))
-        size = (max(1, round(image.shape[0] * shrink)), max(1, round(image.shape[1] * shrink)))
-        labels = resize(one_hot(cells, len(likely)), size).argmax(axis=0)
-        cell = max(1.0, math.sqrt(labels.size / cells.size))  # pixels
-        free = near_border(labels, max(1, round(self.band * cell)))
-        if free.any():
-            seen = colors(image, size)
+        """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
+        labels, model = cells, likely
+        for size in finer((image.shape[0], image.shape[1]), cells.shape, self.max_size):
+            labels = enlarged(labels, len(likely), size)
+            cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
+            reach = round(self.band * cell) if model is likely else self.reach
             share = self.above_floor(resize(likely, size))
-            price = -np.log(share) - self.palette * np.log(palette_share(seen, share))
-            near = ((offset, self.smoothness * cell / USUAL_CELL * same) for offset, same in contrast(seen))
-            labels = expand(price, grid_edges(size, over_distance(near)), free=free, start=labels)
-        if size != image.shape[:2]:
-            labels = resize(one_hot(labels, len(likely)), (image.shape[0], image.shape[1])).argmax(axis=0)
-        return np.asarray(labels)
+            labels = self.cut_band(colors(image, size), share, resize(model, size), labels, cell, max(1, reach))
+            model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
+        return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
 
+    def cut_band(
+        self,
+        seen: Float64[np.ndarray, "h w 3"],
+        share: Float64[np.ndarray, "labels h w"],
+        model: Float[np.ndarray, "labels h w"],
+        labels: Int[np.ndarray, "h w"],
+        cell: float,
+        reach: int,
+    ) -> Int[np.ndarray, "h w"]:
+        """Labels of one grid's pixels, those further than ``reach`` from the outline as they are."""
+        free = near_border(labels, reach)
+        if not free.any():
+            return labels
+        prices, edges = self.energy_of(seen, share, model, cell)
+        return expand(prices, edges, free=free, start=labels, max_rounds=self.max_rounds)
 
-def affinity_edges(affinity: Float[np.ndarray, "edges h w"]) -> Edges:
-    """Self-attention between cells in [0, 1): what is above uniform, over the most that an end gives anyone.
-
-    Both ends are averaged. Attention that falls everywhere alike is 1 everywhere and links nothing.
-    """
-    given = affinity.astype(np.float64)
-    shape = given.shape[1:]
-    pairs = [ends(shape, offset) for offset in AFFINITY_OFFSETS]
-    most = np.ones(shape)
-    for attention, pair in zip(given, pairs, strict=True):
-        for end in pair:
-            most[end] = np.maximum(most[end], attention[pair[0]])
-    above = np.maximum(given - 1, 0)
-    for attention, (here, there) in zip(above, pairs, strict=True):
-        attention[here] *= 0.5 / most[here] + 0.5 / most[there]
-    return grid_edges(shape, zip(AFFINITY_OFFSETS, above, strict=True))
-
-
-def walk(
-    attention: Float64[np.ndarray, "words h w"], links: Edges, num_steps: int, spread: float
-) -> Float64[np.ndarray, "words h w"]:
-    """Let attention spread along self-attention. A cell without links keeps its own."""
-    flat = attention.reshape(len(attention), -1).T
-    size = len(flat)
-    tails, heads = np.concatenate([links.first, links.second]), np.concatenate([links.second, links.first])
-    matrix = csr_array((np.concatenate([links.weight, links.weight]), (tails, heads)), shape=(size, size))
-    total = matrix.sum(axis=1)[:, None]
-    for _ in range(num_steps):
-        near = np.divide(matrix @ flat, total, out=flat.copy(), where=total > 0)
-        flat = (1 - spread) * flat + spread * near
-    return scaled(flat.T.reshape(attention.shape))
+    def energy_of(
+        self,
+        seen: Float64[np.ndarray, "h w 3"],
+        share: Float64[np.ndarray, "labels h w"],
+        model: Float[np.ndarray, "labels h w"],
+        cell: float,
+    ) -> tuple[Float64[np.ndarray, "labels h w"], Edges]:
+        """U and w of a grid of pixels, whose colours are counted with weight ``model``; a cell is ``cell`` of them."""
+        prices = -np.log(share) - self.palette * np.log(palette_share(seen, model))
+        near = ((offset, self.smoothness * cell / USUAL_CELL * same) for offset, same in contrast(seen))
+        return prices, grid_edges(share[0].shape, over_distance(near))
 
 
 def contrast(
@@ -203,7 +203,7 @@ def contrast(
 
 
 def palette_share(
-    seen: Float64[np.ndarray, "h w 3"], share: Float64[np.ndarray, "labels h w"]
+    seen: Float64[np.ndarray, "h w 3"], share: Float[np.ndarray, "labels h w"]
 ) -> Float64[np.ndarray, "labels h w"]:
     """The share of each label in a pixel's colour: histograms weighted by ``share``, each of sum 1, compared."""
     index = np.minimum((seen * PALETTE_BINS).astype(np.intp), PALETTE_BINS - 1)
@@ -241,3 +241,21 @@ def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> Float64[
     if image.shape[:2] != size:
         image = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX))
     return image.astype(np.float64) / 255
+
+
+def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
+    """The grids between the maps' and the image's (height, width), each twice as fine as the one before.
+
+    The last is the image's own, or where that is longer, it at ``max_size``.
+    """
+    most = min(max_size, max(size))
+    halvings = max(0, math.ceil(math.log2(most / max(cells))) - 1)
+    sides = [most / 2**k for k in range(halvings, -1, -1)]
+    return [(max(1, round(size[0] * side / max(size))), max(1, round(size[1] * side / max(size)))) for side in sides]
+
+
+def enlarged(labels: Int[np.ndarray, "h w"], count: int, size: tuple[int, int]) -> Int[np.ndarray, "H W"]:
+    """Labels on another grid; where they meet, the one with the larger share."""
+    if labels.shape == size:
+        return labels
+    return np.asarray(resize(one_hot(labels, count), size).argmax(axis=0))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from synthgen.records import Maps
-from synthgen.refiners._words import otsu_level, resize, scaled
+from synthgen.refiners._words import above_level, scaled
 
 __all__ = ["Threshold"]
 
@@ -39,11 +39,5 @@ class Threshold:
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.
         """
-        fields = scaled(maps.weights)
-        if not len(fields):
-            return np.zeros((0, *image.shape[:2]), dtype=bool)
-        levels = np.array([otsu_level(field) if self.method == "otsu" else self.level for field in fields])
-        fine = resize(fields, (image.shape[0], image.shape[1]))
-        winner = fine.argmax(axis=0) == np.arange(len(fine))[:, None, None]
-        above: Bool[np.ndarray, "words H W"] = (fine > levels[:, None, None]) & winner
-        return above
+        level = None if self.method == "otsu" else self.level
+        return above_level(scaled(maps.weights), level, (image.shape[0], image.shape[1]))

@@ -10,7 +10,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -388,13 +388,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="end after this long")
     parser.add_argument("--steps", type=int, help="end after so many steps")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="cpu (default) or gpu")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the steps first, for minutes on a CPU (default: on a GPU)",
+    )
     parser.add_argument("--processes", type=int, default=1, help="one a core; one on a GPU")
     args = parser.parse_args()
     if args.command != "export" and args.minutes is None and args.steps is None:
         parser.error("give --minutes or --steps")
     os.environ["OMP_NUM_THREADS"] = "1"
     args.out.mkdir(parents=True, exist_ok=True)
-    job = Job(args.data, args.out, Budget(args.minutes, args.steps), PRESETS[args.preset])
+    preset = PRESETS[args.preset]
+    if args.compile is not None:
+        preset = replace(preset, compile=args.compile)
+    job = Job(args.data, args.out, Budget(args.minutes, args.steps), preset)
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)  # type: ignore[no-untyped-call]
 

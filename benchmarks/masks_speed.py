@@ -1,0 +1,178 @@
+"""Masks a second: threshold, AttentionCut, and its energy solved on every pixel at once.
+
+``python benchmarks/masks_speed.py`` draws scenes with known masks, gives all contenders the same maps, lets them take
+turns on one core, and writes ``results/masks_speed.json``. "whole" is what AttentionCut would be without its grids and
+bands: the energy of its last grid through SciPy's maximum flow on the full grid, from the same labels of the cells.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+from _common import rounds, write_result
+from jaxtyping import Bool, Float, Float64, Int, UInt8
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from synthgen.graphcut import expand
+from synthgen.records import AFFINITY_OFFSETS, Maps
+from synthgen.refiners import Refiner
+from synthgen.refiners._words import resize
+from synthgen.refiners.attentioncut import AttentionCut, colors, enlarged, finer
+from synthgen.refiners.threshold import Threshold
+
+GRID = 16  # cells a side of the maps
+
+
+class Whole(AttentionCut):
+    """AttentionCut's energy of the image's pixels, minimised over all of them."""
+
+    def cut_pixels(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        likely: Float64[np.ndarray, "labels h w"],
+        cells: Int[np.ndarray, "h w"],
+    ) -> Int[np.ndarray, "H W"]:
+        """Labels of the image's pixels."""
+        size = finer((image.shape[0], image.shape[1]), cells.shape, self.max_size)[-1]
+        labels = enlarged(cells, len(likely), size)
+        share = self.above_floor(resize(likely, size))
+        prices, edges = self.energy_of(colors(image, size), share, share, math.sqrt(labels.size / cells.size))
+        return enlarged(expand(prices, edges, start=labels), len(likely), (image.shape[0], image.shape[1]))
+
+
+NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours
+CONTENDERS: dict[str, Refiner] = {
+    "threshold": Threshold(),
+    "attentioncut": AttentionCut(),
+    "whole": Whole(),
+}
+Scene = tuple[UInt8[np.ndarray, "H W 3"], Maps, Bool[np.ndarray, "words H W"]]
+
+
+def draw_scene(seed: int, num_words: int, size: int) -> Scene:
+    """Textured ellipses and boxes over spots of the same colours; maps that are coarse, blurred, uneven and noisy.
+
+    Everything is drawn at four pixels a cell and enlarged, so that a seed is the same picture at any size.
+    """
+    rng = np.random.default_rng(seed)
+    base = 4 * GRID
+    palette = rng.permutation([(0.8, 0.2, 0.2), (0.2, 0.3, 0.8), (0.9, 0.8, 0.2), (0.2, 0.6, 0.3), (0.9, 0.9, 0.9)])
+    canvas = texture(rng, base, size, muted(palette[0]), 0.15)
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    for _ in range(NUM_DISTRACTORS):
+        (row, column), radius, color = rng.uniform(0, 1, 2), rng.uniform(0.06, 0.15), palette[rng.integers(5)]
+        spot = (y - row) ** 2 + (x - column) ** 2 < radius**2
+        canvas = np.where(spot[..., None], texture(rng, base, size, muted(color), 0.15), canvas)
+    masks: list[Bool[np.ndarray, "H W"]] = []
+    for k in range(num_words):
+        row, column = rng.uniform(0.4, 0.6), (k + 0.5) / num_words + rng.uniform(-0.04, 0.04)
+        tall, wide = rng.uniform(0.15, 0.3, 2) / (1 if num_words == 1 else 1.4)
+        dy, dx = (y - row) / tall, (x - column) / wide
+        mask = dy**2 + dx**2 < 1 if rng.random() < 0.5 else np.maximum(abs(dy), abs(dx)) < 0.9
+        for other in masks:
+            mask = mask & ~other
+        canvas = np.where(mask[..., None], texture(rng, base, size, muted(palette[k + 1]), 0.15), canvas)
+        masks.append(mask)
+    truth = np.stack(masks)
+    canvas = gaussian_filter(canvas, (0.8 * size / base, 0.8 * size / base, 0))  # borders as soft as a lens leaves them
+    return (canvas * 255).astype(np.uint8), draw_maps(rng, truth), truth
+
+
+def muted(color: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
+    """A colour nearer to grey, so that it alone does not tell things apart."""
+    return 0.3 * color + 0.35
+
+
+def texture(
+    rng: np.random.Generator, base: int, size: int, color: Float[np.ndarray, " 3"], grain: float
+) -> Float[np.ndarray, "size size 3"]:
+    """One colour with spots of several sizes, lit from one side."""
+    layers = [gaussian_filter(rng.normal(size=(base, base)), s) * s for s in (1, 2, 3)]
+    slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, base)[:, None, None]
+    noise = color + slope + grain * np.stack(layers, axis=2) + rng.normal(0, 0.02, (base, base, 3))
+    enlarge = size // base
+    return np.clip(noise, 0, 1).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+
+
+def draw_maps(rng: np.random.Generator, truth: Bool[np.ndarray, "words H W"]) -> Maps:
+    """Maps of a shape that a model's have: the truth on 16 x 16, uneven, blurred by a cell, with noise."""
+    shrunk = [Image.fromarray(one.astype(np.float32)).resize((GRID, GRID), Image.Resampling.BOX) for one in truth]
+    coarse = np.stack([np.asarray(one) for one in shrunk])
+    weights = []
+    for one in coarse:
+        soft = gaussian_filter(one * rng.uniform(0.6, 1.0, one.shape), 1.0)
+        weights.append(np.clip(soft / soft.max() + rng.normal(0, 0.12, one.shape), 0, None) * 0.2)
+    where = gaussian_filter(coarse, (0, 0.7, 0.7))
+    affinity = np.zeros((len(AFFINITY_OFFSETS), GRID, GRID))
+    for edge, (dy, dx) in enumerate(AFFINITY_OFFSETS):
+        far = np.square(where - np.roll(where, (-dy, -dx), axis=(1, 2))).sum(axis=0)
+        affinity[edge] = 8 * np.exp(-2 * far - np.hypot(dy, dx) / 3 + rng.normal(0, 0.4, far.shape))
+    words = tuple(f"word{k}" for k in range(len(truth)))
+    return Maps(words, np.stack(weights).astype(np.float16), affinity.astype(np.float16))
+
+
+def run(refiner: Refiner, scenes: list[Scene]) -> None:
+    for image, maps, _ in scenes:
+        refiner.refine(image, maps)
+
+
+def mean_iou(refiner: Refiner, scenes: list[Scene]) -> float:
+    """Mean intersection over union of all words of all scenes."""
+    scores = []
+    for image, maps, truth in scenes:
+        masks = refiner.refine(image, maps)
+        scores += [(mask & true).sum() / (mask | true).sum() for mask, true in zip(masks, truth, strict=True)]
+    return round(float(np.mean(scores)), 4)
+
+
+def measure(size: int, num_words: int, num_scenes: int, repeats: int) -> dict[str, Any]:
+    """Quality and speed of all contenders on the same scenes."""
+    scenes = [draw_scene(seed, num_words, size) for seed in range(num_scenes)]
+    work: dict[str, Callable[[], None]] = {
+        name: functools.partial(run, refiner, scenes) for name, refiner in CONTENDERS.items()
+    }
+    seconds = rounds(work, repeats)
+    num_masks = num_scenes * num_words
+    return {
+        name: {
+            "iou": mean_iou(refiner, scenes),
+            "masks_per_second": round(num_masks / min(seconds[name]), 1),
+            "masks_per_second_median": round(num_masks / median(seconds[name]), 1),
+            "ms_per_image": round(1e3 * min(seconds[name]) / num_scenes, 2),
+            "ms_per_image_median": round(1e3 * median(seconds[name]) / num_scenes, 2),
+        }
+        for name, refiner in CONTENDERS.items()
+    }
+
+
+def main() -> None:
+    """Measure the four cases and write them down."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/masks_speed.py", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--scenes", type=int, default=20, help="pictures of each case")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds in which all contenders take turns")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {"grid": GRID, "scenes": args.scenes, "rounds": args.repeats, "threads": 1}
+    for size in (64, 128):
+        for num_words in (1, 2):
+            case = measure(size, num_words, args.scenes, args.repeats)
+            figures[f"{size} px, {num_words} word{'s' if num_words > 1 else ''}"] = case
+            for name, row in case.items():
+                print(f"{size:4} px  {num_words} word(s)  {name:13}  {row}")
+    print(write_result("masks_speed", figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What only one refiner does; what all of them do stands with the contracts."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from synthgen.config import Choice
+from synthgen.errors import MissingDependency
+from synthgen.records import AFFINITY_OFFSETS, Maps
+from synthgen.refiners import REFINERS
+from synthgen.refiners._words import otsu_level, side_means
+from synthgen.refiners.attentioncut import finer
+from synthgen.refiners.grabcut import GrabCut
+from synthgen.refiners.propagation import Propagation
+from synthgen.refiners.threshold import Threshold
+
+
+def half_seen(affinity):
+    """Maps of 8 x 8 cells whose word looks at the upper left quarter of the left half, and an image of two halves."""
+    weights = np.zeros((1, 8, 8), np.float16)
+    weights[0, :4, :4] = 1
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 32:] = 200
+    return image, Maps(("word",), weights, affinity.astype(np.float16))
+
+
+def linked_halves():
+    """Self-attention that is strong inside each half of the columns and uniform across."""
+    side = np.arange(8) >= 4
+    affinity = np.ones((len(AFFINITY_OFFSETS), 8, 8))
+    for edge, (_, dx) in enumerate(AFFINITY_OFFSETS):
+        there = np.clip(np.arange(8) + dx, 0, 7)
+        affinity[edge][:, side == side[there]] = 6
+    return affinity
+
+
+def test_propagation_fills_what_self_attention_links_and_nothing_else():
+    image, maps = half_seen(linked_halves())
+    mask = Propagation(num_steps=12, spread=0.9, method="fixed", level=0.2).refine(image, maps)[0]
+    plain = Threshold(method="fixed", level=0.2).refine(image, maps)[0]
+    assert mask[:48, :28].all(), "the walk goes on below the cells that were looked at"
+    assert not mask[:, 40:].any(), "and not to the other half"
+    assert plain.sum() < 0.8 * mask.sum()
+
+
+def test_propagation_without_steps_is_the_threshold():
+    image, maps = half_seen(linked_halves())
+    assert (Propagation(num_steps=0).refine(image, maps) == Threshold().refine(image, maps)).all()
+
+
+@pytest.mark.parametrize("options", [{"num_steps": -1}, {"spread": 1.5}, {"level": 1.0}])
+def test_propagation_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Propagation(**options)
+
+
+def test_grabcut_takes_the_colour_of_its_seeds():
+    rng = np.random.default_rng(0)
+    image = rng.normal(60, 8, (64, 64, 3))
+    image[16:48, 16:48] += 120
+    weights = np.zeros((1, 8, 8), np.float16)
+    weights[0, 3:5, 3:5] = 1  # the middle of the square alone
+    weights[0, 2:6, 2:6] += 0.3
+    maps = Maps(("square",), weights, np.ones((len(AFFINITY_OFFSETS), 8, 8), np.float16))
+    mask = GrabCut().refine(image.clip(0, 255).astype(np.uint8), maps)[0]
+    truth = np.zeros((64, 64), bool)
+    truth[16:48, 16:48] = True
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.95
+
+
+@pytest.mark.parametrize("options", [{"inside": 0.1, "outside": 0.2}, {"num_iterations": 0}])
+def test_grabcut_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GrabCut(**options)
+
+
+def test_without_opencv_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "synthgen.refiners.grabcut")
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingDependency, match=r"synthgen\[opencv\]"):
+        REFINERS.build(Choice("grabcut"))
+
+
+def test_side_means_divide_at_otsu():
+    values = np.array([[0.0, 0.1], [0.8, 1.0]])
+    assert 0.1 < otsu_level(values) < 0.8
+    assert side_means(values) == pytest.approx((0.05, 0.9))
+    assert side_means(np.full((2, 2), 0.5)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("size", "cells", "max_size", "grids"),
+    [
+        ((128, 128), (16, 16), 128, [(32, 32), (64, 64), (128, 128)]),
+        ((512, 768), (64, 96), 128, [(85, 128)]),
+        ((100, 50), (16, 8), 128, [(25, 12), (50, 25), (100, 50)]),
+        ((16, 16), (16, 16), 128, [(16, 16)]),
+        ((8, 8), (16, 16), 128, [(8, 8)]),
+    ],
+)
+def test_the_grids_go_from_the_maps_to_the_image(size, cells, max_size, grids):
+    assert finer(size, cells, max_size) == grids
