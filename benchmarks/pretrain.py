@@ -38,7 +38,9 @@ def make_batch(count: int, size: int) -> Batch:
     masks = torch.zeros(count, 1, size, size, dtype=torch.bool)
     masks[:, :, size // 4 : size // 4 * 3, size // 4 : size // 4 * 3] = True
     names = tuple(str(number) for number in range(count))
-    return Batch(images, masks, masks.flatten(2).any(2), names, names, (("disc",),) * count, names).to(DEVICE)
+    return Batch(
+        images, masks, masks.flatten(2).any(2), torch.arange(count), names, names, (("disc",),) * count, names
+    ).to(DEVICE)
 
 
 def trainer(module: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:

@@ -1,13 +1,14 @@
-"""Crop, flip and colour jitter. Image and masks always move together: one box and one flip for both."""
+"""Crop, flip and colour. Image and masks always move together: one box and one flip for both."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64, UInt8
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from synthgen.datasets import Sample
 
@@ -15,29 +16,43 @@ __all__ = ["Augment", "CenterCrop"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # how bright red, green and blue are
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """A random resized crop to ``size`` pixels, a mirror image half of the time, and colour jitter if asked for.
+    """A random resized crop to ``size`` pixels, a mirror image half of the time, and changes of colour if asked for.
 
     The crop is MAE's: its area is ``scale`` of the image's, its width over height ``ratio`` (log-uniform); images are
-    resampled bicubically, labels take the nearest pixel.
+    resampled bicubically, labels take the nearest pixel. Colour jitter, grey and blur are those of MoCo v2 without the
+    change of hue, and touch the image alone; the blur is Gaussian, 0.1 to 2 pixels of 224.
     """
 
     size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5  # probability
+    keep_sides: bool = False  # never mirror a sample whose text says left or right
     jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
+    jitter_probability: float = 1.0
+    grey: float = 0.0  # probability of an image without colour
+    blur: float = 0.0  # probability
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """One view of ``sample``; ``rng`` alone decides which."""
         box = self.box(sample.image.shape[0], sample.image.shape[1], rng)
-        mirror = rng.random() < self.flip
+        mirror = rng.random() < self.flip and not (self.keep_sides and _SIDES.search(sample.text))
         view = _cut(sample, box, self.size, mirror)
-        if self.jitter:
-            view = replace(view, image=_jitter(view.image, rng.uniform(1 - self.jitter, 1 + self.jitter, 3)))
-        return view
+        image = view.image
+        if self.jitter and rng.random() < self.jitter_probability:
+            image = _jitter(image, rng.uniform(1 - self.jitter, 1 + self.jitter, 3))
+        if self.grey and rng.random() < self.grey:
+            image = np.repeat((image.astype(np.float32) @ _GREY).round().astype(np.uint8)[:, :, None], 3, axis=2)
+        if self.blur and rng.random() < self.blur:
+            radius = ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * self.size / 224)
+            image = np.asarray(Image.fromarray(image).filter(radius))
+        return replace(view, image=image)
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         """Where to cut; after ten misses the largest middle box whose shape is within ``ratio``."""
@@ -87,11 +102,10 @@ def _resample(
 def _jitter(image: UInt8[np.ndarray, "H W 3"], factors: Float64[np.ndarray, " 3"]) -> UInt8[np.ndarray, "H W 3"]:
     """Scale brightness, then contrast round the mean grey, then saturation round each pixel's grey."""
     brightness, contrast, saturation = factors
-    grey = np.array([0.299, 0.587, 0.114], np.float32)
     x = image.astype(np.float32) * np.float32(brightness)
-    middle = (x @ grey).mean()
+    middle = (x @ _GREY).mean()
     x = middle + (x - middle) * np.float32(contrast)
-    luma = (x @ grey)[:, :, None]
+    luma = (x @ _GREY)[:, :, None]
     x = luma + (x - luma) * np.float32(saturation)
     changed: UInt8[np.ndarray, "H W 3"] = x.round().clip(0, 255).astype(np.uint8)
     return changed

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from synthgen.datasets import ImageDataset, Sample
 
 __all__ = ["Batch", "Order", "collate", "loader", "workers_for"]
+
+_SEEDS = 2  # the stream of a sample's seed; 0 and 1 are those of its views
 
 View = Callable[[Sample, np.random.Generator], Sample]
 
@@ -27,10 +30,12 @@ class Batch:
     images: Float[Tensor, "b 3 H W"]  # normalised with the encoder's mean and standard deviation
     masks: Bool[Tensor, "b k H W"]  # padded with empty masks to the most words in the batch
     present: Bool[Tensor, "b k"]  # whether there is a k-th word with at least one pixel
+    seeds: Int[Tensor, " b"]  # what is drawn for a sample comes from its own: see synthgen.models.draws
     keys: tuple[str, ...]
     texts: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]
     labels: tuple[str | None, ...]
+    second: Batch | None = None  # the same samples in another view, for methods that compare two
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -38,9 +43,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
+            item.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
             for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
+            if isinstance(value := getattr(self, item.name), Tensor | Batch)
         }
         return replace(self, **moved)
 
@@ -50,7 +55,7 @@ class Order:
     """Which samples make up each step: a fresh permutation every epoch, a function of seed and epoch alone.
 
     Iterating gives, for each step from ``start`` on, this process's tickets (epoch, sample number). An epoch's last
-    samples are left out where they do not fill a batch.
+    samples are left out where they do not fill a batch. With ``limit`` the last epoch may end early.
     """
 
     length: int  # samples there are
@@ -61,6 +66,7 @@ class Order:
     rank: int = 0
     world_size: int = 1
     parts: int = 1  # each step's share comes in so many batches (gradient accumulation)
+    limit: int = 0  # at most so many steps; 0: all of the epochs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +76,7 @@ class Order:
     @property
     def steps(self) -> int:
         """Steps in all."""
-        return self.steps_per_epoch * self.epochs
+        return min(self.steps_per_epoch * self.epochs, self.limit or sys.maxsize)
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.parts
@@ -87,19 +93,32 @@ class Order:
                 yield [(epoch, int(index)) for index in part]
 
 
-class _Views(Dataset[Sample]):
-    """Samples by ticket. The randomness of a view comes from seed, epoch and number: workers change nothing."""
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A sample in one view or two, with its seed."""
 
-    def __init__(self, samples: ImageDataset, view: View, seed: int) -> None:
-        self.samples, self.view, self.seed = samples, view, seed
+    views: tuple[Sample, ...]
+    seed: int
 
-    def __getitem__(self, ticket: tuple[int, int]) -> Sample:
+
+class _Views(Dataset[_Drawn]):
+    """Samples by ticket. All randomness of a sample comes from seed, epoch and number: workers change nothing."""
+
+    def __init__(self, samples: ImageDataset, views: Sequence[View], seed: int) -> None:
+        self.samples, self.views, self.seed = samples, views, seed
+
+    def __getitem__(self, ticket: tuple[int, int]) -> _Drawn:
         epoch, index = ticket
-        return self.view(self.samples[index], np.random.default_rng([self.seed, epoch, index]))
+        sample, root = self.samples[index], [self.seed, epoch, index]
+        views = [view(sample, np.random.default_rng([*root, number])) for number, view in enumerate(self.views)]
+        own = np.random.SeedSequence([*root, _SEEDS]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        return _Drawn(tuple(views), int(own))
 
 
-def collate(samples: Sequence[Sample], mean: Sequence[float], std: Sequence[float]) -> Batch:
-    """Samples of one size side by side; pixels become (pixels / 255 - mean) / std."""
+def collate(
+    samples: Sequence[Sample], mean: Sequence[float], std: Sequence[float], seeds: Sequence[int] | None = None
+) -> Batch:
+    """Samples of one size side by side; pixels become (pixels / 255 - mean) / std. Seeds are 0, 1, ... by default."""
     pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
     offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
     images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2).contiguous()
@@ -113,6 +132,7 @@ def collate(samples: Sequence[Sample], mean: Sequence[float], std: Sequence[floa
         images,
         masks,
         masks.flatten(2).any(2),
+        torch.tensor(range(len(samples)) if seeds is None else seeds, dtype=torch.long),
         tuple(sample.key for sample in samples),
         tuple(sample.text for sample in samples),
         tuple(sample.words for sample in samples),
@@ -127,8 +147,11 @@ class _Collate:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        return collate(samples, self.mean, self.std)
+    def __call__(self, drawn: list[_Drawn]) -> Batch:
+        seeds = [sample.seed for sample in drawn]
+        views = zip(*(sample.views for sample in drawn), strict=True)
+        first, *others = (collate(samples, self.mean, self.std, seeds) for samples in views)
+        return replace(first, second=others[0]) if others else first
 
 
 def workers_for(setting: int) -> int:
@@ -147,10 +170,12 @@ def loader(
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    second: View | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of views in ``order``; the same bytes with any ``num_workers``."""
+    """Batches in ``order`` of one view, or two, of each sample; the same bytes with any ``num_workers``."""
+    views = [view] if second is None else [view, second]
     return DataLoader(
-        _Views(samples, view, seed),  # type: ignore[arg-type]
+        _Views(samples, views, seed),  # type: ignore[arg-type]
         batch_sampler=order,
         collate_fn=_Collate(mean, std),
         num_workers=num_workers,

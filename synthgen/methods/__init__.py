@@ -1,17 +1,23 @@
 """Methods: each trains an encoder on batches and reads as its paper.
 
-What it draws at random comes from torch's generators, which the training loop seeds before every step.
+What it draws for a sample comes from :mod:`synthgen.models.draws` and ``Batch.seeds``, so that a training is the same
+on any number of processes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.datasets import Sample
+from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.models.vit import VisionTransformer
 from synthgen.registry import Family
@@ -33,6 +39,9 @@ class Method(nn.Module, ABC):
     What must outlive a step (teachers, queues) belongs into parameters and buffers: checkpoints hold those.
     """
 
+    guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` stands for
+    min_images: ClassVar[int] = 1  # at once on all processes; a method that compares images needs two
+
     encoder: VisionTransformer
 
     @property
@@ -40,16 +49,35 @@ class Method(nn.Module, ABC):
         """Whether batches must come with word masks."""
         return False
 
+    def check(self, samples: Sequence[Sample]) -> None:
+        """See, from a look at some samples, that the data has what the method needs: by default masks if it uses them.
+
+        Raises:
+            ConfigError: it has not; says what is missing and what to do.
+        """
+        if self.uses_masks and not any(sample.labels is not None and sample.words for sample in samples):
+            raise ConfigError(
+                f"no mask in the {len(samples)} samples looked at, and guidance needs word masks; first run: "
+                "synthgen masks and synthgen shards, or leave --guided out"
+            )
+
     def views(self) -> Augment:
         """What it wants done to a sample: by default a random crop of 20 % of the area or more, and a flip."""
         return Augment(size=self.encoder.config.image_size)
+
+    def second_views(self) -> Augment | None:
+        """The same for ``Batch.second``, where a method compares two views of a sample. None by default."""
+        return None
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The loss of a batch; ``progress`` is how much of the training is over, from 0 to 1."""
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, progress: float) -> None:
         """Called when the weights have changed: teachers, queues. Nothing by default."""
+
+    def export(self, folder: Path) -> None:
+        """Write what is worth keeping beside the encoder. Nothing by default."""
 
 
 METHODS: Family[Method] = Family(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._hiding import Hiding, check_ratio, coverage
 from synthgen.models.decoder import PixelDecoder
+from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
 from synthgen.models.vit import VisionTransformer
 
@@ -34,6 +38,8 @@ class MAE(Method):
     width and half its depth for smaller ones.
     """
 
+    guided: ClassVar = {"foreground_share": 0.5}
+
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -46,15 +52,9 @@ class MAE(Method):
         decoder_depth: int = 0,
     ) -> None:
         super().__init__()
-        shares = {"foreground_share": foreground_share, "foreground_share_start": foreground_share_start}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
-        num_patches = encoder.config.grid**2
-        self.num_visible = int(num_patches * (1 - mask_ratio))
-        if not 0 < mask_ratio < 1 or not 0 < self.num_visible < num_patches:
-            raise ValueError(f"mask_ratio {mask_ratio} must hide some of {num_patches} patches and leave some visible")
         config = encoder.config
+        self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.hiding = Hiding(foreground_share, foreground_share_start)
         self.encoder = encoder
         self.decoder = PixelDecoder(
             encoder,
@@ -62,18 +62,17 @@ class MAE(Method):
             depth=decoder_depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
         )
         self.norm_pixels = norm_pixels
-        self.foreground_share, self.foreground_share_start = foreground_share, foreground_share_start
 
     @property
     def uses_masks(self) -> bool:
         """Masks matter where they guide the hiding."""
-        return max(self.foreground_share, self.foreground_share_start) > 0
+        return self.hiding.guided
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The error of the hidden patches."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
         foreground = self.coverage(batch.masks)  # b n
-        visible, hidden = self.split(foreground, progress)
+        visible, hidden = self.split(batch.seeds, foreground, progress)
         features = self.encoder.encode(take(patches, visible), visible)  # b v+1 d
         predicted = self.decoder(features, visible, hidden)  # b h p
         loss = F.mse_loss(predicted.float(), self.target(take(patches, hidden)))
@@ -87,22 +86,13 @@ class MAE(Method):
         """How much of each patch lies under the mask of any word, in [0, 1]."""
         if not (self.uses_masks and masks.shape[1]):
             return torch.zeros(len(masks), self.encoder.config.grid**2, device=masks.device)
-        return F.avg_pool2d(masks.any(1, keepdim=True).float(), self.encoder.config.patch_size).flatten(1)
+        return coverage(masks, self.encoder.config.patch_size)
 
-    def split(self, foreground: Float[Tensor, "b n"], progress: float) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
+    def split(
+        self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"], progress: float
+    ) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
         """Which patches stay visible and which are hidden."""
-        lot = torch.rand_like(foreground)
-        if not self.uses_masks:
-            order = lot.argsort(dim=1)
-            return order[:, : self.num_visible], order[:, self.num_visible :]
-        num_hidden = foreground.shape[1] - self.num_visible
-        share = self.foreground_share_start + (self.foreground_share - self.foreground_share_start) * progress
-        by_lot = lot.argsort(dim=1)
-        by_score = by_lot.gather(1, foreground.gather(1, by_lot).argsort(dim=1, descending=True, stable=True))
-        num_guided = (foreground >= 0.5).sum(1, keepdim=True).clamp(max=int(share * num_hidden))
-        rank = by_score.argsort(dim=1)  # 0 for the best covered patch
-        order = (lot + (rank < num_guided)).argsort(dim=1)  # a guided patch stands behind all that are left to chance
-        return order[:, : self.num_visible], order[:, self.num_visible :]
+        return self.hiding.split(uniform(seeds, foreground.shape[1]), foreground, self.num_visible, progress)
 
     def target(self, patches: Float[Tensor, "b h p"]) -> Float[Tensor, "b h p"]:
         """What the decoder should say (MAE's code: unbiased variance, 1e-6 added to it)."""
@@ -119,7 +109,7 @@ class MAE(Method):
         """
         size = self.encoder.config.patch_size
         patches = patchify(batch.images, size)
-        visible, hidden = self.split(self.coverage(batch.masks), progress)
+        visible, hidden = self.split(batch.seeds, self.coverage(batch.masks), progress)
         predicted = self.decoder(self.encoder.encode(take(patches, visible), visible), visible, hidden)
         if self.norm_pixels:
             variance, mean = torch.var_mean(take(patches, hidden), dim=2, keepdim=True)

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.models.layers import Block, initialize, sincos_positions
+from synthgen.models.layers import Block, Modulation, initialize, sincos_positions
 from synthgen.models.vit import VisionTransformer
 
-__all__ = ["PixelDecoder"]
+__all__ = ["NoiseDecoder", "PixelDecoder"]
 
 
 class PixelDecoder(nn.Module):
@@ -48,3 +48,46 @@ class PixelDecoder(nn.Module):
             x = block(x)
         pixels: Tensor = self.predict(self.norm(x[:, -hidden.shape[1] :]))
         return pixels
+
+
+class NoiseDecoder(nn.Module):
+    """Clean pixels and noise of every patch from the features of visible ones (UMD; as wide as the encoder there).
+
+    What the class token says reaches the patches here and nowhere else. Blocks change with the time where there is one.
+    """
+
+    positions: Tensor
+
+    def __init__(self, encoder: VisionTransformer, *, depth: int) -> None:
+        super().__init__()
+        config = encoder.config
+        dim = config.dim
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predict = nn.Linear(dim, 2 * 3 * config.patch_size**2)
+        self.apply(initialize)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.changes = nn.ModuleList(Modulation(dim) for _ in range(depth))
+        self.last_change = Modulation(dim, parts=2)
+
+    def forward(
+        self,
+        features: Float[Tensor, "b t d"],
+        visible: Int[Tensor, "b v"],
+        hidden: Int[Tensor, "b h"],
+        time: Float[Tensor, "b d"] | None = None,
+    ) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n p"]]:
+        """Pixels and noise, first of the visible patches, then of the hidden ones, each in their order."""
+        places = self.positions[0, 1:]
+        cls, patches = features[:, :1], features[:, 1:] + places[visible]
+        x = torch.cat([cls, patches, (self.mask_token + places[hidden]).to(patches.dtype)], dim=1)
+        for block, change in zip(self.blocks, self.changes, strict=True):
+            x = block(x, None if time is None else change(time))
+        x = self.norm(x[:, 1:])
+        if time is not None:
+            shift, scale = self.last_change(time)[:, :, None].unbind(1)
+            x = x * (1 + scale) + shift
+        pixels, noise = self.predict(x).chunk(2, dim=2)
+        return pixels, noise

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-__all__ = ["Block", "initialize", "patchify", "restore", "sincos_positions", "take", "unpatchify"]
+__all__ = [
+    "Block",
+    "CrossBlock",
+    "Modulation",
+    "Projector",
+    "TimeEmbedding",
+    "initialize",
+    "patchify",
+    "restore",
+    "sincos_positions",
+    "take",
+    "unpatchify",
+]
 
 
 class Attention(nn.Module):
@@ -19,11 +33,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Every token looks at every token."""
+    def forward(self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """Every token looks at every token, or at those that are ``real``."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        seen = None if real is None else real[:, None, None]
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(b, n, d))
+        return mixed
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one set of tokens to another of the same width."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
+        """Every token of ``x`` looks at every token of ``context``."""
+        b, t, d = x.shape
+        q = self.q(x).view(b, t, self.num_heads, d // self.num_heads).transpose(1, 2)
+        k, v = self.kv(context).view(b, -1, 2, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
         return mixed
 
 
@@ -42,7 +76,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block, which a :class:`Modulation` may change."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -51,11 +85,94 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Attention, then the MLP, each added to its input."""
-        x = x + self.attn(self.norm1(x))
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        change: Float[Tensor, "b 6 d"] | None = None,
+        real: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Attention to the ``real`` tokens, then the MLP, each added to its input."""
+        if change is None:
+            x = x + self.attn(self.norm1(x), real)
+            y: Tensor = x + self.mlp(self.norm2(x))
+            return y
+        shift1, scale1, gate1, shift2, scale2, gate2 = change[:, :, None].unbind(1)  # b 1 d each
+        x = x + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, real)
+        changed: Tensor = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return changed
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm transformer block with a look at other tokens between attention and MLP."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm_cross = nn.LayerNorm(dim, eps=1e-6)
+        self.cross = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"], real: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Attention, a look at ``context``, then the MLP, each added to its input."""
+        x = x + self.attn(self.norm1(x), real)
+        x = x + self.cross(self.norm_cross(x), context)
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
+
+
+class Projector(nn.Sequential):
+    """``depth`` linear layers, with a LayerNorm and a ReLU between: the head of contrastive methods."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, depth: int) -> None:
+        widths = [dim, *[hidden_dim] * (depth - 1)]
+        inner = [
+            layer
+            for before, after in itertools.pairwise(widths)
+            for layer in (nn.Linear(before, after), nn.LayerNorm(after, eps=1e-6), nn.ReLU())
+        ]
+        super().__init__(*inner, nn.Linear(widths[-1], out_dim))
+        self.apply(initialize)
+
+
+class TimeEmbedding(nn.Module):
+    """A vector for each time: sines and cosines of it, then two linear layers (UMD, and DiT before it)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.apply(initialize)
+
+    def forward(self, times: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Frequencies fall from 1 to 1/10000."""
+        half = self.dim // 2
+        omega = 10000.0 ** -(torch.arange(half, device=times.device) / max(1, half - 1))
+        angle = times[:, None] * omega
+        embedded: Tensor = F.silu(self.fc2(F.silu(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1)))))
+        return embedded
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of a block's two halves, from a vector (adaLN, Peebles and Xie, 2023).
+
+    It begins as no change at all: scale and gate are added to 1.
+    """
+
+    def __init__(self, dim: int, parts: int = 6) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vector: Float[Tensor, "b d"]) -> Float[Tensor, "b parts d"]:
+        """One vector for each part."""
+        parts: Tensor = self.linear(vector).view(len(vector), self.parts, -1)
+        return parts
 
 
 def initialize(module: nn.Module) -> None:

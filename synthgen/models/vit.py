@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,21 @@ class VisionTransformer(nn.Module):
         return self.encode(patchify(images, self.config.patch_size))
 
     def encode(
-        self, patches: Float[Tensor, "b v p"], places: Int[Tensor, "b v"] | None = None
+        self,
+        patches: Float[Tensor, "b v p"],
+        places: Int[Tensor, "b v"] | None = None,
+        changes: Sequence[Float[Tensor, "b 6 d"]] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Tokens of some patches, which lie at ``places`` of the grid (all of them, in order, where it is None)."""
+        """Tokens of some patches, which lie at ``places`` of the grid (all of them, in order, where it is None).
+
+        ``changes``, one a block, are those of :class:`~synthgen.models.layers.Modulation`.
+        """
         positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
         x = self.patch_embed(patches) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x.to(cls.dtype)], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if changes is None else changes[number])
         y: Tensor = self.norm(x)
         return y
 

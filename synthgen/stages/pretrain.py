@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Pretrain"]
 
 _PRECISIONS = ("no", "bf16", "fp16")
+_LOOKED_AT = 32  # samples, evenly spread, that a method may see before it says that the data will do
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Pretrain(Stage):
 
     ``pretrain/<label>/`` gets ``encoder.safetensors`` and ``config.json`` (what
     :func:`synthgen.models.vit.load_encoder` reads), ``transformers/`` (the same encoder as a ``transformers`` ViT),
-    ``metrics.jsonl``, ``checkpoints/`` and, last, ``done.json``. Each ``label`` has its folder (by default the method's
-    name), so several trainings live in one run.
+    ``metrics.jsonl``, ``checkpoints/`` and, last, ``done.json``. A method may add files of its own: see
+    :meth:`synthgen.methods.Method.export`. Each ``label`` has its folder (by default the method's name), so several
+    trainings live in one run.
 
     A killed training goes on from its newest checkpoint and ends with the same weights. On CPUs they are the same to
     the bit whatever ``num_workers``, ``save_every`` and ``log_every`` are; ``threads`` is a setting because another
-    number of threads adds in another order. ``accelerate launch`` gives it several GPUs or machines.
+    number of threads adds in another order. ``accelerate launch -m synthgen pretrain ...`` gives it several GPUs or
+    machines; they share each step, and its losses are those of one process up to the order of sums.
     """
 
     name: ClassVar = "pretrain"
@@ -53,6 +60,7 @@ class Pretrain(Stage):
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
     epochs: int = 20
+    samples_seen: int = 0  # images to train on in all, instead of epochs; 0: epochs
     batch_size: int = 64  # images a step, over all processes and accumulated parts
     base_learning_rate: float = 0.0  # for 256 images a step; 0: 1.5e-4, or 3e-3 for encoders of fewer than 12 blocks
     weight_decay: float = 0.05
@@ -60,6 +68,7 @@ class Pretrain(Stage):
     max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
     precision: str = "no"  # bf16, fp16, or no (float32)
     accumulate: int = 1  # parts that a step's images are worked on in, for less memory
+    compile: bool = False  # transformer blocks by torch.compile: a minute at the start, faster steps, other last bits
     threads: int = 1  # of the CPU; another number gives other last bits
     seed: int = 0  # beside the run's seed: another start, order and views on the same shards
     label: str = ""
@@ -76,6 +85,8 @@ class Pretrain(Stage):
         for name in ("epochs", "batch_size", "accumulate", "threads", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.samples_seen < 0:
+            raise ValueError(f"samples_seen must be 1 or more (or 0, to count epochs), not {self.samples_seen}")
         if not 0 <= self.base_learning_rate < float("inf"):
             raise ValueError(f"base_learning_rate must be above 0 (or 0, to choose it), not {self.base_learning_rate}")
         if not 0 <= self.warmup_ratio < 1:
@@ -137,7 +148,7 @@ class Pretrain(Stage):
         return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
 
     def size(self, run: Run, unit: int) -> int:
-        """Images in all, each counted once an epoch."""
+        """Images in all, each counted as often as it is seen."""
         order = self.order(run, len(self.dataset(run)))
         return order.steps * order.batch_size
 
@@ -145,18 +156,26 @@ class Pretrain(Stage):
         """See that the method can be built and the data fit it, before anything heavy begins.
 
         Raises:
-            ConfigError: a method's or encoder's option is wrong, or masks are asked for and there are none.
-            MissingDependency: a tracker's library is not installed.
+            ConfigError: a method's or encoder's option is wrong, or the data lacks what the method needs.
+            CorruptShard: a sample that was looked at cannot be read.
+            MissingDependency: a tracker's library is not installed, or no compiler.
         """
         samples = self.dataset(run)
         method = self.build_method(run, samples)
-        if method.uses_masks and not samples.has_masks():
+        spread = range(0, len(samples), max(1, len(samples) // _LOOKED_AT))
+        try:
+            method.check([samples[index] for index in spread])
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder_name}, {', '.join(self.sources(run))}: {error}") from None
+        part = self.order(run, len(samples)).batch_size // self.accumulate
+        if part < method.min_images:
             raise ConfigError(
-                f"{self.folder_name} hides patches under word masks, and {', '.join(self.sources(run))} holds none; "
-                f"first run: synthgen masks and synthgen shards, or leave --guided (foreground_share) out"
+                f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
+                f"{self.batch_size}, accumulate {self.accumulate}) are too few; it needs {method.min_images} or more"
             )
-        self.order(run, len(samples))
         self.check_trackers()
+        if self.compile:
+            _check_compiler()
 
     def check_trackers(self) -> None:
         """See that Accelerate knows the trackers and their libraries are there."""
@@ -192,8 +211,14 @@ class Pretrain(Stage):
                 f"a step of {self.batch_size} of {length} images cannot be dealt out evenly to {shares} parts "
                 f"(processes times accumulate); choose a batch_size that is a multiple of {shares}"
             )
+        steps = math.ceil(self.samples_seen / batch_size)
         return Order(
-            length=length, batch_size=batch_size, epochs=self.epochs, seed=self.mixed_seed(run), parts=self.accumulate
+            length=length,
+            batch_size=batch_size,
+            epochs=math.ceil(steps / (length // batch_size)) or self.epochs,
+            seed=self.mixed_seed(run),
+            parts=self.accumulate,
+            limit=steps,
         )
 
     def mixed_seed(self, run: Run) -> int:
@@ -226,18 +251,19 @@ class Pretrain(Stage):
                 return self.train(run, worker, accelerator, unit)
 
             yield work
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # not end_training(), which ends what the next training needs as well
+                tracker.finish()
         finally:
             torch.set_num_threads(threads)
 
     def accelerator(self, run: Run, worker: Worker) -> Accelerator:
         """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count."""
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin
 
         # Accelerate keeps the first call's precision and device for the whole process; another training may want others
-        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+        AcceleratorState._reset_state(reset_partial_state=_world_size() == 1)
         accelerator = Accelerator(
             cpu=worker.device == "cpu",
             mixed_precision=self.precision,
@@ -245,6 +271,8 @@ class Pretrain(Stage):
             log_with=list(self.trackers) or None,
             project_dir=run.folder(*self.artifacts()),
         )
+        if accelerator.num_processes > 1:
+            atexit.register(accelerator.state.destroy_process_group)
         plain = {name: value for name, value in self.settings().items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("trackers", config=plain)
         return accelerator
@@ -279,6 +307,7 @@ class Pretrain(Stage):
             save_every=self.save_every,
             log_every=self.log_every,
             num_workers=_workers(self.num_workers),
+            compile=self.compile,
         )
         before = training.step * order.batch_size
         worker.skip(before)
@@ -288,10 +317,11 @@ class Pretrain(Stage):
             worker.tick(record.samples)
             if record.figures:
                 loss = record.figures["loss"]
-                worker.describe(f"loss {loss:.3f}")
+                worker.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            encoder = method.encoder.cpu()
+            encoder = method.cpu().encoder
+            method.export(folder)
             save_encoder(encoder, folder, size=self.encoder.name, method=self.method.dump())
             if self.export:
                 from synthgen.export import export_encoder
@@ -326,10 +356,21 @@ def _last_loss(path: Path) -> float:
     return float(lines[-1]["loss"]) if lines else float("nan")
 
 
-def _world_size() -> int:
-    from accelerate.state import PartialState
+def _check_compiler() -> None:
+    import torch
 
-    return int(PartialState().num_processes)
+    if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise MissingDependency("compile=true needs a C++ compiler on this machine; install g++, or leave it out")
+
+
+def _world_size() -> int:
+    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return int(PartialState(cpu=cpu).num_processes)
 
 
 def _workers(setting: int) -> int:

@@ -18,12 +18,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from synthgen.errors import CorruptShard, StaleArtifact
+from synthgen.config import Choice
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.methods import METHODS, Method
+from synthgen.models.vit import load_encoder
 from synthgen.stores.tar import write_bytes
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "load_method"]
 
 logger = logging.getLogger(__name__)
+
+
+def load_method(folder: str | Path) -> Method:
+    """The whole method of the training in ``folder``, heads and decoders too, from its newest checkpoint, on the CPU.
+
+    For looking at what it learned: ``load_method("runs/demo/pretrain/umd").sample(torch.arange(8))``.
+
+    Raises:
+        MissingArtifact: there is no finished training, or its checkpoints were deleted.
+        CorruptShard: its files cannot be read, or do not fit each other.
+    """
+    folder = Path(folder)
+    encoder = load_encoder(folder)
+    paths = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    if not paths:
+        raise MissingArtifact(f"there is no checkpoint in {folder / 'checkpoints'}; first run: synthgen pretrain")
+    try:
+        described = json.loads((folder / "config.json").read_bytes())
+        method = METHODS.build(Choice.of(described["method"]), encoder=encoder)
+        with safe_open(paths[-1], framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
+            method.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
+    except (ValueError, KeyError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptShard(f"the training in {folder} cannot be read: {reason}; delete it and pretrain again") from None
+    return method.eval()
 
 
 @dataclass(frozen=True)

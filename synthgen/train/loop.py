@@ -1,9 +1,9 @@
 """The training loop: seed, forward, backward, step; a record each, and a checkpoint now and then.
 
-Exact resume: the order of samples, their views, and what a method draws are functions of (seed, epoch, number) and of
-(seed, step, process). A training that goes on from a checkpoint thus repeats the arithmetic of one that was never
-stopped. On CPUs with the same number of threads the weights come out bit-identical; on GPUs as far as their kernels
-repeat themselves.
+Exact resume: the order of samples, their views, and what a method draws for them are functions of (seed, epoch,
+number). A training that goes on from a checkpoint thus repeats the arithmetic of one that was never stopped. On CPUs
+with the same number of threads the weights come out bit-identical; on GPUs as far as their kernels repeat themselves.
+Several processes give the losses of one, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from synthgen.datasets import ImageDataset
 from synthgen.errors import SynthgenError
 from synthgen.loader import Batch, Order, loader
 from synthgen.methods import Method, StepOutput
+from synthgen.models.layers import Block, CrossBlock
 from synthgen.stores.tar import write_bytes
 from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
@@ -65,8 +66,13 @@ class Training:
     save_every: int = 200  # steps
     log_every: int = 10
     num_workers: int = 0
+    compile: bool = False  # the transformer blocks, by torch.compile
 
     def __post_init__(self) -> None:
+        if self.compile:
+            for module in self.method.modules():
+                if isinstance(module, Block | CrossBlock):
+                    module.compile()
         optimizer = build_optimizer(self.method, self.optim)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
         state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
@@ -124,6 +130,7 @@ class Training:
             seed=self.order.seed,
             num_workers=self.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            second=self.method.second_views(),
         )
 
     def _step(self, step: int, batches: Iterator[Batch]) -> list[StepOutput]:
@@ -145,7 +152,7 @@ class Training:
             outputs.append(StepOutput(output.loss.detach(), output.metrics))
             bad = torch.where(output.loss.detach().isfinite(), self.order.steps, step)
             self._first_bad = torch.minimum(self._first_bad, bad)
-        self.method.after_step(step)
+        self.method.after_step(progress)
         return outputs
 
     def _check_finite(self) -> None:

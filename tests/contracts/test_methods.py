@@ -1,38 +1,63 @@
-"""What every method must do, and what masked autoencoders must do besides."""
+"""What every method must do, plain and guided, and what each must do besides."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from synthgen.augment import CenterCrop
+from synthgen.augment import Augment
 from synthgen.config import Choice
 from synthgen.datasets import Sample
 from synthgen.errors import ConfigError
-from synthgen.loader import collate
+from synthgen.export import to_transformers
+from synthgen.loader import Batch, collate
 from synthgen.methods import METHODS
+from synthgen.methods.contrastive import WHOLE
+from synthgen.methods.umd import cosine_schedule
+from synthgen.methods.vlp import _draw, blocks_of
+from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, take
-from synthgen.models.vit import EncoderConfig, VisionTransformer
-from synthgen.train.loop import seed_everything
+from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
 from tests.factories import make_generation
 
 NAMES = METHODS.names()
+EACH = [(name, guided) for name in NAMES for guided in (False, True)]
 CONFIG = EncoderConfig(image_size=32, patch_size=4, dim=32, depth=2, num_heads=4)
 
 
-def make_batch(count=4):
+def make_samples(count):
     samples = []
     for number in range(count):
         words = ("disc", "square") if number % 2 else ("disc",)
         generation, truth = make_generation("0", words, 32, seed=number)
         labels = (truth * np.arange(1, len(words) + 1)[:, None, None]).max(0).astype(np.uint8)
-        samples.append(Sample(str(number), generation.image, "disc", generation.request.prompt.text, words, labels))
-    return collate([CenterCrop(size=32)(sample) for sample in samples], CONFIG.mean, CONFIG.std)
+        text = f"{generation.request.prompt.text} on table {number}"
+        samples.append(Sample(str(number), generation.image, "disc", text, words, labels))
+    return samples
+
+
+def make_batch(count=4, samples=None):
+    """The same samples in two views."""
+    samples = samples or make_samples(count)
+    first, second = (
+        collate(
+            [Augment(size=32)(s, np.random.default_rng([n, v])) for n, s in enumerate(samples)], CONFIG.mean, CONFIG.std
+        )
+        for v in range(2)
+    )
+    return dataclasses.replace(first, second=second)
+
+
+def without_masks(batch):
+    bare = {"masks": batch.masks[:, :0], "present": batch.present[:, :0]}
+    second = None if batch.second is None else dataclasses.replace(batch.second, **bare)
+    return dataclasses.replace(batch, **bare, second=second)
 
 
 def build(name, **options):
@@ -40,13 +65,32 @@ def build(name, **options):
     return METHODS.build(Choice(name, options), encoder=VisionTransformer(CONFIG))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method(name):
-    """Builds with defaults, gives a finite loss and gradient to all of the encoder, repeats under a seed, travels."""
-    method, batch = build(name), make_batch()
+def build_each(name, guided):
+    return build(name, **(METHODS.load(name).guided if guided else {}))
+
+
+def train(method, batch, steps, rate=2e-3):
+    """So many steps on one batch; the losses."""
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
     losses = []
-    for copy in (method, pickle.loads(pickle.dumps(method))):
-        torch.manual_seed(3)
+    for step in range(steps):
+        loss = method(batch, step / steps).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(step / steps)
+    return losses
+
+
+@pytest.mark.parametrize(("name", "guided"), EACH)
+def test_every_method(name, guided):
+    """Gives a finite loss and gradient to all of the encoder, repeats whatever the seed of torch, and travels."""
+    method, batch = build_each(name, guided), make_batch()
+    assert method.uses_masks == guided
+    losses = []
+    for seed, copy in enumerate((method, pickle.loads(pickle.dumps(method)))):
+        torch.manual_seed(seed)
         output = copy(batch, 0.5)
         losses.append(output.loss.item())
         assert output.loss.ndim == 0
@@ -55,26 +99,107 @@ def test_every_method(name):
     assert losses[0] == losses[1]
     method(batch, 0.5).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in method.encoder.named_parameters())
-    method.after_step(1)
-    view = method.views()(Sample("0", np.zeros((40, 50, 3), np.uint8)), np.random.default_rng(0))
-    assert view.image.shape == (32, 32, 3)
+    assert all(
+        p.grad is not None for p in method.parameters() if p.requires_grad
+    )  # or processes could not share a step
+    method.after_step(1.0)
+    for view in (method.views(), method.second_views()):
+        if view is not None:
+            shown = view(Sample("0", np.zeros((40, 50, 3), np.uint8)), np.random.default_rng(0))
+            assert shown.image.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(("name", "guided"), EACH)
+def test_every_method_learns_from_64_images(name, guided):
+    losses = train(build_each(name, guided), make_batch(64), 8)
+    assert np.mean(losses[-2:]) < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_overfits_one_batch(name):
+    losses = train(build(name), make_batch(8), 80)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_encoder_is_the_same_when_exported(name, tmp_path):
+    """What pretraining leaves behind, ours and that of transformers, says what the method's encoder says."""
+    method, batch = build(name), make_batch()
+    train(method, batch, 2)
+    save_encoder(method.encoder, tmp_path, method={"name": name})
+    with torch.no_grad():
+        features = method.encoder(batch.images)
+        assert torch.equal(load_encoder(tmp_path)(batch.images), features)
+        assert torch.allclose(to_transformers(method.encoder)(batch.images).last_hidden_state, features, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_of_a_wrong_type_is_told(name):
+    parameters = inspect.signature(METHODS.load(name).__init__).parameters
+    options = [option for option in parameters if option not in ("self", "encoder")]
+    for option in options:
+        wrong = 3 if isinstance(parameters[option].default, str) else "most"
+        with pytest.raises(ConfigError, match=rf"{name}\.{option}"):
+            build(name, **{option: wrong})
     with pytest.raises(ConfigError, match="unknown setting"):
         build(name, no_such_option=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method_overfits_one_batch(name):
-    method, batch = build(name), make_batch(8)
-    optimizer = torch.optim.AdamW(method.parameters(), 2e-3)
-    losses = []
-    for _ in range(120):
-        seed_everything(0)  # the same draw each step: what is left is fitting
-        loss = method(batch, 0.0).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < 0.4 * losses[0]
+def test_every_guided_method_asks_for_masks(name):
+    method = build_each(name, guided=True)
+    bare = [dataclasses.replace(sample, words=(), labels=None) for sample in make_samples(3)]
+    with pytest.raises(ConfigError, match="no mask in the 3 samples"):
+        method.check(bare)
+    method.check([*bare, *make_samples(2)])
+    assert method(without_masks(make_batch()), 0.5).loss.isfinite()  # a batch without any does no harm
+    build(name).check(bare)
+
+
+@pytest.mark.parametrize("name", ["mae", "umd"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_step_is_that_of_its_halves(name, guided):
+    """Draws belong to the samples: however a step is cut, the mean loss is the same."""
+    method, samples = build_each(name, guided), make_samples(8)
+    whole = make_batch(samples=samples)
+
+    def part(batch, rows):
+        tensors = {
+            f.name: v[rows] for f in dataclasses.fields(Batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)
+        }
+        names = {n: tuple(getattr(batch, n)[i] for i in rows) for n in ("keys", "texts", "words", "labels")}
+        return dataclasses.replace(batch, **tensors, **names, second=None)
+
+    halves = [method(part(whole, rows), 0.7).loss.item() for rows in ([0, 2, 4, 6], [1, 3, 5, 7])]
+    assert method(whole, 0.7).loss.item() == pytest.approx(sum(halves) / 2, rel=1e-5)
+
+
+# -- draws
+
+
+def test_draws_are_even_and_belong_to_their_seed():
+    seeds = torch.tensor([7, 2**62, 8])
+    drawn = uniform(seeds, 200, 100)
+    assert torch.equal(uniform(seeds[1:2], 200, 100)[0], drawn[1])
+    assert (drawn.mean(), drawn.var() * 12) == (pytest.approx(0.5, abs=0.005), pytest.approx(1, abs=0.02))
+    assert 0 <= drawn.min() < drawn.max() < 1
+    assert torch.histc(drawn, 10).sub(6000).abs().max() < 300  # 4 deviations of 73
+    others = uniform(seeds, 200, 100, stream=1)
+    for one, other in (
+        (drawn[0], drawn[1]),
+        (drawn[0], drawn[2]),
+        (drawn[0], others[0]),
+        (drawn[0, :-1], drawn[0, 1:]),
+    ):
+        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.03
+    assert uniform(seeds).shape == (3,)
+
+
+def test_normal_draws_have_the_moments():
+    drawn = normal(torch.arange(50), 2000).double()
+    moments = [float((drawn**power).mean()) for power in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.06)
+    assert drawn.isfinite().all()
 
 
 # -- masked autoencoder
@@ -82,10 +207,8 @@ def test_every_method_overfits_one_batch(name):
 
 def test_mae_loss_is_its_formula():
     method, batch = build("mae"), make_batch()
-    torch.manual_seed(5)
     loss = method(batch, 0.0).loss
-    torch.manual_seed(5)
-    visible, hidden = method.split(torch.zeros(4, 64), 0.0)
+    visible, hidden = method.split(batch.seeds, torch.zeros(4, 64), 0.0)
     patches = patchify(batch.images, 4)
     predicted = method.decoder(method.encoder.encode(take(patches, visible), visible), visible, hidden)
     total = 0.0
@@ -125,16 +248,13 @@ def test_mae_is_that_of_transformers():
     state["decoder.mask_token"] = ours["mask_token"]
     state["decoder.decoder_pos_embed"] = method.decoder.positions
     twin.load_state_dict(state)
-    torch.manual_seed(9)
     loss = method(batch, 0.0).loss
-    torch.manual_seed(9)
-    assert twin(batch.images, noise=torch.rand(4, 64)).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert twin(batch.images, noise=uniform(batch.seeds, 64)).loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_hidden_pixels_do_not_leak_into_the_prediction():
     method, batch = build("mae"), make_batch()
-    torch.manual_seed(5)
-    visible, hidden = method.split(torch.zeros(4, 64), 0.0)
+    visible, hidden = method.split(batch.seeds, torch.zeros(4, 64), 0.0)
     patches = patchify(batch.images, 4)
     changed = patches.scatter(1, hidden[:, :, None].expand(-1, -1, 48), 7.0)
     predictions = [
@@ -146,15 +266,14 @@ def test_hidden_pixels_do_not_leak_into_the_prediction():
 def test_every_patch_is_visible_or_hidden_once_and_in_the_same_number():
     for share in (0.0, 0.3, 1.0):
         method = build("mae", foreground_share=share)
-        visible, hidden = method.split(torch.rand(5, 64), 1.0)
+        visible, hidden = method.split(torch.arange(5), torch.rand(5, 64), 1.0)
         assert (visible.shape, hidden.shape) == ((5, 16), (5, 48))
         assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(64).expand(5, -1))
 
 
 def test_plain_hiding_is_uniform():
     method = build("mae")
-    torch.manual_seed(0)
-    _, hidden = method.split(torch.zeros(4000, 64), 1.0)
+    _, hidden = method.split(torch.arange(4000), torch.zeros(4000, 64), 1.0)
     often = torch.bincount(hidden.flatten(), minlength=64) / 4000
     assert (often - 0.75).abs().max() < 0.04
 
@@ -166,8 +285,7 @@ def test_guidance_hides_foreground_first():
     foreground[0, :10] = 1.0  # fewer than half of 48: all are hidden
     foreground[0, 10:20] = 0.4  # not foreground: less than half covered
     foreground = foreground.expand(2000, -1)
-    torch.manual_seed(0)
-    _, hidden = method.split(foreground, 1.0)
+    _, hidden = method.split(torch.arange(len(foreground)), foreground, 1.0)
     often = torch.bincount(hidden.flatten(), minlength=64) / 2000
     assert (often[:10] == 1).all()
     assert (often[10:] - 38 / 54).abs().max() < 0.06  # the others share what is left, whatever their score
@@ -176,8 +294,7 @@ def test_guidance_hides_foreground_first():
 def test_guidance_takes_the_best_covered_up_to_its_share():
     method = build("mae", foreground_share=0.5)
     foreground = torch.linspace(0.5, 1, 64).expand(500, -1)  # all are foreground; 24 of the 48 hidden are guided
-    torch.manual_seed(0)
-    _, hidden = method.split(foreground, 1.0)
+    _, hidden = method.split(torch.arange(len(foreground)), foreground, 1.0)
     often = torch.bincount(hidden.flatten(), minlength=64) / 500
     assert (often[40:] == 1).all()
     assert (often[:40] - 24 / 40).abs().max() < 0.1
@@ -185,8 +302,7 @@ def test_guidance_takes_the_best_covered_up_to_its_share():
 
 def test_ties_are_broken_by_lot():
     method = build("mae", foreground_share=0.25)
-    torch.manual_seed(0)
-    _, hidden = method.split(torch.ones(4000, 64), 1.0)
+    _, hidden = method.split(torch.arange(4000), torch.ones(4000, 64), 1.0)
     often = torch.bincount(hidden.flatten(), minlength=64) / 4000
     assert (often - 0.75).abs().max() < 0.04
 
@@ -197,8 +313,7 @@ def test_the_share_rises_over_training():
     foreground[:, :24] = 1.0
     hidden_share = []
     for progress in (0.0, 0.25, 0.5, 1.0):
-        torch.manual_seed(0)
-        _, hidden = method.split(foreground, progress)
+        _, hidden = method.split(torch.arange(400), foreground, progress)
         hidden_share.append(float((hidden < 24).float().sum() / 400 / 24))
     assert hidden_share[0] == pytest.approx(0.75, abs=0.02)
     assert hidden_share == sorted(hidden_share)
@@ -206,15 +321,9 @@ def test_the_share_rises_over_training():
 
 
 def test_without_foreground_guidance_is_plain_hiding():
-    plain, guided, batch = build("mae"), build("mae", foreground_share=0.5), make_batch()
-    empty = dataclasses.replace(batch, masks=batch.masks[:, :0], present=batch.present[:, :0])
-    losses = []
-    for method in (plain, guided):
-        torch.manual_seed(1)
-        losses.append(method(empty, 1.0).loss.item())
+    empty = without_masks(make_batch())
+    losses = [method(empty, 1.0).loss.item() for method in (build("mae"), build("mae", foreground_share=0.5))]
     assert losses[0] == losses[1]
-    assert guided.uses_masks
-    assert not plain.uses_masks
 
 
 def test_coverage_is_the_share_of_a_patch_under_any_mask():
@@ -246,12 +355,357 @@ def test_rebuilding_keeps_what_is_visible():
         ({"mask_ratio": 0.99}, "leave some visible"),
         ({"foreground_share": 1.5}, "between 0 and 1"),
         ({"decoder_dim": 40}, "multiple of 32"),
-        ({"mask_ratio": "most"}, "mask_ratio"),
     ],
 )
 def test_bad_options_are_told(options, said):
     with pytest.raises(ConfigError, match=said):
         build("mae", **options)
+
+
+# -- contrastive
+
+
+def test_contrastive_loss_is_its_formula():
+    """Words across and within crops, written out as loops over queries and keys."""
+    method = build("contrastive", instance_share=1.0, queue=5, temperature=0.3)
+    batch = make_batch(6)
+    method(make_batch(3), 0.0)
+    method.after_step(0.0)  # now something is in the queue
+    regions = method.objects(batch, batch.second)
+    with torch.no_grad():
+        tokens = [method.encoder(view.images)[:, 1:] for view in (batch, batch.second)]
+        targets = [method.teacher(view.images)[:, 1:] for view in (batch, batch.second)]
+
+    def vectors(tokens, weights, *heads):
+        found = {}
+        for image, slot in regions.present.nonzero().tolist():
+            w = weights[image, slot]
+            x = sum(w[patch] * tokens[image, patch] for patch in range(64)) / w.sum()
+            for head in heads:
+                x = head(x[None, None])[0, 0]
+            found[image, slot] = x / x.norm()
+        return found
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        weights = regions.first, regions.second
+        for here, there in ((0, 1), (1, 0)):
+            queries = vectors(tokens[here], weights[here], method.project, method.predict)
+            across = vectors(targets[there], weights[there], method.teacher_project)
+            within = vectors(targets[here], weights[here], method.teacher_project)
+            for (image, slot), q in queries.items():
+                word = int(regions.words[image, slot])
+                positive = torch.exp(q @ across[image, slot] / 0.3)
+                negative = sum(
+                    torch.exp(q @ key / 0.3)
+                    for (i, s), key in across.items()
+                    if (i, s) != (image, slot) and (word == WHOLE or int(regions.words[i, s]) != word)
+                )
+                negative += sum(torch.exp(q @ key / 0.3) for (i, s), key in within.items() if i == image and s != slot)
+                negative += sum(
+                    torch.exp(q @ key / 0.3)
+                    for key, other in zip(method.queue_keys, method.queue_words, strict=True)
+                    if key.norm() > 0 and (word == WHOLE or int(other) != word)
+                )
+                total, count = total - 2 * 0.3 * float(torch.log(positive / (positive + negative))), count + 1
+    assert 0 < int(method.queue_end) < 5  # a part of the queue is filled
+    assert count > 12  # images with two words among them
+    assert method(batch, 0.0).loss.item() == pytest.approx(2 * total / count, rel=1e-4)
+
+
+def test_plain_contrastive_is_that_of_moco():
+    method, batch = build("contrastive"), make_batch(5)
+    loss = method(batch, 0.0).loss.item()
+    total = 0.0
+    with torch.no_grad():
+        for a, b in ((batch, batch.second), (batch.second, batch)):
+            q = method.predict(method.project(method.encoder(a.images)[:, 1:].mean(1)))
+            k = method.teacher_project(method.teacher(b.images)[:, 1:].mean(1))
+            logits = torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T / 0.2
+            total += 2 * 0.2 * torch.nn.functional.cross_entropy(logits, torch.arange(5)).item()
+    assert loss == pytest.approx(total, rel=1e-5)
+
+
+def test_words_count_where_both_views_show_them():
+    method, batch = build("contrastive", instance_share=1.0, max_words=2), make_batch(3)
+    masks = torch.zeros(3, 3, 32, 32, dtype=torch.bool)
+    masks[0, 1, :8, :8] = masks[0, 2, 8:16, :8] = masks[1, 0, :8, :8] = True
+    masks[2, 0, 0, 0] = True  # less than half a patch
+    words = (("sky", "dog", "Cat"), ("cat",), ("dog",))
+    there = {"present": masks.flatten(2).any(2), "words": words}
+    first = dataclasses.replace(batch, masks=masks, **there)
+    second = dataclasses.replace(batch.second, masks=masks.clone(), **there)
+    second.masks[1] = False  # the second view shows the cat no more
+    regions = method.objects(first, second)
+    assert regions.present.tolist() == [[True, True], [True, False], [True, False]]
+    assert (regions.words == WHOLE).tolist() == [[False, False], [True, True], [True, True]]
+    assert regions.first[0, 0].nonzero().flatten().tolist() == [0, 1, 8, 9]
+    assert (regions.first[1, 0] == 1).all()  # the whole image instead
+    same = method.objects(dataclasses.replace(first, words=(("x", "dog", "cat"), *words[1:])), second)
+    assert torch.equal(same.words, regions.words)  # case does not matter
+
+
+def test_the_teacher_follows_at_a_falling_rate():
+    method = build("contrastive", momentum=0.9)
+    with torch.no_grad():
+        method.encoder.cls_token += 1.0
+    start = method.teacher.cls_token.clone()
+    method.after_step(0.0)
+    assert torch.allclose(method.teacher.cls_token - start, torch.full_like(start, 0.1), atol=1e-6)
+    before = method.teacher.cls_token.clone()
+    method.after_step(1.0)
+    assert torch.equal(method.teacher.cls_token, before)
+    assert not any(p.requires_grad for p in (*method.teacher.parameters(), *method.teacher_project.parameters()))
+
+
+def test_the_queue_forgets_the_oldest():
+    method = build("contrastive", queue=6)
+    keys = []
+    for number in range(3):
+        method(make_batch(samples=make_samples(12)[4 * number : 4 * number + 4]), 0.0)
+        keys.append(method._fresh[0][0])
+        method.after_step(1.0)
+    assert int(method.queue_end) == 12
+    assert torch.equal(method.queue_keys, torch.cat([keys[1][2:], keys[2]]))
+
+
+def test_one_word_has_no_other_to_be_told_from():
+    method = build("contrastive", instance_share=0.5)
+    one = [dataclasses.replace(sample, words=("disc",)) for sample in make_samples(4)]
+    with pytest.raises(ConfigError, match="all 4 samples looked at have the one word 'disc'"):
+        method.check(one)
+    build("contrastive", instance_share=0.5, same_word_negatives=True).check(one)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"instance_share": 1.5}, "between 0 and 1"),
+        ({"momentum": -0.1}, "between 0 and 1"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"queue": -1}, "0 or more"),
+        ({"jitter": 1.0}, "below 1"),
+    ],
+)
+def test_bad_options_of_contrastive_are_told(options, said):
+    with pytest.raises(ConfigError, match=said):
+        build("contrastive", **options)
+
+
+# -- vlp
+
+
+def test_blocks_are_numbered_row_by_row():
+    masks = torch.zeros(1, 4, 30, 30, dtype=torch.bool)
+    masks[0, 0, 2:5, 2:5] = True
+    masks[0, 1, 12:18, 22:29] = True
+    masks[0, 2, 10:20, :] = True  # its box's middle is the image's
+    masks[0, 3, 29, 0] = masks[0, 3, 29, 29] = True
+    assert blocks_of(masks, 3).tolist() == [[1, 6, 5, 8]]
+    assert blocks_of(masks.flip(3), 3).tolist() == [[3, 4, 5, 8]]
+
+
+def test_the_sentence_says_where_the_word_is_after_crop_and_flip():
+    method = build("vlp", position_share=1.0)
+    image, labels = np.zeros((60, 60, 3), np.uint8), np.zeros((60, 60), np.uint8)
+    labels[:20, :20] = 1
+    sample = Sample("0", image, None, "a dog on a beach .", ("dog",), labels)
+    said = set()
+    for number in range(30):
+        view = method.views()(sample, np.random.default_rng(number))
+        batch = dataclasses.replace(collate([view], CONFIG.mean, CONFIG.std), seeds=torch.tensor([number]))
+        rows, columns = np.nonzero(view.labels)
+        block = 3 * int(3 * (rows.min() + rows.max() + 1) / 64) + int(3 * (columns.min() + columns.max() + 1) / 64) + 1
+        (text,) = method.texts(batch)
+        assert text == f"a dog on a beach. The dog is in block {block}."
+        said.add(block)
+    assert {1, 3} <= said  # mirrored ones among them
+
+
+def test_a_text_that_names_a_side_is_not_mirrored():
+    view = build("vlp").views()
+    labels = np.zeros((32, 32), np.uint8)
+    labels[:, :4] = 1
+    for text, mirrored in (("a dog on the Left", False), ("a dog leftover", True)):
+        sample = Sample("0", np.zeros((32, 32, 3), np.uint8), None, text, ("dog",), labels)
+        views = [view(sample, np.random.default_rng(number)) for number in range(40)]
+        assert any(v.labels[:, -1].any() for v in views) == mirrored
+
+
+def test_sentences_come_in_their_share_and_for_every_word():
+    method = build("vlp", position_share=0.5, max_words=3)
+    samples = [sample for sample in make_samples(400) if len(sample.words) == 2]
+    batch = collate(samples, CONFIG.mean, CONFIG.std)
+    texts = method.texts(batch)
+    told = [text for text in texts if "block" in text]
+    assert 0.4 < len(told) / len(texts) < 0.6
+    assert 0.35 < sum("The disc" in text for text in told) / len(told) < 0.65
+    assert all(text.startswith("a photo of") and "disc and" not in text for text in texts)  # three words of the caption
+    assert build("vlp").texts(batch)[0] == batch.texts[0]
+
+
+def test_vlp_loss_is_its_formula():
+    """Equal texts share their target; images without a text are left out."""
+    method = build("vlp")
+    samples = make_samples(6)
+    samples[1] = dataclasses.replace(samples[1], text=samples[3].text)
+    samples[4] = dataclasses.replace(samples[4], text="")
+    batch = make_batch(samples=samples)
+    metrics = method(batch, 0.0).metrics
+    with torch.no_grad():
+        v = torch.nn.functional.normalize(method.image_head(method.encoder(batch.images)[:, 1:].mean(1)))
+        u = torch.nn.functional.normalize(method.text_head(method.text(*method.tokenizer(batch.texts))[:, 0]))
+    kept = [0, 1, 2, 3, 5]
+    total = 0.0
+    for near, far in ((v, u), (u, v)):
+        for i in kept:
+            chances = torch.stack([near[i] @ far[j] / 0.07 for j in kept]).softmax(0)
+            fits = [chances[n] for n, j in enumerate(kept) if batch.texts[j] == batch.texts[i]]
+            total -= sum(float(chance.log()) for chance in fits) / len(fits) / 2
+    assert metrics["itc"].item() == pytest.approx(total / len(kept), rel=1e-4)
+    assert metrics["with_text"].item() == pytest.approx(5 / 6)
+
+
+def test_padding_is_seen_by_none():
+    method = build("vlp").eval()
+    short, long = "a dog", "a photo of a dog and a cat on a beach"
+    alone, real = method.tokenizer([short])
+    together, both = method.tokenizer([short, long])
+    assert together.shape[1] > alone.shape[1]
+    with torch.no_grad():
+        assert torch.allclose(method.text(alone, real)[0, 0], method.text(together, both)[0, 0], atol=1e-6)
+
+
+def test_wrong_pairs_are_drawn_by_their_likeness():
+    logits = torch.tensor([1.0, 3.0, 2.0, 5.0]).expand(20000, -1)
+    allowed = torch.tensor([True, True, True, False]).expand(20000, -1)
+    drawn, there = _draw(logits, allowed, uniform(torch.arange(20000)))
+    often = torch.bincount(drawn, minlength=4) / 20000
+    assert often.tolist() == pytest.approx([*torch.tensor([1.0, 3.0, 2.0]).softmax(0).tolist(), 0], abs=0.015)
+    assert there.all()
+    assert not _draw(logits[:1], torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1))[1].any()
+
+
+def test_equal_texts_are_no_wrong_pairs():
+    method, batch = build("vlp"), make_batch(4)
+    output = method(dataclasses.replace(batch, texts=("a dog",) * 4), 0.0)
+    output.loss.backward()
+    assert method.encoder.cls_token.grad.isfinite().all()
+    nothing = method(dataclasses.replace(batch, texts=("",) * 4), 0.0)
+    assert nothing.loss.item() == 0.0
+
+
+def test_vlp_asks_for_texts():
+    with pytest.raises(ConfigError, match="no text in the 3 samples"):
+        build("vlp").check([dataclasses.replace(sample, text="") for sample in make_samples(3)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"position_share": 2.0}, "between 0 and 1"),
+        ({"blocks": 0}, "1 or more"),
+        ({"max_tokens": 2}, "4 or more"),
+        ({"temperature": 0.9}, "0.001 and 0.5"),
+    ],
+)
+def test_bad_options_of_vlp_are_told(options, said):
+    with pytest.raises(ConfigError, match=said):
+        build("vlp", **options)
+
+
+# -- umd
+
+
+def test_umd_loss_is_its_formula():
+    method, batch = build("umd"), make_batch(4)
+    train(method, batch, 3)  # so that the time matters
+    patches = patchify(batch.images, 4)
+    lot, seeds = uniform(batch.seeds, 64), batch.seeds
+    order = lot.argsort(1)
+    left = cosine_schedule(1000)
+    total = 0.0
+    with torch.no_grad():
+        for image in range(2):
+            level = int(uniform(seeds[image : image + 1], stream=1) * 1000)
+            noise = normal(seeds[image : image + 1], 64, 48, stream=2)
+            visible, hidden = order[image : image + 1, :40], order[image : image + 1, 40:]
+            x = patches[image : image + 1]
+            noised = left[level].sqrt() * x + (1 - left[level]).sqrt() * noise
+            pixels, guess = method.run(noised, visible, hidden, torch.tensor([level + 1]))
+            noise_error = ((guess[:, :40] - take(noise, visible)) ** 2).mean()
+            total += float(noise_error + ((pixels[:, 40:] - take(x, hidden)) ** 2).mean()) / 2 / 4
+        for image in (2, 3):
+            visible, hidden = order[image : image + 1, :16], order[image : image + 1, 16:]
+            x = patches[image : image + 1]
+            pixels, _ = method.run(x, visible, hidden)
+            total += float(((pixels[:, 16:] - take(x, hidden)) ** 2).mean()) / 4
+    assert method(batch, 0.0).loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_noise_schedule_is_the_papers():
+    """Standard deviations of the noise as the paper's code has them."""
+    noise = (1 - cosine_schedule(1000)).sqrt()
+    assert noise[[50, 100, 250, 500, 750]].tolist() == pytest.approx([0.091, 0.169, 0.393, 0.713, 0.926], abs=2e-3)
+
+
+def test_umd_sees_nothing_of_hidden_patches():
+    method, batch = build("umd"), make_batch()
+    train(method, batch, 2)
+    x = patchify(batch.images, 4)
+    order = uniform(batch.seeds, 64).argsort(1)
+    for count, times in ((16, None), (40, torch.tensor([1, 300, 700, 1000]))):
+        visible, hidden = order[:, :count], order[:, count:]
+        changed = x.scatter(1, hidden[:, :, None].expand(-1, -1, 48), 7.0)
+        with torch.no_grad():
+            before, after = method.run(x, visible, hidden, times), method.run(changed, visible, hidden, times)
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(before[1], after[1])
+
+
+def test_clean_images_meet_a_plain_encoder():
+    """At time 0 nothing is modulated: the exported encoder is the one that was trained there."""
+    method, batch = build("umd"), make_batch()
+    train(method, batch, 3)
+    x = patchify(batch.images, 4)
+    vector = method.time(torch.tensor([5, 5, 5, 5]))
+    with torch.no_grad():
+        plain = method.encoder.encode(x)
+        assert torch.equal(plain, method.encoder(batch.images))
+        noisy = method.encoder.encode(x, None, [change(vector) for change in method.changes])
+    assert not torch.allclose(plain, noisy, atol=1e-4)
+
+
+def test_without_hiding_umd_is_a_diffusion_model():
+    method, batch = build("umd", noisy_mask_ratio=0.0, clean_share=0.0), make_batch()
+    output = method(batch, 0.0)
+    assert output.loss.item() == pytest.approx(
+        float(output.metrics["noise_error"] + output.metrics["noisy_pixel_error"]) / 2
+    )
+    assert "clean_pixel_error" not in output.metrics
+
+
+def test_umd_draws_images():
+    method = build("umd")
+    images = method.sample(torch.tensor([1, 2, 1]), num_steps=4)
+    assert images.shape == (3, 3, 32, 32)
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clean_share": 1.0}, "below 1"),
+        ({"clean_mask_ratio": 0.0}, "must hide some"),
+        ({"noisy_mask_ratio": 1.0}, "leave some visible"),
+        ({"foreground_share": -0.5}, "between 0 and 1"),
+    ],
+)
+def test_bad_options_of_umd_are_told(options, said):
+    with pytest.raises(ConfigError, match=said):
+        build("umd", **options)
 
 
 # -- the optimizer

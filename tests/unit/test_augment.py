@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,34 @@ def test_jitter_changes_colour_and_no_mask():
     plain, jittered = (Augment(size=48, jitter=j)(make_sample(), np.random.default_rng(3)) for j in (0.0, 0.4))
     assert np.array_equal(plain.labels, jittered.labels)
     assert not np.array_equal(plain.image, jittered.image)
+
+
+def test_grey_and_blur_change_no_mask():
+    plain, grey, blurred = (
+        Augment(size=48, **options)(make_sample(), np.random.default_rng(3))
+        for options in ({}, {"grey": 1.0}, {"blur": 1.0})
+    )
+    assert (grey.image == grey.image[:, :, :1]).all()
+    assert (
+        np.abs(np.diff(blurred.image.astype(int), axis=1)).sum()
+        < np.abs(np.diff(plain.image.astype(int), axis=1)).sum()
+    )
+    for view in (grey, blurred):
+        assert np.array_equal(view.labels, plain.labels)
+
+
+def test_jitter_comes_with_its_probability():
+    augment = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.4, jitter_probability=0.8)
+    sample = Sample("0", np.random.default_rng(0).integers(60, 200, (64, 64, 3)).astype(np.uint8))
+    changed = [not np.array_equal(augment(sample, np.random.default_rng(n)).image, sample.image) for n in range(200)]
+    assert 0.7 < np.mean(changed) < 0.9
+
+
+@pytest.mark.parametrize(("text", "kept"), [("a dog on the Left of a cat", True), ("a leftover", False)])
+def test_sides_are_kept_where_the_text_names_them(text, kept):
+    augment = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=1.0, keep_sides=True)
+    view = augment(replace(make_sample(64, 64), text=text), np.random.default_rng(0))
+    assert np.array_equal(view.image, make_sample(64, 64).image) == kept
 
 
 def test_center_crop_takes_the_middle_square():

@@ -219,6 +219,36 @@ def test_workers_and_resuming_change_nothing(shards, num_workers):
         assert torch.equal(one.masks, other.masks)
 
 
+def test_two_views_are_of_the_same_samples(shards):
+    samples, view = open_dataset(shards), Augment(size=16)
+    settings = {"mean": MEAN, "std": STD, "seed": 5}
+    order = Order(length=8, batch_size=4, epochs=2, seed=5)
+    one, two = (list(loader(samples, order, view, second=second, **settings)) for second in (None, view))
+    for alone, first in zip(one, two, strict=True):
+        assert torch.equal(alone.images, first.images)  # the first view is the one there would be alone
+        assert alone.second is None
+        assert (first.second.keys, first.second.words) == (first.keys, first.words)
+        assert not torch.equal(first.images, first.second.images)
+        assert first.to("cpu").second.images.shape == first.images.shape
+        for batch in (first, first.second):  # each view's masks go with its own image: shapes are of one bright colour
+            covered = batch.masks.any(1)
+            red = batch.images[:, 0] * STD[0] + MEAN[0]
+            blue = batch.images[:, 2] * STD[2] + MEAN[2]
+            bright = torch.maximum(red, blue)
+            assert bright[covered].mean() > bright[~covered].mean() + 0.2
+    seeds = torch.cat([batch.seeds for batch in one])
+    assert len(set(seeds.tolist())) == 16  # another for every sample in every epoch
+    assert torch.equal(seeds, torch.cat([batch.seeds for batch in two]))
+
+
+def test_a_limit_ends_an_epoch_early():
+    whole = Order(length=10, batch_size=3, epochs=3, seed=1)
+    short = Order(length=10, batch_size=3, epochs=3, seed=1, limit=5)
+    assert (short.steps, len(short)) == (5, 5)
+    assert list(short) == list(whole)[:5]
+    assert Order(length=10, batch_size=3, epochs=1, seed=1, limit=5).steps == 3
+
+
 def test_datasets_travel_without_their_files(shards):
     samples = open_dataset(shards)
     first = samples[0].image

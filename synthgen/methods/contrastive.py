@@ -1,0 +1,256 @@
+"""Agree across two views: of the whole image, or of each word's object in it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from synthgen.augment import Augment
+from synthgen.datasets import Sample
+from synthgen.errors import ConfigError
+from synthgen.loader import Batch
+from synthgen.methods import Method, StepOutput
+from synthgen.methods._names import number_of
+from synthgen.methods._processes import gather, own_rows, share_of_mean
+from synthgen.models.layers import Projector
+from synthgen.models.vit import VisionTransformer
+
+__all__ = ["Contrastive"]
+
+WHOLE = -1  # stands for the whole image where words are numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """What of each image is compared across its two views."""
+
+    first: Float[Tensor, "b k n"]  # how much of each patch belongs to the region, in either view
+    second: Float[Tensor, "b k n"]
+    present: Bool[Tensor, "b k"]
+    words: Int[Tensor, "b k"]  # equal numbers for equal words; WHOLE for the whole image
+
+
+class Contrastive(Method):
+    """Two views of a thing are nearer than views of other things (MoCo v3: Chen, Xie and He, 2021, algorithm 1).
+
+    q = predict(project(pool(encoder(view a))))        k = the same of view b by the teacher, without predict
+    L(a, b) = -2 T * mean over q of log( exp(q.k+ / T) / (exp(q.k+ / T) + sum over k- of exp(q.k- / T)) )
+    loss = L(1, 2) + L(2, 1)                           q and k have unit length
+
+    The teacher follows the encoder, t <- m t + (1 - m) e after each step, with m from ``momentum`` to 1 by half a
+    cosine. Negatives k- are the other images of the step, on all processes, and with ``queue`` that many earlier keys.
+    ``pool`` is the mean of the patch tokens.
+
+    With ``instance_share`` above 0 (after Free-ATM) the loss is (1 - instance_share) times that, and instance_share
+    times the same loss over objects: ``pool`` is then the mean under one word's mask. The positive is the same word in
+    the other view of the image. Negatives are other words: of the same image in the other view and in the same view,
+    and of other images. The same word in another image is no negative unless ``same_word_negatives``. A word counts
+    where its mask covers half a patch in both views, the first ``max_words`` such words of an image; an image without
+    one takes part as a whole. What is known of the paper and what is our choice: docs/methods.md.
+    """
+
+    guided: ClassVar = {"instance_share": 1.0}
+    min_images: ClassVar = 2
+
+    queue_keys: Tensor
+    queue_words: Tensor
+    queue_end: Tensor
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        instance_share: float = 0.0,
+        max_words: int = 3,
+        same_word_negatives: bool = False,
+        temperature: float = 0.2,
+        momentum: float = 0.99,
+        queue: int = 0,
+        projection_dim: int = 256,
+        hidden_dim: int = 0,
+        jitter: float = 0.4,
+    ) -> None:
+        super().__init__()
+        if not 0 <= instance_share <= 1:
+            raise ValueError(f"instance_share must lie between 0 and 1, not {instance_share}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie between 0 and 1, not {momentum}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {temperature}")
+        if min(max_words, projection_dim) < 1 or min(queue, hidden_dim) < 0:
+            raise ValueError("max_words and projection_dim must be 1 or more, queue and hidden_dim 0 or more")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must be at least 0 and below 1, not {jitter}")
+        dim = encoder.config.dim
+        hidden_dim = hidden_dim or min(4096, 4 * dim)
+        self.encoder = encoder
+        self.project = Projector(dim, hidden_dim, projection_dim, depth=3)
+        self.predict = Projector(projection_dim, hidden_dim, projection_dim, depth=2)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.teacher_project = copy.deepcopy(self.project).requires_grad_(False)
+        self.register_buffer("queue_keys", torch.zeros(queue, projection_dim))
+        self.register_buffer("queue_words", torch.full((queue,), WHOLE))
+        self.register_buffer("queue_end", torch.zeros((), dtype=torch.long))
+        self.instance_share, self.max_words, self.same_word_negatives = instance_share, max_words, same_word_negatives
+        self.temperature, self.momentum, self.jitter = temperature, momentum, jitter
+        self._fresh: list[tuple[Tensor, Tensor]] = []  # keys and words of this step, for the queue
+
+    @property
+    def uses_masks(self) -> bool:
+        """Masks say where objects are."""
+        return self.instance_share > 0
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Masks if guided, and more than one word, for there must be another to be told apart from."""
+        super().check(samples)
+        words = {word.strip().lower() for sample in samples if sample.labels is not None for word in sample.words}
+        if self.uses_masks and len(words) == 1 and not self.same_word_negatives:
+            raise ConfigError(
+                f"all {len(samples)} samples looked at have the one word {words.pop()!r}, and guidance tells words "
+                "apart; set method.same_word_negatives=true, or leave --guided out"
+            )
+
+    def views(self) -> Augment:
+        """Crop, flip, colour jitter, grey, and above 64 pixels blur, as in MoCo v2."""
+        size = self.encoder.config.image_size
+        return Augment(size=size, jitter=self.jitter, jitter_probability=0.8, grey=0.2, blur=0.5 if size > 64 else 0.0)
+
+    def second_views(self) -> Augment:
+        """Another view of the same kind."""
+        return self.views()
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """The loss of two views of some images."""
+        if batch.second is None:
+            raise ValueError("contrastive needs a batch with two views")
+        images = batch.images, batch.second.images
+        tokens = [self.encoder(view)[:, 1:] for view in images]  # b n d each
+        with torch.no_grad():
+            targets = [self.teacher(view)[:, 1:] for view in images]
+        loss, metrics = torch.zeros((), device=batch.images.device), {}
+        if self.instance_share < 1:
+            term, metrics["agreement"] = self.term(self.whole(batch), tokens, targets)
+            loss = loss + (1 - self.instance_share) * term
+        if self.instance_share > 0:
+            regions = self.objects(batch, batch.second)
+            term, metrics["instance_agreement"] = self.term(regions, tokens, targets)
+            loss = loss + self.instance_share * term
+            metrics["with_words"] = (regions.words != WHOLE).any(1).float().mean()
+            metrics["instances"] = regions.present.float().sum(1).mean()
+        return StepOutput(loss, metrics)
+
+    def whole(self, batch: Batch) -> Regions:
+        """One region an image: all of it."""
+        b, device = len(batch), batch.images.device
+        all_of_it = torch.ones(b, 1, self.encoder.config.grid**2, device=device)
+        words = torch.full((b, 1), WHOLE, device=device)
+        return Regions(all_of_it, all_of_it, torch.ones(b, 1, dtype=torch.bool, device=device), words)
+
+    def objects(self, first: Batch, second: Batch) -> Regions:
+        """One region for each word that both views show, or the whole image where there is none."""
+        device, patch = first.images.device, self.encoder.config.patch_size
+        covered = [  # b k n
+            F.avg_pool2d(view.masks.flatten(0, 1)[:, None].float(), patch).view(
+                *view.masks.shape[:2], self.encoder.config.grid**2
+            )
+            for view in (first, second)
+        ]
+        named = [[number_of(word) for word in words] for words in first.words]
+        width = first.masks.shape[1]
+        words = torch.tensor([(row + [WHOLE] * width)[:width] for row in named], dtype=torch.long, device=device)
+        present = torch.stack([view.sum(2) >= 0.5 for view in covered]).all(0)
+        # words that count come first, then the table is cut or filled up to max_words: as wide on every process
+        order = present.long().argsort(dim=1, descending=True, stable=True)[:, : self.max_words]
+        missing = self.max_words - order.shape[1]
+        present = F.pad(present.gather(1, order), (0, missing))
+        words = F.pad(words.gather(1, order), (0, missing), value=WHOLE).masked_fill(~present, WHOLE)
+        places = order[:, :, None].expand(-1, -1, self.encoder.config.grid**2)
+        ours, theirs = (F.pad(view.gather(1, places), (0, 0, 0, missing)) for view in covered)
+        empty = ~present.any(1)
+        slot = torch.arange(self.max_words, device=device) == 0
+        pseudo = empty[:, None] & slot
+        return Regions(
+            torch.where(pseudo[:, :, None], 1.0, ours),
+            torch.where(pseudo[:, :, None], 1.0, theirs),
+            present | pseudo,
+            words,
+        )
+
+    def term(self, regions: Regions, tokens: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The symmetric loss over some regions, and how often the positive is the nearest key."""
+        weights = regions.first, regions.second
+        queries = [_unit(self.predict(self.project(_pool(x, w)))) for x, w in zip(tokens, weights, strict=True)]
+        with torch.no_grad():
+            keys = [_unit(self.teacher_project(_pool(x, w))) for x, w in zip(targets, weights, strict=True)]
+        one, right = self.contrast(queries[0], keys[1], keys[0], regions)
+        other, also_right = self.contrast(queries[1], keys[0], keys[1], regions)
+        if len(self.queue_keys):
+            chosen = gather(regions.present).flatten()
+            self._fresh.append((gather(keys[1]).flatten(0, 1)[chosen], gather(regions.words).flatten()[chosen]))
+        return one + other, (right + also_right) / 2
+
+    def contrast(
+        self,
+        queries: Float[Tensor, "b k d"],
+        across: Float[Tensor, "b k d"],
+        within: Float[Tensor, "b k d"],
+        regions: Regions,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """One direction: a view's queries against the other view's keys of all, and its own keys of their image."""
+        b, k, _ = queries.shape
+        q, device = queries.flatten(0, 1), queries.device
+        present, words = regions.present.flatten(), regions.words.flatten()[:, None]
+
+        everyone = gather(across).flatten(0, 1)
+        numbers = torch.arange(len(everyone), device=device)
+        positives = numbers.view(-1, k)[own_rows(b)].flatten()
+        counts = gather(regions.present).flatten() & self.differ(words, gather(regions.words).flatten())
+        counts |= positives[:, None] == numbers
+        counts_within = regions.present[:, None] & self.differ(regions.words[:, :, None], regions.words[:, None])
+        counts_within &= ~torch.eye(k, dtype=torch.bool, device=device)  # a query's own key is no negative
+        filled = torch.arange(len(self.queue_keys), device=device) < self.queue_end
+        counts_queue = filled & self.differ(words, self.queue_words)
+
+        logits = torch.cat(
+            [q @ everyone.T, (queries @ within.transpose(1, 2)).flatten(0, 1), q @ self.queue_keys.to(q.dtype).T], dim=1
+        )
+        counted = torch.cat([counts, counts_within.flatten(0, 1), counts_queue], dim=1)
+        logits = (logits.float() / self.temperature).masked_fill(~counted, -torch.inf)
+        losses = F.cross_entropy(logits, positives, reduction="none")
+        right = (logits.detach().argmax(1) == positives) & present
+        return 2 * self.temperature * share_of_mean(losses, present), right.sum() / present.sum()
+
+    def differ(self, ours: Int[Tensor, "..."], theirs: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Which pairs are not the same word, and so may be negatives."""
+        return (ours != theirs) | (ours == WHOLE) | self.same_word_negatives
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """The teacher follows; the step's keys join the queue in place of the oldest."""
+        rate = (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
+        for teacher, student in ((self.teacher, self.encoder), (self.teacher_project, self.project)):
+            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+                slow.lerp_(fast, rate)
+        size = len(self.queue_keys)
+        for keys, words in self._fresh:
+            keys, words = keys[-size:], words[-size:]
+            places = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
+            self.queue_keys[places], self.queue_words[places] = keys.float(), words
+            self.queue_end += len(keys)
+        self._fresh.clear()
+
+
+def _pool(tokens: Float[Tensor, "b n d"], weights: Float[Tensor, "b k n"]) -> Float[Tensor, "b k d"]:
+    return weights @ tokens / weights.sum(2, keepdim=True).clamp(min=1e-6)
+
+
+def _unit(x: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:
+    return F.normalize(x, dim=2)

@@ -1,0 +1,224 @@
+"""Match images to texts, which may say where each word's object is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from synthgen.augment import Augment
+from synthgen.datasets import Sample
+from synthgen.errors import ConfigError
+from synthgen.loader import Batch
+from synthgen.methods import Method, StepOutput
+from synthgen.methods._names import number_of
+from synthgen.methods._processes import gather, longest, share_of_mean
+from synthgen.models.draws import uniform
+from synthgen.models.dual import DualEncoder, save_dual_encoder
+from synthgen.models.layers import initialize
+from synthgen.models.text import ImageReader, TextConfig, TextEncoder, TextTokenizer
+from synthgen.models.vit import VisionTransformer
+
+__all__ = ["VLP"]
+
+#: Streams of a sample's draws.
+POSITION, NEGATIVES = range(2)
+
+FAR = -1e4  # in place of a similarity that does not count: its exponential is 0, and its gradient too
+
+
+class VLP(Method):
+    """Vision-language pretraining by contrast and matching (ITC and ITM of ALBEF, Li et al., 2021, and of BLIP, 2022).
+
+    v, u  = unit vectors of image and text                             s: learned temperature
+    y     = 1 / (number of images with that text), 0 for other texts
+    ITC   = 1/2 mean CE(v.U / s, y) + 1/2 mean CE(u.V / s, y)          U, V: of all images of the step, on all processes
+    ITM   = mean CE of "they belong together" over each pair, each text with another image, each image with another text
+    loss  = ITC + ITM
+
+    For ITM a text's tokens look at the image's patch tokens. The other image is drawn with probability softmax(u.V/s),
+    the other text with softmax(v.U/s): the likely mistakes. Equal texts are no mistakes. Images without a text are
+    left out.
+
+    With ``position_share`` above 0 that share of the texts is lengthened by a sentence such as "The dog is in block 5."
+    (Free-ATM; the idea of position prompts is PTP's, Wang et al., 2022). The word is drawn from those whose mask covers
+    ``min_area`` of the view or more. The block is that of the middle of the mask's box after crop and flip, on a grid
+    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked. What is known of the paper and what
+    is our choice: docs/methods.md.
+    """
+
+    guided: ClassVar = {"position_share": 1.0}
+    min_images: ClassVar = 2
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        position_share: float = 0.0,
+        blocks: int = 3,
+        min_area: float = 0.001,
+        text_depth: int = 0,
+        reader_depth: int = 0,
+        embed_dim: int = 256,
+        max_words: int = 22,
+        max_tokens: int = 48,
+        temperature: float = 0.07,
+        tokenizer: str = "",
+    ) -> None:
+        super().__init__()
+        for name, share in (("position_share", position_share), ("min_area", min_area)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
+        if min(blocks, embed_dim, max_words) < 1 or min(text_depth, reader_depth) < 0 or max_tokens < 4:
+            raise ValueError(
+                "blocks, embed_dim and max_words must be 1 or more, text_depth and reader_depth 0 or more, "
+                "max_tokens 4 or more"
+            )
+        if not 0.001 <= temperature <= 0.5:
+            raise ValueError(f"temperature must lie between 0.001 and 0.5, not {temperature}")
+        config = encoder.config
+        self.encoder = encoder
+        self.tokenizer = TextTokenizer(tokenizer, max_tokens)
+        self.text = TextEncoder(
+            TextConfig(
+                vocab_size=self.tokenizer.vocab_size,
+                max_tokens=max_tokens,
+                dim=config.dim,
+                depth=text_depth or max(1, config.depth // 2),
+                num_heads=config.num_heads,
+                embed_dim=embed_dim,
+            )
+        )
+        self.image_head, self.text_head = nn.Linear(config.dim, embed_dim), nn.Linear(config.dim, embed_dim)
+        self.reader = ImageReader(config.dim, config.num_heads, reader_depth or max(1, config.depth // 2))
+        self.match_head = nn.Linear(config.dim, 2)
+        for head in (self.image_head, self.text_head, self.match_head):
+            head.apply(initialize)
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.position_share, self.blocks, self.min_area, self.max_words = position_share, blocks, min_area, max_words
+
+    @property
+    def uses_masks(self) -> bool:
+        """Masks say where objects are."""
+        return self.position_share > 0
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Texts, and masks if guided."""
+        super().check(samples)
+        if not any(sample.text for sample in samples):
+            raise ConfigError(
+                f"no text in the {len(samples)} samples looked at, and vlp matches images to texts; "
+                "give shards with a member txt, or a prompt in their json"
+            )
+
+    def views(self) -> Augment:
+        """PTP's crop of half the area or more; a text that says left or right is not mirrored."""
+        return Augment(size=self.encoder.config.image_size, scale=(0.5, 1.0), keep_sides=True)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """The loss of some images with their texts."""
+        device = batch.images.device
+        texts = self.texts(batch)
+        told = torch.tensor([bool(text) for text in texts], device=device)
+        tokens, real = (part.to(device) for part in self.tokenizer(texts))
+        padding = longest(tokens.shape[1], device) - tokens.shape[1]
+        tokens, real = F.pad(tokens, (0, padding)), F.pad(real, (0, padding))
+        image, text = self.encoder(batch.images)[:, 1:], self.text(tokens, real)  # b n d, b t d
+        v = F.normalize(self.image_head(image.mean(1)), dim=1).float()
+        u = F.normalize(self.text_head(text[:, 0]), dim=1).float()
+
+        names = torch.tensor([number_of(text) for text in texts], device=device)
+        usable = gather(told)
+        fits = (names[:, None] == gather(names)) & usable  # b B: texts that say the same
+        scale = self.temperature.clamp(0.001, 0.5)
+        to_texts = (v @ gather(u).T / scale).masked_fill(~usable, FAR)
+        to_images = (u @ gather(v).T / scale).masked_fill(~usable, FAR)
+        itc = (self.contrast(to_texts, fits, told) + self.contrast(to_images, fits, told)) / 2
+
+        drawn = uniform(batch.seeds, 2, stream=NEGATIVES)
+        other_image, has_image = _draw(to_images.detach(), usable & ~fits, drawn[:, 0])
+        other_text, has_text = _draw(to_texts.detach(), usable & ~fits, drawn[:, 1])
+        known = self.reader(
+            torch.cat([text, text, gather(text)[other_text]]),
+            torch.cat([real, real, gather(real)[other_text]]),
+            torch.cat([image, gather(image)[other_image], image]),
+        )
+        asked = torch.cat([told, told & has_image, told & has_text])
+        itm, matched = self.match(known, asked)
+        metrics = {
+            "itc": itc.detach(),
+            "itm": itm.detach(),
+            "retrieved": (fits.gather(1, to_texts.argmax(1, keepdim=True)).squeeze(1) & told).float().mean(),
+            "matched": matched,
+            "with_text": told.float().mean(),
+        }
+        return StepOutput(itc + itm, metrics)
+
+    def contrast(
+        self, logits: Float[Tensor, "b B"], fits: Bool[Tensor, "b B"], told: Bool[Tensor, " b"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy against all that fit, in equal shares; the mean over the images with a text."""
+        wanted = torch.where(fits, logits.log_softmax(1), 0.0).sum(1) / fits.sum(1).clamp(min=1)
+        return share_of_mean(-wanted, told)
+
+    def match(
+        self, known: Float[Tensor, "c d"], asked: Bool[Tensor, " c"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The loss of "they belong together", true of the first third, and how often it was answered right."""
+        belong = (torch.arange(len(known), device=known.device) < len(known) // 3).long()
+        verdict = self.match_head(known).float()
+        right = (verdict.argmax(1) == belong) & asked
+        loss = share_of_mean(F.cross_entropy(verdict, belong, reduction="none"), asked)
+        return loss, right.sum() / asked.sum().clamp(min=1)
+
+    def texts(self, batch: Batch) -> list[str]:
+        """What the text tower reads: each caption's first words, and for a share of them where one word's object is."""
+        captions = [" ".join(text.split()[: self.max_words]) for text in batch.texts]
+        if not (self.uses_masks and batch.masks.shape[1]):
+            return captions
+        drawn = uniform(batch.seeds, 2, stream=POSITION).tolist()
+        seen = ((batch.masks.float().mean((2, 3)) >= self.min_area) & batch.present).tolist()
+        places = blocks_of(batch.masks, self.blocks).tolist()
+        texts = []
+        for row, caption in enumerate(captions):
+            words = [number for number, _ in enumerate(batch.words[row][: len(seen[row])]) if seen[row][number]]
+            if words and drawn[row][0] < self.position_share:
+                number = words[int(drawn[row][1] * len(words))]
+                sentence = f"The {batch.words[row][number]} is in block {places[row][number]}."
+                caption = f"{caption.rstrip(' .')}. {sentence}" if caption else sentence
+            texts.append(caption)
+        return texts
+
+    def export(self, folder: Path) -> None:
+        """Both towers, for retrieval: see :func:`synthgen.models.dual.load_dual_encoder`."""
+        dual = DualEncoder(self.encoder, self.text, self.image_head, self.text_head, self.tokenizer)
+        save_dual_encoder(dual, folder)
+
+
+def blocks_of(masks: Bool[Tensor, "b k H W"], blocks: int) -> Int[Tensor, "b k"]:
+    """The block, from 1 and row by row, in which the middle of each mask's box lies; an empty mask's says nothing."""
+    row, column = (_middle(masks.any(axis)) for axis in (3, 2))
+    down, right = ((middle * blocks).long().clamp(max=blocks - 1) for middle in (row, column))
+    return down * blocks + right + 1
+
+
+def _middle(line: Bool[Tensor, "b k n"]) -> Float[Tensor, "b k"]:
+    """The middle between the first and the last that is set, as a share of the length."""
+    length = line.shape[2]
+    first, behind = line.float().argmax(2), length - line.flip(2).float().argmax(2)
+    return (first + behind) / (2 * length)
+
+
+def _draw(
+    logits: Float[Tensor, "b B"], allowed: Bool[Tensor, "b B"], lot: Float[Tensor, " b"]
+) -> tuple[Int[Tensor, " b"], Bool[Tensor, " b"]]:
+    """One of the allowed for each row, with probability softmax + 1e-4 (BLIP's code); and whether there is one."""
+    chances = torch.where(allowed, logits.softmax(1) + 1e-4, 0.0).cumsum(1)
+    reach = lot[:, None] * (1 - 1e-6) * chances[:, -1:]  # below the whole, also after rounding
+    drawn = torch.searchsorted(chances, reach, right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[1] - 1), allowed.any(1)

@@ -1,0 +1,100 @@
+"""An image and a text tower side by side: what retrieval needs of a vision-language training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from synthgen.config import build
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
+from synthgen.models.vit import VisionTransformer, load_encoder
+from synthgen.stores.tar import write_bytes, write_json
+
+__all__ = ["DualEncoder", "load_dual_encoder", "save_dual_encoder"]
+
+
+class DualEncoder(nn.Module):
+    """Images and texts as unit vectors of one space; their product is how well they fit.
+
+    An image is the mean of its patch tokens, a text its first token, each through a linear layer.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        text: TextEncoder,
+        image_head: nn.Linear,
+        text_head: nn.Linear,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.text = encoder, text
+        self.image_head, self.text_head = image_head, text_head
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def embed_images(self, x: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n d"]:
+        """Unit vectors of images that are normalised as the encoder's config says, as in batches."""
+        return F.normalize(self.image_head(self.encoder.features(x)), dim=1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        """Unit vectors of texts; what is longer than the tower's ``max_tokens`` is cut."""
+        tokens, real = (part.to(self.text.positions.device) for part in self.tokenizer(texts))
+        return F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1)
+
+
+def save_dual_encoder(dual: DualEncoder, folder: Path) -> None:
+    """Write ``text.safetensors``, ``text.json`` and ``tokenizer.json`` beside the encoder's own files."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in dual.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+    write_bytes(folder / "tokenizer.json", dual.tokenizer.json.encode())
+    write_json(folder / "text.json", dataclasses.asdict(dual.text.config))
+    write_bytes(folder / "text.safetensors", save(tensors))
+
+
+def load_dual_encoder(folder: str | Path) -> DualEncoder:
+    """Both towers of the training in ``folder`` (``<run>/pretrain/vlp``), in evaluation mode on the CPU.
+
+    Raises:
+        MissingArtifact: the training is not there, or has no text tower.
+        CorruptShard: its files cannot be read, or do not fit each other.
+    """
+    folder = Path(folder)
+    encoder = load_encoder(folder)
+    for name in ("text.json", "text.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise MissingArtifact(
+                f"the training in {folder} has no text tower ({name} is missing); "
+                "train one with: synthgen pretrain --method vlp"
+            )
+    try:
+        described = json.loads((folder / "text.json").read_bytes())
+        config = build(TextConfig, described, where=str(folder / "text.json"))
+        dual = DualEncoder(
+            encoder,
+            TextEncoder(config),
+            nn.Linear(encoder.config.dim, config.embed_dim),
+            nn.Linear(config.dim, config.embed_dim),
+            TextTokenizer(folder / "tokenizer.json", config.max_tokens),
+        )
+        tensors = load_file(folder / "text.safetensors")
+        dual.load_state_dict(tensors | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
+    except (ValueError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptShard(
+            f"the text tower in {folder} cannot be read: {reason}; delete it and pretrain again"
+        ) from None
+    return dual.eval()

@@ -1,0 +1,132 @@
+"""A small text tower: a tokenizer from ``tokenizer.json``, a transformer over tokens, and one that looks at images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from synthgen.errors import ConfigError, MissingArtifact
+from synthgen.models.layers import Block, CrossBlock, initialize
+from synthgen.tiny import WEIGHTS
+
+__all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer"]
+
+
+class TextTokenizer:
+    """Texts to token numbers, by a ``tokenizer.json`` of the ``tokenizers`` library.
+
+    The default is the one of the shipped model: byte-level BPE in lower case, learned on captions of common objects. It
+    spells any text in any script, rare words in pieces. Nothing is fetched, and nothing is pickled.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        ConfigError: it is not a tokenizer.
+    """
+
+    def __init__(self, path: str | Path = "", max_tokens: int = 48) -> None:
+        from tokenizers import Tokenizer
+
+        path = Path(path) if path else WEIGHTS / "tokenizer"
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise MissingArtifact(f"there is no tokenizer {path}; give a tokenizer.json, or a folder with one")
+        try:
+            self.json = path.read_text(encoding="utf-8")
+            self._tokenizer: Any = Tokenizer.from_str(self.json)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_tokens)
+        self.max_tokens = max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens there are."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
+        """Token numbers, padded to the longest text, and which of them are text; longer texts are cut."""
+        rows = [encoding.ids or [0] for encoding in self._tokenizer.encode_batch(list(texts))]
+        tokens = torch.zeros(len(rows), max(map(len, rows), default=1), dtype=torch.long)
+        real = torch.zeros_like(tokens, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+            real[index, : len(row)] = True
+        return tokens, real
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"json": self.json, "max_tokens": self.max_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self.__dict__.update(state)
+        self._tokenizer = Tokenizer.from_str(self.json)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The shape of a text tower."""
+
+    vocab_size: int
+    max_tokens: int
+    dim: int
+    depth: int
+    num_heads: int
+    embed_dim: int  # of the vectors that images and texts are compared by
+
+    def __post_init__(self) -> None:
+        if min(self.vocab_size, self.max_tokens, self.dim, self.depth, self.num_heads, self.embed_dim) < 1:
+            raise ValueError("vocab_size, max_tokens, dim, depth, num_heads and embed_dim must be 1 or more")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+
+
+class TextEncoder(nn.Module):
+    """A transformer over tokens, every one of which sees every other; the first one stands for the text."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = nn.Parameter(torch.zeros(1, config.max_tokens, config.dim))
+        self.blocks = nn.ModuleList(Block(config.dim, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.apply(initialize)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "b t"], real: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Features of each token; padding is seen by none."""
+        x = self.embed(tokens) + self.positions[:, : tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, real=real)
+        y: Tensor = self.norm(x)
+        return y
+
+
+class ImageReader(nn.Module):
+    """Blocks in which a text's tokens look at each other and at an image's tokens (as in ALBEF and BLIP)."""
+
+    def __init__(self, dim: int, num_heads: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(initialize)
+
+    def forward(
+        self, text: Float[Tensor, "b t d"], real: Bool[Tensor, "b t"], image: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b d"]:
+        """What the text's first token knows after looking."""
+        for block in self.blocks:
+            text = block(text, image, real=real)
+        y: Tensor = self.norm(text[:, 0])
+        return y
