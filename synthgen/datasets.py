@@ -19,25 +19,29 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
+from synthgen.captions import TABLES, TEXT_KEYS, read_beside, read_listing
 from synthgen.codecs import labels_to_masks
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
-from synthgen.image import decode_rgb
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError
+from synthgen.image import UNDECODABLE, decode_rgb
 from synthgen.records import WordMasks
 from synthgen.stores.tar import Member, index_tar
 
 __all__ = [
+    "CaptionedFolder",
     "FolderDataset",
     "ImageDataset",
     "JoinedDataset",
     "LazyMasks",
     "Sample",
     "ShardDataset",
+    "open_captioned",
     "open_dataset",
     "open_masks",
     "source_inputs",
 ]
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # the first of these is a sample's image
+NamedBox = tuple[str, float, float, float, float]  # name, left, top, width, height, in pixels of the stored image
 _OPEN_TARS = 64  # files that one process keeps open
 
 
@@ -73,6 +77,18 @@ class ImageDataset(Dataset[Sample], ABC):
     @abstractmethod
     def has_masks(self) -> bool:
         """Whether the first sample comes with masks."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of a sample: nothing, one text or several; reads no pixels."""
+        return ()
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words of the caption that are listed beside it; none where none are. Reads no pixels."""
+        return ()
+
+    def boxes(self, index: int) -> tuple[NamedBox, ...]:
+        """Boxes that a sample gives itself, beside its masks; reads no pixels."""
+        return ()
 
 
 class ShardDataset(ImageDataset):
@@ -112,7 +128,7 @@ class ShardDataset(ImageDataset):
             text = self._read(path, members["txt"]).decode() if "txt" in members else str(meta.get("prompt", ""))
             pixels = decode_rgb(self._read(path, members[image]))
             labels = None if mask is None else _decode_labels(self._read(path, members[mask]), pixels.shape[:2])
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
         return Sample(key, pixels, self._label(path, key, members, meta), text.strip(), _words(meta), labels)
 
@@ -134,7 +150,7 @@ class ShardDataset(ImageDataset):
         try:
             meta = self._meta(path, members)
             words, labels = _words(meta), _decode_labels(self._read(path, members[mask]))
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
         return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
 
@@ -153,6 +169,38 @@ class ShardDataset(ImageDataset):
     def has_masks(self) -> bool:
         """Whether the first sample comes with masks."""
         return len(self) > 0 and self[0].labels is not None
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """``captions`` of the json, a list of texts; else the ``txt``, else the json's text, caption or prompt."""
+        path, key, members = self._row(index)
+        try:
+            meta = self._meta(path, members)
+            found = meta.get("captions", ())
+            if not found:
+                said = next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
+                found = [self._read(path, members["txt"]).decode() if "txt" in members else said]
+            if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+                raise ValueError("captions is not a list of texts")
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, key, error) from None
+        return tuple(text.strip() for text in found if text.strip())
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """``words`` of the json."""
+        path, key, members = self._row(index)
+        try:
+            return _words({"words": self._meta(path, members).get("words", ())})
+        except (OSError, ValueError, TypeError) as error:
+            raise _unreadable(path, key, error) from None
+
+    def boxes(self, index: int) -> tuple[NamedBox, ...]:
+        """``boxes`` of the json: a list of [name, left, top, width, height] in pixels."""
+        path, key, members = self._row(index)
+        try:
+            given = self._meta(path, members).get("boxes", ())
+            return tuple((str(name), float(x), float(y), float(w), float(h)) for name, x, y, w, h in given)
+        except (OSError, ValueError, TypeError) as error:
+            raise _unreadable(path, key, error) from None
 
     def _mask(self, members: dict[str, Member], image: str | None, meta: dict[str, Any]) -> str | None:
         if not self.masks:
@@ -198,6 +246,8 @@ class ShardDataset(ImageDataset):
 class FolderDataset(ImageDataset):
     """Images in a folder; the name of a subfolder is the class. The key is the path in the folder, without its ending.
 
+    Images are turned upright as their EXIF says. What is called with a dot in front, file or folder, is left out.
+
     Raises:
         MissingArtifact: there are no images in it.
         CorruptShard: an image cannot be read.
@@ -206,7 +256,8 @@ class FolderDataset(ImageDataset):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         endings = {*(f".{name}" for name in IMAGES), ".bmp"}
-        self._files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in endings)
+        files = (file for file in self.path.rglob("*") if file.suffix.lower() in endings)
+        self._files = sorted(file for file in files if not _hidden(file.relative_to(self.path)))
         if not self._files:
             raise MissingArtifact(f"there are neither tars nor images in {self.path}")
 
@@ -217,8 +268,8 @@ class FolderDataset(ImageDataset):
         file = self._files[index]
         key = self.key(index)
         try:
-            return Sample(key, decode_rgb(file.read_bytes()), self.label(index))
-        except (OSError, ValueError, SyntaxError) as error:
+            return Sample(key, decode_rgb(file.read_bytes(), upright=True), self.label(index))
+        except UNDECODABLE as error:
             raise _unreadable(file, key, error) from None
 
     def key(self, index: int) -> str:
@@ -233,6 +284,50 @@ class FolderDataset(ImageDataset):
     def has_masks(self) -> bool:
         """Image folders have none."""
         return False
+
+
+class CaptionedFolder(FolderDataset):
+    """Images in a folder with what is said of them.
+
+    That is what ``metadata``, a file, lists (see :func:`~synthgen.captions.read_listing`); then only images that it
+    lists count, and those that it lists and are not there do not. Without it: ``metadata.jsonl`` or ``metadata.csv`` in
+    the folder or in folders in it, and for an image that these do not name, the ``.txt`` beside it.
+
+    Raises:
+        MissingArtifact: there are no images, or none that ``metadata`` lists.
+        PromptError: captions cannot be read, or a table in the folder names an image that is not there.
+    """
+
+    def __init__(self, path: str | Path, metadata: str | Path = "") -> None:
+        super().__init__(path)
+        by_name = {file.relative_to(self.path).as_posix(): file for file in self._files}
+        if metadata:
+            listed = read_listing(Path(metadata), self.path)
+            self._files = [file for name, file in by_name.items() if name in listed]
+            if not self._files:
+                raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")
+            self.said = [listed[name] for name in by_name if name in listed]
+            return
+        listed = {}
+        tables = (file for name in TABLES for file in self.path.rglob(name))
+        for table in sorted(file for file in tables if not _hidden(file.relative_to(self.path))):
+            found = read_listing(table, self.path)
+            if absent := next((name for name in found if name not in by_name), None):
+                raise PromptError(f"{table} names {absent!r}, and there is no such image in {self.path}")
+            listed |= found
+        self.said = [listed[name] if name in listed else read_beside(file) for name, file in by_name.items()]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of an image; the first counts."""
+        return self.said[index].texts
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words that a table lists."""
+        return self.said[index].words
+
+    def label(self, index: int) -> str | None:
+        """The label that a table gives, else the name of the first folder on the way to the image."""
+        return self.said[index].label or super().label(index)
 
 
 class JoinedDataset(ImageDataset):
@@ -262,6 +357,21 @@ class JoinedDataset(ImageDataset):
     def has_masks(self) -> bool:
         """Whether every part has masks."""
         return all(part.has_masks() for part in self.parts)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of a sample."""
+        part, row = self._place(index)
+        return part.captions(row)
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words of the caption that are listed beside it."""
+        part, row = self._place(index)
+        return part.marked(row)
+
+    def boxes(self, index: int) -> tuple[NamedBox, ...]:
+        """Boxes that a sample gives itself."""
+        part, row = self._place(index)
+        return part.boxes(row)
 
     def _place(self, index: int) -> tuple[ImageDataset, int]:
         number = bisect.bisect_right(self._ends, index)
@@ -314,6 +424,22 @@ def open_dataset(*sources: str | Path, masks: bool = True) -> ImageDataset:
     return parts[0] if len(parts) == 1 else JoinedDataset(parts)
 
 
+def open_captioned(source: str | Path, metadata: str | Path = "") -> ImageDataset:
+    """The samples of one source with what is said of them; ``metadata`` lists that of the images of a folder.
+
+    Raises:
+        MissingArtifact, CorruptShard, PromptError: as for :func:`open_dataset` and :class:`CaptionedFolder`.
+        ConfigError: ``metadata`` is given for tars.
+    """
+    tars = _tars(source)
+    if tars and metadata:
+        raise ConfigError(f"{source} holds tars, which have their captions in them; leave --metadata out")
+    samples: ImageDataset = ShardDataset(tars, masks=False) if tars else CaptionedFolder(source, metadata)
+    if not len(samples):
+        raise MissingArtifact(f"there are no samples in {source}")
+    return samples
+
+
 def source_inputs(*sources: str | Path) -> dict[str, str]:
     """Name and size of each file of ``sources``, as a stage's :meth:`~synthgen.stages.Stage.inputs` wants them.
 
@@ -349,6 +475,10 @@ def _index(path: Path) -> list[tuple[str, dict[str, Member]]]:
 @cache
 def _indexed(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Member]]]:
     return index_tar(path)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _words(meta: dict[str, Any]) -> tuple[str, ...]:

@@ -6,9 +6,13 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
-__all__ = ["decode_rgb", "encode_jpeg", "encode_png", "resize"]
+__all__ = ["UNDECODABLE", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
+
+#: What Pillow raises on bytes that are damaged, no image, or an image too large for any use (over 179 million pixels).
+UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and none whose reader is seldom used, or starts a program
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W"]) -> bytes:
@@ -25,14 +29,16 @@ def encode_jpeg(pixels: UInt8[np.ndarray, "H W 3"], quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def decode_rgb(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB pixels of an image file's bytes (PNG, JPEG, WebP).
+def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """The RGB pixels of an image file's bytes (PNG, JPEG, WebP, BMP, GIF); ``upright``: turned as its EXIF says.
 
     Raises:
-        OSError: the bytes are no image (``PIL.UnidentifiedImageError`` is one), or it is cut off.
+        OSError: the bytes are no image (``PIL.UnidentifiedImageError`` is one), or it is cut off. All that a broken or
+            hostile image may raise is ``UNDECODABLE``.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        turned = ImageOps.exif_transpose(image) if upright else image
+        return np.asarray(turned.convert("RGB"))
 
 
 def resize(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

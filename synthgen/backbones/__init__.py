@@ -28,6 +28,11 @@ class Backbone(Protocol):
         """Height and width of its images, in pixels."""
         ...
 
+    @property
+    def multiple(self) -> int:
+        """Images that exist may have other sides: multiples of so many pixels."""
+        ...
+
     def attend(
         self,
         images: UInt8[np.ndarray, "b H W 3"],
@@ -35,7 +40,10 @@ class Backbone(Protocol):
         timesteps: Sequence[int],
         inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The same record for images of its size that exist: noised to ``timesteps``, or inverted in so many steps."""
+        """The same record for images that exist: noised to ``timesteps``, or inverted in so many steps.
+
+        Their sides are multiples of ``multiple``; the area of ``size`` is what the model knows best.
+        """
         ...
 
 

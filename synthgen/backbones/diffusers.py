@@ -80,6 +80,11 @@ class Diffusers:
         """Height and width of its images, in pixels."""
         return self.family.size
 
+    @property
+    def multiple(self) -> int:
+        """Sides of images that exist are multiples of so many pixels."""
+        return self.family.multiple
+
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request."""
         return self.family.generate(requests)

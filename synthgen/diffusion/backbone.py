@@ -19,11 +19,18 @@ from synthgen.errors import SynthgenError
 from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
 
-__all__ = ["BLACK", "FLAGGED", "RETRIES", "DiffusionBackbone", "Looking", "Sampling", "one_thread"]
+__all__ = ["BLACK", "FLAGGED", "RETRIES", "UNSEEN", "DiffusionBackbone", "Looking", "Sampling", "one_thread"]
 
 RETRIES = 2  # other seeds that a failed image is tried with
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
 FLAGGED = "the safety checker objects to this image"
+UNSEEN = "its attention came out with values that are no numbers; try another dtype"
+TOO_LITTLE = (
+    "the device has too little memory for one image; try dtype float16 or bfloat16, offload: true, or a smaller size"
+)
+
+Look = Callable[[Tensor, float], Tensor]  # noised latents and a timestep to what the network says of them
+Step = Callable[[Tensor, int, Tensor], Tensor]  # latents, the number of a step, and what the network said of them
 
 
 @contextmanager
@@ -102,12 +109,12 @@ class DiffusionBackbone(ABC):
         """The latents as they would be at a timestep of training (0 to 999)."""
 
     @abstractmethod
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """A function that runs the network once, without guidance, on noised latents at a timestep."""
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+        """A function that runs the network once, without guidance, on noised latents of its own type at a timestep."""
 
     @abstractmethod
-    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
-        """The timesteps of an inversion, from image to noise, and a step: latents, its number, what was predicted."""
+    def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
+        """The timesteps of an inversion of these latents, from image to noise, and what makes one step of it."""
 
     # -- what they share
 
@@ -115,6 +122,12 @@ class DiffusionBackbone(ABC):
     def size(self) -> tuple[int, int]:
         """Height and width of its images, in pixels."""
         return self.sampling.height, self.sampling.width
+
+    @property
+    def multiple(self) -> int:
+        """Sides that are multiples of so many pixels fill every recorded grid to its edge."""
+        looking = self.looking
+        return int(self.pipeline.vae_scale_factor) * max(2, looking.self_level, *looking.cross_levels)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request.
@@ -141,10 +154,7 @@ class DiffusionBackbone(ABC):
             )
         except torch.OutOfMemoryError:
             if len(requests) == 1:
-                raise SynthgenError(
-                    "the device has too little memory for one image; try dtype float16 or bfloat16, offload: true, or "
-                    "a smaller size"
-                ) from None
+                raise SynthgenError(TOO_LITTLE) from None
         else:
             flagged = self.flagged(images)
             made = _records(requests, located, images, recorder)
@@ -177,33 +187,61 @@ class DiffusionBackbone(ABC):
         its request's seed. With ``inversion_steps`` there is no noise and no use for ``timesteps``: the image is
         carried to noise in so many deterministic steps (DDIM inversion; for linear mixtures Euler's method), and the
         record is made on the way, without the noisiest share of the steps that ``looking.first`` says. Both with the
-        image's own prompt and without guidance.
+        image's own prompt and without guidance. A batch for which the device has too little memory is halved; an image
+        whose attention has values that are no numbers says so under ``failed``.
         """
-        device = self.pipeline._execution_device
         located, tokens = self._locate(requests)
+        try:
+            recorder = self._watch(images, requests, tokens, timesteps, inversion_steps)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise SynthgenError(TOO_LITTLE) from None
+        else:
+            made = _records(requests, located, images, recorder)
+            return [
+                generation if _finite(generation.maps) else replace(generation, failed=UNSEEN) for generation in made
+            ]
+        torch.cuda.empty_cache()
+        half = len(requests) // 2
+        return [
+            *self.attend(images[:half], requests[:half], timesteps, inversion_steps),
+            *self.attend(images[half:], requests[half:], timesteps, inversion_steps),
+        ]
+
+    def _watch(
+        self,
+        images: UInt8[np.ndarray, "b H W 3"],
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[Sequence[int]]],
+        timesteps: Sequence[int],
+        inversion_steps: int,
+    ) -> Recorder:
+        """The recorder that looked on while the network saw the images."""
+        device = self.pipeline._execution_device
+        recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, guided=lambda: False)
         with torch.inference_mode():
-            latents = self.encode(torch.from_numpy(images).to(device))
-            look = self.looker([request.prompt.text for request in requests], latents)
-            recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, guided=lambda: False)
+            latents = self.encode(torch.from_numpy(images).to(device)).float()
+            look = self.seer([request.prompt.text for request in requests], latents)
             with record(self.network, recorder, self.looking.layers):
                 if inversion_steps:
                     self.invert(latents, look, inversion_steps, recorder)
                 else:
                     draws = [torch.randn(latents.shape[1:], generator=_generator(one.seed)) for one in requests]
-                    noise = torch.stack(draws).to(device, latents.dtype)
+                    noise = torch.stack(draws).to(device)
                     for timestep in timesteps:
                         look(self.noised(latents, noise, timestep), timestep)
-        return _records(requests, located, images, recorder)
+        return recorder
+
+    def seer(self, texts: Sequence[str], latents: Tensor) -> Look:
+        """:meth:`looker` for latents of any type: they keep theirs, so that halves lose nothing from step to step."""
+        look, dtype = self.looker(texts, latents.to(self.network.dtype)), self.network.dtype
+        return lambda noised, timestep: look(noised.to(dtype), timestep).to(noised.dtype)
 
     def invert(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        look: Callable[[Tensor, float], Tensor],
-        num_steps: int,
-        recorder: Recorder | None = None,
+        self, latents: Float[Tensor, "b c h w"], look: Look, num_steps: int, recorder: Recorder | None = None
     ) -> Float[Tensor, "b c h w"]:
         """Carry latents to noise, step by step; sampling without guidance from there leads back to them, nearly."""
-        timesteps, step = self.inversion(num_steps)
+        timesteps, step = self.inversion(num_steps, latents)
         recorded = num_steps - int(self.looking.first * num_steps)
         for number, timestep in enumerate(timesteps):
             if recorder is not None:
@@ -212,9 +250,19 @@ class DiffusionBackbone(ABC):
         return latents
 
     def encode(self, images: UInt8[Tensor, "b H W 3"]) -> Tensor:
-        """Latents as the network takes them, without noise: the mode of the autoencoder's, shifted and scaled."""
+        """Latents as the network takes them, without noise: the mode of the autoencoder's, shifted and scaled.
+
+        An autoencoder that says that float16 is too narrow for it (Stable Diffusion XL's) computes in float32.
+        """
         vae = self.pipeline.vae
-        encoded = vae.encode(images.to(vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1)
+        narrow = vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+        if narrow:
+            vae.to(torch.float32)
+        try:
+            encoded = vae.encode(images.to(vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1)
+        finally:
+            if narrow:
+                vae.to(torch.float16)
         latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         shift = float(getattr(vae.config, "shift_factor", None) or 0)
         return (latents - shift) * float(vae.config.scaling_factor)
@@ -267,6 +315,10 @@ class DiffusionBackbone(ABC):
 def _generator(seed: int) -> torch.Generator:
     """The source of an image's noise: on the CPU, whatever the device."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def _finite(maps: Maps) -> bool:
+    return bool(np.isfinite(maps.weights).all() and np.isfinite(maps.affinity).all())
 
 
 def _records(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMInverseScheduler
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from typing_extensions import override
 
 from synthgen.attention.words import TextEncoder
-from synthgen.diffusion.backbone import DiffusionBackbone, Looking
+from synthgen.diffusion.backbone import DiffusionBackbone, Look, Looking, Step
 from synthgen.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL"]
@@ -78,25 +77,75 @@ class StableDiffusion(Family):
     @override
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, section 2)."""
+        kept = float(self.kept[timestep])
+        return math.sqrt(kept) * latents + math.sqrt(1 - kept) * noise
+
+    @property
+    def kept(self) -> Float[Tensor, " timesteps"]:
+        """abar_t, the share of the signal's variance that is left at each timestep of training.
+
+        Raises:
+            ConfigError: the scheduler does not tell.
+        """
         if not hasattr(self.pipeline.scheduler, "alphas_cumprod"):
             kind = type(self.pipeline.scheduler).__name__
             raise ConfigError(f"{kind} tells no noise levels; give another scheduler, such as DDIMScheduler")
-        kept = float(self.pipeline.scheduler.alphas_cumprod[timestep])
-        signal, share = math.sqrt(kept), math.sqrt(1 - kept)
-        return signal * latents + share * noise
+        kept: Tensor = self.pipeline.scheduler.alphas_cumprod
+        return kept
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
         pipeline = self.pipeline
         context, _ = pipeline.encode_prompt(list(texts), pipeline._execution_device, 1, False)
-        return lambda noised, timestep: pipeline.unet(noised, timestep, encoder_hidden_states=context).sample
+        unguided = self.unguided(latents)
+        return lambda noised, timestep: (
+            pipeline.unet(noised, timestep, timestep_cond=unguided, encoder_hidden_states=context).sample
+        )
+
+    def unguided(self, latents: Tensor) -> Tensor | None:
+        """What a U-Net that was distilled with guidance as an input (a latent consistency model) is told for none."""
+        dim = self.network.config.time_cond_proj_dim
+        if dim is None:
+            return None
+        embedding: Tensor = self.pipeline.get_guidance_scale_embedding(torch.zeros(len(latents)), embedding_dim=dim)
+        return embedding.to(latents)
 
     @override
-    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
-        scheduler = DDIMInverseScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False)
-        scheduler.set_timesteps(num_steps)
-        times = scheduler.timesteps.tolist()
-        return times, lambda latents, number, output: scheduler.step(output, times[number], latents).prev_sample
+    def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
+        """DDIM backwards (Song et al., 2021, section 4.3), on the grid of its "leading" spacing.
+
+        z_{t'} = sqrt(abar_{t'}) x + sqrt(1 - abar_{t'}) eps, with x and eps as the network sees them in z_t when it is
+        told t'. So a step of DDIM from t' at which it predicts the same leads back to z_t exactly.
+        """
+        config, kept = self.pipeline.scheduler.config, self.kept.double()
+        stride, last = len(kept) // num_steps, len(kept) - 1
+        times = [min(number * stride + int(config.get("steps_offset", 0)), last) for number in range(num_steps)]
+        clean = 1.0 if config.get("set_alpha_to_one", True) else float(kept[0])  # what DDIM's last step leads to
+        levels = [clean, *(float(kept[timestep]) for timestep in times)]
+        kind = config.get("prediction_type", "epsilon")
+
+        def step(latents: Tensor, number: int, output: Tensor) -> Tensor:
+            image, noise = separate(kind, latents, output, levels[number], levels[number + 1])
+            return math.sqrt(levels[number + 1]) * image + math.sqrt(1 - levels[number + 1]) * noise
+
+        return [float(timestep) for timestep in times], step
+
+
+def separate(kind: str, latents: Tensor, output: Tensor, kept: float, told: float) -> tuple[Tensor, Tensor]:
+    """Image x and noise e in z = sqrt(kept) x + sqrt(1 - kept) e, from what a network predicts that was told ``told``.
+
+    Raises:
+        ConfigError: synthgen does not know what it predicts.
+    """
+    signal, share = math.sqrt(kept), math.sqrt(1 - kept)
+    if kind == "epsilon":
+        return (latents - share * output) / signal, output
+    if kind == "v_prediction":  # v = sqrt(told) e - sqrt(1 - told) x (Salimans and Ho, 2022, appendix D)
+        signal_told, share_told = math.sqrt(told), math.sqrt(1 - told)
+        common = signal * signal_told + share * share_told
+        image = (signal_told * latents - share * output) / common
+        return image, (share_told * latents + signal * output) / common
+    raise ConfigError(f"a model that predicts {kind!r} cannot be inverted; leave inversion_steps 0 for noise instead")
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -110,7 +159,7 @@ class StableDiffusionXL(StableDiffusion):
     looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -120,9 +169,19 @@ class StableDiffusionXL(StableDiffusion):
         width = pipeline.text_encoder_2.config.projection_dim
         ids = pipeline._get_add_time_ids(size, (0, 0), size, context.dtype, text_encoder_projection_dim=width)
         conditions = {"text_embeds": pooled, "time_ids": ids.to(device).repeat(len(texts), 1)}
-        return lambda noised, timestep: (
-            pipeline.unet(noised, timestep, encoder_hidden_states=context, added_cond_kwargs=conditions).sample
-        )
+        unguided = self.unguided(latents)
+
+        def look(noised: Tensor, timestep: float) -> Tensor:
+            predicted: Tensor = pipeline.unet(
+                noised,
+                timestep,
+                timestep_cond=unguided,
+                encoder_hidden_states=context,
+                added_cond_kwargs=conditions,
+            ).sample
+            return predicted
+
+        return look
 
 
 class JointAttention(Family):
@@ -150,15 +209,26 @@ class JointAttention(Family):
         return (1 - sigma) * latents + sigma * noise
 
     @override
-    def inversion(self, num_steps: int) -> tuple[list[float], Callable[[Tensor, int, Tensor], Tensor]]:
-        shift = float(self.pipeline.scheduler.config.shift or 1.0)
+    def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
+        """Euler's method from sigma 0 to 1, on the scheduler's own grid backwards."""
+        shift = self.shift(latents)
         share = [number / num_steps for number in range(num_steps + 1)]
-        sigmas = [shift * x / (1 + (shift - 1) * x) for x in share]  # as the scheduler spaces them, backwards
+        sigmas = [shift * x / (1 + (shift - 1) * x) for x in share]
 
         def step(latents: Tensor, number: int, output: Tensor) -> Tensor:
             return latents + (sigmas[number + 1] - sigmas[number]) * output
 
         return [1000 * sigma for sigma in sigmas[:-1]], step
+
+    def shift(self, latents: Tensor) -> float:
+        """How far the grid leans to noise: the scheduler's number, or what it makes of the number of patches."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift") or 1.0)
+        least, most = config["base_image_seq_len"], config["max_image_seq_len"]
+        slope = (config["max_shift"] - config["base_shift"]) / (most - least)
+        mu = config["base_shift"] + slope * (latents.shape[2] * latents.shape[3] // 4 - least)
+        return float(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
 
 
 class StableDiffusion3(JointAttention):
@@ -195,7 +265,7 @@ class StableDiffusion3(JointAttention):
         return {**super().arguments(texts), "max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -249,7 +319,7 @@ class Flux(JointAttention):
         return {"max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, pooled, text_ids = pipeline.encode_prompt(

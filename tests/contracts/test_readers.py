@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from synthgen import codecs
+from synthgen.card import MASK_COLUMNS
 from synthgen.engines.local import Local
 from synthgen.records import Generation, Prompt, Report, Request, WordMasks, sample_key
 from synthgen.run import Run
@@ -166,11 +167,7 @@ def check_rows(rows: list[dict[str, Any]], count: int) -> None:
     shape = {name: type(value) for name, value in rows[0]["json"].items()}
     for row in rows:
         assert {name: type(value) for name, value in row["json"].items()} == shape
-        assert (
-            set(row["json"]["masks"][0]) == {"word", "value", "score", "area", "box", "dropped"}
-            if row["json"]["masks"]
-            else True
-        )
+        assert set(row["json"]["masks"][0]) == {"word", "value", *MASK_COLUMNS} if row["json"]["masks"] else True
         assert row["jpg"].size == row["mask.png"].size == (64, 64)
         assert row["mask.png"].mode == "L"
         assert row["mask.png"].getextrema()[1] == len(row["json"]["words"])

@@ -1,0 +1,154 @@
+"""What is said of the images of a folder: texts beside them, a table as for Hugging Face, or COCO's captions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from synthgen.errors import MissingArtifact, PromptError
+
+__all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "read_beside", "read_listing"]
+
+TABLES = ("metadata.jsonl", "metadata.csv")  # looked for in a folder of images, and in the folders in it
+TEXT_KEYS = ("text", "caption", "prompt")  # what tables and json members call the caption; the first that is there
+LONGEST = 10_000  # characters of a caption; text encoders read a few hundred
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What is said of one image."""
+
+    texts: tuple[str, ...] = ()  # none, one, or several of one image
+    words: tuple[str, ...] = ()  # the words to look for, where they are listed
+    label: str | None = None
+
+
+def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
+    """The captions that a file lists, by the path of each image under ``folder`` (by default the file's own).
+
+    ``.jsonl`` has an object a line and ``.csv`` a header and a row an image, both with ``file_name`` and ``text`` (or
+    ``caption``, or ``prompt``), and where wanted ``words`` (a list; in a csv parted by semicolons) and ``label``.
+    ``.json`` is COCO's captions file, with ``images`` and ``annotations``; its names are always relative to ``folder``.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        PromptError: it cannot be read, or names a file outside the folder; says in which line.
+    """
+    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}
+    if path.suffix not in readers:
+        raise PromptError(f"{path} is no list of captions; give a .jsonl, a .csv, or COCO's captions as .json")
+    own = folder is not None and path.suffix != ".json" and path.is_relative_to(folder)
+    under = path.parent.relative_to(folder).as_posix() if folder and own else "."
+    found: dict[str, Caption] = {}
+    try:
+        for where, row in readers[path.suffix](path):
+            try:
+                name = (PurePosixPath(under) / inside(row.get("file_name"))).as_posix()
+                if name in found:
+                    raise ValueError(f"the file {name!r} is listed twice")
+                found[name] = _caption(row)
+            except ValueError as error:
+                raise PromptError(f"{path}, {where}: {error}") from None
+    except FileNotFoundError:
+        raise MissingArtifact(f"there is no file {path}; give one with --metadata FILE") from None
+    except (OSError, UnicodeDecodeError, csv.Error, RecursionError, ValueError) as error:
+        raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return found
+
+
+def read_beside(image: Path) -> Caption:
+    """The first line of the ``.txt`` beside an image that is not empty; no caption where there is no such file.
+
+    Raises:
+        PromptError: it cannot be read.
+    """
+    path = image.with_suffix(".txt")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = (line.strip() for line in file.read(LONGEST + 1).splitlines())
+        return Caption(tuple(line for line in lines if line)[:1])
+    except FileNotFoundError:
+        return Caption()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}; save it as UTF-8") from None
+
+
+def inside(name: Any) -> PurePosixPath:
+    """A file name as a path that stays in its folder.
+
+    Raises:
+        ValueError: it is none, or leads out.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError("there is no text under 'file_name'")
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not path.parts or path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+        raise ValueError(f"the file name {name!r} does not lead to a file in its folder")
+    return path
+
+
+def _caption(row: Mapping[str, Any]) -> Caption:
+    texts, words, label = row.get("texts"), row.get("words") or [], row.get("label")
+    if texts is None:
+        text = next((row[key] for key in TEXT_KEYS if row.get(key)), None)
+        texts = [] if text is None else [text]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("the caption must be a text")
+    if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError("'words' must be a list of words that stand in the caption")
+    if label is not None and not isinstance(label, str | int):
+        raise ValueError("'label' must be a text or a whole number")
+    stripped = (" ".join(text.split()) for text in texts)
+    return Caption(tuple(text for text in stripped if text), tuple(words), None if label in (None, "") else str(label))
+
+
+# -- the forms of a list: where each row stands, and the row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PromptError(f"{path}, line {number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise PromptError(f"{path}, line {number}: expected an object with file_name and text")
+            yield f"line {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        if "file_name" not in (rows.fieldnames or ()):
+            raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns")
+        for row in rows:
+            listed = [word.strip() for word in (row.get("words") or "").split(";")]
+            yield f"line {rows.line_num}", {**row, "words": [word for word in listed if word]}
+
+
+def _coco_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8-sig") as file:
+        content = json.load(file)
+    images, annotations = (_rows(path, content, name) for name in ("images", "annotations"))
+    captions = [row for row in annotations if "caption" in row]
+    if not captions:
+        raise PromptError(f"{path} holds no captions; of COCO's files give captions_*.json")
+    texts: dict[str, list[Any]] = {}
+    for row in sorted(captions, key=lambda row: row["id"] if isinstance(row.get("id"), int) else 0):
+        texts.setdefault(str(row.get("image_id")), []).append(row["caption"])
+    for number, image in enumerate(images, start=1):
+        yield f"image {number}", {"file_name": image.get("file_name"), "texts": texts.get(str(image.get("id")), [])}
+
+
+def _rows(path: Path, content: Any, name: str) -> list[dict[str, Any]]:
+    rows = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PromptError(f"{path} is not COCO's captions: it has no list {name!r} of objects")
+    return rows

@@ -1,0 +1,244 @@
+"""What is said of images in a folder, in every form that people keep it in, and what is said of broken ones."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from synthgen.captions import LONGEST, Caption, inside, read_beside, read_listing
+from synthgen.datasets import CaptionedFolder, FolderDataset, ShardDataset, open_captioned
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError
+from synthgen.image import decode_rgb, encode_png
+from synthgen.records import Prompt
+from synthgen.stages.attend import prompt_of
+from synthgen.stores.tar import TarWriter
+
+ROWS: list[dict[str, Any]] = [
+    {"file_name": "a.png", "text": "a [dog] outside"},
+    {"file_name": "sub/b.png", "text": "a dog and a cat", "words": ["dog", "cat"], "label": "pair"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(("a.png", "sub/b.png", "sub/c.png")):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(np.full((4, 6, 3), number, np.uint8)))
+    return tmp_path / "images"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def said(samples: Any) -> dict[str, tuple[str, tuple[str, ...], str | None]]:
+    found = {}
+    for number in range(len(samples)):
+        prompt = prompt_of(samples, number)
+        found[samples.key(number)] = (prompt.text, prompt.words, prompt.label)
+    return found
+
+
+EXPECTED = {
+    "a": ("a dog outside", ("dog",), "dog"),
+    "sub/b": ("a dog and a cat", ("dog", "cat"), "pair"),
+    "sub/c": ("the park", ("park",), "sub"),
+}
+
+
+def test_a_table_in_the_folder_and_texts_beside(folder: Path) -> None:
+    write(folder / "metadata.jsonl", ROWS)
+    (folder / "sub/c.txt").write_text("\n the park \n and more\n", encoding="utf-8")
+    samples = open_captioned(folder)
+    assert said(samples) == EXPECTED
+    assert samples[1].image.shape == (4, 6, 3)
+
+
+def test_a_table_in_a_folder_below_has_names_from_there(folder: Path) -> None:
+    (folder / "sub/metadata.csv").write_text(
+        '\ufefffile_name,caption,words,label\nb.png,"a dog and a cat",dog; cat,pair\nc.png,the park,,\n',
+        encoding="utf-8",
+    )
+    (folder / "a.txt").write_text("a [dog] outside")
+    assert said(open_captioned(folder)) == EXPECTED
+
+
+def test_a_file_elsewhere_says_which_images_count(folder: Path, tmp_path: Path) -> None:
+    rows = [*ROWS, {"file_name": "absent.png", "text": "nothing"}]
+    samples = open_captioned(folder, write(tmp_path / "some.jsonl", rows))
+    assert said(samples) == {key: EXPECTED[key] for key in ("a", "sub/b")}
+
+
+def test_captions_of_coco(folder: Path, tmp_path: Path) -> None:
+    content = {
+        "images": [
+            {"id": 7, "file_name": "sub/c.png"},
+            {"id": 5, "file_name": "a.png"},
+            {"id": 9, "file_name": "x.png"},
+        ],
+        "annotations": [
+            {"id": 3, "image_id": 5, "caption": "second"},
+            {"id": 2, "image_id": 5, "caption": " A dog\nruns. "},
+            {"id": 4, "image_id": 7, "caption": "the park"},
+        ],
+    }
+    path = tmp_path / "captions_val.json"
+    path.write_text(json.dumps(content))
+    samples = open_captioned(folder, path)
+    assert said(samples) == {"a": ("A dog runs.", ("dog", "runs"), None), "sub/c": EXPECTED["sub/c"]}
+    assert samples.captions(0) == ("A dog runs.", "second")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a.png", "/etc/passwd", "sub/../../a.png", "..\\a.png", "C:\\a.png", "\\\\host\\a.png", "", ".", None, 5],
+)
+def test_a_file_name_stays_in_its_folder(folder: Path, name: Any) -> None:
+    path = write(folder / "metadata.jsonl", [ROWS[0], {"file_name": name, "text": "a dog"}])
+    with pytest.raises(PromptError, match=r"metadata\.jsonl, line 2: .*file"):
+        open_captioned(folder)
+    with pytest.raises(ValueError, match="file"):
+        inside(name)
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: expected an object"),
+        ('{"file_name": "a.png", "text": 5}', "line 1: the caption must be a text"),
+        ('{"file_name": "a.png", "text": "a dog", "words": "dog"}', "'words' must be a list"),
+        ('{"file_name": "a.png", "text": "a dog", "words": [""]}', "'words' must be a list"),
+        ('{"file_name": "a.png", "label": {}}', "'label' must be"),
+        ('{"file_name": "a.png"}\n{"file_name": "./a.png"}', "line 2: the file 'a.png' is listed twice"),
+        ('{"file_name": "none.png", "text": "a dog"}', "names 'none.png', and there is no such image"),
+        ("[" * 100_000, "cannot be read|not JSON"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_broken_table_is_named(folder: Path, content: str | bytes, said: str) -> None:
+    (folder / "metadata.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PromptError, match=said) as caught:
+        open_captioned(folder)
+    assert "metadata.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "name,text\na.png,x\n", "no column 'file_name'"),
+        ("a.csv", 'file_name,text\na.png,"x\n', "cannot be read"),
+        ("a.json", "{}", "no list 'images'"),
+        ("a.json", '{"images": [1], "annotations": []}', "no list 'images' of objects"),
+        ("a.json", '{"images": [], "annotations": [{"segmentation": []}]}', r"captions_\*\.json"),
+        ("a.json", '{"images": [{"file_name": "../x"}], "annotations": [{"caption": "x"}]}', "image 1: the file name"),
+        ("a.parquet", "", "is no list of captions"),
+    ],
+)
+def test_a_broken_list_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PromptError, match=said):
+        read_listing(tmp_path / name)
+
+
+def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match="--metadata"):
+        open_captioned(folder, tmp_path / "none.jsonl")
+    with pytest.raises(MissingArtifact, match="no image of"):
+        open_captioned(folder, write(tmp_path / "other.jsonl", [{"file_name": "z.png", "text": "a dog"}]))
+    with TarWriter(tmp_path / "a.tar") as tar:
+        tar.add("0", {"png": encode_png(np.zeros((4, 4, 3), np.uint8)), "txt": b"a [dog]"})
+    with pytest.raises(ConfigError, match="leave --metadata out"):
+        open_captioned(tmp_path / "a.tar", "x.jsonl")
+    assert read_beside(folder / "a.png") == Caption()
+    (folder / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(PromptError, match="save it as UTF-8"):
+        open_captioned(folder)
+
+
+# -- captions of tars, and none at all
+
+
+def tar_of(tmp_path: Path, **members: bytes) -> ShardDataset:
+    with TarWriter(tmp_path / "one.tar") as tar:
+        tar.add("0", {"png": encode_png(np.zeros((4, 4, 3), np.uint8)), **members})
+    return ShardDataset([tmp_path / "one.tar"])
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"txt": b"a [dog]"}, Prompt("a dog", ("dog",), ((2, 5),), "dog")),
+        ({"json": b'{"caption": "a dog", "url": "x"}'}, Prompt("a dog", ("dog",), ((2, 5),))),
+        ({"json": b'{"prompt": "a dog", "words": ["Dog"]}', "cls": b"3"}, Prompt("a dog", ("dog",), ((2, 5),), "3")),
+        ({"json": b'{"captions": ["a dog", "x"], "classes": ["person"]}'}, Prompt("a dog", ("dog",), ((2, 5),))),
+    ],
+)
+def test_captions_of_tars(tmp_path: Path, members: dict[str, bytes], expected: Prompt) -> None:
+    assert prompt_of(tar_of(tmp_path, **members), 0) == expected
+
+
+def test_a_class_makes_a_caption(folder: Path, tmp_path: Path) -> None:
+    samples = CaptionedFolder(folder)
+    with pytest.raises(PromptError, match=r"sample a: it has no caption; .*metadata\.jsonl.*--caption 'a photo"):
+        prompt_of(samples, 0)
+    with pytest.raises(PromptError, match="sample a: it has neither caption nor class; name the class by a folder"):
+        prompt_of(samples, 0, "a {label}")
+    assert prompt_of(samples, 1, "a photo of a {label}") == Prompt("a photo of a sub", ("sub",), ((13, 16),), "sub")
+    assert prompt_of(samples, 0, "a [thing] here") == Prompt("a thing here", ("thing",), ((2, 7),))
+    labelled = tar_of(tmp_path, json=b'{"label": "old_owl"}')
+    assert prompt_of(labelled, 0, "a {label}") == Prompt("an old owl", ("old owl",), ((3, 10),), "old_owl")
+    with pytest.raises(PromptError, match="its class is only a number, 7"):
+        prompt_of(tar_of(tmp_path, cls=b"7"), 0, "a {label}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a [dog", "not closed"),
+        ("x" * (LONGEST + 1), "10000 are the most"),
+        (" ".join(f"word{number}" for number in range(256)), "asks for 256 masks"),
+    ],
+)
+def test_a_caption_that_cannot_be_used_is_told(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(PromptError, match=f"sample 0: .*{said}"):
+        prompt_of(tar_of(tmp_path, txt=text.encode()), 0)
+
+
+# -- images as people have them
+
+
+def test_images_of_folders_are_upright_and_hidden_files_are_none(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (8, 5), "red").save(folder / "turned.jpg", exif=exif)
+    for name in ("._a.png", ".cache/d.png", ".cache/metadata.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not for us")
+    samples = CaptionedFolder(folder)
+    assert [samples.key(number) for number in range(len(samples))] == ["a", "sub/b", "sub/c", "turned"]
+    assert samples[3].image.shape == (8, 5, 3)
+
+
+def test_a_hostile_image_is_an_error_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = encode_png(np.zeros((40, 40, 3), np.uint8))
+    (folder / "a.png").write_bytes(bomb)
+    samples = tar_of(tmp_path, txt=b"a [dog]", **{"png": bomb})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for source in (FolderDataset(folder), samples):
+        with pytest.raises(CorruptShard, match="decompression bomb"):
+            source[0]
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, format="TIFF")
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_rgb(buffer.getvalue())  # no format but those that images are kept in
