@@ -23,6 +23,7 @@ def main() -> None:
         "generate": generate,
         "masks": masks,
         "masks_speed": masks_speed,
+        "mask_quality": mask_quality,
         "shards": shards,
         "pretrain": pretrain,
     }
@@ -142,13 +143,32 @@ def describe(settings: dict[str, Any]) -> str:
 
 
 def masks_speed(figures: dict[str, Any]) -> Iterator[str]:
-    yield "Drawn shapes, noisy maps of 16 × 16 cells, one thread. `whole` is AttentionCut's last energy on every pixel.\n"
+    yield "Drawn shapes, noisy maps of 16 × 16 cells, one thread. `whole` is its last energy on every pixel.\n"
     yield "| case | refiner | masks/s | speed over whole | mean IoU |\n| --- | --- | --- | --- | --- |"
     for case, refiners in figures.items():
         if isinstance(refiners, dict):
             for name, row in refiners.items():
                 ratio = row["masks_per_second"] / refiners["whole"]["masks_per_second"]
                 yield f"| {case} | {name} | {row['masks_per_second']:.0f} | {ratio:.2f} | {row['iou']:.3f} |"
+
+
+def mask_quality(figures: dict[str, Any]) -> Iterator[str]:
+    yield "The stage `masks` with its figures over without them, in processor time: the median of rounds.\n"
+    yield "| image | refiner | ms a mask without | ratio |\n| --- | --- | --- | --- |"
+    for case, refiners in figures["milliseconds_per_mask"].items():
+        for name, row in refiners.items():
+            if isinstance(row, dict):
+                yield f"| {case} | {name} | {row['without']:.2f} | {row['ratio_median']:.2f} |"
+    if worth := figures.get("confidence"):
+        yield f"\nConfidence beside true IoU, of {worth['composites']} held-out composites.\n"
+        yield "| refiner | masks | mean confidence | mean IoU | apart, in tenths | AUC of IoU above 0.5 |"
+        yield "| --- | --- | --- | --- | --- | --- |"
+        for name, row in worth.items():
+            if isinstance(row, dict):
+                cells = [
+                    row[key] for key in ("mean_confidence", "mean_iou", "calibration_error", "auc_of_iou_above_half")
+                ]
+                yield f"| {name} | {row['masks']} | {' | '.join(f'{cell:.3f}' for cell in cells)} |"
 
 
 def shards(figures: dict[str, Any]) -> Iterator[str]:

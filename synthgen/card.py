@@ -1,37 +1,38 @@
-"""What shards say of themselves: masks, table, counts, wids index, and the dataset card (``README.md``)."""
+"""What shards say of themselves: table, counts, wids index, and the dataset card (``README.md``)."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from jaxtyping import Bool
 
-from synthgen.records import WordMasks
-
-__all__ = ["SCHEMA_VERSION", "count_split", "dataset_card", "describe_masks", "parquet_bytes", "wids_index"]
+__all__ = ["MASK_COLUMNS", "SCHEMA_VERSION", "count_split", "dataset_card", "parquet_bytes", "wids_index"]
 
 SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
+
+#: What the parquet tells of each mask: keys of the json's ``masks``.
+MASK_COLUMNS = (
+    *("score", "confidence", "area", "box", "touches_border", "components", "instances"),
+    *("sharpness", "disagreement", "dropped"),
+)
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → what Hugging Face calls it
 _MEMBERS = {
     "txt": "the prompt, UTF-8",
-    "json": "key, prompt, words and where they stand, label, seed, size, backbone, model, warnings",
+    "json": "key, prompt, words and where they stand, label, seed, source, size, backbone, model, warnings",
     "mask.png": "8-bit grey, as large as the image: k where the k-th of `words` is, 0 background; `masks` in the json "
-    "holds value, score, share of the image and box of each",
+    "holds value, confidence, box, separate objects and more of each",
     "cls": "the number of the label in `classes` of dataset.json",
 }
 
 _CARD = """\
 # {name}
 
-{samples} images made by a model, none of them photographed{masks}. Written by synthgen {version}.
+{samples} images {origin}{masks}. Written by synthgen {version}.
 
 ## What is in it
 
@@ -90,7 +91,7 @@ With open_clip: `--train-data '{urls}' --dataset-type webdataset` (`sizes.json` 
 
 ## How it was made
 
-Backbone {backbone}, model {model}, run seed {seed}; each image has a seed of its own, in its `json`.
+Backbone {backbone}, model {model}, run seed {seed}; each image has {own} of its own, in its `json`.
 {mask_note}
 Versions: {versions}.
 
@@ -100,35 +101,9 @@ Versions: {versions}.
 """
 
 _MASK_NOTE = """
-The masks come from the model's attention while it made the image, refined by synthgen's own {refine}. No person drew
-or checked them: they are good to train with and no ground truth to measure with.
+The masks come from the model's attention while it {looked} the image, refined by synthgen's own {refine}. No person
+drew or checked them: they are good to train with and no ground truth to measure with.
 """
-
-
-def describe_masks(masks: WordMasks) -> list[dict[str, Any]]:
-    """For each word: the value of its pixels, its score, its share of the image and its box in pixels."""
-    reasons = masks.dropped or ("",) * len(masks.words)
-    return [
-        {
-            "word": word,
-            "value": number,
-            "score": round(float(score), 6) if math.isfinite(score) else 0.0,  # JSON has no word for nan
-            "area": round(float(mask.mean()), 6),
-            "box": _box(mask),
-            "dropped": reason,
-        }
-        for number, (word, mask, score, reason) in enumerate(
-            zip(masks.words, masks.values, masks.scores, reasons, strict=True), start=1
-        )
-    ]
-
-
-def _box(mask: Bool[np.ndarray, "H W"]) -> list[int]:
-    """The first column and row of a mask, and the first column and row after it; zeros where it is empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def wids_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -166,10 +141,20 @@ def parquet_bytes(rows: Sequence[Mapping[str, Any]], *, masks: bool) -> bytes:
 
     text, number, real = pa.string(), pa.int64(), pa.float64()
     fields = {"key": text, "prompt": text, "words": pa.list_(text), "spans": pa.list_(pa.list_(number)), "label": text}
-    fields |= {"seed": number, "width": number, "height": number, "backbone": text, "model": text, "warnings": text}
+    fields |= {
+        "seed": number,
+        "source": text,
+        "width": number,
+        "height": number,
+        "backbone": text,
+        "model": text,
+        "warnings": text,
+    }
     if masks:
-        fields |= {"mask_score": pa.list_(real), "mask_area": pa.list_(real)}
-        fields |= {"mask_box": pa.list_(pa.list_(number)), "mask_dropped": pa.list_(text)}
+        box = pa.list_(number)
+        types = {"box": box, "instances": pa.list_(pa.struct({"area": real, "box": box}))}
+        types |= {"touches_border": pa.bool_(), "components": number, "dropped": text}
+        fields |= {f"mask_{name}": pa.list_(types.get(name, real)) for name in MASK_COLUMNS}
     fields |= {"status": text, "error": text}
     buffer = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(list(rows), schema=pa.schema(list(fields.items()))), buffer)
@@ -191,7 +176,7 @@ def _head(description: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pretty_name": description["name"],
         "license": "other",
-        "tags": ["synthetic", "webdataset", "synthgen"],
+        "tags": [*([] if _attended(description) else ["synthetic"]), "webdataset", "synthgen"],
         "size_categories": [_size_category(_samples(description))],
         "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {"features": _features(description)},
@@ -217,17 +202,22 @@ def _json_features(*, masks: bool) -> list[dict[str, Any]]:
 
     lists: list[dict[str, Any]] = [{"name": "words", "list": "string"}, {"name": "spans", "list": {"list": "int64"}}]
     fields = plain("string", "key", "prompt") + lists + plain("string", "label")
-    fields += plain("int64", "seed", "width", "height") + plain("string", "backbone", "model", "warnings")
+    fields += plain("int64", "seed") + plain("string", "source") + plain("int64", "width", "height")
+    fields += plain("string", "backbone", "model", "warnings")
     if masks:
-        mask = plain("string", "word") + plain("int64", "value") + plain("float64", "score", "area")
-        fields.append({"name": "masks", "list": [*mask, {"name": "box", "list": "int64"}, *plain("string", "dropped")]})
+        box, area = {"name": "box", "list": "int64"}, {"name": "area", "dtype": "float64"}
+        mask = plain("string", "word") + plain("int64", "value") + plain("float64", "score", "confidence")
+        mask += [area, box, *plain("bool", "touches_border"), *plain("int64", "components")]
+        mask += [{"name": "instances", "list": [dict(area), dict(box)]}]  # copies: YAML would refer to the same
+        mask += plain("float64", "sharpness", "disagreement") + plain("string", "dropped")
+        fields.append({"name": "masks", "list": mask})
     return fields
 
 
 def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in the gaps of the card."""
     splits, versions = description["splits"], description["versions"]
-    masks = "mask.png" in description["members"]
+    masks, attended = "mask.png" in description["members"], _attended(description)
     refine = description["made_from"].get("masks", {}).get("refine") or {}
     words, sizes = (sum((Counter(one[name]) for one in splits.values()), Counter()) for name in ("words", "sizes"))
     rows = [
@@ -238,6 +228,10 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         "backbone": description["backbone"] or "unknown",
         "model": description["model"] or "unknown",
         "samples": _samples(description),
+        "origin": "that existed before, with their captions"
+        if attended
+        else "made by a model, none of them photographed",
+        "own": "a seed, and as `source` a name" if attended else "a seed",
         "masks": ", with a mask for each word that was asked for" if masks else "",
         "splits": "\n".join(rows),
         "labels": f"{len(description['classes'])} classes. " if description["classes"] else "",
@@ -248,7 +242,11 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         "members": "\n".join(
             f"| `{name}` | {_MEMBERS.get(name, 'the image, RGB')} |" for name in description["members"]
         ),
-        "mask_note": _MASK_NOTE.format(refine=refine.get("name", "masks stage")) if masks else "",
+        "mask_note": _MASK_NOTE.format(
+            looked="looked at" if attended else "made", refine=refine.get("name", "masks stage")
+        )
+        if masks
+        else "",
         "version": versions.get("synthgen", "unknown"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
@@ -270,6 +268,11 @@ def _loading(description: Mapping[str, Any]) -> dict[str, str]:
         "targets": "image, text, meta" + ", mask" * masks,
         "use": 'print(meta["key"], image.size, text' + (', meta["words"], mask.getextrema())' if masks else ")"),
     }
+
+
+def _attended(description: Mapping[str, Any]) -> bool:
+    """Whether the images existed before a model looked at them."""
+    return bool(description.get("made_by") == "attend")
 
 
 def _samples(description: Mapping[str, Any]) -> int:

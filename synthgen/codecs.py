@@ -3,9 +3,10 @@
 =========  ==============================  ==============================================================
 artifact   members of a sample             what is in them
 =========  ==============================  ==============================================================
-images     ``png``, ``json``               the image; prompt, words and their spans, label, seed, warnings
+images     ``png``, ``json``               the image; prompt, words and their spans, label, seed, warnings, source
 maps       ``maps.npz``                    ``weights`` (words h w) and ``affinity`` (edges h w), float16
-masks      ``masks.npz``                   ``labels`` (H W) uint8: 0 background, k the k-th word; ``scores``
+masks      ``masks.npz``, ``json``         ``labels`` (H W) uint8: 0 background, k the k-th word; ``scores``; words,
+                                           reasons, and what is known of each mask
 =========  ==============================  ==============================================================
 
 Nothing is pickled: arrays are read with ``allow_pickle=False``.
@@ -21,10 +22,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, Float32, Shaped, UInt8
 
 from synthgen.errors import CorruptShard
 from synthgen.image import decode_rgb, encode_png
+from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 
 __all__ = [
@@ -67,6 +69,8 @@ def encode_image(generation: Generation) -> dict[str, bytes]:
     """The image and what it was made from."""
     request = generation.request
     meta = {**prompt_to_json(request.prompt), "seed": request.seed, "warnings": list(generation.warnings)}
+    if request.source:
+        meta["source"] = request.source
     return {"png": encode_png(generation.image), "json": _json(meta)}
 
 
@@ -78,7 +82,7 @@ def decode_image(key: str, members: Members) -> tuple[Request, UInt8[np.ndarray,
     """
     try:
         meta = json.loads(members["json"])
-        request = Request(key, prompt_from_json(meta), int(meta["seed"]))
+        request = Request(key, prompt_from_json(meta), int(meta["seed"]), str(meta.get("source", "")))
         return request, decode_rgb(members["png"]), tuple(meta["warnings"])
     except _UNREADABLE as error:
         raise _corrupt(key, "image", error) from None
@@ -112,13 +116,13 @@ def decode_generation(key: str, image: Members, maps: Members) -> Generation:
 
 
 def encode_masks(masks: WordMasks) -> dict[str, bytes]:
-    """Masks as one label image, with a score and, for a dropped mask, a reason for each word."""
-    meta = {"words": list(masks.words), "dropped": list(masks.dropped)}
+    """Masks as one label image with scores; the json holds their words, their reasons and all that is known of them."""
+    meta = {"words": list(masks.words), "dropped": list(masks.dropped), "masks": describe_masks(masks)}
     return {"masks.npz": _npz(labels=masks_to_labels(masks.values), scores=masks.scores), "json": _json(meta)}
 
 
 def decode_masks(key: str, members: Members) -> WordMasks:
-    """The inverse of :func:`encode_masks`.
+    """The inverse of :func:`encode_masks`; figures that nobody measured, as in older runs, are None.
 
     Raises:
         CorruptShard: a member is missing or unreadable.
@@ -127,7 +131,9 @@ def decode_masks(key: str, members: Members) -> WordMasks:
         meta = json.loads(members["json"])
         with np.load(io.BytesIO(members["masks.npz"]), allow_pickle=False) as arrays:
             values = labels_to_masks(arrays["labels"], len(meta["words"]))
-            return WordMasks(tuple(meta["words"]), values, arrays["scores"], tuple(meta["dropped"]))
+            scores = arrays["scores"]
+        measured = (_measured(meta.get("masks"), name) for name in ("confidence", "sharpness", "disagreement"))
+        return WordMasks(tuple(meta["words"]), values, scores, tuple(meta["dropped"]), *measured)
     except _UNREADABLE as error:
         raise _corrupt(key, "masks", error) from None
 
@@ -150,6 +156,13 @@ def _npz(**arrays: Shaped[np.ndarray, "..."]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)  # members carry a fixed date: the same bytes each time
     return buffer.getvalue()
+
+
+def _measured(described: list[dict[str, Any]] | None, name: str) -> Float32[np.ndarray, " words"] | None:
+    """A figure of each mask from its description."""
+    if described is None or any(mask[name] == UNKNOWN for mask in described):
+        return None
+    return np.array([mask[name] for mask in described], np.float32)
 
 
 def _json(value: Any) -> bytes:

@@ -16,19 +16,21 @@ import numpy as np
 import yaml
 from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from synthgen import __version__, codecs
-from synthgen.card import describe_masks
 from synthgen.config import dump
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.image import encode_jpeg, encode_png
+from synthgen.mask_shape import box, describe_masks, split
 from synthgen.records import Prompt, WordMasks
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages.shards import Shards, content_of, source_of, split_of
 from synthgen.stores.tar import read_tar, write_bytes, write_json
 
-__all__ = ["Export", "compress_counts", "export_dataset", "outlines", "run_lengths"]
+__all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
 
 _MARK = "export.json"  # written first: what the folder is, so that it is never mixed with another export
 _IMAGE_FORMATS: dict[str, Literal["png", "jpg"]] = {"coco": "png", "yolo": "jpg", "labels": "png"}
@@ -41,7 +43,8 @@ class Export:
     format: Literal["coco", "yolo", "labels"]
     image_format: Literal["png", "jpg"] | None = None  # None: jpg for yolo, else png (that of the run, unchanged)
     quality: int = 95  # of jpg, 1 to 100
-    rle: bool = False  # coco: masks as compressed run lengths, which are exact, instead of polygons
+    rle: bool = False  # coco: masks as compressed run lengths instead of polygons
+    instances: bool = True  # coco, yolo: the separate objects of a mask are annotated apart; False: all of it as one
     val_ratio: float | None = None  # yolo: share of the samples that go to val; None: that of the run's shards
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class Export:
             raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
         if self.rle and self.format != "coco":
             raise ValueError(f"rle is a form of coco's masks; {self.format} has none")
+        if not self.instances and self.format == "labels":
+            raise ValueError("instances tells the objects of coco and yolo apart; labels knows classes only")
         if self.val_ratio is not None and self.format != "yolo":
             raise ValueError(f"val_ratio splits yolo's samples; {self.format} has no split")
         if self.val_ratio is not None and not 0 <= self.val_ratio < 1:
@@ -236,6 +241,10 @@ class _Writer(ABC):
     def finish(self) -> None:
         """Write what describes the whole."""
 
+    def objects(self, mask: Bool[np.ndarray, "H W"]) -> list[Bool[np.ndarray, "H W"]]:
+        """What is annotated apart of one word's mask; nothing where it is empty."""
+        return split(mask) if self.settings.instances else [mask] * bool(mask.any())
+
     def image(self, sample: _Sample) -> bytes:
         """The image in the format asked for; a PNG is that of the run."""
         png = self.settings.image_format == "png"
@@ -243,7 +252,7 @@ class _Writer(ABC):
 
 
 class _Coco(_Writer):
-    """https://cocodataset.org/#format-data, with ``caption`` on images and ``score`` on annotations besides."""
+    """https://cocodataset.org/#format-data, with ``caption`` on images, ``score`` and ``confidence`` on annotations."""
 
     summaries: ClassVar = ("annotations/instances.json", "annotations/captions.json")
     collects: ClassVar = True
@@ -264,22 +273,23 @@ class _Coco(_Writer):
         file = path.relative_to(self.folder / "images").as_posix()
         facts = {"id": number, "file_name": file, "height": height, "width": width, "caption": sample.prompt.text}
         self.images.append(facts)
-        for mask, described in zip(sample.masks.values, describe_masks(sample.masks), strict=True):
-            if not mask.any():
-                continue
-            left, top, right, bottom = described["box"]
-            self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": number,
-                    "category_id": self.numbers[described["word"]] + 1,
-                    "segmentation": self.segmentation(mask),
-                    "area": int(mask.sum()),
-                    "bbox": [left, top, right - left, bottom - top],
-                    "iscrowd": 0,
-                    "score": described["score"],
-                }
-            )
+        described = describe_masks(sample.masks, instances=False)
+        for about, mask in zip(described, sample.masks.values, strict=True):
+            self.annotations += [self.annotation(number, about, one) for one in self.objects(mask)]
+
+    def annotation(self, image: int, about: Mapping[str, Any], mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+        """One object of a word, without its number."""
+        left, top, right, bottom = box(mask)
+        return {
+            "image_id": image,
+            "category_id": self.numbers[about["word"]] + 1,
+            "segmentation": self.segmentation(mask),
+            "area": int(mask.sum()),
+            "bbox": [left, top, right - left, bottom - top],
+            "iscrowd": 0,
+            "score": about["score"],
+            "confidence": about["confidence"],
+        }
 
     def segmentation(self, mask: Bool[np.ndarray, "H W"]) -> Any:
         """Polygons, or run lengths."""
@@ -294,7 +304,8 @@ class _Coco(_Writer):
             "licenses": [{"id": 1, "name": source_of(self.run)["licence"], "url": ""}],
         }
         categories = [{"id": number + 1, "name": name} for name, number in self.numbers.items()]
-        instances = {"images": self.images, "annotations": self.annotations, "categories": categories}
+        numbered = [{"id": number, **one} for number, one in enumerate(self.annotations, start=1)]
+        instances = {"images": self.images, "annotations": numbered, "categories": categories}
         plain = [{key: value for key, value in image.items() if key != "caption"} for image in self.images]
         captions = [{"id": one["id"], "image_id": one["id"], "caption": one["caption"]} for one in self.images]
         for file, value in zip(
@@ -305,7 +316,7 @@ class _Coco(_Writer):
 
 
 class _Yolo(_Writer):
-    """The segmentation form of Ultralytics: a text file beside each image, a line for each polygon."""
+    """The segmentation form of Ultralytics: a text file beside each image, a line for each object."""
 
     summaries: ClassVar = ("data.yaml",)
 
@@ -320,12 +331,16 @@ class _Yolo(_Writer):
         _put(image, lambda: self.image(sample))
 
     def lines(self, masks: WordMasks) -> str:
-        """``class x1 y1 x2 y2 ...`` for each part of each mask, x and y as shares of the width and height."""
+        """``class x1 y1 x2 y2 ...`` for each object, x and y as shares of the width and height.
+
+        A line is one polygon, so without ``instances`` a mask of several parts still has so many lines.
+        """
         height, width = masks.values.shape[1:]
         return "".join(
-            f"{self.numbers[word]} {' '.join(f'{x / width:.6f} {y / height:.6f}' for x, y in outline.tolist())}\n"
+            f"{self.numbers[word]} {' '.join(f'{x / width:.6f} {y / height:.6f}' for x, y in polygon)}\n"
             for word, mask in zip(masks.words, masks.values, strict=True)
-            for outline in outlines(mask)
+            for one in self.objects(mask)
+            for polygon in join_corners(outlines(one))
         )
 
     def finish(self) -> None:
@@ -376,12 +391,16 @@ def _put(path: Path, make: Callable[[], bytes]) -> None:
 # -- masks as polygons and run lengths
 
 
-def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "corners 2"]]:
-    """The outer outline of every part of a mask, as the corners (x, y) that it passes, clockwise.
+def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "_ 2"]]:
+    """A polygon for every part of a mask, as the corners (x, y) that it passes, clockwise; together they are the mask.
 
-    A part is connected over pixels' sides. Outlines run on the cracks between pixels: pixel (row, column) is the square
-    from (column, row) to (column + 1, row + 1), so a polygon's area is that of its part; holes are filled.
+    A part is connected over pixels' sides. Polygons run on the cracks between pixels: pixel (row, column) is the square
+    from (column, row) to (column + 1, row + 1), so a polygon's area is that of its part. A hole is joined to what lies
+    left of it by a slit without width, passed once there and once back: asking whether pixels' centres are inside, by
+    the even-odd or by the nonzero rule, gives the mask again exactly.
     """
+    if not mask.any():
+        return []
     height, width = mask.shape
     padded = np.pad(mask, 1)
     middle = padded[1:-1, 1:-1]
@@ -403,7 +422,11 @@ def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "corners 2
         starts.append(heading * points + start)
         following.append(turn * points + end)
     every = np.concatenate(starts)  # sorted
-    successor = np.searchsorted(every, np.concatenate(following)).tolist()
+    successor = np.searchsorted(every, np.concatenate(following))
+    every, successor = _slit(mask, every, successor)
+    headings, passed = np.divmod(every, points)
+    y, x = np.divmod(passed, width + 1)
+    after = successor.tolist()
     seen = bytearray(len(every))
     found = []
     for first in range(len(starts[0])):  # each outline leads east somewhere
@@ -413,11 +436,68 @@ def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "corners 2
         while not seen[crack]:
             seen[crack] = 1
             chain.append(crack)
-            crack = successor[crack]
-        headings, passed = np.divmod(every[chain], points)
-        y, x = np.divmod(passed[headings != np.roll(headings, 1)], width + 1)
-        if (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() > 0:  # clockwise; around a hole it is the other way
-            found.append(np.stack([x, y], axis=1))
+            crack = after[crack]
+        turns = np.array(chain)[headings[chain] != np.roll(headings[chain], 1)]
+        found.append(np.stack([x[turns], y[turns]], axis=1))
+    return found
+
+
+def _slit(
+    mask: Bool[np.ndarray, "H W"], cracks: Int64[np.ndarray, " cracks"], after: Int64[np.ndarray, " cracks"]
+) -> tuple[Int64[np.ndarray, " more"], Int64[np.ndarray, " more"]]:
+    """Join the loop of cracks around each hole to the next loop on its left, by two cracks more for each hole.
+
+    A crack is a number, its heading times the lattice points and where it starts; ``after`` says which comes next. A
+    slit leaves from a hole's upper left corner and goes west to the first lattice point that the mask does not
+    surround. That one is of another loop: slits go up, or to the left on one line, so that they lead around nothing.
+    """
+    width, points = mask.shape[1] + 1, (mask.shape[0] + 1) * (mask.shape[1] + 1)
+    headings, passed = np.divmod(cracks, points)
+    y, x = np.divmod(passed, width)
+    links = csr_array((np.ones(len(cracks), bool), (np.arange(len(cracks)), after)), shape=(len(cracks), len(cracks)))
+    num_loops, loop = connected_components(links, directed=False)
+    areas = np.bincount(loop, weights=x * y[after] - x[after] * y, minlength=num_loops)  # twice; below 0 around a hole
+    south = np.flatnonzero(headings == 1)
+    loops, first = np.unique(loop[south], return_index=True)  # cracks are sorted: from the upper left corner
+    down = south[first[areas[loops] < 0]]
+    row, right = y[down], x[down]
+    ends = ~(mask[row - 1] & mask[row]) & (np.arange(width - 1) < right[:, None])  # pixels left of it, not both there
+    left = np.where(ends, np.arange(1, width), 0).max(axis=1, initial=0)
+    up = ~mask[row - 1, left - 1] | (left == 0)  # where the loop that is met goes on, north or west
+    onward = np.searchsorted(cracks, np.where(up, 3, 2) * points + row * width + left)
+    east = len(cracks) + np.arange(len(down))
+    west = east + len(down)
+    before = np.empty_like(after)
+    before[after] = np.arange(len(after))
+    joined = np.concatenate([after, down, onward])
+    joined[before[onward]], joined[before[down]] = east, west
+    return np.concatenate([cracks, row * width + left, 2 * points + row * width + right]), joined
+
+
+def join_corners(polygons: Sequence[Int64[np.ndarray, "_ 2"]]) -> list[list[tuple[int, int]]]:
+    """Polygons that meet at a corner as one, which passes the corner once for each."""
+    rings = [[(x, y) for x, y in polygon.tolist()] for polygon in polygons]
+    passing: dict[tuple[int, int], list[int]] = {}
+    for number, ring in enumerate(rings):
+        for corner in ring:
+            passing.setdefault(corner, []).append(number)
+    left, found = set(range(len(rings))), []
+    for number, ring in enumerate(rings):
+        if number not in left:
+            continue
+        left.remove(number)
+        path, stack = [], [iter(ring)]
+        while stack:
+            at = next(stack[-1], None)
+            if at is None:
+                stack.pop()
+                continue
+            path.append(at)
+            for other in left.intersection(passing[at]):  # one at most: four pixels meet at a corner
+                left.remove(other)
+                start = rings[other].index(at) + 1
+                stack.append(iter(rings[other][start:] + rings[other][:start]))
+        found.append(path)
     return found
 
 

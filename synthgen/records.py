@@ -31,6 +31,7 @@ class Request:
     key: str  # ten digits: unit and row, see ``sample_key``
     prompt: Prompt
     seed: int  # from the run's seed and the key, nothing else
+    source: str = ""  # of an image that existed before: its own name; empty: it is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,11 @@ class WordMasks:
     words: tuple[str, ...]
     values: Bool[np.ndarray, "words H W"]
     scores: Float32[np.ndarray, " words"]  # mean attention inside minus outside, each map scaled to [0, 1]
-    dropped: tuple[str, ...] = ()  # for each word "" or the reason why its mask is empty
+    dropped: tuple[str, ...] = ()  # for each word "" or the reason why its mask is empty, "kind: detail"
+    # How far each mask can be trusted, see mask_quality: in [0, 1], 0 for an empty mask, None where nobody measured.
+    confidence: Float32[np.ndarray, " words"] | None = None  # expected IoU with the object
+    sharpness: Float32[np.ndarray, " words"] | None = None  # change of the image along the outline against elsewhere
+    disagreement: Float32[np.ndarray, " words"] | None = None  # 1 - IoU with the plain threshold's mask
 
 
 @dataclass(frozen=True, slots=True)

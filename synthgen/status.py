@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synthgen.attention.words import words_cut_off
 from synthgen.config import build
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
@@ -25,10 +28,12 @@ __all__ = [
     "Tally",
     "Training",
     "evaluations",
+    "finite",
     "status",
 ]
 
 _ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
+_CUT_OFF = "cut off: no text encoder reads as far as the word stands"
 _NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of an evaluation's file
 
 
@@ -60,8 +65,8 @@ class Tally:
 
     name: str
     samples: int = 0  # with a masks record
-    masks: int = 0  # that hold at least a pixel
-    dropped: dict[str, int] = field(default_factory=dict)  # reason → count
+    masks: int = 0  # kept
+    dropped: dict[str, int] = field(default_factory=dict)  # kind of reason → count
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,19 @@ class RunStatus:
     def num_failed(self) -> int:
         """Failed units; those that fill two artifacts count once."""
         return len({(artifact.stage, unit) for artifact in self.artifacts for unit in artifact.failures})
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many masks were dropped for which kind of reason, most first."""
+        counts = Counter[str]()
+        for tally in self.words:
+            counts.update(tally.dropped)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as JSON can hold it: no number is NaN or infinite, those are None."""
+        value: dict[str, Any] = finite(asdict(self) | {"path": str(self.path), "dropped": self.dropped})
+        return value
 
 
 def status(run: Run, *, counts: bool = True) -> RunStatus:
@@ -238,7 +256,7 @@ def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Ta
     for path in sorted(run.folder("masks").glob("[0-9]*.tar")):
         try:
             images = run.folder("images") / path.name
-            label_of = {key: _label(members) for key, members in read_tar(images, ("json",))}
+            about = {key: _about(members) for key, members in read_tar(images, ("json",))}
             records = [(key, json.loads(members["json"])) for key, members in read_tar(path, ("json",))]
         except (SynthgenError, OSError, KeyError, ValueError) as error:
             problems.append(str(error))
@@ -247,10 +265,10 @@ def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Ta
             wanted = [str(word) for word in record.get("words", ())]
             reasons = [str(reason) for reason in record.get("dropped", ())]
             reasons += [""] * (len(wanted) - len(reasons))
-            label = label_of.get(key, "")
-            for tally in _tallies_of(label, wanted, labels, words):
+            label, lost = about.get(key, ("", []))
+            for tally in _tallies_of(label, wanted + lost, labels, words):
                 tally.samples += 1
-            for word, reason in zip(wanted, reasons, strict=False):
+            for word, reason in zip(wanted + lost, reasons[: len(wanted)] + [_CUT_OFF] * len(lost), strict=True):
                 for tally in [words[word], *([labels[label]] if label else [])]:
                     if reason:
                         kind = _kind(reason)
@@ -271,12 +289,17 @@ def _tallies_of(label: str, wanted: Sequence[str], labels: dict[str, Tally], wor
 
 
 def _kind(reason: str) -> str:
-    """A reason without what is its own: "covers 0.31% of the image, less than 0.50%" is a "less than 0.50%"."""
-    return re.sub(r"^covers [\d.]+ ?% of the image, ", "", reason)
+    """What comes before the colon: "too small: covers 0.31% of the image, less than 0.50%" is a "too small".
+
+    Reasons of older runs have none: "covers 0.31% of the image, less than 0.50%" is a "less than 0.50%".
+    """
+    return re.sub(r"^covers [\d.]+ ?% of the image, ", "", reason.partition(":")[0])
 
 
-def _label(members: Mapping[str, bytes]) -> str:
-    return str(json.loads(members["json"]).get("label") or "")
+def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:
+    """The class of a sample, and the words that it lost before it had maps."""
+    meta = json.loads(members["json"])
+    return str(meta.get("label") or ""), words_cut_off(str(one) for one in meta.get("warnings") or ())
 
 
 def _shards(run: Run, problems: list[str]) -> Shards | None:
@@ -353,6 +376,15 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def finite(value: Any) -> Any:
+    """Plain data in which None stands for NaN and infinity: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence[Evaluation]) -> str:
     where = f"--run {shlex.quote(str(run.path))}"
     for artifact in artifacts:
@@ -364,7 +396,8 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence
             elif artifact.failures:
                 what = f"retries the {f'{left} units' if left > 1 else 'unit'} that failed"
             return f"run synthgen {artifact.stage} again with the same settings ({where}): it {what}"
-    done = {artifact.stage for artifact in artifacts if artifact.done} | ({"evaluate"} if evaluations else set())
+    made = {artifact.stage for artifact in artifacts if artifact.done}
+    done = {"generate" if stage == "attend" else stage for stage in made} | ({"evaluate"} if evaluations else set())
     last = max((_ORDER.index(stage) for stage in done if stage in _ORDER), default=-1)
     if last + 1 == len(_ORDER):
         return f"all stages are done; look at them: synthgen view {shlex.quote(str(run.path))}"

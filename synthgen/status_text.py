@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from synthgen.run import Run
 from synthgen.status import Evaluation, RunStatus, Tally, evaluations
@@ -10,7 +10,7 @@ from synthgen.text import duration, plain, size, table, wrap
 
 __all__ = ["render", "scores"]
 
-_MOST_ROWS = 12  # of classes, words and notes each; the page shows all
+_MOST_ROWS = 12  # of classes and words each
 
 
 def render(state: RunStatus) -> str:
@@ -46,6 +46,7 @@ def _blocks(state: RunStatus) -> Iterator[list[str]]:
             right=(2, 3, 4, 5, 6),
         )
     yield from _failure_block(state)
+    yield _mask_block(state)
     yield _tally_block("class", state.labels)
     yield _tally_block("word", state.words)
     if state.shards is not None:
@@ -104,6 +105,17 @@ def _score_block(evaluations: Sequence[Evaluation]) -> list[str]:
     )
 
 
+def _mask_block(state: RunStatus) -> list[str]:
+    if not state.words:
+        return []
+    kept = f"masks: {sum(tally.masks for tally in state.words):,} kept, {sum(state.dropped.values()):,} dropped"
+    return wrap(f"{kept} ({_reasons(state.dropped)})" if state.dropped else kept)
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(dropped.items(), key=lambda item: -item[1]))
+
+
 def _tally_block(kind: str, tallies: Sequence[Tally]) -> list[str]:
     if not tallies:
         return []
@@ -113,10 +125,10 @@ def _tally_block(kind: str, tallies: Sequence[Tally]) -> list[str]:
             f"{tally.samples:,}",
             f"{tally.masks:,}",
             f"{sum(tally.dropped.values()):,}",
-            ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items(), key=lambda it: -it[1])),
+            _reasons(tally.dropped),
         )
         for tally in tallies[:_MOST_ROWS]
     ]
     more = len(tallies) - len(rows)
-    rest = [f"... and {more:,} more; synthgen view shows all"] if more > 0 else []
+    rest = [f"... and {more:,} more; synthgen status --json has all"] if more > 0 else []
     return table((kind, "samples", "masks", "dropped", "why"), rows, right=(1, 2, 3)) + rest

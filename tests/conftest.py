@@ -13,7 +13,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 _CHECKED = (
-    "records attention refiners codecs graphcut models methods "
+    "records attention refiners codecs graphcut mask_shape mask_quality models methods "
     "loader datasets augment evaluators train export interchange"
 )
 _hook = install_import_hook([f"synthgen.{name}" for name in _CHECKED.split()], "beartype.beartype")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from synthgen.records import Prompt
 
-__all__ = ["TextEncoder", "WordTokens", "locate_in_encoders", "locate_words"]
+__all__ = ["TextEncoder", "WordTokens", "locate_in_encoders", "locate_words", "words_cut_off"]
 
 _WHOLE = 100_000  # more tokens than any prompt has: tokenize all of it, then see where the pipeline will cut
 
@@ -47,6 +48,12 @@ def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordT
     read = {_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if places}
     warnings = dict.fromkeys(warning for one in found for warning in one.warnings if warning not in read)
     return WordTokens(tuple(positions), tuple(warnings))
+
+
+def words_cut_off(warnings: Iterable[str]) -> list[str]:
+    """The marked words that a sample lost, by its warnings: no text encoder reads as far as they stand."""
+    found = (re.fullmatch(r"the word ['\"](.*)['\"] is cut off and has no mask", warning) for warning in warnings)
+    return [match[1] for match in found if match]
 
 
 def _cut_off(word: str) -> str:

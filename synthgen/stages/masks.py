@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float32
-from PIL import Image
+from jaxtyping import Bool, Float64
 
 from synthgen import codecs
+from synthgen.attention.words import words_cut_off
 from synthgen.config import Choice
 from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.mask_quality import attention_figures, disagreement, sharpness
 from synthgen.records import Generation, Maps, Report, WordMasks
-from synthgen.refiners import REFINERS
+from synthgen.refiners import REFINERS, Refiner
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
 
 __all__ = ["Masks"]
 
+COMPARED = 256  # pixels of the long side, at most, on which refined masks are compared with plain ones
+
 
 @dataclass(frozen=True)
 class Masks(Stage):
-    """One mask for every marked word. Words compete: a pixel belongs to one word at most.
+    """One mask for every marked word, with figures of how far it can be trusted (see :mod:`synthgen.mask_quality`).
 
-    A mask that covers less than ``min_area`` or more than ``max_area`` of the image is dropped: it is stored empty,
-    with the reason. The sample stays.
+    Words compete: a pixel belongs to one word at most. A mask is dropped where the word's map cannot tell where the
+    word is, where it covers less than ``min_area`` or more than ``max_area`` of the image, or where its confidence is
+    below ``min_confidence``: it is stored empty, with the reason. The sample stays.
     """
 
     name: ClassVar = "masks"
@@ -37,12 +41,21 @@ class Masks(Stage):
     refine: Choice = Choice("threshold")
     min_area: float = 0.005  # share of the image
     max_area: float = 0.8  # what covers more is hardly an object; where attention is turned round, this catches it
+    min_contrast: float = 0.05  # of a map: its highest cell less its lowest, as a share of the highest
+    max_peak: float = 0.5  # of a map: the share of its attention, above that of the lowest cell, that one cell may hold
+    min_confidence: float = 0.0  # 0 drops none; what is worth dropping depends on the model
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_area < self.max_area <= 1:
             raise ValueError(
                 f"min_area and max_area must be shares with 0 <= min < max <= 1, not {self.min_area}, {self.max_area}"
             )
+        if not 0 <= self.min_contrast < 1:
+            raise ValueError(f"min_contrast must be at least 0 and below 1, not {self.min_contrast}")
+        if not 0 < self.max_peak <= 1:
+            raise ValueError(f"max_peak must be above 0 and at most 1, not {self.max_peak}")
+        if not 0 <= self.min_confidence < 1:
+            raise ValueError(f"min_confidence must be at least 0 and below 1, not {self.min_confidence}")
 
     def complete(self) -> Masks:
         """With every option of the refiner."""
@@ -63,50 +76,86 @@ class Masks(Stage):
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         """Build the refiner; then a unit is its samples one by one."""
-        refiner = REFINERS.build(self.refine)
+        refiner, plain = REFINERS.build(self.refine), REFINERS.build(Choice("threshold"))
 
         def work(unit: int) -> Report:
             with run.write("masks", unit) as masks:
                 for generation in read_generations(run, unit):
-                    found = self.keep(refiner.refine(generation.image, generation.maps), generation.maps)
+                    found = self.mask(refiner, plain, generation)
                     masks.add(generation.request.key, codecs.encode_masks(found))
                     masks.note("masks", sum(not reason for reason in found.dropped))
                     masks.note("dropped masks", sum(bool(reason) for reason in found.dropped))
+                    masks.note("words cut off", len(words_cut_off(generation.warnings)))
                     worker.tick(1)
                 count = masks.count
             return Report(unit, count, notes=masks.notes)
 
         yield work
 
-    def keep(self, values: Bool[np.ndarray, "words H W"], maps: Maps) -> WordMasks:
-        """Empty the masks that are too small or too large, each with its reason, and score the others."""
-        dropped = []
-        values = values.copy()
-        for mask in values:
-            area = float(mask.mean())
-            reason = ""
-            if area < self.min_area:
-                reason = f"covers {area:.2%} of the image, less than {self.min_area:.2%}" if area else "is empty"
-            elif area > self.max_area:
-                reason = f"covers {area:.2%} of the image, more than {self.max_area:.2%}"
-            if reason:
-                mask[:] = False
-            dropped.append(reason)
-        return WordMasks(maps.words, values, scores(values, maps), tuple(dropped))
+    def mask(self, refiner: Refiner, plain: Refiner, generation: Generation) -> WordMasks:
+        """The masks of one sample, measured; ``plain`` makes those that the refined ones are compared with."""
+        image, maps, faults = generation.image, generation.maps, self.faults(generation.maps)
+        step = -(-max(image.shape[:2]) // COMPARED)
+        few = image[::step, ::step]
+        values = np.zeros((len(maps.words), *image.shape[:2]), bool)
+        others = np.zeros((len(maps.words), *few.shape[:2]), bool)
+        told = [index for index, fault in enumerate(faults) if not fault]
+        if told:  # the other maps say nothing, and refiners may refuse them
+            some = Maps(tuple(maps.words[index] for index in told), maps.weights[told], maps.affinity)
+            values[told], others[told] = refiner.refine(image, some), plain.refine(few, some)
+        kept = self.keep(values, maps, faults)
+        apart = disagreement(kept.values[:, ::step, ::step], others)
+        return replace(kept, sharpness=sharpness(image, kept.values), disagreement=apart)
 
+    def keep(self, values: Bool[np.ndarray, "words H W"], maps: Maps, faults: Sequence[str] | None = None) -> WordMasks:
+        """Empty the masks that are not worth keeping, each with its reason, and measure the attention of the others.
 
-def scores(values: Bool[np.ndarray, "words H W"], maps: Maps) -> Float32[np.ndarray, " words"]:
-    """Mean attention inside each mask minus outside, in [-1, 1]; 0 for an empty mask. Each map is scaled to [0, 1]."""
-    found = np.zeros(len(values), np.float32)
-    for index, (mask, weights) in enumerate(zip(values, maps.weights.astype(np.float32), strict=True)):
-        if not mask.any() or weights.max() == weights.min():
-            continue
-        scaled = (weights - weights.min()) / (weights.max() - weights.min())
-        height, width = weights.shape
-        cover = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
-        outside = (scaled * (1 - cover)).sum() / max(float((1 - cover).sum()), 1e-6)
-        found[index] = (scaled * cover).sum() / cover.sum() - outside
-    return found
+        ``faults`` is what :meth:`faults` says of the maps, for those who know it already.
+        """
+        reasons = list(self.faults(maps) if faults is None else faults)
+        kept = values.copy()
+        kept[[bool(reason) for reason in reasons]] = False
+        scores, confidence = attention_figures(kept, maps)
+        for index, mask in enumerate(kept):
+            area = np.count_nonzero(mask) / max(mask.size, 1)
+            reasons[index] = reasons[index] or self.fault_of_mask(area, float(confidence[index]))
+        dropped = [bool(reason) for reason in reasons]
+        kept[dropped], scores[dropped], confidence[dropped] = False, 0, 0
+        return WordMasks(maps.words, kept, scores, tuple(reasons), confidence)
+
+    def faults(self, maps: Maps) -> list[str]:
+        """For each word why its map cannot tell where the word is, or ""."""
+        if not np.isfinite(maps.affinity).all():
+            return ["broken map: the self-attention holds NaN or infinity"] * len(maps.words)
+        return [self.fault_of_map(weights.astype(np.float64)) for weights in maps.weights]
+
+    def fault_of_map(self, weights: Float64[np.ndarray, "h w"]) -> str:
+        """Why a map cannot tell where its word is, or ""."""
+        if not weights.size:
+            return "broken map: it has no cells"
+        if not np.isfinite(weights).all():
+            return "broken map: it holds NaN or infinity"
+        high, low = float(weights.max()), float(weights.min())
+        if high <= 0:
+            return "no attention: the map is 0 everywhere"
+        if high - low <= self.min_contrast * high:
+            return f"flat map: it varies by {1 - low / high:.2%} of its peak, no more than {self.min_contrast:.2%}"
+        peak = (high - low) / float((weights - low).sum())
+        if peak > self.max_peak:
+            return f"single cell: one holds {peak:.2%} of the attention, more than {self.max_peak:.2%}"
+        return ""
+
+    def fault_of_mask(self, area: float, confidence: float) -> str:
+        """Why a mask that covers so much is not worth keeping, or ""."""
+        if not area:
+            return "empty: no pixel is the word's"
+        if area < self.min_area:
+            return f"too small: covers {area:.2%} of the image, less than {self.min_area:.2%}"
+        if area > self.max_area:
+            return f"too large: covers {area:.2%} of the image, more than {self.max_area:.2%}"
+        if confidence < self.min_confidence:
+            return f"unsure: has a confidence of {confidence:.2f}, less than {self.min_confidence:.2f}"
+        return ""
 
 
 def read_generations(run: Run, unit: int) -> Iterator[Generation]:

@@ -19,10 +19,11 @@ from PIL import Image
 
 from synthgen import __version__, codecs
 from synthgen.backbones import BACKBONES
-from synthgen.card import SCHEMA_VERSION, count_split, dataset_card, describe_masks, parquet_bytes, wids_index
+from synthgen.card import MASK_COLUMNS, SCHEMA_VERSION, count_split, dataset_card, parquet_bytes, wids_index
 from synthgen.columns import Column, unit_of
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
+from synthgen.mask_shape import describe_masks
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker
@@ -30,6 +31,7 @@ from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_jso
 
 __all__ = ["Shards"]
 
+_FOREIGN = "The images were not made here: the licence of where they come from holds for them."
 _INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wids index
 
 
@@ -65,6 +67,7 @@ class Shards(Stage):
     image_format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int = 95  # of jpg and webp, 1 to 100; png is without loss
     masks: bool = True  # False: no mask.png, and the masks stage need not have run
+    instances: bool = True  # the json tells the separate objects of a mask apart; False: each mask is one
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -77,17 +80,6 @@ class Shards(Stage):
             raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
         if not self.masks:
             object.__setattr__(self, "reads", ("images",))
-
-    def prepare(self, run: Run) -> None:
-        """See that the images are generated ones.
-
-        Raises:
-            ConfigError: they are ``attend``'s, whose keys are not the run's own.
-        """
-        if run.artifact("images")["stage"] == "attend":
-            raise ConfigError(
-                f"the images of {run.path} were attended, not generated; shards are made of generated ones"
-            )
 
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the units that are there, so that shards of fewer units are not taken for these.
@@ -163,6 +155,7 @@ class Shards(Stage):
             "name": run.path.resolve().name,
             "seed": run.seed,
             **source_of(run),
+            "made_by": run.artifact("images")["stage"],
             "members": sorted(members),
             "settings": self.settings(),
             "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
@@ -254,7 +247,7 @@ class Packer:
             raise storage_error(mark, error) from error
         started, rows = time.time(), []
         with TarWriter(path) as tar:
-            for key in self.words_first(shard.keys, columns["images"]):
+            for key in self.words_first(shard.keys, columns):
                 members, row = self.sample(key, columns)
                 tar.add(key, members)
                 rows.append(row)
@@ -266,13 +259,13 @@ class Packer:
         whole = {"bytes": tar.size, "sha256": tar.sha256, "fingerprint": self.fingerprint, "version": __version__}
         write_json(mark, stats | times | whole)
 
-    def words_first(self, keys: Sequence[str], images: Column) -> list[str]:
-        """The keys, one whose prompt has words in front: readers infer the type of a JSON list from the first samples.
+    def words_first(self, keys: Sequence[str], columns: Mapping[str, Column]) -> list[str]:
+        """The keys, one that has words (and a mask that is not empty, where there are masks) in front.
 
-        Nothing moves unless the first sample has none, which is rare.
+        Readers infer the type of a JSON list from the first samples. Nothing moves unless the first one has none,
+        which is rare.
         """
-        with_words = (n for n, key in enumerate(keys) if json.loads(images.read(key, "json")["json"])["words"])
-        first = next(with_words, 0)
+        first = next((number for number, key in enumerate(keys) if _has_all_lists(key, columns)), 0)
         return [keys[first], *keys[:first], *keys[first + 1 :]]
 
     def sample(self, key: str, columns: Mapping[str, Column]) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -284,6 +277,7 @@ class Packer:
             "key": key,
             **codecs.prompt_to_json(prompt),
             "seed": request.seed,
+            "source": request.source,
             "width": pixels.shape[1],
             "height": pixels.shape[0],
             **self.source,
@@ -297,8 +291,8 @@ class Packer:
                 path = self.run.tar("masks", unit_of(key))
                 raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
             members["mask.png"] = encode_png(codecs.masks_to_labels(masks.values))
-            meta["masks"] = described = describe_masks(masks)
-            row |= {f"mask_{name}": [mask[name] for mask in described] for name in ("score", "area", "box", "dropped")}
+            meta["masks"] = described = describe_masks(masks, instances=self.stage.instances)
+            row |= {f"mask_{name}": [mask[name] for mask in described] for name in MASK_COLUMNS}
         if self.classes:
             if prompt.label not in self.classes:
                 prompts = self.run.path / "prompts.jsonl"
@@ -316,6 +310,14 @@ class Packer:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="WEBP", quality=self.stage.quality)
         return buffer.getvalue()
+
+
+def _has_all_lists(key: str, columns: Mapping[str, Column]) -> bool:
+    """Whether no list in the JSON of a sample is empty."""
+    if "masks" in columns:
+        masks = json.loads(columns["masks"].read(key, "json")["json"])
+        return "" in masks["dropped"] or (bool(masks["words"]) and not masks["dropped"])
+    return bool(json.loads(columns["images"].read(key, "json")["json"])["words"])
 
 
 # -- what shards say of themselves
@@ -351,10 +353,11 @@ def _row(run: Run, shard: Shard) -> dict[str, Any]:
 
 
 def source_of(run: Run) -> dict[str, str]:
-    """Which backbone made the images, which model it ran, and what may be done with them."""
-    backbone = run.artifact("images")["settings"].get("backbone") or {}
-    name = str(backbone.get("name", ""))
-    licence = BACKBONES.load(name).licence if name in BACKBONES.names() else "See where the images come from."
+    """Which backbone made the images (or looked at them), which model it ran, and what may be done with them."""
+    images = run.artifact("images")
+    backbone = images["settings"].get("backbone") or {}
+    name, made = str(backbone.get("name", "")), images["stage"] != "attend"
+    licence = BACKBONES.load(name).licence if made and name in BACKBONES.names() else _FOREIGN
     return {"backbone": name, "model": str(backbone.get("model") or name), "licence": licence}
 
 

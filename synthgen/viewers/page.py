@@ -23,9 +23,10 @@ from PIL import Image
 from synthgen.codecs import decode_image, decode_maps, decode_masks, masks_to_labels
 from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png, resize
+from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.run import Run
-from synthgen.status import RunStatus, Training, status
+from synthgen.status import RunStatus, Training, finite, status
 from synthgen.stores.tar import read_tar, write_bytes
 from synthgen.text import size
 
@@ -33,6 +34,7 @@ __all__ = ["write_page"]
 
 LARGEST = 384  # pixels of the longer side; larger images are shown smaller, or 96 of them would not fit a page
 EXACT = 128  # up to this size an image is shown as the PNG that the run holds
+MOST_TALLIES = 200  # rows of the tables of classes and of words
 CURVE_POINTS = 240  # of a loss curve
 
 
@@ -46,7 +48,7 @@ def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
         raise ValueError(f"limit must be at least 0, not {limit}")
     state = status(run)
     samples, problems = _samples(run, state, limit)
-    data = _finite(_summary(state, problems)) | {"samples": samples}
+    data = finite(_summary(state, problems)) | {"samples": samples}
     # "<" as an escape: no prompt can end the script element or open a comment in it
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = _template()
@@ -194,16 +196,22 @@ def _attention(maps: Maps) -> dict[str, Any]:
 
 
 def _masks(masks: WordMasks, shown: tuple[int, int]) -> dict[str, Any]:
-    """One image of word numbers at the size shown, with the score, share of the image and reason of each word."""
+    """One image of word numbers at the size shown, with what is known of each word's mask."""
     labels = masks_to_labels(masks.values)
     if labels.shape != shown:
         labels = np.asarray(Image.fromarray(labels).resize((shown[1], shown[0]), Image.Resampling.NEAREST))
-    reasons = (*masks.dropped, *[""] * len(masks.words))[: len(masks.words)]
+    described = describe_masks(masks)
+    figures = {
+        name: [None if mask[name] == UNKNOWN else _rounded(mask[name]) for mask in described]
+        for name in ("confidence", "sharpness", "disagreement")
+    }
     return {
         "labels": _uri("image/png", encode_png(labels)),
-        "scores": [_rounded(score) for score in masks.scores],
-        "areas": [_rounded(value.mean()) if value.size else 0.0 for value in masks.values],
-        "dropped": list(reasons),
+        "scores": [_rounded(mask["score"]) for mask in described],
+        "areas": [_rounded(mask["area"]) for mask in described],
+        "objects": [len(mask["instances"]) for mask in described],
+        "dropped": [mask["dropped"] for mask in described],
+        **figures,
     }
 
 
@@ -249,8 +257,12 @@ def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
             {"stage": stage, "units": sorted(units), "reason": reason} for (stage, reason), units in failures.items()
         ],
         "problems": list(dict.fromkeys([*state.problems, *problems])),
-        "labels": [dataclasses.asdict(tally) for tally in state.labels],
-        "words": [dataclasses.asdict(tally) for tally in state.words],
+        "num_masks": sum(tally.masks for tally in state.words),
+        "dropped": state.dropped,
+        "num_labels": len(state.labels),
+        "labels": [dataclasses.asdict(tally) for tally in state.labels[:MOST_TALLIES]],
+        "num_words": len(state.words),
+        "words": [dataclasses.asdict(tally) for tally in state.words[:MOST_TALLIES]],
         "shards": dataclasses.asdict(state.shards) if state.shards else None,
         "training": [_curve(item) for item in state.training],
         "evaluations": [
@@ -279,12 +291,3 @@ def _curve(training: Training) -> dict[str, Any]:
         "last": training.last,
         "curve": [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts],
     }
-
-
-def _finite(value: Any) -> Any:
-    """Plain data in which None stands for NaN and infinity: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -14,6 +14,7 @@ from synthgen.engines.local import Local
 from synthgen.errors import UnitsFailed
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages.masks import Masks
 from synthgen.viewers.page import write_page
 from tests.factories import TrueMasks, make_run
 from tests.stages.test_status import Picky
@@ -212,6 +213,36 @@ def test_the_keyboard_reaches_words_and_the_larger_view(page: Page, run: Run) ->
     page.until(lambda: "0000000003" in page.one("dialog[open]").text)
     page.key(Keys.ESCAPE)
     page.until(lambda: not page.all("dialog[open]"))
+
+
+def test_what_was_measured_of_a_mask_is_in_the_larger_view(page: Page, tmp_path) -> None:
+    run = make_run(tmp_path / "measured", units=1, unit_size=3, masks=False)
+    run_stage(Masks(min_area=0.1), run, Local(workers=1))
+    members = dict(run.read("masks", 0))
+    page.open(run)
+    for key in members:
+        described = json.loads(members[key]["json"])["masks"]
+        confident = [mask["confidence"] for mask in described if not mask["dropped"]]
+        card = page.card(key)
+        assert ("confidence" in card.text) == bool(confident)
+        page.one(".panes", card).click()
+        dialog = page.one("dialog[open]")
+        page.until(lambda dialog=dialog, key=key: key in dialog.text)
+        head = [cell.text for cell in page.all("th", dialog)]
+        assert head[2:] == ["confidence", "score", "area", "objects", "sharpness", "disagreement"]
+        for row, mask in zip(page.all("tbody tr", dialog), described, strict=True):
+            if mask["dropped"]:
+                assert f"dropped: {mask['dropped']}" in row.text
+            else:
+                shown = [f"{mask[name]:.3f}" for name in ("confidence", "score")]
+                assert row.text.split()[2:4] == shown
+                assert row.text.split()[-3:] == ["1", f"{mask['sharpness']:.3f}", f"{mask['disagreement']:.3f}"]
+        page.key(Keys.ESCAPE)
+        page.until(lambda: not page.all("dialog[open]"))
+    assert {bool(mask["dropped"]) for key in members for mask in json.loads(members[key]["json"])["masks"]} == {
+        True,
+        False,
+    }
 
 
 def test_search_class_and_order(page: Page, run: Run) -> None:

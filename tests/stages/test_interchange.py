@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 import synthgen.interchange as interchange
 from synthgen import codecs
@@ -17,7 +19,8 @@ from synthgen.api import export_dataset
 from synthgen.cli import main
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
-from synthgen.interchange import compress_counts, outlines, run_lengths
+from synthgen.interchange import compress_counts, join_corners, outlines, run_lengths
+from synthgen.mask_shape import box, split
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 from synthgen.run import Run
 from synthgen.runner import run_stage
@@ -78,10 +81,30 @@ def blobs(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
     return np.asarray(coarse) + rng.normal(0, 0.05, (height, width)) > 0.6
 
 
-def filled(mask: np.ndarray) -> np.ndarray:
-    from scipy import ndimage
+def noise(seed: int) -> np.ndarray:
+    """Pixels of chance: holes in parts in holes, and corners everywhere."""
+    rng = np.random.default_rng(seed)
+    return rng.random(rng.integers(1, 24, 2)) < rng.uniform(0.2, 0.98)
 
-    return ndimage.binary_fill_holes(mask, structure=np.ones((3, 3)))
+
+def windings(polygons: list[np.ndarray], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each pixel's centre lies right of a polygon's side, and how often the polygons go around it."""
+    crossed, around = np.zeros((2, height, width + 1), int)
+    for polygon in polygons:
+        for (x, y), (x_next, y_next) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+            assert (x == x_next) != (y == y_next)
+            crossed[min(y, y_next) : max(y, y_next), x] += 1
+            around[min(y, y_next) : max(y, y_next), x] += np.sign(y - y_next)
+    return crossed.cumsum(axis=1)[:, :width], around.cumsum(axis=1)[:, :width]
+
+
+def area(polygon: np.ndarray) -> float:
+    x, y = np.transpose(polygon)
+    return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
+
+
+def parts(mask: np.ndarray, corners: bool) -> int:
+    return int(ndimage.label(mask, np.ones((3, 3)) if corners else None)[1])
 
 
 # -- run lengths
@@ -118,27 +141,81 @@ def test_outlines_of_known_masks() -> None:
     assert [len(part) for part in outlines(np.eye(3, dtype=bool))] == [4, 4, 4]  # corners do not connect
     ring = np.ones((5, 5), bool)
     ring[2, 2] = False
-    assert [part.tolist() for part in outlines(ring)] == [[[0, 0], [5, 0], [5, 5], [0, 5]]]
+    (keyhole,) = outlines(ring)  # the hole, anticlockwise, hangs at a slit along y = 2
+    assert keyhole.tolist() == [[0, 0], [5, 0], [5, 5], [0, 5], [0, 2], [2, 2], [2, 3], [3, 3], [3, 2], [0, 2]]
     open_ring = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0]], bool)  # its hole reaches the outside over a corner
     (part,) = outlines(open_ring)
     assert np.array_equal(rasterise([part], 3, 3), open_ring)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_outlines_drawn_again_are_the_mask_with_its_holes_filled(seed: int) -> None:
-    mask = blobs(seed)
-    parts = outlines(mask)
-    drawn = rasterise(parts, *mask.shape)
-    assert mask.sum() >= 100
-    assert not (mask & ~drawn).any()
-    assert (drawn & filled(mask)).sum() == drawn.sum()
-    whole = mask | drawn
-    again = rasterise(outlines(whole), *mask.shape)
-    assert (again & whole).sum() / (again | whole).sum() >= 0.95
-    steps = [np.roll(part, -1, axis=0) - part for part in parts]
-    for step in steps:  # straight, and every point a turn
-        assert ((step == 0).sum(axis=1) == 1).all()
-        assert ((step[:, 0] == 0) != (np.roll(step[:, 0], 1) == 0)).all()
+@pytest.mark.parametrize("make", [blobs, noise, lambda seed: ~blobs(seed)])
+@pytest.mark.parametrize("seed", range(12))
+def test_outlines_drawn_again_are_the_mask_with_its_holes(seed: int, make: Callable[[int], np.ndarray]) -> None:
+    mask = make(seed)
+    for polygons, corners in ((outlines(mask), False), ([np.array(one) for one in join_corners(outlines(mask))], True)):
+        assert len(polygons) == parts(mask, corners)
+        crossed, around = windings(polygons, *mask.shape)
+        assert np.array_equal(crossed % 2 == 1, mask)  # by the even-odd rule
+        assert np.array_equal(around, mask.astype(int))  # by the nonzero rule; no pixel twice
+        assert sum(map(area, polygons)) == mask.sum()
+        for polygon in polygons:  # every point is a turn
+            across = np.roll(polygon, -1, axis=0)[:, 0] == polygon[:, 0]
+            assert (across != np.roll(across, 1)).all()
+    assert np.array_equal(rasterise(outlines(mask), *mask.shape), mask)  # and by Pillow
+
+
+def test_random_masks_have_holes_and_parts_in_holes() -> None:
+    masks = [make(seed) for make in (blobs, noise) for seed in range(12)]
+    assert sum(parts(~np.pad(mask, 1), True) - 1 for mask in masks) > 100
+
+
+# -- objects
+
+
+def test_separate_objects_are_annotated_apart_unless_that_is_switched_off(tmp_path: Path) -> None:
+    run = make_own(tmp_path / "run", [("0000000000", ("dog",))], draw=two_dogs)
+    export_dataset(run, "coco")
+    export_dataset(run, "coco", tmp_path / "whole", instances=False)
+    apart, whole = (
+        json.loads((folder / "annotations/instances.json").read_text())["annotations"]
+        for folder in (run.path / "export-coco", tmp_path / "whole")
+    )
+    assert [(one["id"], one["category_id"], one["area"], one["bbox"]) for one in apart] == [
+        (1, 1, 25, [2, 20, 6, 6]),
+        (2, 1, 12, [10, 2, 3, 4]),
+    ]
+    assert [(one["id"], one["area"], one["bbox"]) for one in whole] == [(1, 38, [2, 2, 22, 24])]
+    assert [len(one["segmentation"]) for one in apart + whole] == [2, 1, 4]  # over sides
+    mask = two_dogs(32, 24)
+    drawn = [rasterise([np.reshape(part, (-1, 2)) for part in one["segmentation"]], 32, 24) for one in apart + whole]
+    assert np.array_equal(drawn[2], mask)
+    assert np.array_equal(drawn[0] | drawn[1], mask & (np.arange(24) < 20))
+    export_dataset(run, "yolo", val_ratio=0.0)
+    export_dataset(run, "yolo", tmp_path / "lines", val_ratio=0.0, instances=False)
+    lines, all_lines = (
+        [np.array(line.split()[1:], float).reshape(-1, 2) * (24, 32) for line in file.read_text().splitlines()]
+        for file in (
+            folder / "labels/train/0000000000.txt" for folder in (run.path / "export-yolo", tmp_path / "lines")
+        )
+    )
+    assert [np.array_equal(rasterise([line], 32, 24), one) for line, one in zip(lines, drawn, strict=False)] == [
+        True
+    ] * 2
+    assert len(all_lines) == 3  # the speck too
+    assert np.array_equal(rasterise(all_lines, 32, 24), mask)
+    with pytest.raises(ConfigError, match="instances"):
+        export_dataset(run, "labels", instances=False)
+
+
+def two_dogs(height: int, width: int) -> np.ndarray:
+    """A ring of 24 pixels with one that touches it at a corner, a block of 12, and a speck."""
+    mask = np.zeros((height, width), bool)
+    mask[20:25, 2:7] = True
+    mask[22, 4] = False
+    mask[25, 7] = True
+    mask[2:6, 10:13] = True
+    mask[10, 23] = True
+    return mask
 
 
 # -- coco
@@ -170,8 +247,8 @@ def test_coco_holds_every_mask(source: Run, tmp_path: Path, rle: bool) -> None:
                 assert np.array_equal(found, mask)
             else:
                 found = rasterise([np.reshape(part, (-1, 2)) for part in one["segmentation"]], *size)
-                assert (found & mask).sum() / (found | mask).sum() >= 0.95
-            assert (one["area"], one["iscrowd"], one["score"]) == (mask.sum(), 0, 0.5)
+                assert np.array_equal(found, mask)
+            assert (one["area"], one["iscrowd"], one["score"], one["confidence"]) == (mask.sum(), 0, 0.5, -1.0)
             left, top, width, height = one["bbox"]
             assert mask[top : top + height, left : left + width].sum() == mask.sum()
             assert mask.any(axis=0).sum() == width
@@ -179,25 +256,43 @@ def test_coco_holds_every_mask(source: Run, tmp_path: Path, rle: bool) -> None:
 
 
 @pytest.mark.parametrize("rle", [False, True])
-def test_the_coco_api_reads_it(source: Run, tmp_path: Path, rle: bool) -> None:
-    coco = pytest.importorskip("pycocotools.coco")
-    export_dataset(source, "coco", tmp_path / "out", rle=rle)
+def test_the_coco_api_reads_it(tmp_path: Path, rle: bool) -> None:
+    coco, tools = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.mask")
+    run = make_own(tmp_path / "run", [("0000000000", ("dog",)), ("0000000001", ("dog",))], draw=ragged)
+    export_dataset(run, "coco", tmp_path / "out", rle=rle)
     read = coco.COCO(str(tmp_path / "out/annotations/instances.json"))
-    assert len(coco.COCO(str(tmp_path / "out/annotations/captions.json")).anns) == 12
-    for number, image in read.imgs.items():
-        masks = truths(source)[image["file_name"].removesuffix(".png")].values
-        for one, mask in zip(read.loadAnns(read.getAnnIds(number)), masks, strict=True):
+    assert len(coco.COCO(str(tmp_path / "out/annotations/captions.json")).anns) == 2
+    objects = split(ragged(32, 24))
+    assert [parts(~np.pad(one, 1), False) - 1 for one in objects] == [10, 5, 1]  # holes
+    for number in read.imgs:
+        for one, mask in zip(read.loadAnns(read.getAnnIds(number)), objects, strict=True):
             assert np.array_equal(read.annToMask(one).astype(bool), mask)
+            lengths = read.annToRLE(one)
+            text = compress_counts(run_lengths(mask))
+            assert lengths["counts"] in (text, text.encode())
+            assert one["area"] == tools.area(lengths) == mask.sum()
+            left, top, right, bottom = box(mask)
+            assert one["bbox"] == tools.toBbox(lengths).tolist() == [left, top, right - left, bottom - top]
 
 
-def test_the_coco_api_draws_our_outlines_and_packs_the_same_text() -> None:
-    coco = pytest.importorskip("pycocotools.mask")
-    for seed in range(4):
-        mask = blobs(seed)
-        assert coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() == compress_counts(run_lengths(mask))
-        polygons = [part.ravel().tolist() for part in outlines(mask)]
-        drawn = coco.decode(coco.merge(coco.frPyObjects(polygons, *mask.shape))).astype(bool)
-        assert np.array_equal(drawn, rasterise(outlines(mask), *mask.shape))
+def ragged(height: int, width: int) -> np.ndarray:
+    """Parts with holes, chosen by chance."""
+    rng = np.random.default_rng(3)
+    return (ndimage.gaussian_filter(rng.normal(size=(height, width)), 1.2) > 0.06) & (
+        rng.random((height, width)) < 0.94
+    )
+
+
+@pytest.mark.parametrize("make", [blobs, noise])
+def test_the_coco_api_draws_our_outlines_and_packs_the_same_text(make: Callable[[int], np.ndarray]) -> None:
+    tools = pytest.importorskip("pycocotools.mask")
+    for seed in range(30):
+        mask = make(seed)
+        lengths = tools.encode(np.asfortranarray(mask, np.uint8))
+        assert lengths["counts"].decode() == compress_counts(run_lengths(mask))
+        for polygons in (outlines(mask), join_corners(outlines(mask))):
+            flat = [np.ravel(polygon).tolist() for polygon in polygons]
+            assert tools.merge(tools.frPyObjects(flat, *mask.shape))["counts"] == lengths["counts"]
 
 
 def test_jpg_instead_of_png(source: Run, tmp_path: Path) -> None:
@@ -226,7 +321,7 @@ def test_yolo_holds_every_mask_in_shares_of_the_image(source: Run, tmp_path: Pat
             assert corners.max() <= 1
             found[data["names"][int(number)]] |= rasterise([corners * 64], 64, 64)
         for word, mask in zip(truth.words, truth.values, strict=True):
-            assert (found[word] & mask).sum() / (found[word] | mask).sum() >= 0.95
+            assert np.array_equal(found[word], mask)
 
 
 def test_the_split_is_that_of_the_shards(tmp_path: Path) -> None:
@@ -234,11 +329,11 @@ def test_the_split_is_that_of_the_shards(tmp_path: Path) -> None:
     run_stage(Shards(val_ratio=0.3), run, Local(workers=1))
     export_dataset(run, "yolo")
     assert yaml.safe_load((run.path / "export-yolo/data.yaml").read_text())["val"] == "images/val"
-    for split in ("train", "val"):
-        packed = {key for tar in (run.folder("shards") / split).glob("*.tar") for key, _ in read_tar(tar)}
+    for name in ("train", "val"):
+        packed = {key for tar in (run.folder("shards") / name).glob("*.tar") for key, _ in read_tar(tar)}
         assert packed
-        assert {path.stem for path in (run.path / "export-yolo/images" / split).iterdir()} == packed
-        assert {path.stem for path in (run.path / "export-yolo/labels" / split).iterdir()} == packed
+        assert {path.stem for path in (run.path / "export-yolo/images" / name).iterdir()} == packed
+        assert {path.stem for path in (run.path / "export-yolo/labels" / name).iterdir()} == packed
 
 
 def test_without_a_val_split_the_images_of_train_stand_for_it(source: Run, tmp_path: Path) -> None:
@@ -277,8 +372,14 @@ def test_many_classes_take_sixteen_bits(tmp_path: Path) -> None:
 # -- samples that are not as the others
 
 
-def make_own(path: Path, wanted: list[tuple[str, tuple[str, ...]]], *, dropped: tuple[str, ...] = ()) -> Run:
-    """A run of one unit with these keys and words; each word has a row of four pixels, but for the ``dropped``."""
+def make_own(
+    path: Path,
+    wanted: list[tuple[str, tuple[str, ...]]],
+    *,
+    dropped: tuple[str, ...] = (),
+    draw: Callable[[int, int], np.ndarray] | None = None,
+) -> Run:
+    """A run of one unit with these keys and words; each has a row of four pixels, or what is drawn, or is dropped."""
     from tests.factories import Drawn, TrueMasks
 
     run = Run.create(path)
@@ -298,6 +399,7 @@ def make_own(path: Path, wanted: list[tuple[str, tuple[str, ...]]], *, dropped: 
             for number, word in enumerate(words):
                 row, column = divmod(4 * number, 24)
                 values[number, row, column : column + 4] = word not in dropped
+                values[number] = draw(32, 24) if draw else values[number]
             why = tuple("is empty" if word in dropped else "" for word in words)
             masks.add(key, codecs.encode_masks(WordMasks(words, values, np.full(len(words), np.nan, np.float32), why)))
     return run

@@ -1,4 +1,7 @@
 import hashlib
+import io
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +10,13 @@ from synthgen import api, codecs
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, StaleArtifact, UnitsFailed
+from synthgen.mask_shape import describe_masks
 from synthgen.records import Maps
-from synthgen.stages.masks import Masks, scores
-from tests.factories import make_generation, make_run
+from synthgen.refiners.attentioncut import AttentionCut
+from synthgen.refiners.threshold import Threshold
+from synthgen.stages.masks import Masks
+from synthgen.status import status
+from tests.factories import WORDS, make_generation, make_run
 
 
 def sums(run):
@@ -61,21 +68,146 @@ def test_masks_that_are_too_small_or_too_large_are_dropped_with_the_reason():
     values[0, 0, 0] = True
     values[1] = True
     kept = Masks().keep(values, generation.maps)
-    assert "less than 0.50%" in kept.dropped[0]
-    assert "more than 80.00%" in kept.dropped[1]
+    assert kept.dropped[0] == "too small: covers 0.02% of the image, less than 0.50%"
+    assert kept.dropped[1] == "too large: covers 100.00% of the image, more than 80.00%"
     assert not kept.values.any()
     assert (kept.scores == 0).all()
+    assert (kept.confidence == 0).all()
     values[:] = False
-    assert Masks().keep(values, generation.maps).dropped == ("is empty", "is empty")
+    assert Masks().keep(values, generation.maps).dropped == ("empty: no pixel is the word's",) * 2
 
 
-def test_score_by_hand():
-    weights = np.zeros((1, 2, 2), np.float16)
-    weights[0, 0] = 0.5, 0.25
-    mask = np.zeros((1, 4, 4), bool)
-    mask[0, :2] = True
-    maps = Maps(("x",), weights, np.zeros((12, 2, 2), np.float16))
-    np.testing.assert_allclose(scores(mask, maps), [0.75], rtol=1e-6)  # inside (1 + 0.5) / 2, outside 0
+def test_masks_below_a_confidence_are_dropped_where_that_is_asked_for():
+    generation, truth = make_generation(seed=3)
+    beside = np.roll(truth, 24, axis=2)
+    kept = Masks().keep(beside, generation.maps)
+    assert kept.dropped == ("",)
+    assert 0 < kept.confidence[0] < 0.6
+    unsure = Masks(min_confidence=0.6).keep(beside, generation.maps)
+    assert unsure.dropped == (f"unsure: has a confidence of {kept.confidence[0]:.2f}, less than 0.60",)
+    assert not unsure.values.any()
+    assert (unsure.scores[0], unsure.confidence[0]) == (0, 0)
+    assert Masks(min_confidence=0.6).keep(truth, generation.maps).dropped == ("",)
+
+
+def broken(weights, how):
+    """A map of a good word, spoiled."""
+    spoiled = np.array(weights, np.float16)
+    if how == "nan":
+        spoiled[3, 4] = np.nan
+    elif how == "infinity":
+        spoiled[0, 0] = np.inf
+    elif how == "all equal":
+        spoiled[:] = 0.25
+    elif how == "noise of rounding":
+        spoiled[:] = 0.25
+        spoiled[::2] += np.float16(0.0002)
+    elif how == "nowhere":
+        spoiled[:] = 0
+    elif how == "one hot cell":
+        spoiled[:] = 0.01
+        spoiled[5, 5] = 0.9
+    return spoiled
+
+
+REASONS = {
+    "nan": "broken map: it holds NaN or infinity",
+    "infinity": "broken map: it holds NaN or infinity",
+    "all equal": "flat map: it varies by 0.00% of its peak, no more than 5.00%",
+    "noise of rounding": "flat map: it varies by 0.10% of its peak, no more than 5.00%",
+    "nowhere": "no attention: the map is 0 everywhere",
+    "one hot cell": "single cell: one holds 100.00% of the attention, more than 50.00%",
+}
+
+
+@pytest.mark.parametrize("refiner", [Threshold(), AttentionCut()])
+@pytest.mark.parametrize("how", REASONS)
+def test_a_map_that_says_nothing_gives_no_mask_and_a_reason_and_the_other_word_keeps_its_own(how, refiner):
+    generation, _ = make_generation(words=("disc", "square"))
+    maps = generation.maps
+    good = Masks().mask(refiner, Threshold(), alone(generation, 1))
+    spoiled = replace(maps, weights=np.stack([broken(maps.weights[0], how), maps.weights[1]]))
+    found = Masks().mask(refiner, Threshold(), replace(generation, maps=spoiled))
+    assert found.dropped == (REASONS[how], "")
+    assert not found.values[0].any()
+    assert np.array_equal(found.values[1], good.values[0])
+    for name in ("scores", "confidence", "sharpness", "disagreement"):
+        assert getattr(found, name)[0] == 0
+        assert getattr(found, name)[1] == getattr(good, name)[0]
+        assert np.isfinite(getattr(found, name)).all()
+    both = replace(maps, weights=np.stack([broken(one, how) for one in maps.weights]))
+    assert Masks().mask(refiner, Threshold(), replace(generation, maps=both)).dropped == (REASONS[how],) * 2
+
+
+def alone(generation, index):
+    """The same sample with one of its words."""
+    maps = generation.maps
+    words, weights = maps.words[index : index + 1], maps.weights[index : index + 1]
+    return replace(generation, maps=Maps(words, weights, maps.affinity))
+
+
+def test_broken_self_attention_a_map_without_cells_and_no_words_are_told_too():
+    generation, _ = make_generation(words=("disc", "square"))
+    affinity = generation.maps.affinity.copy()
+    affinity[2, 3, 3] = np.nan
+    stage, refiner = Masks(), AttentionCut()
+    found = stage.mask(refiner, Threshold(), replace(generation, maps=replace(generation.maps, affinity=affinity)))
+    assert found.dropped == ("broken map: the self-attention holds NaN or infinity",) * 2
+    none = Maps(("disc",), np.zeros((1, 0, 0), np.float16), np.zeros((12, 0, 0), np.float16))
+    assert stage.mask(refiner, Threshold(), replace(generation, maps=none)).dropped == ("broken map: it has no cells",)
+    wordless = Maps((), np.zeros((0, 16, 16), np.float16), generation.maps.affinity)
+    found = stage.mask(refiner, Threshold(), replace(generation, maps=wordless))
+    assert (found.dropped, found.values.shape) == ((), (0, 64, 64))
+
+
+def test_the_bounds_of_maps_are_settings():
+    generation, _ = make_generation()
+    soft = replace(generation, maps=replace(generation.maps, weights=generation.maps.weights / 4 + np.float16(0.5)))
+    assert Masks().mask(Threshold(), Threshold(), soft).dropped == ("",)
+    (reason,) = Masks(min_contrast=0.5).mask(Threshold(), Threshold(), soft).dropped
+    assert reason.startswith("flat map: it varies by ")
+    (reason,) = Masks(max_peak=0.01).mask(Threshold(), Threshold(), generation).dropped
+    assert reason.startswith("single cell: one holds ")
+
+
+def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_path):
+    run = make_run(tmp_path / "r", masks=False)
+    spoil = iter(REASONS)
+    with rewritten(run, "maps") as maps, rewritten(run, "images") as images:
+        for (key, members), (_, picture) in zip(run.read("maps", 0), run.read("images", 0), strict=True):
+            about = json.loads(picture["json"])
+            decoded = codecs.decode_maps(key, members, tuple(about["words"]))
+            weights = np.stack([broken(decoded.weights[0], next(spoil)), *decoded.weights[1:]])
+            maps.add(key, codecs.encode_maps(replace(decoded, weights=weights)))
+            about["warnings"] = ["the word 'hat' is cut off and has no mask", "something else"]
+            images.add(key, picture | {"json": json.dumps(about).encode()})
+    summary = api.masks(run, engine=Local(workers=1), refine=Choice("attentioncut"))
+    assert summary.samples == 12
+    state = status(run)
+    kinds = {"broken map": 2, "flat map": 2, "no attention": 1, "single cell": 1, "cut off": 6}
+    assert state.dropped == kinds
+    by_word = {tally.name: tally for tally in state.words}
+    assert (by_word["hat"].samples, by_word["hat"].masks, by_word["hat"].dropped) == (6, 0, {"cut off": 6})
+    assert sum(tally.masks for tally in state.words) == 16 - 6
+    notes = next(one.notes for one in state.artifacts if one.name == "masks")
+    assert notes == {"masks": 10, "dropped masks": 6, "words cut off": 6}
+    assert state.plain()["dropped"] == kinds
+    json.dumps(state.plain(), allow_nan=False)
+
+
+def rewritten(run, artifact):
+    run.tar(artifact, 0).with_suffix(".json").unlink()
+    return run.write(artifact, 0)
+
+
+def test_masks_by_the_threshold_do_not_disagree_with_it_and_cut_ones_do():
+    generation, _ = make_generation(seed=1)
+    stage = Masks()
+    assert stage.mask(Threshold(), Threshold(), generation).disagreement == [0]
+    cut = stage.mask(AttentionCut(), Threshold(), generation)
+    plain = Threshold().refine(generation.image, generation.maps)
+    assert cut.disagreement == pytest.approx(1 - iou(cut.values, plain), abs=1e-6)
+    assert 0 < cut.disagreement < 0.5
 
 
 def test_a_sample_that_lost_its_maps_fails_its_unit_and_says_which(tmp_path):
@@ -99,10 +231,33 @@ def test_bad_settings(tmp_path):
         api.masks(run, refine=Choice("attentioncut", {"smoothnes": 1.0}))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"min_contrast": 1.0}, {"min_contrast": -0.1}, {"max_peak": 0.0}, {"min_confidence": 1.0}]
+)
+def test_bounds_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Masks(**settings)
+
+
 def test_masks_survive_their_codec():
-    generation, truth = make_generation(words=("disc", "square"))
+    generation, _ = make_generation(words=WORDS)
+    found = Masks().mask(Threshold(), Threshold(), generation)
+    members = codecs.encode_masks(found)
+    back = codecs.decode_masks("k", members)
+    assert (back.words, back.dropped) == (found.words, found.dropped)
+    for name in ("values", "scores", "confidence", "sharpness", "disagreement"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(found, name))
+    assert json.loads(members["json"])["masks"] == describe_masks(found)
+
+
+def test_masks_of_older_runs_are_read():
+    generation, truth = make_generation(words=WORDS)
     kept = Masks().keep(truth, generation.maps)
-    back = codecs.decode_masks("k", codecs.encode_masks(kept))
-    assert back.words == kept.words
-    np.testing.assert_array_equal(back.values, kept.values)
-    np.testing.assert_array_equal(back.scores, kept.scores)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, labels=codecs.masks_to_labels(truth), scores=kept.scores)
+    about = {"words": list(WORDS), "dropped": ["", ""]}
+    back = codecs.decode_masks("k", {"masks.npz": buffer.getvalue(), "json": json.dumps(about).encode()})
+    np.testing.assert_array_equal(back.values, truth)
+    assert (back.confidence, back.sharpness, back.disagreement) == (None, None, None)
+    assert [mask["confidence"] for mask in describe_masks(back)] == [-1.0, -1.0]
+    assert [mask["score"] for mask in describe_masks(back)] == pytest.approx(kept.scores, abs=1e-6)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from synthgen import codecs
+from synthgen.card import MASK_COLUMNS
 from synthgen.engines.local import Local
 from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
 from synthgen.records import Prompt
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.stores.tar import read_tar
 from tests.factories import Drawn, TrueMasks, make_run
@@ -103,6 +106,8 @@ def test_image_mask_and_metadata_are_those_of_the_source(run: Run) -> None:
                 assert value[top:bottom, right - 1].any() and value[bottom - 1, left:right].any()  # noqa: PT018
                 assert described["area"] == pytest.approx(value.mean(), abs=1e-6)
                 assert described["score"] == 0.5
+                assert described["instances"] == [{"area": described["area"], "box": described["box"]}]
+                assert (described["components"], described["touches_border"]) == (1, False)
 
 
 def test_two_runs_one_and_two_workers_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -136,6 +141,65 @@ def test_columns_of_the_parquet_have_types_whatever_the_rows(run: Run) -> None:
     schemas = [parquet.read_schema(path) for path in pack(run).folder("shards").glob("*/*.parquet")]
     assert all(schema.equals(schemas[0]) for schema in schemas)
     assert not [field.name for field in schemas[0] if "null" in str(field.type)]
+
+
+def test_what_the_masks_stage_measures_is_in_the_json_and_in_the_parquet(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", units=1, unit_size=6, masks=False)
+    run_stage(Masks(), run, Local(workers=1))
+    pack(run)
+    stored = {key: json.loads(members["json"])["masks"] for key, members in run.read("masks", 0)}
+    packed = {key: json.loads(members["json"])["masks"] for key, members in samples(run).items()}
+    assert packed == stored
+    assert all(0.5 < mask["confidence"] <= 1 and mask["sharpness"] > 0.5 for masks in stored.values() for mask in masks)
+    tables = [parquet.read_table(path).to_pylist() for path in run.folder("shards").glob("*/*.parquet")]
+    for row in (row for table in tables for row in table):
+        for name in MASK_COLUMNS:
+            assert row[f"mask_{name}"] == [mask[name] for mask in stored[row["key"]]]
+
+
+def test_objects_are_told_apart_unless_that_is_switched_off(source: Path, tmp_path: Path) -> None:
+    for number, expected in enumerate(([72, 16], [88])):
+        run = copy(source, tmp_path / str(number))
+        members = dict(run.read("masks", 0))
+        run.tar("masks", 0).with_suffix(".json").unlink()
+        with run.write("masks", 0) as masks:
+            for key, old in members.items():
+                found = codecs.decode_masks(key, old)
+                values = np.zeros_like(found.values)
+                values[0, 4:12, 4:13], values[0, 40:44, 40:44] = True, True
+                masks.add(key, codecs.encode_masks(replace(found, values=values)))
+        pack(run, instances=not number)
+        (mask, *_) = json.loads(samples(run)["0000000000"]["json"])["masks"]
+        assert [round(one["area"] * 64 * 64) for one in mask["instances"]] == expected
+        assert mask["instances"][0]["box"] == ([4, 4, 44, 44] if number else [4, 4, 13, 12])
+
+
+def test_masks_of_older_runs_are_packed(run: Run) -> None:
+    members = dict(run.read("masks", 1))
+    run.tar("masks", 1).with_suffix(".json").unlink()
+    with run.write("masks", 1) as masks:
+        for key, old in members.items():
+            about = json.loads(old["json"])
+            masks.add(key, old | {"json": json.dumps({name: about[name] for name in ("words", "dropped")}).encode()})
+    pack(run)
+    (mask, *_) = json.loads(samples(run)["0000010000"]["json"])["masks"]
+    assert (mask["confidence"], mask["sharpness"], mask["disagreement"], mask["components"]) == (-1, -1, -1, 1)
+
+
+def test_a_sample_with_a_mask_comes_first(source: Path, tmp_path: Path) -> None:
+    run = copy(source, tmp_path / "run")
+    members = dict(run.read("masks", 0))
+    run.tar("masks", 0).with_suffix(".json").unlink()
+    with run.write("masks", 0) as masks:
+        for number, (key, old) in enumerate(members.items()):
+            found = codecs.decode_masks(key, old)
+            if number < 3:
+                why = ("too small: covers nothing",) * len(found.words)
+                found = replace(found, values=np.zeros_like(found.values), dropped=why)
+            masks.add(key, codecs.encode_masks(found))
+    pack(run, val_ratio=0.0, shuffle=False)
+    first = [key for key, _ in read_tar(run.folder("shards") / "train/000000.tar")]
+    assert first[:4] == ["0000000003", "0000000000", "0000000001", "0000000002"]
 
 
 # -- splits and order
@@ -246,6 +310,7 @@ def test_masks_of_one_unit_are_missing(run: Run) -> None:
 
 
 def test_a_sample_without_masks_is_named(run: Run) -> None:
+    run.tar("masks", 1).with_suffix(".json").unlink()  # what is done is not written again
     with run.write("masks", 1) as masks:
         for key, members in list(read_tar(run.tar("masks", 0)))[:1]:
             masks.add(key.replace("000000", "000001", 1), members)

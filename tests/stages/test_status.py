@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Work, Worker
 from synthgen.stages.shards import Shards
-from synthgen.status import Tally, status
+from synthgen.status import Evaluation, RunStatus, Score, Tally, _kind, status
 from synthgen.status_text import render, scores
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
@@ -40,6 +41,7 @@ class Picky(TrueMasks):
                     raise ValueError("the disc is not round")
                 good(unit)
                 found = {key: codecs.decode_masks(key, members) for key, members in run.read("masks", unit)}
+                run.tar("masks", unit).with_suffix(".json").unlink()  # what is done is not written again
                 with run.write("masks", unit) as masks:
                     for number, (key, value) in enumerate(found.items()):
                         reason = f"covers 0.{number + 1}1% of the image, less than 0.50%"
@@ -116,7 +118,32 @@ def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
     assert state.labels == (Tally("disc", 4, 4, {"less than 0.50%": 2}), Tally("square", 2, 0, {"less than 0.50%": 2}))
     assert by_name(state)["masks"].notes == {"dropped masks": 4}
     assert "4 less than 0.50%" in render(state)
+    assert "masks: 4 kept, 4 dropped (4 less than 0.50%)" in render(state)
+    assert state.dropped == squares
+    plain = json.loads(json.dumps(state.plain(), allow_nan=False))
+    assert plain["dropped"] == squares
+    assert plain["words"][1] == {"name": "square", "samples": 4, "masks": 0, "dropped": squares}
+    assert plain["path"] == str(run.path)
     assert status(run, counts=False).words == ()
+
+
+def test_a_reason_is_counted_by_what_stands_before_its_colon():
+    assert _kind("too small: covers 0.31% of the image, less than 0.50%") == "too small"
+    assert _kind("covers 0.31% of the image, less than 0.50%") == "less than 0.50%"  # of older runs
+    assert _kind("is empty") == "is empty"
+
+
+def test_many_words_are_a_few_rows_and_all_in_the_json(tmp_path):
+    words = tuple(Tally(f"word {number}", 2, 1, {"empty": 1}) for number in range(500))
+    state = RunStatus(tmp_path, 0, (), words=words, evaluations=(Evaluation("e", (Score("a", "b", {"c": math.nan}),)),))
+    text = render(state)
+    assert "masks: 500 kept, 500 dropped (500 empty)" in text
+    assert text.count("word ") < 20
+    assert "... and 488 more; synthgen status --json has all" in text
+    plain = state.plain()
+    assert len(plain["words"]) == 500
+    assert plain["evaluations"][0]["scores"][0]["values"] == {"c": None}
+    json.dumps(plain, allow_nan=False)
 
 
 def test_a_tar_that_cannot_be_read_is_named_and_the_rest_still_told(tmp_path):
@@ -133,10 +160,8 @@ def test_a_tar_that_cannot_be_read_is_named_and_the_rest_still_told(tmp_path):
 
 def test_a_stage_of_another_version_is_planned_by_what_it_reads(run):
     run_stage(TrueMasks(), run, Local(workers=1))
-    manifest = run.manifest()
-    manifest["artifacts"]["masks"] |= {"settings": {"gone": 1}}
-    manifest["artifacts"]["masks"] |= {"stage": "masks of old"}
-    run._save(manifest)
+    made = run.artifact("masks") | {"settings": {"gone": 1}, "stage": "masks of old"}
+    (run.folder("masks") / "settings.yaml").write_text(json.dumps(made))
     run.tar("masks", 1).with_suffix(".json").unlink()
     masks = by_name(status(run))["masks"]
     assert (masks.done, masks.planned) == (1, 2)
@@ -192,12 +217,10 @@ def test_strange_files_of_others_do_not_stop_it(run):
 
 
 def test_a_training_is_one_unit_and_may_fail(run):
-    manifest = run.manifest()
-    made = manifest["artifacts"]["images"] | {"stage": "pretrain", "settings": {}, "inputs": {}, "fingerprint": "f"}
-    manifest["artifacts"]["pretrain/mae"] = made
-    run._save(manifest)
+    made = run.artifact("images") | {"stage": "pretrain", "settings": {}, "inputs": {}, "fingerprint": "f"}
     folder = run.path / "pretrain" / "mae"
     folder.mkdir(parents=True)
+    (folder / "settings.yaml").write_text(json.dumps(made))
     (folder / "000000.failed.json").write_text('{"unit": 0, "error": "the loss is not finite"}')
     state = status(run)
     assert by_name(state)["pretrain/mae"].failures == {0: "the loss is not finite"}

@@ -22,7 +22,9 @@ from synthgen.records import Maps, Prompt, Report, WordMasks, sample_key
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Work, Worker
-from synthgen.viewers.page import _attention, _segments, write_page
+from synthgen.stages.masks import Masks
+from synthgen.status import RunStatus, Tally
+from synthgen.viewers.page import _attention, _segments, _summary, write_page
 from tests.factories import Drawn, TrueMasks, make_generation, make_prompt, make_run
 
 EVIL = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>{{data}}<!-- 🌄 "
@@ -255,6 +257,27 @@ def test_failures_training_and_scores_are_on_the_page(tmp_path):
 )
 def test_a_prompt_is_cut_at_its_words(prompt, pieces):
     assert _segments(prompt) == pieces
+
+
+def test_what_was_measured_of_masks_is_on_the_page_and_nothing_where_nobody_did(tmp_path):
+    run = make_run(tmp_path / "demo", masks=False)
+    run_stage(Masks(), run, Local(workers=1))
+    samples = {sample["key"]: sample["masks"] for sample in read(write_page(run))["samples"]}
+    for unit in (0, 1):
+        for key, members in run.read("masks", unit):
+            described = json.loads(members["json"])["masks"]
+            for name in ("confidence", "sharpness", "disagreement"):
+                assert samples[key][name] == pytest.approx([mask[name] for mask in described], abs=1e-4)
+            assert samples[key]["objects"] == [len(mask["instances"]) for mask in described]
+    old = read(write_page(make_run(tmp_path / "old")))["samples"]
+    assert {value for sample in old for value in sample["masks"]["confidence"]} == {None}
+
+
+def test_tables_of_words_are_bounded(tmp_path):
+    words = tuple(Tally(f"word {number}", 2, 1, {"empty": 1, "too small": number % 2}) for number in range(500))
+    data = _summary(RunStatus(tmp_path, 0, (), words=words), [])
+    assert (len(data["words"]), data["num_words"], data["num_masks"]) == (200, 500, 500)
+    assert data["dropped"] == {"empty": 500, "too small": 250}
 
 
 def test_flat_or_broken_or_absent_attention_is_drawn_as_none():

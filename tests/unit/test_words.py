@@ -1,7 +1,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from synthgen.attention.words import locate_words
+from synthgen.attention.words import locate_words, words_cut_off
 from synthgen.prompts import parse_line
 
 
@@ -46,6 +46,8 @@ def test_a_word_that_fell_off_the_end_is_a_warning(tokenizer):
     assert words == ["dog ", ""]
     assert "longer than the 16 tokens" in warnings[0]
     assert "'umbrella umbrella' is cut off" in warnings[1]
+    assert words_cut_off(warnings) == ["umbrella umbrella"]
+    assert words_cut_off(["""the word "cat's" is cut off and has no mask""", "the word is cut off"]) == ["cat's"]
 
 
 def test_no_special_token_ever_counts(tokenizer):
