@@ -1,4 +1,4 @@
-"""Evaluators: each turns what an encoder says of labelled images, or masks beside the truth, into named numbers."""
+"""Evaluators: each turns what an encoder says of images, or masks beside the truth, into named numbers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from jaxtyping import Float32, Int
+import torch
+from jaxtyping import Float16, Float32, Int, Int16
 from torch import Tensor
 
+from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.registry import Family
 
-__all__ = ["EVALUATORS", "Evaluator", "Labelled", "Material"]
+__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Scenes"]
+
+Need = Literal["features", "patches", "pairs", "masks"]
+Baseline = Literal["random", "pixels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,45 @@ class Labelled:
 
     features: Float32[Tensor, "n d"]
     labels: Int[Tensor, " n"]  # a class number, the same in training and test; -1 is a class not seen in training
+    keys: tuple[
+        str, ...
+    ] = ()  # names of the images; without them their order counts where training images are held out
+
+    def by_key(self) -> Labelled:
+        """The same in the order of the keys."""
+        if not self.keys:
+            return self
+        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        return Labelled(self.features[order], self.labels[order], tuple(self.keys[row] for row in order))
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """Patch features of square images in which it is known what is where.
+
+    ``classes`` begins with the background. Those of test images are those of training, and behind them the classes
+    that training lacks: nothing can find them, and they count.
+    """
+
+    patches: Float16[Tensor, "n d h w"]
+    pixels: Int16[Tensor, "n S S"]  # the class of each pixel
+    boxes: tuple[Float32[Tensor, "_ 4"], ...]  # of each image: left, top, right, bottom in pixels
+    box_classes: tuple[Int[Tensor, " _"], ...]
+    keys: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Images and what is said of them, as vectors of one space. A text may be said of several images."""
+
+    images: Float32[Tensor, "n d"]
+    texts: Float32[Tensor, "m d"]  # each text once
+    of_image: Int[Tensor, " p"]  # pair i: image of_image[i] has text of_text[i]
+    of_text: Int[Tensor, " p"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +75,71 @@ class Material:
     test: Labelled | None = None
     predicted: Mapping[str, WordMasks] = field(default_factory=dict)  # by key
     truth: Mapping[str, WordMasks] = field(default_factory=dict)
+    train_scenes: Scenes | None = None
+    test_scenes: Scenes | None = None
+    pairs: Pairs | None = None
+    device: str = "cpu"  # where heads are trained
+
+    def labelled(self) -> tuple[Labelled, Labelled]:
+        """Training and test images of known class.
+
+        Raises:
+            ConfigError: there are none, or their features are not numbers.
+        """
+        if self.train is None or self.test is None or not len(self.train.labels) or not len(self.test.labels):
+            raise ConfigError("there are no labelled images to learn from, or none to be judged on")
+        _finite(self.train.features, self.test.features)
+        return self.train, self.test
+
+    def scenes(self) -> tuple[Scenes, Scenes]:
+        """Training and test images in which it is known what is where.
+
+        Raises:
+            ConfigError: there are none, no class is in both, or their features are not numbers.
+        """
+        train, test = self.train_scenes, self.test_scenes
+        if train is None or test is None or not len(train) or not len(test):
+            raise ConfigError("there are no images with masks to learn from, or none to be judged on")
+        if test.classes[: len(train.classes)] != train.classes:
+            raise ValueError("the classes of the test images must begin with those of training")
+        if len(train.classes) < 2:
+            raise ConfigError("no mask of the training images has a pixel: there is nothing to learn")
+        _finite(train.patches, test.patches)
+        return train, test
+
+    def matched(self) -> Pairs:
+        """Images with their texts.
+
+        Raises:
+            ConfigError: there are none, or their vectors are not numbers.
+        """
+        if self.pairs is None or not len(self.pairs.of_image):
+            raise ConfigError("there are no images with texts to be judged on")
+        _finite(self.pairs.images, self.pairs.texts)
+        return self.pairs
 
 
 class Evaluator(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
-    needs: ClassVar[Literal["features", "masks"]]
+    needs: ClassVar[Need]
+    baselines: ClassVar[tuple[Baseline, ...]]  # what stands beside the encoder: a random one, the pixels themselves
 
     def evaluate(self, material: Material) -> dict[str, float]:
-        """Named numbers; ``low`` and ``high`` bound the first one (95 %, bootstrap over images). Repeats exactly."""
+        """Named numbers, the same each time; the order of the images does not matter.
+
+        The first one is the score; ``low`` and ``high`` bound it (95 %, bootstrap over test images). Where a head is
+        trained it is the mean over ``seeds`` trainings, and ``spread`` their standard deviation.
+
+        Raises:
+            ConfigError: the material lacks what is needed; says what.
+        """
         ...
 
 
 EVALUATORS: Family[Evaluator] = Family(__name__)
+
+
+def _finite(*tensors: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for tensor in tensors for part in torch.split(tensor, 256)):
+        raise ConfigError("the encoder's features are not finite numbers; its training has diverged")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from synthgen.evaluators import Labelled, Material
+from synthgen.evaluators import Baseline, Labelled, Material, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["KNN"]
@@ -23,7 +23,8 @@ class KNN:
     ``accuracy`` is the share of test images whose most voted class is right. Nothing is learned.
     """
 
-    needs: ClassVar[Literal["features", "masks"]] = "features"
+    needs: ClassVar[Need] = "features"
+    baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
     k: int = 20
     temperature: float = 0.07
@@ -34,9 +35,7 @@ class KNN:
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """``accuracy`` with its interval."""
-        train, test = material.train, material.test
-        if train is None or test is None:
-            raise ValueError("knn needs features of training and test images")
+        train, test = material.labelled()
         right = (self.predict(train, test.features) == test.labels).double()
         accuracy, low, high = mean_with_interval(right.numpy())
         return {"accuracy": accuracy, "low": low, "high": high}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from synthgen.evaluators import Material
+from synthgen.evaluators import Baseline, Material, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["LinearProbe"]
@@ -26,7 +26,8 @@ class LinearProbe:
     ``strengths`` that is best on every fifth training image of a class, held out for that; test images choose nothing.
     """
 
-    needs: ClassVar[Literal["features", "masks"]] = "features"
+    needs: ClassVar[Need] = "features"
+    baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
 
     l2: float = 0.0
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -38,9 +39,8 @@ class LinearProbe:
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """``accuracy`` with its interval, ``train_accuracy``, and the ``l2`` that was taken."""
-        train, test = material.train, material.test
-        if train is None or test is None:
-            raise ValueError("linear_probe needs features of training and test images")
+        train, test = material.labelled()
+        train = train.by_key()
         features = train.features.double()
         mean, deviation = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
         known, asked = (features - mean) / deviation, (test.features.double() - mean) / deviation

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
-from synthgen.evaluators import Material
+from synthgen.errors import ConfigError
+from synthgen.evaluators import Baseline, Material, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 from synthgen.records import WordMasks
 
@@ -24,19 +25,20 @@ class MaskIoU:
     take the nearest pixel. The interval resamples images, as the words of one image share its luck.
     """
 
-    needs: ClassVar[Literal["features", "masks"]] = "masks"
+    needs: ClassVar[Need] = "masks"
+    baselines: ClassVar[tuple[Baseline, ...]] = ()
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """``mean_iou`` over words with its interval, ``found`` (share with IoU of 0.5 or more), and counts.
 
         Raises:
-            ValueError: no key of the predictions is in the truth.
+            ConfigError: no key of the predictions is in the truth.
         """
         keys = sorted(material.predicted.keys() & material.truth.keys())
         per_image = [word_ious(material.predicted[key], material.truth[key]) for key in keys]
         per_image = [ious for ious in per_image if ious]
         if not per_image:
-            raise ValueError("predictions and truth share no sample with a mask; are they of the same images?")
+            raise ConfigError("predictions and truth share no sample with a mask; are they of the same images?")
         ious = np.concatenate(per_image)
         mean, low, high = mean_with_interval(
             np.array([sum(ious) for ious in per_image]), np.array([float(len(ious)) for ious in per_image])

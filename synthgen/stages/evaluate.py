@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report, WordMasks
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stores.tar import write_json
+from synthgen.stages._judged import Lacking, Source, open_source, spread_out
+from synthgen.stores.tar import read_tar, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from synthgen.datasets import ImageDataset
-    from synthgen.evaluators import Evaluator, Labelled
+    from synthgen.evaluators import Baseline, Evaluator, Material, Need
+    from synthgen.evaluators._extraction import Extracted
+    from synthgen.models.vit import VisionTransformer
 
 __all__ = ["Evaluate"]
 
-Split = tuple["ImageDataset", dict[int, str]]  # a dataset, and the class of each sample that has one
+_BY_DEFAULT = ("knn", "linear_probe", "retrieval")  # of an encoder: what costs seconds
+_BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Evaluate(Stage):
     """Ask what an encoder learned, and how good masks are where the truth is known.
 
     ``evaluate/<label>.json`` gets the scores. Two rows stand beside the encoder's own, without which a score says
-    nothing: a ``random encoder`` of the same shape, and nearest neighbours of the ``pixels`` themselves. What makes a
-    score doubtful (few images, classes that training does not know) is told under ``warnings``.
+    nothing: a ``random encoder`` of the same shape, and the ``pixels`` themselves. What makes a score doubtful (few
+    images, classes that training does not know) is told under ``warnings``, and under ``skipped`` why an evaluator
+    that nobody asked for by name was left out.
     """
 
     name: ClassVar = "evaluate"
@@ -46,12 +48,16 @@ class Evaluate(Stage):
     accelerated: ClassVar = True
 
     encoder: str = ""  # folder; the run's newest training where it is empty
-    train: str = ""  # labelled tar, pattern or folder to learn from; the run's shards/train
+    train: str = ""  # tar, pattern or folder to learn from; the run's shards/train
     test: str = ""  # and to be judged on; the run's shards/val
     truth: str = ""  # tar, pattern or folder of tars with true masks
     predicted: str = ""  # the masks to judge; the run's own where it is empty
-    evaluators: tuple[Choice, ...] = ()  # none: knn and linear_probe of an encoder, mask_iou where truth is given
+    evaluators: tuple[
+        Choice, ...
+    ] = ()  # none: knn, linear_probe, retrieval if it can be, mask_iou where truth is given
     pool: str = "mean"  # of the patch tokens, or cls
+    mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
+    patch_memory: float = 2.0  # GB for patch features; with more images fewer are taken, evenly apart
     label: str = ""  # name of the file; the encoder's folder, with the names of ``test`` and ``truth``
     batch_size: int = free(128)
     num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
@@ -59,10 +65,20 @@ class Evaluate(Stage):
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "cls"):
             raise ValueError(f"pool must be mean or cls, not {self.pool!r}")
+        if self.mask_classes not in ("words", "label"):
+            raise ValueError(f"mask_classes must be words or label, not {self.mask_classes!r}")
+        if not self.patch_memory > 0:
+            raise ValueError(f"patch_memory must be above 0, not {self.patch_memory}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {self.batch_size}")
         if "/" in self.label or self.label.startswith("."):
             raise ValueError(f"label must be a plain file name, not {self.label!r}")
+
+    def complete(self) -> Self:
+        """The same with every option of the evaluators spelled out."""
+        from synthgen.evaluators import EVALUATORS
+
+        return replace(self, evaluators=tuple(EVALUATORS.complete(choice) for choice in self.evaluators))
 
     # -- what there is to do
 
@@ -70,24 +86,74 @@ class Evaluate(Stage):
         """None of the run's manifest: the file's name depends on the encoder, and all it was made from is in it."""
         return ()
 
-    def chosen(self, run: Run) -> list[Evaluator]:
-        """The evaluators, made.
+    def wanted(self, run: Run) -> dict[str, Evaluator]:
+        """The evaluators that are asked for, or those by default, under the names of their scores.
 
         Raises:
-            ConfigError: an option is wrong, or ``mask_iou`` is asked for without truth.
-            MissingArtifact: there is nothing to evaluate.
+            UnknownName, ConfigError: there is none of that name, or an option is wrong.
+            MissingDependency: one needs a library that is not installed.
         """
         from synthgen.evaluators import EVALUATORS
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
-            choices = [Choice("mask_iou")] if self.truth else []
-            if not self.truth or self.encoder or _newest(run) is not None:
-                choices = [Choice("knn"), Choice("linear_probe"), *choices]
-        evaluators = [EVALUATORS.build(choice) for choice in choices]
-        if not self.truth and any(evaluator.needs == "masks" for evaluator in evaluators):
-            raise ConfigError("mask_iou needs the true masks; give --truth TAR (samples with mask.png and json words)")
-        return evaluators
+            of_encoder = not self.truth or self.encoder or _newest(run) is not None
+            names = (*(_BY_DEFAULT if of_encoder else ()), *(("mask_iou",) if self.truth else ()))
+            choices = [Choice(name) for name in names]
+        return {name: EVALUATORS.build(choice) for name, choice in _named(choices).items()}
+
+    def chosen(self, run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
+        """The evaluators to run, and why others are left out: only those that nobody asked for by name are.
+
+        Raises:
+            ConfigError: what was asked for cannot be done, or nothing can.
+            MissingArtifact: there is nothing to evaluate.
+        """
+        wanted = self.wanted(run)
+        left_out: dict[str, Lacking] = {}
+        for name, evaluator in wanted.items():
+            try:
+                self.check(run, name, evaluator.needs)
+            except Lacking as error:
+                if self.evaluators:
+                    raise
+                left_out[name] = error
+        if len(left_out) == len(wanted):
+            raise next(iter(left_out.values()))
+        kept = {name: evaluator for name, evaluator in wanted.items() if name not in left_out}
+        return kept, {name: str(error) for name, error in left_out.items()}
+
+    def check(self, run: Run, name: str, need: Need) -> None:
+        """See that there is what an evaluator needs.
+
+        Raises:
+            Lacking: there is not; says what to give.
+            MissingArtifact: there is no encoder, or no images at all.
+        """
+        if need == "masks":
+            if not self.truth:
+                raise Lacking(f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)")
+            return
+        folder, sources = self.encoder_folder(run), self.sources(run)
+        if need == "pairs":
+            if folder is not None and not (folder / "text.safetensors").is_file():
+                raise Lacking(
+                    f"{name} needs a text tower, and {folder} has none; train one with: synthgen pretrain --method vlp"
+                )
+            sources["test"].need_captions()
+        elif need == "patches":
+            for source in sources.values():
+                source.need_masks()
+        else:
+            for source in sources.values():
+                source.need_labels()
+            known, asked = (set(source.labels.values()) for source in (sources["train"], sources["test"]))
+            if not known & asked:
+                few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
+                raise Lacking(
+                    f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; "
+                    "their names must agree"
+                )
 
     def encoder_folder(self, run: Run) -> Path | None:
         """The encoder to judge; None where only masks are.
@@ -95,7 +161,7 @@ class Evaluate(Stage):
         Raises:
             MissingArtifact: there is none.
         """
-        if all(evaluator.needs == "masks" for evaluator in self.chosen(run)):
+        if all(evaluator.needs == "masks" for evaluator in self.wanted(run).values()):
             return None
         folder = Path(self.encoder) if self.encoder else _newest(run)
         if folder is None:
@@ -106,33 +172,37 @@ class Evaluate(Stage):
             raise MissingArtifact(f"there is no encoder in {folder} (encoder.safetensors); give a folder of pretrain")
         return folder
 
-    def sources(self, run: Run) -> dict[str, str]:
-        """Where the labelled images come from.
+    def sources(self, run: Run) -> dict[str, Source]:
+        """The images to learn from (unless nothing is learned) and those to be judged on.
 
         Raises:
-            MissingArtifact: the run has no such shards.
+            MissingArtifact: the run has no such shards, or a source that was given is not there.
         """
+        learned = any(evaluator.needs in ("features", "patches") for evaluator in self.wanted(run).values())
         found = {}
         for name, given, split in (("train", self.train, "train"), ("test", self.test, "val")):
+            if name == "train" and not learned:
+                continue
             own = run.folder("shards") / split
             if not given and not any(own.glob("*.tar")):
                 raise MissingArtifact(
                     f"{run.path} has no shards/{split}; make shards with a val_ratio above 0, or give --{name}"
                 )
-            found[name] = given or str(own)
+            found[name] = open_source(name, given or str(own))
         return found
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The encoder's hash, and names and sizes of the images."""
+        """The encoder's hash, that of its text tower, and names and sizes of the images."""
         from synthgen.datasets import source_inputs
 
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
         if folder is not None:
-            with open(folder / "encoder.safetensors", "rb") as file:
-                found["encoder"] = hashlib.file_digest(file, "sha256").hexdigest()
+            found["encoder"] = _sha256(folder / "encoder.safetensors")
+            if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
+                found["text tower"] = _sha256(folder / "text.safetensors")
             for name, source in self.sources(run).items():
-                found[name] = digest(list(source_inputs(source).values()))
+                found[name] = digest(list(source_inputs(source.path).values()))
         if self.truth:
             found["truth"] = digest(list(source_inputs(self.truth).values()))
             predicted = (
@@ -159,18 +229,19 @@ class Evaluate(Stage):
         """All of it is one unit."""
         return [0]
 
-    def todo(self, run: Run) -> list[int]:
-        """Nothing, if the file is there and was made from this."""
+    def done(self, run: Run, unit: int) -> bool:
+        """Whether the file is there and was made from this."""
         before = _read(self.path(run))
-        return [] if before and before.get("fingerprint") == self.fingerprint(run) else [0]
+        return bool(before) and before.get("fingerprint") == self.fingerprint(run)
 
     def prepare(self, run: Run) -> None:
-        """See that nothing is overwritten and images have labels.
+        """See that nothing is overwritten and that there is what the evaluators need.
 
         Raises:
             StaleArtifact: the file holds other scores.
-            ConfigError: no image has a label, or training and test share no class.
+            ConfigError: see :meth:`chosen`.
         """
+        self.chosen(run)
         path = self.path(run)
         before = _read(path)
         if before and before.get("fingerprint") != self.fingerprint(run):
@@ -181,35 +252,24 @@ class Evaluate(Stage):
                 f"{path} holds scores made differently (changed: {changes or 'the seed'}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
             )
-        if self.encoder_folder(run) is not None:
-            self.splits(run)
 
-    def splits(self, run: Run) -> dict[str, Split]:
-        """The labelled images of training and test."""
-        from synthgen.datasets import source_inputs
-
-        found: dict[str, Split] = {}
-        for name, source in self.sources(run).items():
-            samples, labels = _labelled(source, digest(source_inputs(source)))
-            if not labels:
-                raise ConfigError(
-                    f"no image of {source} has a label; give --{name} tars with cls (or label in json), "
-                    "or a folder with a subfolder for each class"
-                )
-            found[name] = (samples, labels)
-        known, asked = (set(found[name][1].values()) for name in ("train", "test"))
-        if not known & asked:
-            few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
-            raise ConfigError(
-                f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
-            )
-        return found
+    def looked_at(self, source: Source, needs: frozenset[Need]) -> tuple[int, ...]:
+        """The numbers of the samples that the evaluators need."""
+        found: set[int] = set()
+        if "features" in needs:
+            found |= source.labels.keys()
+        if "patches" in needs:
+            found |= set(source.masked)
+        if "pairs" in needs and source.name == "test":
+            found |= source.captions.keys()
+        return tuple(sorted(found))
 
     def size(self, run: Run, unit: int) -> int:
         """Images to look at."""
         if self.encoder_folder(run) is None:
             return 1
-        return sum(len(labels) for _, labels in self.splits(run).values())
+        needs = frozenset(evaluator.needs for evaluator in self.chosen(run)[0].values())
+        return max(1, sum(len(self.looked_at(source, needs)) for source in self.sources(run).values()))
 
     # -- doing it
 
@@ -219,11 +279,13 @@ class Evaluate(Stage):
 
         def work(unit: int) -> Report:
             started = time.perf_counter()
-            result: dict[str, Any] = {"scores": {}, "warnings": []}
-            evaluators, folder = self.chosen(run), self.encoder_folder(run)
-            if folder is not None:
-                self.judge_encoder(run, folder, worker, evaluators, result)
-            if self.truth:
+            evaluators, skipped = self.chosen(run)
+            result: dict[str, Any] = {"scores": {}, "warnings": [], "skipped": skipped}
+            folder = self.encoder_folder(run)
+            of_encoder = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
+            if folder is not None and of_encoder:
+                self.judge_encoder(run, folder, worker, of_encoder, result)
+            if len(of_encoder) < len(evaluators):
                 self.judge_masks(run, evaluators, result)
             result |= {
                 "settings": self.fingerprinted(),
@@ -233,77 +295,117 @@ class Evaluate(Stage):
                 "seconds": round(time.perf_counter() - started, 3),
             }
             write_json(self.path(run), result)
-            return Report(unit, self.size(run, unit), time.perf_counter() - started)
+            notes = {f"evaluator left out ({', '.join(skipped)})": len(skipped)} if skipped else {}
+            return Report(unit, self.size(run, unit), time.perf_counter() - started, notes=notes)
 
         yield work
 
     def judge_encoder(
-        self, run: Run, folder: Path, worker: Worker, evaluators: list[Evaluator], result: dict[str, Any]
+        self, run: Run, folder: Path, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
         """Scores of the encoder, of a random one, and of the pixels."""
-        from synthgen.evaluators import Material
         from synthgen.models.vit import load_encoder
 
         encoder = load_encoder(folder)
-        splits = self.splits(run)
-        classes = sorted(set(splits["train"][1].values()))
-        features = {name: self.features(run, encoder, split, classes, worker) for name, split in splits.items()}
-        rows = {folder.resolve().name: "encoder", "random encoder": "random", "pixels": "pixels"}
+        needs = frozenset(evaluator.needs for evaluator in evaluators.values())
+        rows = {folder.resolve().name: "encoder"}
+        rows |= {
+            row: kind for row, kind in _BASELINES.items() if any(kind in one.baselines for one in evaluators.values())
+        }
+        material = self.material(run, folder, encoder, worker, needs, list(rows.values()), result)
         for row, kind in rows.items():
-            result["scores"][row] = {
-                choice_name(evaluator): evaluator.evaluate(
-                    Material(train=features["train"][kind], test=features["test"][kind])
-                )
-                for evaluator in evaluators
-                if evaluator.needs == "features" and (kind != "pixels" or choice_name(evaluator) == "knn")
-            }
-        result["warnings"] += _doubts(splits)
+            result["scores"][row] = {}
+            for name, evaluator in evaluators.items():
+                if kind == "encoder" or kind in evaluator.baselines:
+                    worker.describe(f"{name} of {row}")
+                    result["scores"][row][name] = evaluator.evaluate(material[kind])
         result["encoder"] = str(folder)
-        for name, (_, labels) in splits.items():
-            result[name] = {"images": len(labels), "classes": len(set(labels.values()))}
 
-    def features(self, run: Run, encoder: Any, split: Split, classes: list[str], worker: Worker) -> dict[str, Labelled]:
-        """Features of a split: of the encoder, of a random one of its shape, and its pixels at 32 pixels or fewer."""
-        import torch
-        import torch.nn.functional as F
+    def material(
+        self,
+        run: Run,
+        folder: Path,
+        encoder: VisionTransformer,
+        worker: Worker,
+        needs: frozenset[Need],
+        kinds: Sequence[str],
+        result: dict[str, Any],
+    ) -> dict[str, Material]:
+        """What the evaluators judge, for each kind of row; every image is decoded once, and seen once by each network.
 
-        from synthgen.augment import CenterCrop
-        from synthgen.evaluators import Labelled
-        from synthgen.loader import loader, workers_for
+        What was found and what is doubtful about it goes into ``result``.
+        """
+        from synthgen.evaluators import Material
+        from synthgen.evaluators._extraction import Extractor, joined_classes, labelled, paired, patch_bytes, scenes
+        from synthgen.loader import workers_for
+        from synthgen.models.dual import load_dual_encoder
         from synthgen.models.vit import VisionTransformer
         from synthgen.train.loop import seed_everything
 
-        samples, labels = split
-        config = encoder.config
-        seed_everything(run.seed)
-        networks = {"encoder": encoder.to(worker.device), "random": VisionTransformer(config).eval().to(worker.device)}
-        numbers = list(labels)
-        order = [
-            [(0, index) for index in numbers[start : start + self.batch_size]]
-            for start in range(0, len(numbers), self.batch_size)
-        ]
-        batches = loader(
-            samples,
-            order,
-            CenterCrop(size=config.image_size),
-            mean=config.mean,
-            std=config.std,
+        sources = self.sources(run)
+        networks = {"encoder": encoder.to(worker.device)}
+        if "random" in kinds:
+            seed_everything(run.seed)
+            networks["random"] = VisionTransformer(encoder.config).eval().to(worker.device)
+        dual = load_dual_encoder(folder).to(worker.device) if "pairs" in needs else None
+        extractor = Extractor(
+            networks=networks,
+            needs=needs,
+            pool=self.pool,
+            by_label=self.mask_classes == "label",
+            batch_size=self.batch_size,
             num_workers=workers_for(self.num_workers),
+            device=worker.device,
         )
-        found: dict[str, list[Tensor]] = {"encoder": [], "random": [], "pixels": []}
-        with torch.inference_mode():
-            for batch in batches:
-                images = batch.images.to(worker.device)
-                for name, network in networks.items():
-                    found[name].append(network.features(images, self.pool).float().cpu())
-                small = F.adaptive_avg_pool2d(images, min(32, config.image_size))
-                found["pixels"].append(small.flatten(1).cpu())
-                worker.tick(len(batch))
-        known = {label: number for number, label in enumerate(classes)}
-        y = torch.tensor([known.get(label, -1) for label in labels.values()])
-        return {name: Labelled(torch.cat(parts).clone(), y) for name, parts in found.items()}
+        each = patch_bytes(encoder.config, len(networks))
+        masked = self.thinned(sources, each, result) if "patches" in needs else {}
+        found: dict[str, Extracted] = {}
+        numbers = {name: self.looked_at(source, needs) for name, source in sources.items()}
+        for name, source in sources.items():
+            taker = replace(extractor, dual=dual) if name == "test" else extractor
+            samples = source.open(masks="patches" in needs)
+            found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), worker.tick)
+            result[name] = {"images": len(numbers[name])}
 
-    def judge_masks(self, run: Run, evaluators: list[Evaluator], result: dict[str, Any]) -> None:
+        material: dict[str, dict[str, Any]] = {kind: {"device": worker.device} for kind in kinds}
+        if "features" in needs:
+            classes = sorted(set(sources["train"].labels.values()))
+            for name, source in sources.items():
+                labels = [source.labels.get(number) for number in numbers[name]]
+                keys = [source.samples.key(number) for number in numbers[name]]
+                for kind in kinds:
+                    material[kind][name] = labelled(found[name], kind, labels, keys, classes)
+                result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
+            result["warnings"] += _doubts(sources)
+        if "patches" in needs:
+            for name, names in zip(("train", "test"), joined_classes(found["train"], found["test"]), strict=True):
+                for kind, split in scenes(found[name], names).items():
+                    if kind in material:
+                        material[kind][f"{name}_scenes"] = split
+                result[name] |= {"images_with_masks": len(found[name].keys), "mask_classes": len(found[name].names)}
+            result["warnings"] += _doubts_of_masks(found, masked)
+            result["patch_memory_mb"] = round(sum(len(one.keys) for one in found.values()) * each / 1e6, 1)
+        if dual is not None:
+            captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
+            material["encoder"]["pairs"] = paired(found["test"], captions, dual)
+            result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
+        return {kind: Material(**parts) for kind, parts in material.items()}
+
+    def thinned(self, sources: Mapping[str, Source], each: int, result: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The samples with masks whose patch features fit into memory at ``each`` bytes, evenly taken."""
+        total = sum(len(source.masked) for source in sources.values())
+        share = min(1.0, self.patch_memory * 1e9 / (each * total))
+        found = {}
+        for name, source in sources.items():
+            found[name] = spread_out(source.masked, max(1, int(len(source.masked) * share)))
+            if len(found[name]) < len(source.masked):
+                result["warnings"].append(
+                    f"patch features are those of {len(found[name])} of {len(source.masked)} {name} images: all would "
+                    f"take {each * total / 1e9:.1f} GB, and patch_memory is {self.patch_memory:g}"
+                )
+        return found
+
+    def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
         from synthgen.datasets import open_masks
         from synthgen.evaluators import Material
@@ -318,24 +420,31 @@ class Evaluate(Stage):
                 f"{len(truth) - shared} of {len(truth)} true masks have no prediction beside them"
             )
         result["scores"]["masks"] = {
-            choice_name(evaluator): evaluator.evaluate(Material(predicted=predicted, truth=truth))
-            for evaluator in evaluators
+            name: evaluator.evaluate(Material(predicted=predicted, truth=truth))
+            for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }
 
 
-@lru_cache(maxsize=4)
-def _labelled(source: str, stamp: str) -> Split:
-    """A dataset and its labels; they are asked for several times, and each asking reads every sample's json."""
-    from synthgen.datasets import open_dataset
+def _named(choices: Sequence[Choice]) -> dict[str, Choice]:
+    """Choices by the names of their scores: one that is listed twice is told apart by the options that differ.
 
-    samples = open_dataset(source, masks=False)
-    return samples, {i: label for i in range(len(samples)) if (label := samples.label(i)) is not None}
-
-
-def choice_name(evaluator: Evaluator) -> str:
-    """The name of an evaluator: that of its file."""
-    return type(evaluator).__module__.rpartition(".")[2]
+    Raises:
+        ConfigError: two are the same.
+    """
+    found: dict[str, Choice] = {}
+    for choice in choices:
+        others = [other.options for other in choices if other.name == choice.name]
+        differing = [
+            f"{key}={value}"
+            for key, value in choice.options.items()
+            if any(other.get(key, None) != value for other in others)
+        ]
+        name = " ".join([choice.name, *differing])
+        if name in found:
+            raise ConfigError(f"the evaluator {name} is listed twice with the same options; take one away")
+        found[name] = choice
+    return found
 
 
 def _masks_of_run(run: Run) -> Mapping[str, WordMasks]:
@@ -343,10 +452,24 @@ def _masks_of_run(run: Run) -> Mapping[str, WordMasks]:
     from synthgen.datasets import LazyMasks
 
     readers: dict[str, Callable[[], WordMasks]] = {}
+    names = _sources(run)
     for unit in run.units("masks"):
         for key, members in run.read("masks", unit):  # packed: a few hundred bytes a sample
-            readers[key] = partial(codecs.decode_masks, key, members)
+            name = names.get(key, key)
+            if name in readers:
+                raise ConfigError(
+                    f"two images of {run.path} are called {name}; truth is found by names, so judge one set"
+                )
+            readers[name] = partial(codecs.decode_masks, key, members)
     return LazyMasks(readers)
+
+
+def _sources(run: Run) -> dict[str, str]:
+    """By key what attended images were called before, which is what their truth is called; none for generated ones."""
+    if run.artifact("images")["stage"] != "attend":
+        return {}
+    rows = (row for unit in run.units("images") for row in read_tar(run.tar("images", unit), ("json",)))
+    return {key: str(json.loads(members["json"]).get("source") or key) for key, members in rows}
 
 
 def _newest(run: Run) -> Path | None:
@@ -362,20 +485,48 @@ def _read(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _doubts(splits: Mapping[str, Split]) -> list[str]:
-    """What makes scores on these images doubtful."""
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _doubts(sources: Mapping[str, Source]) -> list[str]:
+    """What makes scores by labels doubtful."""
     found = []
-    for name, (samples, labels) in splits.items():
-        if len(labels) < len(samples):
-            found.append(f"{len(samples) - len(labels)} of {len(samples)} {name} images have no label and are left out")
-    known, asked = list(splits["train"][1].values()), list(splits["test"][1].values())
+    for name, source in sources.items():
+        lacking = len(source.samples) - len(source.labels)
+        if lacking:
+            found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
+    known, asked = list(sources["train"].labels.values()), list(sources["test"].labels.values())
     if len(asked) < 100:
         found.append(f"{len(asked)} test images are few: the intervals are wide")
     if unseen := sorted(set(asked) - set(known)):
         count = sum(label in unseen for label in asked)
-        found.append(
-            f"{count} test images are of classes that training lacks: {', '.join(unseen[:10])}; they count wrong"
-        )
+        found.append(f"{count} test images are of classes that training lacks: {_list(unseen)}; they count wrong")
     if len(set(known)) == 1:
         found.append("there is one class only: every score is as good as that says")
     return found
+
+
+def _doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequence[int]]) -> list[str]:
+    """What makes scores by masks doubtful."""
+    told = []
+    for name, one in found.items():
+        if len(one.keys) < len(masked[name]):
+            lacking = len(masked[name]) - len(one.keys)
+            told.append(
+                f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
+            )
+    if len(found["test"].keys) < 100:
+        told.append(f"{len(found['test'].keys)} test images with masks are few: the intervals are wide")
+    if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
+        boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
+        told.append(
+            f"{boxes} masks of test images are of {len(unseen)} classes that training lacks: {_list(unseen)}; "
+            "they count as not found"
+        )
+    return told
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from synthgen import codecs
@@ -16,6 +17,9 @@ from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.image import encode_png
+from synthgen.models.dual import DualEncoder, save_dual_encoder
+from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
+from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.evaluate import Evaluate
@@ -164,8 +168,164 @@ def test_what_is_missing_is_told(run, tmp_path):
         ({"evaluators": [{"name": "knn", "kk": 3}]}, "unknown setting; did you mean 'k'"),
         ({"evaluators": [{"name": "knn", "k": 0}]}, "k must be 1 or more"),
         ({"label": "a/b"}, "plain file name"),
+        ({"mask_classes": "both"}, "mask_classes must be words or label"),
+        ({"patch_memory": 0.0}, "patch_memory must be above 0"),
+        ({"evaluators": [{"name": "segmentation", "seeds": 0}]}, "must be 1 or more"),
+        ({"evaluators": [{"name": "detection", "nms": 0.0}]}, "nms above 0"),
+        ({"evaluators": [{"name": "retrieval", "ranks": [0]}]}, "ranks must be"),
     ],
 )
 def test_bad_settings_are_told(run, settings, said):
     with pytest.raises(ConfigError, match=said):
         run_stage(make_stage("evaluate", settings), run, ONE)
+
+
+# -- segmentation and detection
+
+HEADS = {"seeds": 2, "steps": 40, "batch_size": 8, "width": 16}
+DENSE = (
+    Choice("segmentation", {**HEADS, "decoder_learning_rate": 0.02}),
+    Choice("detection", {**HEADS, "learning_rate": 0.02}),
+)
+
+
+def write_scenes(path: Path, words: tuple[str, ...], count: int = 6, **meta: object) -> Path:
+    """A tar of drawn scenes, with masks, whose objects are called ``words``."""
+    with TarWriter(path) as tar:
+        for row in range(count):
+            generation, truth = make_generation("0", ("disc", "square")[: len(words)], 32, seed=100 + row)
+            about = {"words": list(words), **meta}
+            members = {"png": encode_png(generation.image), "mask.png": encode_png(codecs.masks_to_labels(truth))}
+            tar.add(f"{row:04d}", {**members, "json": json.dumps(about).encode()})
+    return path
+
+
+def test_patch_features_are_judged_beside_baselines(run):
+    run_stage(Evaluate(evaluators=DENSE, label="dense"), run, ONE)
+    found = result(run, "dense")
+    assert list(found["scores"]) == ["mae", "random encoder", "pixels"]
+    for values in found["scores"].values():
+        segmentation, detection = values["segmentation"], values["detection"]
+        assert 0 <= segmentation["low"] <= segmentation["miou"] <= segmentation["high"] <= 1
+        assert 0 <= detection["low"] <= detection["ap"] <= detection["high"] <= 1
+        assert {"spread", "decoder_miou", "decoder_spread", "seeds"} <= segmentation.keys()
+        assert detection["boxes"] >= found["test"]["images_with_masks"]
+    pixels = found["scores"]["pixels"]  # red discs and blue squares on grey
+    assert pixels["segmentation"]["miou"] > 0.6
+    assert pixels["detection"]["ap50"] > 0.3
+    assert found["train"]["mask_classes"] == 2
+    # 36 images: 8 x 8 patches of 32 numbers from two networks and 48 of colour, 32 x 32 pixels; 2 bytes each
+    images = found["train"]["images_with_masks"] + found["test"]["images_with_masks"]
+    assert found["patch_memory_mb"] == round(images * 2 * (64 * (2 * 32 + 48) + 32 * 32) / 1e6, 1)
+
+
+def test_images_without_labels_have_patches(run, tmp_path):
+    """Neither labels nor texts: only what needs masks can be asked."""
+    train, test = (write_scenes(tmp_path / f"{name}.tar", ("Disc", "square")) for name in ("one", "two"))
+    run_stage(Evaluate(train=str(train), test=str(test), evaluators=DENSE[:1], label="dense"), run, ONE)
+    assert result(run, "dense")["test"] == {"images": 6, "images_with_masks": 6, "mask_classes": 2}
+    with pytest.raises(ConfigError, match=r"no image of .*one.tar has a label"):
+        run_stage(Evaluate(train=str(train), test=str(test)), run, ONE)
+
+
+def test_words_that_training_lacks_are_told_and_count(run, tmp_path):
+    train = write_scenes(tmp_path / "train.tar", ("disc", "square"), 8)
+    test = write_scenes(tmp_path / "test.tar", ("disc", "zebra"))
+    run_stage(Evaluate(train=str(train), test=str(test), evaluators=DENSE, label="dense"), run, ONE)
+    found = result(run, "dense")
+    assert any("6 masks of test images are of 1 classes that training lacks: zebra" in it for it in found["warnings"])
+    pixels = found["scores"]["pixels"]
+    assert pixels["segmentation"]["classes"] == 3
+    assert pixels["segmentation"]["miou"] <= 2 / 3  # the third is never found
+    assert pixels["detection"]["ap"] <= 1 / 2
+
+
+def test_given_boxes_are_those_of_detection(run, tmp_path):
+    """Boxes in json count instead of those round masks, cut to the middle square and scaled with it."""
+    boxes = [["disc", 0.0, 0.0, 8.0, 8.0], ["disc", 16.0, 16.0, 8.0, 8.0], ["square", -20.0, 0.0, 8.0, 8.0]]
+    for name in ("train", "test"):
+        write_scenes(tmp_path / f"{name}.tar", ("disc", "square"), boxes=boxes)
+    stage = Evaluate(
+        train=str(tmp_path / "train.tar"), test=str(tmp_path / "test.tar"), evaluators=DENSE[1:], label="b"
+    )
+    run_stage(stage, run, ONE)
+    assert result(run, "b")["scores"]["mae"]["detection"]["boxes"] == 12  # the third lies outside
+
+
+def test_classes_may_be_labels(run, tmp_path):
+    train = write_scenes(tmp_path / "train.tar", ("disc",), label="round thing")
+    test = write_scenes(tmp_path / "test.tar", ("ball",), label="round thing")
+    stage = Evaluate(train=str(train), test=str(test), evaluators=DENSE[:1], mask_classes="label", label="dense")
+    run_stage(stage, run, ONE)
+    found = result(run, "dense")
+    assert found["scores"]["mae"]["segmentation"]["classes"] == 2
+    assert not any("training lacks" in warning for warning in found["warnings"])
+
+
+def test_patch_features_fit_into_the_memory_that_is_given(run):
+    run_stage(Evaluate(evaluators=DENSE[:1], patch_memory=2e-4, label="dense"), run, ONE)
+    found = result(run, "dense")
+    assert found["patch_memory_mb"] <= 0.2
+    assert any(f"those of {found['train']['images_with_masks']} of " in warning for warning in found["warnings"])
+
+
+def test_images_without_masks_are_told(run, tmp_path):
+    images = write_images(tmp_path / "images", {"disc": 2, "square": 2})
+    with pytest.raises(ConfigError, match=r"no image of .*images has masks; give --test"):
+        run_stage(Evaluate(test=str(images), evaluators=DENSE), run, ONE)
+
+
+def test_an_evaluator_may_be_listed_twice(run):
+    twice = (Choice("knn"), Choice("knn", {"k": 3}))
+    run_stage(Evaluate(evaluators=twice, label="twice"), run, ONE)
+    assert set(result(run, "twice")["scores"]["mae"]) == {"knn k=20", "knn k=3"}
+    with pytest.raises(ConfigError, match="knn is listed twice"):
+        run_stage(Evaluate(evaluators=(Choice("knn"), Choice("knn")), label="same"), run, ONE)
+
+
+# -- retrieval
+
+
+def add_text_tower(folder: Path) -> None:
+    """A text tower of random weights beside the encoder: it finds no more than chance."""
+    encoder, tokenizer = load_encoder(folder), TextTokenizer(max_tokens=16)
+    config = TextConfig(vocab_size=tokenizer.vocab_size, max_tokens=16, dim=32, depth=1, num_heads=2, embed_dim=16)
+    torch.manual_seed(0)
+    heads = torch.nn.Linear(32, 16), torch.nn.Linear(32, 16)
+    save_dual_encoder(DualEncoder(encoder, TextEncoder(config), *heads, tokenizer), folder)
+
+
+def test_retrieval_is_left_out_or_refused_without_a_text_tower(run):
+    summary = run_stage(Evaluate(), run, ONE)
+    assert summary.notes == {"evaluator left out (retrieval)": 1}
+    assert "has none; train one with: synthgen pretrain --method vlp" in result(run)["skipped"]["retrieval"]
+    with pytest.raises(ConfigError, match="retrieval needs a text tower"):
+        run_stage(Evaluate(evaluators=(Choice("retrieval"),), label="asked"), run, ONE)
+
+
+def test_images_and_texts_find_each_other(run, tmp_path):
+    """With a text tower retrieval is done by default; several captions an image; labels are not needed for it."""
+    add_text_tower(run.folder("pretrain") / "mae")
+    run_stage(Evaluate(), run, ONE)
+    numbers = result(run)["scores"]["mae"]["retrieval"]
+    assert 0 <= numbers["low"] <= numbers["mean_recall"] <= numbers["high"] <= 1
+    assert result(run)["skipped"] == {}
+    assert "text tower" in result(run)["inputs"]
+    texts = ["a red disc", "something round"]
+    test = write_scenes(tmp_path / "captions.tar", ("disc",), captions=texts)
+    run_stage(Evaluate(test=str(test)), run, ONE)
+    found = result(run, "mae-captions")
+    assert set(found["skipped"]) == {"knn", "linear_probe"}
+    numbers = found["scores"]["mae"]["retrieval"]
+    assert (numbers["images"], numbers["texts"], numbers["image_to_text_r5"]) == (6, 2, 1)
+    assert found["test"] == {"images": 6, "images_with_texts": 6, "texts": 12}
+
+
+def test_images_in_a_folder_have_texts_beside_them(run, tmp_path):
+    add_text_tower(run.folder("pretrain") / "mae")
+    images = write_images(tmp_path / "told", {"disc": 3})
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"disc number {number}")
+    run_stage(Evaluate(test=str(images), evaluators=(Choice("retrieval"),)), run, ONE)
+    numbers = result(run, "mae-told")["scores"]["mae"]["retrieval"]
+    assert (numbers["images"], numbers["texts"]) == (3, 3)

@@ -1,0 +1,283 @@
+"""What evaluators look at, taken from images in one pass: features, patch features with the truth, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float16, Float32, Int16
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from synthgen.augment import CenterCrop
+from synthgen.datasets import ImageDataset, NamedBox, Sample
+from synthgen.evaluators import Labelled, Need, Pairs, Scenes
+from synthgen.models.dual import DualEncoder
+from synthgen.models.vit import EncoderConfig, VisionTransformer
+
+__all__ = ["BACKGROUND", "Extracted", "Extractor", "joined_classes", "labelled", "paired", "patch_bytes", "scenes"]
+
+BACKGROUND = "background"
+_PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
+
+Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the view
+Boxes = tuple[tuple[str, Edges], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One image as it is looked at."""
+
+    view: Sample
+    boxes: Boxes
+
+
+class _Rows(Dataset[_Row]):
+    """Samples cut to their middle square, with the boxes that the cut leaves."""
+
+    def __init__(self, samples: ImageDataset, numbers: Sequence[int], size: int, *, masks: bool) -> None:
+        self.samples, self.numbers, self.size, self.masks = samples, numbers, size, masks
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> _Row:
+        number = self.numbers[index]
+        sample = self.samples[number]
+        view = CenterCrop(size=self.size)(sample)
+        if not self.masks or view.labels is None:
+            return _Row(view, ())
+        given = self.samples.boxes(number)
+        height, width = sample.image.shape[:2]
+        return _Row(view, cut_boxes(given, height, width, self.size) if given else boxes_of_masks(view))
+
+
+def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:
+    """Boxes in the middle square of an image, scaled to ``size``; those whose middle lies outside of it are dropped."""
+    side = min(height, width)
+    found = []
+    for name, x, y, w, h in boxes:
+        edges = [(x - (width - side) / 2), (y - (height - side) / 2)]
+        edges += [edges[0] + w, edges[1] + h]
+        middle = (edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2
+        left, top, right, bottom = (min(max(edge, 0.0), side) * size / side for edge in edges)
+        if 0 < middle[0] < side and 0 < middle[1] < side and right > left and bottom > top:
+            found.append((name, (left, top, right, bottom)))
+    return tuple(found)
+
+
+def boxes_of_masks(view: Sample) -> Boxes:
+    """The smallest box round each word's mask that has pixels."""
+    assert view.labels is not None
+    found = []
+    for number, word in enumerate(view.words, start=1):
+        rows, columns = (np.flatnonzero((view.labels == number).any(axis)) for axis in (1, 0))
+        if len(rows):
+            edges = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+            found.append((word, edges))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Collate:
+    """Rows side by side; pixels become (pixels / 255 - mean) / std. A class so that it travels to workers."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, rows: list[_Row]) -> tuple[Float[Tensor, "b 3 S S"], list[_Row]]:
+        pixels = torch.from_numpy(np.stack([row.view.image for row in rows])).float()
+        images = (pixels / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return images.permute(0, 3, 1, 2).contiguous(), rows
+
+
+@dataclass(slots=True)
+class Extracted:
+    """What was taken from the images of one source, in their order."""
+
+    features: dict[str, Float32[Tensor, "n d"]] = field(default_factory=dict)  # by row of the table, of all images
+    patches: dict[str, Float16[Tensor, "m d h w"]] = field(default_factory=dict)  # of those with masks
+    pixels: Int16[Tensor, "m S S"] | None = None
+    boxes: list[Boxes] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # of those with masks
+    names: dict[str, int] = field(default_factory=dict)  # numbers of the classes in pixels, as they came
+    embeddings: Float32[Tensor, "n e"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """Takes from images what ``needs`` say, each image decoded once and seen once by each network.
+
+    The middle square of an image is resized to the encoder's size. Rows of the result are those of ``networks``, and
+    ``pixels``: as features the image at 32 pixels or fewer, as patch features a patch's colours on a grid of 4 x 4.
+    """
+
+    networks: Mapping[str, VisionTransformer]  # of one shape
+    needs: frozenset[Need]
+    dual: DualEncoder | None = None
+    pool: str = "mean"
+    by_label: bool = False  # the class of a masked pixel is the image's label, not the word
+    batch_size: int = 128
+    num_workers: int = 0
+    device: str = "cpu"
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The shape of the networks."""
+        return next(iter(self.networks.values())).config
+
+    def extract(
+        self, samples: ImageDataset, numbers: Sequence[int], masked: Sequence[int], tick: Callable[[int], None]
+    ) -> Extracted:
+        """What the images ``numbers`` give; patch features are kept of those that are among ``masked``."""
+        config, wanted = self.config, set(masked)
+        rows = _Rows(samples, numbers, config.image_size, masks=bool(wanted))
+        batches = DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_Collate(config.mean, config.std),
+        )
+        found, start, kept = Extracted(), 0, 0
+        with torch.no_grad():
+            for images, batch in batches:
+                images = images.to(self.device)
+                tokens = {name: network(images) for name, network in self.networks.items()}
+                if "features" in self.needs:
+                    self._keep_features(found, images, tokens, start, len(numbers))
+                if self.dual is not None:
+                    found.embeddings = _put(found.embeddings, self.dual.embed_images(images), start, len(numbers))
+                chosen = [
+                    row
+                    for row, item in enumerate(batch)
+                    if numbers[start + row] in wanted and item.view.labels is not None and self._classed(item.view)
+                ]
+                if chosen:
+                    self._keep_patches(found, images, tokens, [batch[row] for row in chosen], chosen, kept, len(wanted))
+                start, kept = start + len(batch), kept + len(chosen)
+                tick(len(batch))
+        found.patches = {name: patches[:kept] for name, patches in found.patches.items()}
+        found.pixels = None if found.pixels is None else found.pixels[:kept]
+        return found
+
+    def _keep_features(
+        self, found: Extracted, images: Tensor, tokens: Mapping[str, Tensor], start: int, length: int
+    ) -> None:
+        pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in tokens.items()}
+        pooled["pixels"] = F.adaptive_avg_pool2d(images, min(32, self.config.image_size)).flatten(1)
+        for name, features in pooled.items():
+            found.features[name] = _put(found.features.get(name), features, start, length)
+
+    def _keep_patches(
+        self,
+        found: Extracted,
+        images: Tensor,
+        tokens: Mapping[str, Tensor],
+        batch: Sequence[_Row],
+        chosen: Sequence[int],
+        start: int,
+        length: int,
+    ) -> None:
+        grid = self.config.grid
+        maps = {name: x[chosen, 1:].transpose(1, 2).reshape(len(chosen), -1, grid, grid) for name, x in tokens.items()}
+        cell = min(_PIXEL_CELL, self.config.patch_size)
+        maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(images[chosen], grid * cell), cell)
+        for name, patches in maps.items():
+            found.patches[name] = _put(found.patches.get(name), patches.half(), start, length)
+        pixels = torch.from_numpy(np.stack([self._pixels(found.names, row.view) for row in batch]))
+        found.pixels = _put(found.pixels, pixels, start, length)
+        for row in batch:
+            found.keys.append(row.view.key)
+            boxes = tuple((self._name(row.view, name), edges) for name, edges in row.boxes)
+            found.boxes.append(boxes)
+            for name, _ in boxes:
+                found.names.setdefault(name, len(found.names) + 1)
+
+    def _classed(self, view: Sample) -> bool:
+        """Whether the class of each masked pixel is known: with ``by_label``, where there is one word and a label."""
+        return not self.by_label or (view.label is not None and len(view.words) == 1)
+
+    def _name(self, view: Sample, word: str) -> str:
+        return view.label or "" if self.by_label else word.lower()
+
+    def _pixels(self, names: dict[str, int], view: Sample) -> Int16[np.ndarray, "S S"]:
+        assert view.labels is not None
+        numbers = np.zeros(256, np.int16)  # numbers behind the last word are of no class
+        present = set(np.unique(view.labels).tolist())
+        for number, word in enumerate(view.words, start=1):
+            if number in present:
+                numbers[number] = names.setdefault(self._name(view, word), len(names) + 1)
+        pixels: Int16[np.ndarray, "S S"] = numbers[view.labels]
+        return pixels
+
+
+def patch_bytes(config: EncoderConfig, num_networks: int) -> int:
+    """What one image's patch features take in memory, with its truth: float16, and int16 for each pixel."""
+    cell = min(_PIXEL_CELL, config.patch_size)
+    return 2 * (config.grid**2 * (config.dim * num_networks + 3 * cell**2) + config.image_size**2)
+
+
+def joined_classes(train: Extracted, test: Extracted) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes of training images, sorted behind the background, and those with what only test images have."""
+    known = (BACKGROUND, *sorted(train.names))
+    return known, (*known, *sorted(test.names.keys() - train.names.keys()))
+
+
+def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, Scenes]:
+    """Patch features of each row of the table, with the truth in numbers of ``classes``; to be called once."""
+    if found.pixels is None:
+        return {}
+    number = {name: place for place, name in enumerate(classes[1:], start=1)}
+    table = torch.zeros(len(found.names) + 1, dtype=torch.int16)
+    for name, old in found.names.items():
+        table[old] = number[name]
+    for image in found.pixels:
+        image.copy_(table[image.long()])
+    boxes = tuple(torch.tensor([edges for _, edges in image]).view(-1, 4) for image in found.boxes)
+    box_classes = tuple(torch.tensor([number[name] for name, _ in image], dtype=torch.long) for image in found.boxes)
+    truth = found.pixels, boxes, box_classes, tuple(found.keys), classes
+    return {row: Scenes(patches, *truth) for row, patches in found.patches.items()}
+
+
+def labelled(
+    found: Extracted, row: str, labels: Sequence[str | None], keys: Sequence[str], classes: Sequence[str]
+) -> Labelled:
+    """Features of the images that have a label; a class that is not among ``classes`` is -1."""
+    known = {name: number for number, name in enumerate(classes)}
+    rows = [index for index, label in enumerate(labels) if label is not None]
+    numbers = torch.tensor([known.get(labels[index] or "", -1) for index in rows])
+    features = found.features[row]
+    names = tuple(keys[index] for index in rows)
+    return Labelled(features if len(rows) == len(features) else features[rows], numbers, names)
+
+
+def paired(found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncoder, batch_size: int = 256) -> Pairs:
+    """Images that have captions beside them, each text once."""
+    assert found.embeddings is not None
+    rows = [index for index, texts in enumerate(captions) if texts]
+    numbers: dict[str, int] = {}
+    pairs = [
+        (image, numbers.setdefault(text, len(numbers)))
+        for image, row in enumerate(rows)
+        for text in dict.fromkeys(captions[row])
+    ]
+    texts = list(numbers)
+    with torch.no_grad():
+        embedded = [
+            dual.embed_texts(texts[start : start + batch_size]).float().cpu()
+            for start in range(0, len(texts), batch_size)
+        ]
+    of_image, of_text = (torch.tensor(part) for part in zip(*pairs, strict=True))
+    return Pairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
+
+
+def _put(whole: Tensor | None, part: Tensor, start: int, length: int) -> Tensor:
+    """``part`` at its place in ``whole``, which is made for ``length`` rows at the first part: no second copy later."""
+    if whole is None:
+        dtype = part.dtype if part.dtype in (torch.float16, torch.int16) else torch.float32
+        whole = torch.empty(length, *part.shape[1:], dtype=dtype)
+    whole[start : start + len(part)] = part.cpu()
+    return whole

@@ -1,0 +1,91 @@
+"""Small heads on frozen patch features: how they are trained, the same way for every task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synthgen.evaluators import Scenes
+
+__all__ = ["Standardize", "train_head", "trunk"]
+
+
+class Standardize(nn.Module):
+    """Each channel less its mean, over its deviation, both of the training images' patches."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, scenes: Scenes) -> None:
+        super().__init__()
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for part in torch.split(scenes.patches, 64):
+            values = part.double()
+            count += values[:, 0].numel()
+            total, squares = total + values.sum((0, 2, 3)), squares + values.square().sum((0, 2, 3))
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.register_buffer("mean", mean.float()[:, None, None])
+        # a channel that never changes says nothing: it becomes 0 and not noise
+        scale = torch.where(deviation > 1e-4 * (1 + mean.abs()), 1 / deviation.clamp(min=1e-12), 0.0)
+        self.register_buffer("scale", scale.float()[:, None, None])
+
+    def forward(self, patches: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        """The same in float32."""
+        y: Tensor = (patches.float() - self.mean) * self.scale
+        return y
+
+
+def trunk(num_channels: int, width: int) -> nn.Sequential:
+    """What decoders share: each patch to ``width`` numbers, then two 3 x 3 convolutions over the grid."""
+    return nn.Sequential(
+        nn.Conv2d(num_channels, width, kernel_size=1),
+        nn.GELU(),
+        nn.Conv2d(width, width, kernel_size=3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(width, width, kernel_size=3, padding=1),
+        nn.GELU(),
+    )
+
+
+def train_head(
+    make: Callable[[], nn.Module],
+    scenes: Scenes,
+    loss: Callable[[nn.Module, Float[Tensor, "b d h w"], Int[Tensor, " b"]], Tensor],
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    device: str,
+) -> nn.Module:
+    """The head that ``make`` makes, trained by AdamW: warm-up over a tenth of the steps, then half a cosine to 0.
+
+    ``loss`` gets the head, the standardised patches of a batch, and which images of ``scenes`` they are of. Weights
+    and batches are drawn from ``seed`` and the images' keys alone, so the order of the images changes nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = make().to(device)
+    standardize = Standardize(scenes).to(device)
+    by_key = torch.tensor(sorted(range(len(scenes)), key=scenes.keys.__getitem__))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=weight_decay)
+    order = torch.empty(0, dtype=torch.long)
+    with torch.inference_mode(False), torch.enable_grad():
+        for step in range(steps):
+            while len(order) < min(batch_size, len(scenes)):
+                order = torch.cat([order, torch.randperm(len(scenes), generator=generator)])
+            numbers, order = by_key[order[:batch_size]], order[batch_size:]
+            progress, warmup = step / steps, min(1.0, (step + 1) / max(1, steps // 10))
+            optimizer.param_groups[0]["lr"] = learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+            value = loss(head, standardize(scenes.patches[numbers].to(device)), numbers)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return nn.Sequential(standardize, head).eval()

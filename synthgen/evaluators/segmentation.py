@@ -1,0 +1,161 @@
+"""Which class each pixel is of, read off frozen patch features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int, Int16
+from torch import Tensor, nn
+
+from synthgen.evaluators import Baseline, Material, Need, Scenes
+from synthgen.evaluators._bootstrap import interval, spread
+from synthgen.evaluators._heads import train_head, trunk
+
+__all__ = ["Segmentation"]
+
+_FINER = 4  # heads are trained on a grid so many times as fine as that of the patches
+_LOGITS = 2**24  # numbers at a time where they are enlarged to pixels: 64 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """Semantic segmentation by a linear head and by a small decoder, scored by mean IoU over classes.
+
+    The linear head is one layer from a patch's features to its class scores, enlarged bilinearly; the decoder narrows
+    them to ``width``, looks round with two 3 x 3 convolutions and gives 4 x 4 scores a patch. Both learn by
+    cross-entropy and are scored at the size of the encoder's input. A class's IoU counts the pixels of all test images
+    together; ``miou`` is the mean over the classes that test images show, the background among them.
+    """
+
+    needs: ClassVar[Need] = "patches"
+    baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
+
+    decoder: bool = True  # train the decoder as well
+    width: int = 64  # of the decoder
+    seeds: int = 3
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 0.1  # of the linear head, whose problem is convex
+    decoder_learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.seeds, self.steps, self.batch_size) < 1:
+            raise ValueError("width, seeds, steps and batch_size must be 1 or more")
+        if not (self.learning_rate > 0 and self.decoder_learning_rate > 0):
+            raise ValueError("learning_rate and decoder_learning_rate must be above 0")
+
+    def evaluate(self, material: Material) -> dict[str, float]:
+        """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, the same of the decoder.
+
+        Raises:
+            ConfigError: there are no images with masks, or no mask has a pixel.
+        """
+        train, test = material.scenes()
+        numbers = self.score(train, test, material.device, decoder=False)
+        if self.decoder:
+            of_decoder = self.score(train, test, material.device, decoder=True)
+            named = {f"decoder_{name}": value for name, value in of_decoder.items()}
+            first = {name: numbers[name] for name in ("miou", "low", "high")}
+            numbers = {**first, "decoder_miou": named["decoder_miou"], **numbers, **named}  # a console cuts off the end
+        shown = float(len(torch.unique(test.pixels)))
+        return {**numbers, "classes": shown, "images": float(len(test)), "seeds": float(self.seeds)}
+
+    def score(self, train: Scenes, test: Scenes, device: str, *, decoder: bool) -> dict[str, float]:
+        """The numbers of one kind of head."""
+        counts = []
+        for seed in range(self.seeds):
+            head = self.train(train, device, seed=seed, decoder=decoder)
+            counts.append(count_pixels(head, test, device))
+        once = np.ones((1, len(test)))
+        scores = [float(mean_iou(*count, once)[0]) for count in counts]
+        low, high = interval(lambda times: np.mean([mean_iou(*count, times) for count in counts], axis=0), len(test))
+        # what is predicted and true, over what is true, of all classes
+        right = float(np.mean([shared.sum() / true.sum() for shared, _, true in counts]))
+        return {"miou": float(np.mean(scores)), "low": low, "high": high, **spread(scores), "pixel_accuracy": right}
+
+    def train(self, scenes: Scenes, device: str, *, seed: int, decoder: bool) -> nn.Module:
+        """A head that gives class scores on a grid, for patches as they are in ``scenes``."""
+        num_channels, grid = scenes.patches.shape[1:3]
+        num_classes = len(scenes.classes)
+        finer = min(_FINER, max(1, scenes.pixels.shape[1] // grid))
+        targets = _sampled(scenes.pixels, grid * finer)
+
+        def make() -> nn.Module:
+            if not decoder:
+                return nn.Conv2d(num_channels, num_classes, kernel_size=1)
+            return nn.Sequential(
+                trunk(num_channels, self.width),
+                nn.Conv2d(self.width, num_classes * finer**2, kernel_size=1),
+                nn.PixelShuffle(finer),
+            )
+
+        def loss(head: nn.Module, patches: Float[Tensor, "b d h w"], numbers: Int[Tensor, " b"]) -> Tensor:
+            wanted = targets[numbers].long().to(device)
+            return F.cross_entropy(_enlarged(head(patches), wanted.shape[-1]), wanted)
+
+        return train_head(
+            make,
+            scenes,
+            loss,
+            seed=seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.decoder_learning_rate if decoder else self.learning_rate,
+            weight_decay=self.weight_decay,
+            device=device,
+        )
+
+
+Counts = tuple[Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"]]
+
+
+def count_pixels(head: nn.Module, scenes: Scenes, device: str) -> Counts:
+    """For each image and class the pixels that are predicted and true, that are predicted, and that are true."""
+    num_classes, size = len(scenes.classes), scenes.pixels.shape[1]
+    known = 0
+    counts = np.zeros((3, len(scenes), num_classes))
+    chunk = 1
+    with torch.inference_mode():
+        start = 0
+        while start < len(scenes):
+            coarse = head(scenes.patches[start : start + chunk].to(device))
+            guess = _enlarged(coarse, size).argmax(1).cpu()
+            for row, (found, true) in enumerate(zip(guess, scenes.pixels[start : start + chunk].long(), strict=True)):
+                sets = (true[found == true], found, true)
+                counts[:, start + row] = [torch.bincount(part.flatten(), minlength=num_classes) for part in sets]
+            start += len(guess)
+            known = coarse.shape[1]
+            chunk = max(1, min(64, _LOGITS // (known * size * size)))
+    shared, predicted, true = counts
+    return shared, predicted, true
+
+
+def mean_iou(
+    shared: Float64[np.ndarray, "n c"],
+    predicted: Float64[np.ndarray, "n c"],
+    true: Float64[np.ndarray, "n c"],
+    times: Float64[np.ndarray, "b n"],
+) -> Float64[np.ndarray, " b"]:
+    """The mean IoU over the classes with true pixels, where image i is there ``times[:, i]`` times."""
+    both, found, there = times @ shared, times @ predicted, times @ true
+    iou = both / np.maximum(found + there - both, 1)
+    shown = there > 0
+    mean: Float64[np.ndarray, " b"] = (iou * shown).sum(1) / shown.sum(1)
+    return mean
+
+
+def _enlarged(scores: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c S S"]:
+    if scores.shape[-1] == size:
+        return scores
+    return F.interpolate(scores, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def _sampled(pixels: Int16[Tensor, "n S S"], side: int) -> Int16[Tensor, "n s s"]:
+    """The class at the middle of each cell of a coarser grid."""
+    places = ((torch.arange(side) + 0.5) * pixels.shape[1] / side).long()
+    return pixels[:, places][:, :, places]

@@ -1,0 +1,120 @@
+"""What every evaluator must do: it finds what is there, finds nothing where nothing is, and says what it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+
+from synthgen.config import Choice
+from synthgen.errors import ConfigError
+from synthgen.evaluators import EVALUATORS, Labelled, Material, Scenes
+from tests.evaluation import make_material, reordered
+
+NAMES = EVALUATORS.names()
+QUICK = {  # heads learn this material in fewer steps than real features
+    "segmentation": {"seeds": 2, "steps": 60, "width": 16, "decoder_learning_rate": 0.02},
+    "detection": {"seeds": 2, "steps": 100, "width": 16, "learning_rate": 0.02},
+}
+AT_LEAST = {"segmentation": 0.9, "detection": 0.6}  # of what can be read off; all of it where nothing is learned
+AT_MOST = {"segmentation": 0.4, "detection": 0.1, "mask_iou": 0.0, "retrieval": 0.45}  # of what cannot; else 3 classes
+
+
+def build(name):
+    return EVALUATORS.build(Choice(name, QUICK.get(name, {})))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def judged(request):
+    """A name, and its numbers where all can be read off, and where nothing can."""
+    evaluator = build(request.param)
+    return request.param, *(evaluator.evaluate(make_material(known=known)) for known in (True, False))
+
+
+def test_what_can_be_read_off_is_found(judged):
+    name, everything, _ = judged
+    assert next(iter(everything.values())) >= AT_LEAST.get(name, 1.0)
+
+
+def test_what_is_not_there_is_not_found(judged):
+    name, _, nothing = judged
+    assert next(iter(nothing.values())) <= AT_MOST.get(name, 0.6)
+
+
+def test_numbers_are_plain_and_bounded(judged):
+    for numbers in judged[1:]:
+        assert all(type(value) is float and math.isfinite(value) for value in numbers.values())
+        score = next(iter(numbers.values()))
+        assert 0 <= numbers["low"] <= score <= numbers["high"] <= 1
+        if "seeds" in numbers:
+            assert 0 <= numbers["spread"] <= 0.5
+        assert list(numbers)[1:3] == ["low", "high"]
+
+
+def test_it_repeats_itself_and_travels(judged):
+    name, everything, _ = judged
+    assert pickle.loads(pickle.dumps(build(name))).evaluate(make_material(known=True)) == everything
+
+
+def test_the_order_of_images_does_not_matter(judged):
+    name, everything, _ = judged
+    other = build(name).evaluate(reordered(make_material(known=True)))
+    for key, value in everything.items():  # bounds are drawn from images by number
+        assert other[key] == pytest.approx(value, abs=0.1 if key.endswith(("low", "high")) else 1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_lacking_is_said(name):
+    evaluator = build(name)
+    assert evaluator.needs in ("features", "patches", "pairs", "masks")
+    assert set(evaluator.baselines) <= {"random", "pixels"}
+    with pytest.raises(ConfigError, match=r"there are no|share no sample"):
+        evaluator.evaluate(Material())
+    with pytest.raises(ConfigError, match="unknown setting"):
+        EVALUATORS.build(Choice(name, {"no_such_option": 1}))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if EVALUATORS.load(name).needs != "masks"])
+def test_features_of_a_diverged_encoder_are_refused(name):
+    material = make_material(known=True)
+    material.test.features[0, 0] = torch.nan
+    material.test_scenes.patches[0, 0, 0, 0] = torch.inf
+    material.pairs.images[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match="not finite numbers"):
+        build(name).evaluate(material)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_class_is_scored_or_refused(name):
+    """Never a crash, and never a number that is none."""
+    material = make_material(known=True, train=6, test=6)
+
+    def one_class(split: Labelled | Scenes):
+        if isinstance(split, Labelled):
+            return Labelled(split.features, torch.zeros_like(split.labels))
+        boxes = tuple(torch.ones_like(numbers) for numbers in split.box_classes)
+        return dataclasses.replace(
+            split, pixels=split.pixels.clamp(max=1), box_classes=boxes, classes=split.classes[:2]
+        )
+
+    parts = {key: one_class(getattr(material, key)) for key in ("train", "test", "train_scenes", "test_scenes")}
+    numbers = build(name).evaluate(dataclasses.replace(material, **parts))
+    assert all(math.isfinite(value) for value in numbers.values())
+
+
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_scenes_without_any_mask_are_refused(name):
+    material = make_material(known=True, train=4, test=4)
+    empty = dataclasses.replace(
+        material.train_scenes,
+        pixels=torch.zeros_like(material.train_scenes.pixels),
+        boxes=(torch.zeros(0, 4),) * 4,
+        box_classes=(torch.zeros(0, dtype=torch.long),) * 4,
+        classes=("background",),
+    )
+    test = dataclasses.replace(material.test_scenes, classes=("background", "disc", "square"))
+    with pytest.raises(ConfigError, match="no mask of the training images has a pixel"):
+        build(name).evaluate(dataclasses.replace(material, train_scenes=empty, test_scenes=test))

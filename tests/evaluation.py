@@ -1,0 +1,116 @@
+"""Material for evaluators of which it is known what it must score: all can be read off it, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from synthgen.evaluators import Labelled, Material, Pairs, Scenes
+from synthgen.records import WordMasks
+
+CLASSES = ("background", "disc", "square")
+GRID = 8
+
+
+def make_labelled(count: int, seed: int, *, known: bool) -> Labelled:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    features = 0.1 * torch.randn(count, 6, generator=generator)
+    if known:
+        features[torch.arange(count), labels] += 1
+    return Labelled(features, labels, tuple(f"{image:04d}" for image in range(count)))
+
+
+def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> Scenes:
+    """One or two boxes an image; ``scale`` pixels to a cell. Known features tell class and distances to the sides."""
+    rng = np.random.default_rng(seed)
+    pixels = torch.zeros(count, GRID, GRID, dtype=torch.int16)
+    patches = torch.zeros(count, 7, GRID, GRID)
+    middle = torch.arange(GRID) + 0.5
+    boxes, box_classes = [], []
+    for image in range(count):
+        edges, classes = [], []
+        for column in range(1 + image % 2):
+            width, height = rng.integers(2, 4 if image % 2 else 7), rng.integers(2, 7)
+            left, top = column * 4 + rng.integers(0, (4 if image % 2 else 8) - width + 1), rng.integers(0, 9 - height)
+            number = int(rng.integers(1, 3))
+            inside = (slice(top, top + height), slice(left, left + width))
+            pixels[image][inside] = number
+            sides = torch.zeros(4, GRID, GRID)
+            sides[0], sides[1] = (middle - left)[None], (middle - top)[:, None]
+            sides[2], sides[3] = (left + width - middle)[None], (top + height - middle)[:, None]
+            patches[image, 3:][:, *inside] = sides[:, *inside]
+            edges.append([left, top, left + width, top + height])
+            classes.append(number)
+        boxes.append(torch.tensor(edges).float() * scale)
+        box_classes.append(torch.tensor(classes))
+    patches[:, :3] = torch.nn.functional.one_hot(pixels.long(), 3).permute(0, 3, 1, 2)
+    if not known:
+        patches = torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed))
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    keys = tuple(f"{seed:03d}{image:07d}" for image in range(count))
+    return Scenes(patches.half(), pixels, tuple(boxes), tuple(box_classes), keys, CLASSES)
+
+
+def make_pairs(count: int, *, known: bool) -> Pairs:
+    """Two texts an image."""
+    generator = torch.Generator().manual_seed(7)
+    images, others = torch.randn(2, count, 16, generator=generator)
+    texts = torch.cat([images, 2 * images]) if known else torch.cat([others, -others])
+    numbers = torch.arange(count)
+    return Pairs(images, texts, torch.cat([numbers, numbers]), torch.arange(2 * count))
+
+
+def make_word_masks(count: int, *, known: bool) -> tuple[dict[str, WordMasks], dict[str, WordMasks]]:
+    """Predicted and true masks: the same, or discs' masks in opposite corners."""
+    predicted, truth = {}, {}
+    for image in range(count):
+        values = np.zeros((2, 1, 8, 8), bool)
+        values[0, 0, :4, :4], values[1, 0, 4:, 4:] = True, True
+        first, second = (WordMasks(("disc",), value, np.zeros(1, np.float32)) for value in values)
+        truth[f"{image}"], predicted[f"{image}"] = first, first if known else second
+    return predicted, truth
+
+
+def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
+    """From it every evaluator must read everything (``known``), or nothing."""
+    return Material(
+        make_labelled(train, 1, known=known),
+        make_labelled(test, 2, known=known),
+        *make_word_masks(test, known=known),
+        make_scenes(train, 3, known=known),
+        make_scenes(test, 4, known=known),
+        make_pairs(test, known=known),
+    )
+
+
+def reordered(material: Material) -> Material:
+    """The same images in another order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def labelled(split: Labelled) -> Labelled:
+        order = torch.randperm(len(split.labels), generator=generator)
+        return Labelled(split.features[order], split.labels[order], tuple(split.keys[i] for i in order))
+
+    def scenes(split: Scenes) -> Scenes:
+        order = torch.randperm(len(split), generator=generator)
+        parts = (tuple(part[i] for i in order) for part in (split.boxes, split.box_classes, split.keys))
+        boxes, box_classes, keys = parts
+        return Scenes(split.patches[order], split.pixels[order], boxes, box_classes, keys, split.classes)
+
+    pairs = material.pairs
+    place = torch.randperm(len(pairs.images), generator=generator)
+    shuffle = torch.randperm(len(pairs.of_image), generator=generator)
+    images = torch.empty_like(pairs.images)
+    images[place] = pairs.images
+    return dataclasses.replace(
+        material,
+        train=labelled(material.train),
+        test=labelled(material.test),
+        predicted=dict(reversed(material.predicted.items())),
+        train_scenes=scenes(material.train_scenes),
+        test_scenes=scenes(material.test_scenes),
+        pairs=Pairs(images, pairs.texts, place[pairs.of_image][shuffle], pairs.of_text[shuffle]),
+    )
