@@ -5,7 +5,7 @@ RUN ?= runs/latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint test demo shards bench clean
+.PHONY: help install check lint test ray demo shards bench clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -27,6 +27,10 @@ shards: $(STAMP) ## training tars of RUN (runs/latest)
 test: $(STAMP)   ## the tests
 	$(BIN)/python -m pytest -q -n 2
 
+ray: $(STAMP)    ## the tests of the Ray engine, with a machine lost in the middle (installs ray)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -q -rP -m ray tests/ray
+
 check: lint test ## what CI runs
 lint: $(STAMP)   ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -34,7 +38,7 @@ lint: $(STAMP)   ## format, lint and types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## measure speed beside named alternatives; writes benchmarks/results
-	for script in generate masks shards pretrain; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in generate masks_speed shards pretrain; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 clean:           ## remove the environment; runs stay

@@ -1,5 +1,7 @@
 """What the commands do, as functions. Each stage function has the settings of its stage as keyword arguments.
 
+``engine`` is where the work is done: a name, such as ``"local"``, or ``Choice("ray", {"workers": 8})``.
+
 Stages deal their units out to processes, so a script that calls them keeps its calls under
 ``if __name__ == "__main__":``, as for all of Python's ``multiprocessing``.
 """
@@ -13,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from synthgen.config import build
 from synthgen.records import Generation, WordMasks
 from synthgen.run import Run
-from synthgen.runner import Progress, Summary, run_stage
+from synthgen.runner import EngineLike, Progress, Summary, run_stage
 from synthgen.stages import STAGES, Stage
 
 if TYPE_CHECKING:
-    from synthgen.engines import Engine
     from synthgen.pipeline import Override
 
 __all__ = [
@@ -44,39 +45,37 @@ def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
     return build(STAGES.load(name), settings, where=f"stages.{name}")
 
 
-def generate(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def generate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Make images and record where each word looked; settings as in :class:`synthgen.stages.generate.Generate`."""
     return _stage("generate", run, engine, progress, settings)
 
 
-def attend(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def attend(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Record where captions look in images that exist; settings as in :class:`synthgen.stages.attend.Attend`."""
     return _stage("attend", run, engine, progress, settings)
 
 
-def masks(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def masks(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Turn maps into masks; settings as in :class:`synthgen.stages.masks.Masks`."""
     return _stage("masks", run, engine, progress, settings)
 
 
-def shards(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def shards(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Write training tars; settings as in :class:`synthgen.stages.shards.Shards`."""
     return _stage("shards", run, engine, progress, settings)
 
 
-def pretrain(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def pretrain(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Train an encoder; settings as in :class:`synthgen.stages.pretrain.Pretrain`."""
     return _stage("pretrain", run, engine, progress, settings)
 
 
-def evaluate(run: Run, *, engine: Engine | None = None, progress: Progress | None = None, **settings: Any) -> Summary:
+def evaluate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`."""
     return _stage("evaluate", run, engine, progress, settings)
 
 
-def _stage(
-    name: str, run: Run, engine: Engine | None, progress: Progress | None, settings: Mapping[str, Any]
-) -> Summary:
+def _stage(name: str, run: Run, engine: EngineLike, progress: Progress | None, settings: Mapping[str, Any]) -> Summary:
     return run_stage(make_stage(name, settings), run, engine, progress)
 
 
@@ -113,7 +112,7 @@ def run_pipeline(
     path: str | Path,
     *,
     overrides: tuple[Override, ...] = (),
-    engine: Engine | None = None,
+    engine: EngineLike = None,
     progress: Progress | None = None,
 ) -> list[Summary]:
     """Run the stages of a pipeline file in order; what is done stays as it is."""

@@ -9,6 +9,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from synthgen.errors import ConfigError, SynthgenError
 
 if TYPE_CHECKING:
     from synthgen.run import Run
-    from synthgen.runner import Summary
+    from synthgen.runner import Progress, Summary
 
 app = typer.Typer(
     name="synthgen",
@@ -35,7 +36,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of this stage, e.g. min_area=0.01."),
 ]
-WorkersOption = Annotated[int, typer.Option(help="Processes; 0: one for every GPU, or core where there is none.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(help="local, accelerate, ray.  [default: local; accelerate under accelerate launch]"),
+]
+WorkersOption = Annotated[
+    int, typer.Option(help="Processes, or actors of Ray; 0: one for every GPU, or core where there is none.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster to join, such as ray://head:10001.  [default: RAY_ADDRESS, or one here]")
+]
 BackboneOption = Annotated[
     str | None, typer.Option(help="tiny (ships with synthgen), diffusers.  [default: tiny; diffusers with --model]")
 ]
@@ -59,7 +69,9 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together.  [default: 16]")] = None,
+    engine: EngineOption = None,
     workers: WorkersOption = 0,
+    address: AddressOption = None,
     settings: SetOption = None,
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
@@ -69,24 +81,47 @@ def generate(
         "prompts": prompts, "template": template, "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
-    _stage("generate", _create(run, seed), given, settings, workers)
+    _stage("generate", _create(run, seed), given, settings, _engine(engine, workers, address))
 
 
 @app.command()
 def attend(
-    images: Annotated[str, typer.Option(help="WebDataset tars with captions: a file, a pattern or a folder.")],
+    images: Annotated[str, typer.Option(help="Folder of images; or WebDataset tars: a file, a pattern or a folder.")],
     run: RunOption = LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            help="Captions of the folder's images: .jsonl or .csv (file_name, text), or COCO's captions_*.json.  "
+            "[default: metadata.jsonl or .csv in the folder, else the .txt beside each image]"
+        ),
+    ] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="For images without one; {label} is their class, e.g. 'a photo of a {label}'.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="How the network sees an image: aspect (its proportions) or stretch.  [default: aspect]"),
+    ] = None,
+    inversion_steps: Annotated[
+        int | None, typer.Option(help="Invert the image in so many steps instead of adding noise to it.")
+    ] = None,
     backbone: BackboneOption = None,
     model: ModelOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images seen together.  [default: 16]")] = None,
+    engine: EngineOption = None,
     workers: WorkersOption = 0,
+    address: AddressOption = None,
     settings: SetOption = None,
 ) -> None:
     """Record where the words of captions look in images that exist."""
     part = _choice(backbone or ("diffusers" if model else "tiny"), {"model": model})
-    given = {"images": images, "backbone": part, "batch_size": batch_size}
-    _stage("attend", _create(run, seed), given, settings, workers)
+    given = {
+        "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
+        "inversion_steps": inversion_steps, "batch_size": batch_size, "backbone": part,
+    }  # fmt: skip
+    _stage("attend", _create(run, seed), given, settings, _engine(engine, workers, address))
 
 
 @app.command()
@@ -95,14 +130,16 @@ def masks(
     refine: Annotated[str | None, typer.Option(help="threshold, attentioncut.  [default: threshold]")] = None,
     attentioncut: Annotated[bool, typer.Option("--attentioncut", help="Short for --refine attentioncut.")] = False,
     min_area: Annotated[float | None, typer.Option(help="Smaller masks are dropped, as a share of the image.")] = None,
+    engine: EngineOption = None,
     workers: WorkersOption = 0,
+    address: AddressOption = None,
     settings: SetOption = None,
 ) -> None:
     """Turn where each word looked into masks the size of the image."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
     part = _choice("attentioncut" if attentioncut else refine or "threshold", {})
-    _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, workers)
+    _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, _engine(engine, workers, address))
 
 
 @app.command()
@@ -111,22 +148,25 @@ def shards(
     samples_per_shard: Annotated[int | None, typer.Option(help="Samples of one tar.")] = None,
     val_ratio: Annotated[float | None, typer.Option(help="Share of samples kept for validation.")] = None,
     image_format: Annotated[str | None, typer.Option(help="jpg, png or webp.")] = None,
+    engine: EngineOption = None,
     workers: WorkersOption = 0,
+    address: AddressOption = None,
     settings: SetOption = None,
 ) -> None:
     """Write WebDataset tars ready for training, with index and dataset card."""
     given = {"samples_per_shard": samples_per_shard, "val_ratio": val_ratio, "image_format": image_format}
     opened = _open(run)
-    _stage("shards", opened, given, settings, workers)
+    _stage("shards", opened, given, settings, _engine(engine, workers, address))
     print(f"shards: {opened.folder('shards')}")
 
 
 @app.command()
 def pretrain(
     run: RunOption = LATEST,
-    method: Annotated[str, typer.Option(help="mae.")] = "mae",
-    guided: Annotated[bool, typer.Option("--guided", help="Hide patches under the masks sooner.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the shards.")] = None,
+    method: Annotated[str, typer.Option(help="mae, contrastive, vlp, umd.")] = "mae",
+    guided: Annotated[bool, typer.Option("--guided", help="Let the word masks guide the method.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the shards.  [default: 20]")] = None,
+    samples_seen: Annotated[int | None, typer.Option(help="Images in all, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     encoder: Annotated[str | None, typer.Option(help="micro, tiny, small, base, large.  [default: micro]")] = None,
     label: Annotated[str | None, typer.Option(help="Folder name under pretrain/.  [default: the method]")] = None,
@@ -134,29 +174,36 @@ def pretrain(
 ) -> None:
     """Train an encoder on the run's shards (made first where they are missing)."""
     opened = _open(run)
-    if not (opened.folder("shards") / "dataset.json").is_file():  # not made, or not to the end: with its own settings
+    own = "data" not in _pairs(settings)
+    if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end: with its own settings
         begun = opened.manifest()["artifacts"].get("shards", {})
-        _stage("shards", opened, begun.get("settings", {}), None, 0)
-    options = {"foreground_share": 0.5} if guided else {}
+        _stage("shards", opened, begun.get("settings", {}), None)
     given = {
-        "method": {"name": method, **options}, "epochs": epochs, "batch_size": batch_size,
+        "method": _method(method, guided), "epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size,
         "encoder": encoder, "label": label or (f"{method}-guided" if guided else None),
     }  # fmt: skip
-    _stage("pretrain", opened, given, settings, 1)
+    _stage("pretrain", opened, given, settings)
 
 
 @app.command()
 def evaluate(
     run: RunOption = LATEST,
     encoder: Annotated[str | None, typer.Option(help="Encoder folder.  [default: the run's newest]")] = None,
-    train: Annotated[str | None, typer.Option(help="Labelled shards or image folder to learn from.")] = None,
-    test: Annotated[str | None, typer.Option(help="Labelled shards or image folder to be judged on.")] = None,
+    evaluator: Annotated[
+        list[str] | None,
+        typer.Option(help="knn, linear_probe, segmentation, detection, retrieval, mask_iou; may be repeated."),
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="Shards or image folder to learn from.")] = None,
+    test: Annotated[str | None, typer.Option(help="Shards or image folder to be judged on.")] = None,
     truth: Annotated[str | None, typer.Option(help="Tar or folder of true masks, for mask IoU.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the scores.  [default: encoder and test set]")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Ask what an encoder learned: kNN, linear probe, and mask IoU where truth is known."""
-    given = {"encoder": encoder, "train": train, "test": test, "truth": truth}
-    _stage("evaluate", _open(run), given, settings, 1)
+    """Ask what an encoder learned; by default what takes seconds: kNN, linear probe, and retrieval if it has texts."""
+    given = {
+        "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth, "label": label,
+    }  # fmt: skip
+    _stage("evaluate", _open(run), given, settings)
     _print_scores(run)
 
 
@@ -170,11 +217,12 @@ def run_file(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="e.g. stages.masks.min_area=0.01")
     ] = None,
+    engine: EngineOption = None,
     workers: WorkersOption = 0,
+    address: AddressOption = None,
 ) -> None:
     """Run the stages of a pipeline file; what is done stays as it is."""
-    from synthgen.console import ConsoleProgress, tell
-    from synthgen.engines import ENGINES
+    from synthgen.config import Choice
     from synthgen.pipeline import read_pipeline
 
     pipeline = read_pipeline(file, list(_pairs(settings).items())).select(only=only, first=first, last=last)
@@ -184,20 +232,28 @@ def run_file(
                 f"{stage.name}: {', '.join(stage.reads) or 'prompts'} -> {pipeline.run}/{', '.join(stage.artifacts())}"
             )
         return
-    engine = ENGINES.build("local", workers=workers) if workers else None
-    for summary in pipeline.execute(engine=engine, progress=ConsoleProgress()):
-        print(tell(summary))
+    chosen, of_file = _engine(engine, workers, address), pipeline.engine.dump()
+    if not engine or engine == of_file["name"]:
+        chosen = of_file | chosen
+    for summary in pipeline.execute(engine=Choice.of(chosen), progress=_progress()):
+        _tell(summary)
     _print_scores(pipeline.run)
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every class and word in it.")] = False,
+) -> None:
     """Say what is done, what failed and why, and what to do next."""
+    import json
+
     from synthgen.run import Run
     from synthgen.status import status as look
     from synthgen.status_text import render
 
-    print(render(look(Run.open(run))))
+    found = look(Run.open(run))
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found))
 
 
 @app.command()
@@ -223,11 +279,10 @@ def export(
 ) -> None:
     """Write images and masks as COCO, YOLO or label images."""
     from synthgen.api import export_dataset
-    from synthgen.console import ConsoleProgress, tell
 
     opened = _open(run)
     given = _pairs(settings) | ({"image_format": image_format} if image_format else {})
-    print(tell(export_dataset(opened, format, out, progress=ConsoleProgress(), **given)))
+    _tell(export_dataset(opened, format, out, progress=_progress(), **given))
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 
@@ -279,6 +334,14 @@ def _open(path: Path) -> Run:
     return Run.open(path)
 
 
+def _method(name: str, guided: bool) -> dict[str, Any]:
+    if not guided:
+        return {"name": name}
+    from synthgen.methods import METHODS
+
+    return {"name": name, **METHODS.load(name).guided}
+
+
 def _choice(part: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"name": part, **{key: value for key, value in options.items() if value is not None}}
 
@@ -301,12 +364,21 @@ def _pairs(settings: list[str] | None) -> dict[str, Any]:
     return pairs
 
 
-def _stage(name: str, run: Run, given: dict[str, Any], extra: list[str] | None, workers: int) -> None:
+def _engine(name: str | None, workers: int, address: str | None) -> dict[str, Any]:
+    """The engine and its options as far as they were given."""
+    given = {"name": name, "workers": workers, "address": address}
+    return {key: value for key, value in given.items() if value}
+
+
+def _stage(
+    name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
+) -> None:
     from synthgen import api
-    from synthgen.console import ConsoleProgress, tell
-    from synthgen.engines import ENGINES
+    from synthgen.config import Choice
+    from synthgen.engines import default_engine
 
     settings = {key: value for key, value in given.items() if value is not None}
+    settings["engine"] = {"name": default_engine(), **(engine or {})}
     for dotted, value in _pairs(extra).items():
         part, _, option = dotted.partition(".")
         if option:  # --set refine.smoothness=2 is an option of a part
@@ -316,9 +388,25 @@ def _stage(name: str, run: Run, given: dict[str, Any], extra: list[str] | None, 
             settings[part] = {**({"name": before} if isinstance(before, str) else before), option: value}
         else:
             settings[part] = value
-    engine = ENGINES.build("local", workers=workers)
     call: Callable[..., Summary] = getattr(api, name)
-    print(tell(call(run, engine=engine, progress=ConsoleProgress(), **settings)))
+    _tell(call(run, progress=_progress(), **settings | {"engine": Choice.of(settings["engine"])}))
+
+
+def _progress() -> Progress:
+    """A bar, in the first process of this machine."""
+    from synthgen.console import ConsoleProgress
+    from synthgen.devices import place
+    from synthgen.runner import Progress
+
+    return Progress() if place().local_rank else ConsoleProgress()
+
+
+def _tell(summary: Summary) -> None:
+    from synthgen.console import tell
+    from synthgen.devices import place
+
+    here = place()
+    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary))
 
 
 def _print_scores(run: Path) -> None:
@@ -330,21 +418,25 @@ def _print_scores(run: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error that a person can act on is one line."""
+    """Run the command line; an error that a person can act on is one line, which cannot steer the console."""
+    from synthgen.redact import redact
+    from synthgen.text import plain
+
     try:
         code = app(standalone_mode=False)
     except SynthgenError as error:
-        print(f"synthgen: {error}", file=sys.stderr)
+        print(f"synthgen: {plain(str(error))}", file=sys.stderr)
         code = error.exit_code
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own errors have one; anything else is a bug
-            raise
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
         if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the command alone asks for help
             print(error.format_message())
             sys.exit(0)
         command = getattr(getattr(error, "ctx", None), "command_path", "synthgen")
         message = error.format_message().rstrip(".")
-        print(f"synthgen: {message}; see: {command} --help", file=sys.stderr)
+        print(f"synthgen: {plain(redact(message))}; see: {command} --help", file=sys.stderr)
         code = 2
     if code == 130:
         print("synthgen: stopped; run the same command again to go on", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 from synthgen.errors import UnknownName
 from synthgen.run import versions
+from synthgen.untrusted import read_file, read_json
 
 __all__ = [
     "Attention",
@@ -297,7 +297,7 @@ def _cpu() -> str:
 
 
 def _plan() -> Plan:
-    from synthgen.engines.local import devices_for
+    from synthgen.devices import devices_for
     from synthgen.stages.generate import Generate
 
     devices = devices_for(Generate(prompts=""))
@@ -410,7 +410,7 @@ def _hosted(name: str, problems: list[str], notes: list[str]) -> Hosted:
             problems.append(f"{UnknownName.among('model', name, SHORT_NAMES)}; a folder or a hub id will do too")
         return Hosted(name, model)
     try:
-        index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        index = dict(read_json(read_file(folder / "model_index.json")))
     except (OSError, ValueError, TypeError) as error:
         problems.append(f"{folder}/model_index.json cannot be read ({_reason(error)}); download {model} again")
         return Hosted(name, model, str(folder))

@@ -11,11 +11,12 @@ import yaml
 
 from synthgen.api import make_stage
 from synthgen.config import Choice, load_yaml
-from synthgen.engines import ENGINES, Engine
+from synthgen.engines import default_engine
 from synthgen.errors import MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
-from synthgen.runner import Progress, Summary, run_stage
+from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage
+from synthgen.untrusted import read_file
 
 __all__ = ["Override", "Pipeline", "read_pipeline"]
 
@@ -50,12 +51,16 @@ class Pipeline:
             raise PipelineError(f"{self.path}: {first!r} comes after {last!r}; swap --from and --to")
         return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
 
-    def execute(self, *, engine: Engine | None = None, progress: Progress | None = None) -> Iterator[Summary]:
-        """Run each stage; yields its summary when it has ended."""
+    def execute(self, *, engine: EngineLike = None, progress: Progress | None = None) -> Iterator[Summary]:
+        """Run each stage; yields its summary when it has ended.
+
+        Raises:
+            ConfigError: the engine cannot run one of the stages; nothing has run.
+        """
+        engines = [check_engine(stage, engine or self.engine) for stage in self.stages]
         run = Run.create(self.run, seed=self.seed)
-        engine = engine or ENGINES.build(self.engine)
-        for stage in self.stages:
-            yield run_stage(stage, run, engine, progress)
+        for stage, made in zip(self.stages, engines, strict=True):
+            yield run_stage(stage, run, made, progress)
 
 
 def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipeline:
@@ -80,15 +85,18 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(run, str):
         raise PipelineError(f"{path}: 'seed' must be a whole number and 'run' a folder")
     stages = [_stage(path, name, values) for name, values in settings.items()]
-    return Pipeline(path, Path(run), seed, Choice.of(content.get("engine", "local")), tuple(_ordered(path, stages)))
+    engine = content.get("engine") or {}
+    if isinstance(engine, dict):  # options alone are those of the engine that is there by default
+        engine = {"name": default_engine(), **engine}
+    return Pipeline(path, Path(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        content = load_yaml(read_file(path).decode())
     except FileNotFoundError:
         raise MissingArtifact(f"there is no pipeline file {path}; look into pipelines/ for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise PipelineError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{path} holds no settings; it needs 'stages' at least")
@@ -113,7 +121,7 @@ def _stage(path: Path, name: str, values: Any) -> Stage:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise PipelineError(f"{path}: stages.{name} must hold settings, not {values!r}")
+        raise PipelineError(f"{path}: stages.{name} must hold settings, not {values!r:.200}")
     stage = make_stage(name, values)
     stage.complete()  # a part that does not exist, or an option that it does not take, is told before anything runs
     return stage

@@ -7,7 +7,8 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -17,16 +18,18 @@ import yaml
 
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
-from synthgen.stores.tar import TarWriter, index_tar, read_tar, write_bytes, write_json
+from synthgen.redact import redact, redacted
+from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes, write_json
+from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json, read_yaml
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
 
-__all__ = ["Run", "UnitWriter", "digest", "versions"]
+__all__ = ["Run", "UnitWriter", "checked_mark", "digest", "versions"]
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 _MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
+_SETTINGS = "settings.yaml"  # in an artifact's folder: what it is made with
 
 
 def digest(value: Any) -> str:
@@ -51,12 +54,14 @@ class Run:
     """A folder in which stages find what earlier ones wrote, and write folders of their own.
 
     ``<artifact>/000012.tar`` holds a unit. The ``000012.json`` beside it comes last and is its done mark: count,
-    sha256, seconds and fingerprint. ``000012.failed.json`` says why a unit failed. There is no other bookkeeping, and
-    nothing is locked.
+    sha256, seconds and fingerprint. ``000012.failed.json`` says why a unit failed, and ``settings.yaml`` what all of
+    them are made with: whoever writes it first decides, and other settings are refused. There is no other bookkeeping,
+    and nothing is locked, so any number of workers and people may work on one run.
     """
 
     path: Path
     seed: int = 0
+    held: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see ``claim``
 
     @classmethod
     def create(cls, path: str | Path, *, seed: int | None = None) -> Run:
@@ -65,18 +70,19 @@ class Run:
         Raises:
             StaleArtifact: the run is there and has another seed.
         """
-        path = Path(path)
-        if (path / "run.yaml").exists():
-            run = cls.open(path)
-            if seed is not None and seed != run.seed and not run.manifest()["artifacts"]:
-                run = cls(path, seed)  # nothing has been made with the old one
-                run._save({"seed": seed, "artifacts": {}})
-            if seed is not None and seed != run.seed:
-                raise StaleArtifact(f"{path} was made with seed {run.seed}, not {seed}; choose another --run folder")
+        run = cls(Path(path), seed or 0)
+        file = run.path / "run.yaml"
+        if not file.exists() and create_bytes(file, _yaml({"seed": run.seed})):
             return run
-        run = cls(path, seed or 0)
-        run._save({"seed": run.seed, "artifacts": {}})
-        return run
+        before = cls.open(path)
+        if seed is None or seed == before.seed:
+            return before
+        if not before.manifest()["artifacts"]:  # nothing has been made with the old one
+            write_bytes(file, _yaml({"seed": seed}))
+            if not before.manifest()["artifacts"]:
+                return run
+            write_bytes(file, _yaml({"seed": before.seed}))  # just now another command began with it
+        raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -91,37 +97,43 @@ class Run:
             raise MissingArtifact(
                 f"there is no run at {path}; make one with: synthgen generate --prompts FILE --run {path}"
             )
-        run = cls(path)
-        seed = run.manifest().get("seed")
-        if not isinstance(seed, int):
-            raise ConfigError(f"{path}/run.yaml has no whole number under 'seed'; restore the file or start a new run")
-        return cls(path, seed)
+        return cls(path, cls(path)._run_yaml()["seed"])
 
-    # -- the manifest: settings and fingerprint of each artifact
+    # -- settings and fingerprint of each artifact
 
     def manifest(self) -> dict[str, Any]:
-        """What ``run.yaml`` says."""
-        try:
-            value = _LOADER((self.path / "run.yaml").read_text(encoding="utf-8")).get_single_data()
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = str(error).replace("\n", " ")
-            raise ConfigError(f"{self.path}/run.yaml is not YAML ({reason}); restore it or start a new run") from None
-        if not isinstance(value, dict) or not isinstance(value.get("artifacts"), dict):
-            raise ConfigError(f"{self.path}/run.yaml is not a run's manifest; restore the file or start a new run")
+        """The run's seed, and for each of its ``artifacts`` what :meth:`artifact` says, in the order of the stages."""
+        run = self._run_yaml()
+        artifacts = dict(run["artifacts"])
+        for path in (*self.path.glob(f"*/{_SETTINGS}"), *self.path.glob(f"*/*/{_SETTINGS}")):
+            if (entry := _load(path, "fingerprint", str)) is not None:
+                artifacts[path.parent.relative_to(self.path).as_posix()] = entry
+        for name, entry in artifacts.items():
+            _checked_entry(entry, self.folder(str(name)) / _SETTINGS)
+        places = {name: place for place, name in enumerate(_MADE_BY)}
+        names = sorted(artifacts, key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
+        return run | {"artifacts": {name: artifacts[name] for name in names}}
+
+    def _run_yaml(self) -> dict[str, Any]:
+        value = _load(self.path / "run.yaml", "seed", int)
+        if value is None:
+            raise ConfigError(f"{self.path}/run.yaml is gone; restore it or start a new run")
+        if not isinstance(value.setdefault("artifacts", {}), dict):  # older runs note all artifacts here
+            raise ConfigError(f"{self.path}/run.yaml is no run's: its artifacts are no mapping; start a new run")
         return value
 
-    def _save(self, manifest: Mapping[str, Any]) -> None:
-        plain = json.loads(json.dumps(manifest))  # no object twice, so that YAML needs no anchors
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
-        write_bytes(self.path / "run.yaml", text.encode())
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        path = self.folder(name) / _SETTINGS
+        entry = _load(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
+        return None if entry is None else _checked_entry(entry, path)
 
     def artifact(self, name: str) -> dict[str, Any]:
-        """The manifest's entry of an artifact: stage, settings, inputs, fingerprint, versions.
+        """What an artifact is made with: stage, settings, inputs, fingerprint, versions.
 
         Raises:
             MissingArtifact: it has not been made; names the stage to run first.
         """
-        entry: dict[str, Any] | None = self.manifest()["artifacts"].get(name)
+        entry = self.held[name] if name in self.held else self._entry(name)
         if entry is None:
             stage = _MADE_BY.get(name.partition("/")[0], name)
             raise MissingArtifact(f"{self.path} has no {name} yet; first run: synthgen {stage} --run {self.path}")
@@ -131,34 +143,72 @@ class Run:
         """See that the inputs of ``stage`` are there and that what it made before had these settings.
 
         Returns:
-            What the manifest should say of its artifacts (see :meth:`note`). Nothing is written.
+            What should be noted of its artifacts (see :meth:`note`). Nothing is written.
 
         Raises:
             MissingArtifact: an input is missing; names the stage to run first.
             StaleArtifact: its folder was made with other settings or from other inputs; names them.
         """
         settings = stage.fingerprinted()
-        inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads} | stage.inputs(self)
+        inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads} | redacted(stage.inputs(self))
         fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
-        made = self.manifest()["artifacts"]
         for name in stage.artifacts():
-            before = made.get(name)
+            before = self._entry(name)
             if before is not None and before["fingerprint"] != fingerprint and self._holds_anything(name):
                 self._refuse(name, before, settings, inputs)
-        return {"stage": stage.name, "settings": stage.settings(), "inputs": inputs, "fingerprint": fingerprint}
+        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.settings(), "inputs": inputs}
+        return entry | {"fingerprint": fingerprint}
 
-    def note(self, stage: Stage) -> None:
-        """Put settings, inputs and versions of ``stage`` into the manifest, after :meth:`check`."""
-        entry, manifest = self.check(stage), self.manifest()
+    @contextmanager
+    def claim(self, stage: Stage) -> Iterator[Run]:
+        """Note what ``stage`` works with (see :meth:`note`), and yield the run as it is to be worked on.
+
+        That run holds on to what was noted, whatever others do to the folders meanwhile. What was noted of folders that
+        nothing came into is taken back when the block fails, so that a mistake may be mended with other settings.
+
+        Raises:
+            MissingArtifact, StaleArtifact: see :meth:`check`.
+        """
+        noted = self.note(stage)
+        try:
+            if Run.open(self.path).seed != self.seed:
+                raise StaleArtifact(f"another command has just given {self.path} another seed; run this one again")
+            yield replace(self, held={name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())})
+        except BaseException:
+            for name in noted:
+                if not self._holds_anything(name, beside_settings=True):
+                    (self.folder(name) / _SETTINGS).unlink(missing_ok=True)
+                    with suppress(OSError):  # the half written file of somebody else is in it
+                        self.folder(name).rmdir()
+            raise
+
+    def note(self, stage: Stage) -> list[str]:
+        """Put settings, inputs and versions of ``stage`` into the folders of its artifacts, after :meth:`check`.
+
+        Returns:
+            The artifacts that had none. Of several commands that begin at once the first decides.
+
+        Raises:
+            MissingArtifact, StaleArtifact: see :meth:`check`.
+        """
+        entry = self.check(stage)
+        new = []
         for name in stage.artifacts():
-            kept = manifest["artifacts"].get(name, {})
-            if any(kept.get(key) != entry[key] for key in ("fingerprint", "settings")):
-                manifest["artifacts"][name] = entry | {"versions": versions()}
-                self._save(manifest)
+            kept = self._entry(name)
+            if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
+                continue
+            path, data = self.folder(name) / _SETTINGS, _yaml(entry | {"versions": versions()})
+            if create_bytes(path, data):
+                new.append(name)
+            else:
+                self.check(stage)  # another command may have been first
+                write_bytes(path, data)  # the same fingerprint: what differs changes no result
+        return new
 
-    def _holds_anything(self, name: str) -> bool:
+    def _holds_anything(self, name: str, *, beside_settings: bool = False) -> bool:
         folder = self.path / name
-        return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        return any(not one.startswith(".") and not (beside_settings and one == _SETTINGS) for one in names)
 
     def _refuse(self, name: str, before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> None:
         def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -190,10 +240,9 @@ class Run:
     def mark(self, artifact: str, unit: int) -> dict[str, Any] | None:
         """The done mark of a unit, or None where it is not done."""
         try:
-            value: dict[str, Any] = json.loads(self.tar(artifact, unit).with_suffix(".json").read_bytes())
+            return checked_mark(read_json(read_file(self.tar(artifact, unit).with_suffix(".json"), MOST_JSON)))
         except (FileNotFoundError, ValueError):
             return None
-        return value
 
     def has(self, artifact: str, unit: int, fingerprint: str) -> bool:
         """Whether a unit is there, whole, and made with the settings of ``fingerprint``."""
@@ -242,15 +291,45 @@ class Run:
         """Note why a unit failed, beside where its tar would be; a later success takes the note away."""
         for name in stage.artifacts():
             path = self.tar(name, report.unit).with_suffix(".failed.json")
-            write_json(path, {"unit": report.unit, "error": report.error, "trace": report.trace})
+            write_json(path, {"unit": report.unit, "error": redact(report.error), "trace": redact(report.trace)})
+
+    def forgive(self, stage: Stage, unit: int) -> None:
+        """Take away the note of a failure: the unit is done."""
+        for name in stage.artifacts():
+            self.tar(name, unit).with_suffix(".failed.json").unlink(missing_ok=True)
 
     def failures(self, artifact: str) -> dict[int, str]:
         """The units of an artifact that failed when they were last tried, each with its reason."""
         found = {}
         for path in sorted(self.folder(artifact).glob("*.failed.json")):
-            value = json.loads(path.read_bytes())
-            found[int(value["unit"])] = str(value["error"])
+            unit = path.name.partition(".")[0]
+            if not (unit.isascii() and unit.isdecimal()):  # not one of ours
+                continue
+            try:
+                found[int(unit)] = str(read_json(read_file(path, MOST_JSON))["error"])
+            except (OSError, ValueError, LookupError, TypeError):
+                found[int(unit)] = f"{path} cannot be read"
         return found
+
+
+def checked_mark(value: Any) -> dict[str, Any]:
+    """A done mark, if it is one.
+
+    Raises:
+        ValueError: it is none of synthgen's.
+    """
+    counts = ("count", "bytes")
+    if (
+        not isinstance(value, dict)
+        or not all(isinstance(value.get(name), str) for name in ("fingerprint", "sha256"))
+        or not all(isinstance(value.get(name), int) and 0 <= value[name] < 2**63 for name in counts)
+        or not all(isinstance(value.get(name, 0), int | float) for name in ("seconds", "duration"))
+        or not isinstance(notes := value.get("notes", {}), dict)
+        or not all(isinstance(count, int) for count in notes.values())
+        or not isinstance(value.get("failed", {}), dict)
+    ):
+        raise ValueError("it is no done mark")
+    return value
 
 
 class UnitWriter:
@@ -264,7 +343,6 @@ class UnitWriter:
 
     def __enter__(self) -> UnitWriter:
         self._fingerprint = self.run.artifact(self.artifact)["fingerprint"]
-        self._tar.path.with_suffix(".json").unlink(missing_ok=True)
         self._started = time.perf_counter()
         self._tar.__enter__()
         return self
@@ -290,8 +368,14 @@ class UnitWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        path = self._tar.path
+        made = kind is None and self.run.has(self.artifact, self.unit, self._fingerprint)
+        if made:  # by another worker, meanwhile: the same bytes
+            self._tar.discard()
+        elif kind is None:
+            path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of another tar
         self._tar.__exit__(kind, error, trace)
-        if kind is None:
+        if kind is None and not made:
             mark = {
                 "count": self._tar.count,
                 "bytes": self._tar.size,
@@ -301,5 +385,45 @@ class UnitWriter:
                 "notes": self.notes,
                 **({"failed": self.failed} if self.failed else {}),
             }
-            write_json(self._tar.path.with_suffix(".json"), mark)
-            self._tar.path.with_suffix(".failed.json").unlink(missing_ok=True)
+            write_json(path.with_suffix(".json"), mark)
+        if kind is None:
+            path.with_suffix(".failed.json").unlink(missing_ok=True)
+
+
+def _yaml(value: Mapping[str, Any]) -> bytes:
+    plain = json.loads(json.dumps(value))  # no object twice, so that YAML needs no anchors
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)).encode()
+
+
+def _checked_entry(entry: Any, path: Path) -> dict[str, Any]:
+    """What is noted of an artifact, if it is what :meth:`Run.note` writes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    kinds = {"stage": str, "fingerprint": str, "settings": dict, "inputs": dict}
+    wrong = [
+        name for name, kind in kinds.items() if not isinstance(entry, dict) or not isinstance(entry.get(name), kind)
+    ]
+    if wrong:
+        raise ConfigError(f"{path} is no run's: it has no {wrong[0]} of the right kind; restore it or start a new run")
+    checked: dict[str, Any] = entry
+    return checked
+
+
+def _load(path: Path, key: str, kind: type) -> dict[str, Any] | None:
+    """The mapping of a YAML file, or None where there is no such file.
+
+    Raises:
+        ConfigError: it is not YAML, or does not hold a ``kind`` under ``key``.
+    """
+    try:
+        value = read_yaml(read_file(path).decode(), most=MOST_BYTES)  # names of a million files may stand in it
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML ({reason}); restore it or start a new run") from None
+    if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+        raise ConfigError(f"{path} is no run's: it has no {key} of the right kind; restore it or start a new run")
+    return value

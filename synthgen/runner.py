@@ -6,13 +6,17 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from synthgen.engines import ENGINES, Engine
-from synthgen.errors import UnitsFailed
+from synthgen.config import Choice
+from synthgen.engines import ENGINES, Engine, default_engine
+from synthgen.errors import ConfigError, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage
+from synthgen.stores.tar import is_abandoned
 
-__all__ = ["Progress", "Summary", "run_stage"]
+__all__ = ["EngineLike", "Progress", "Summary", "check_engine", "run_stage"]
+
+EngineLike = Engine | Choice | str | None  # None: see ``default_engine``
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +52,40 @@ class Progress:
         """The stage has ended, well or not."""
 
 
-def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Progress | None = None) -> Summary:
-    """Do what is left of ``stage``; what is done stays as it is.
+def check_engine(stage: Stage, engine: EngineLike) -> Engine:
+    """The engine, made, if ``stage`` can run on it.
+
+    Raises:
+        UnknownName, MissingDependency, ConfigError: there is no such engine or setting, or it deals out units and the
+            stage's workers share one.
+    """
+    made: Engine = (
+        ENGINES.build(engine or default_engine()) if engine is None or isinstance(engine, Choice | str) else engine
+    )
+    if stage.collective and not made.collective:
+        raise ConfigError(
+            f"{stage.name} is one piece of work, and the engine {type(made).__name__.lower()} deals out many; run it "
+            f"alone with --engine local, or on several GPUs with: accelerate launch -m synthgen {stage.name}"
+        )
+    return made
+
+
+def run_stage(stage: Stage, run: Run, engine: EngineLike = None, progress: Progress | None = None) -> Summary:
+    """Do what is left of ``stage``; what is done stays as it is. Several may do so on one run at the same time.
 
     Raises:
         MissingArtifact, StaleArtifact: see :meth:`Run.check`.
         UnitsFailed: some units failed; the others are done.
+        ConfigError: see :func:`check_engine`.
     """
-    engine = engine or ENGINES.build("local")
-    progress = progress or Progress()
+    engine = check_engine(stage, engine)
     stage = stage.complete()
-    run.check(stage)
+    with run.claim(stage) as claimed:
+        return _do(stage, claimed, engine, progress or Progress())
+
+
+def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
     stage.prepare(run)
-    run.note(stage)
     plan, todo = stage.plan(run), stage.todo(run)
     sizes = {unit: stage.size(run, unit) for unit in plan}
     summary = Summary(stage.name, units=len(plan), done_before=len(plan) - len(todo))
@@ -80,6 +105,9 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
         finally:
             progress.stop()
     summary.seconds = time.perf_counter() - started
+    for report in [report for report in failed if stage.done(run, report.unit)]:  # by another command, meanwhile
+        run.forgive(stage, report.unit)
+        failed.remove(report)
     if failed:
         first = failed[0]
         raise UnitsFailed(
@@ -87,7 +115,8 @@ def run_stage(stage: Stage, run: Run, engine: Engine | None = None, progress: Pr
             f"run the same command again to retry only those, or see: synthgen status {run.path}"
         )
     stage.finish(run)
-    for name in stage.artifacts():  # every unit is done, so what is half written is of processes that were killed
+    for name in stage.artifacts():  # what is half written is of processes that were killed, or that come too late
         for leftover in run.folder(name).glob("**/.*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if is_abandoned(leftover):
+                leftover.unlink(missing_ok=True)
     return summary

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from synthgen.devices import place
 from synthgen.records import Report
 from synthgen.registry import Family
 from synthgen.run import Run
 from synthgen.stages import Stage
 
-__all__ = ["ENGINES", "Engine", "Listener"]
+__all__ = ["ENGINES", "Engine", "Listener", "default_engine"]
 
 
 class Listener(Protocol):
@@ -29,9 +30,16 @@ class Listener(Protocol):
 class Engine(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
+    collective: ClassVar[bool]  # whether stages whose workers share one unit (training) can run on it
+
     def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
         """Work on each unit; one report for each, in any order. A failure is a report too."""
         ...
 
 
 ENGINES: Family[Engine] = Family(__name__)
+
+
+def default_engine() -> str:
+    """``accelerate`` in one of several processes that ``accelerate launch`` started, else ``local``."""
+    return "accelerate" if place().size > 1 else "local"

@@ -6,21 +6,20 @@ import atexit
 import multiprocessing as mp
 import os
 import threading
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from synthgen.devices import devices_for
 from synthgen.engines import Listener
-from synthgen.errors import SynthgenError
+from synthgen.engines._work import opened
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker
+from synthgen.stages import Stage, Worker
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
@@ -32,8 +31,12 @@ __all__ = ["Local"]
 class Local:
     """Deal units out to ``workers`` processes: by default one for every GPU, or for every core where there is none.
 
-    Each worker of a stage computes with one thread, so the number of workers changes no byte of the result.
+    Each worker of a stage computes with one thread, so the number of workers changes no byte of the result. When one is
+    killed (for lack of memory, say), the units that were being worked on are tried one at a time, and the one that ends
+    its worker again is the one that failed.
     """
+
+    collective: ClassVar = True
 
     workers: int = 0  # 0: as many as there are GPUs, or cores
 
@@ -51,61 +54,46 @@ class Local:
         count = min(self.workers or len(devices), len(units))
         if stage.collective or count <= 1:
             worker = Worker(device=devices[0], tick=listener.advance, skip=listener.skip, describe=listener.describe)
-            with stage.open(run, worker) as work:
-                for unit in units:  # where there is one unit, its error is the stage's
-                    yield work(unit) if stage.collective else _guarded(work, unit)
+            with opened(stage, run, worker) as work:
+                yield from map(work, units)
             return
-        context = mp.get_context("spawn")
-        heard, ticks = context.Pipe(duplex=False)  # not a queue: its lock would stay taken when a worker is killed
-        ranks: SimpleQueue[int] = context.SimpleQueue()
-        for rank in range(count):
-            ranks.put(rank)
-        ended = threading.Event()
-        relay = threading.Thread(target=_relay, args=(heard, listener, ended), daemon=True)
-        relay.start()
-        try:
-            with ProcessPoolExecutor(
-                count, mp_context=context, initializer=_open, initargs=(stage, run, ranks, ticks, devices, count)
-            ) as pool:
-                futures = {pool.submit(_work, unit): unit for unit in units}
-                try:
-                    for future in as_completed(futures):
-                        try:
-                            yield future.result()
-                        except BrokenProcessPool:
-                            reason = (
-                                "a worker process ended (killed, or out of memory); fewer --workers need less memory"
-                            )
-                            yield Report(futures[future], error=reason)
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        finally:
-            ended.set()
-            relay.join()
+        left = dict.fromkeys(units)
+        while left:
+            for report in _pool(stage, run, list(left), devices, count, listener):
+                del left[report.unit]
+                yield report
+            for unit in list(left)[:count]:  # a worker was killed: these were being worked on
+                reports = list(_pool(stage, run, [unit], devices, 1, listener))
+                reason = "a worker process ended (killed, or out of memory); fewer --workers need less memory"
+                del left[unit]
+                yield reports[0] if reports else Report(unit, error=reason)
 
 
-def devices_for(stage: Stage) -> list[str]:
-    """The device of each worker, where as many work as fit this machine."""
-    cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if not stage.accelerated:
-        return cores
-    import torch
-
-    if torch.cuda.is_available():
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ["mps"] if torch.backends.mps.is_available() else cores
-
-
-def _guarded(work: Work, unit: int) -> Report:
-    """Work on a unit; whatever goes wrong becomes its report, so that one bad unit does not end the job."""
-    started = time.perf_counter()
+def _pool(
+    stage: Stage, run: Run, units: Sequence[int], devices: list[str], count: int, listener: Listener
+) -> Iterator[Report]:
+    """A report for each unit as they come; when a worker is killed, for those that had ended before."""
+    context = mp.get_context("spawn")
+    heard, ticks = context.Pipe(duplex=False)  # not a queue: its lock would stay taken when a worker is killed
+    ranks: SimpleQueue[int] = context.SimpleQueue()
+    for rank in range(count):
+        ranks.put(rank)
+    ended = threading.Event()
+    relay = threading.Thread(target=_relay, args=(heard, listener, ended), daemon=True)
+    relay.start()
+    initargs = (stage, run, ranks, ticks, devices, count)
     try:
-        return work(unit)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or "no message"
-        trace = "" if isinstance(error, SynthgenError) else traceback.format_exc()
-        seconds = time.perf_counter() - started
-        return Report(unit, seconds=seconds, error=f"{type(error).__name__}: {reason}", trace=trace)
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_open, initargs=initargs) as pool:
+            try:
+                for future in as_completed([pool.submit(_work, unit) for unit in units]):
+                    yield future.result()
+            except BrokenProcessPool:
+                return
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        ended.set()
+        relay.join()
 
 
 def _relay(heard: Connection[Any, int], listener: Listener, ended: threading.Event) -> None:
@@ -122,11 +110,11 @@ _STATE: dict[str, Any] = {}
 def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], count: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     rank = ranks.get()
-    worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.send)
+    worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.send, skip=ticks.send)
     stack = ExitStack()
     atexit.register(stack.close)  # while there is still an interpreter to close it in
     try:
-        _STATE["work"] = stack.enter_context(stage.open(run, worker))
+        _STATE["work"] = stack.enter_context(opened(stage, run, worker))
     except Exception as error:  # raised by the first unit: an initializer that raises would only break the pool
         _STATE["error"] = error
 
@@ -134,7 +122,8 @@ def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], co
 def _work(unit: int) -> Report:
     if "error" in _STATE:
         raise _STATE["error"]
-    return _guarded(_STATE["work"], unit)
+    report: Report = _STATE["work"](unit)
+    return report
 
 
 def _end_with_parent() -> None:

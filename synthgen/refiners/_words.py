@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64
 from PIL import Image
 
-__all__ = ["above_level", "otsu_level", "resize", "scaled", "side_means"]
+__all__ = ["above_level", "level_of", "otsu_level", "resize", "scaled", "side_means"]
 
 
 def scaled(weights: Float[np.ndarray, "words h w"]) -> Float64[np.ndarray, "words h w"]:
@@ -59,6 +59,19 @@ def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32
         return layers
     images = [Image.fromarray(layer).resize((size[1], size[0]), Image.Resampling.BILINEAR) for layer in layers]
     return np.stack([np.asarray(image) for image in images])
+
+
+def level_of(method: str, level: float) -> float | None:
+    """The level of a refiner's settings: None stands for each map's own, by Otsu.
+
+    Raises:
+        ValueError: there is no such method, or the level is not in [0, 1).
+    """
+    if method not in ("otsu", "fixed"):
+        raise ValueError(f"method must be 'otsu' or 'fixed', not {method!r}")
+    if not 0 <= level < 1:
+        raise ValueError(f"level must be in [0, 1), not {level}")
+    return level if method == "fixed" else None
 
 
 def above_level(

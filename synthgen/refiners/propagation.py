@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 
 from synthgen.records import Maps
 from synthgen.refiners._affinity import affinity_edges, walk
-from synthgen.refiners._words import above_level, scaled
+from synthgen.refiners._words import above_level, level_of, scaled
 
 __all__ = ["Propagation"]
 
@@ -38,10 +38,7 @@ class Propagation:
             raise ValueError(f"num_steps must not be negative, but is {self.num_steps}")
         if not 0 <= self.spread <= 1:
             raise ValueError(f"spread must be in [0, 1], not {self.spread}")
-        if self.method not in ("otsu", "fixed"):
-            raise ValueError(f"method must be 'otsu' or 'fixed', not {self.method!r}")
-        if not 0 <= self.level < 1:
-            raise ValueError(f"level must be in [0, 1), not {self.level}")
+        level_of(self.method, self.level)
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
         """One mask a word; empty where a word's map is flat.
@@ -52,5 +49,4 @@ class Propagation:
         fields = scaled(maps.weights)
         if len(fields):
             fields = walk(fields, affinity_edges(maps.affinity), self.num_steps, self.spread)
-        level = None if self.method == "otsu" else self.level
-        return above_level(fields, level, (image.shape[0], image.shape[1]))
+        return above_level(fields, level_of(self.method, self.level), (image.shape[0], image.shape[1]))

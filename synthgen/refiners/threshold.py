@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from synthgen.records import Maps
-from synthgen.refiners._words import above_level, scaled
+from synthgen.refiners._words import above_level, level_of, scaled
 
 __all__ = ["Threshold"]
 
@@ -28,10 +28,7 @@ class Threshold:
     level: float = 0.5  # the level of method "fixed", in [0, 1) of the scaled map
 
     def __post_init__(self) -> None:
-        if self.method not in ("otsu", "fixed"):
-            raise ValueError(f"method must be 'otsu' or 'fixed', not {self.method!r}")
-        if not 0 <= self.level < 1:
-            raise ValueError(f"level must be in [0, 1), not {self.level}")
+        level_of(self.method, self.level)
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
         """One mask a word; empty where a word's map is flat.
@@ -39,5 +36,4 @@ class Threshold:
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.
         """
-        level = None if self.method == "otsu" else self.level
-        return above_level(scaled(maps.weights), level, (image.shape[0], image.shape[1]))
+        return above_level(scaled(maps.weights), level_of(self.method, self.level), (image.shape[0], image.shape[1]))

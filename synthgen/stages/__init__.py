@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import dump
 from synthgen.records import Report
+from synthgen.redact import redacted
 from synthgen.registry import Family
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ class Stage(ABC):
 
     def todo(self, run: Run) -> list[int]:
         """The units of the plan that are not done yet with the present settings."""
-        fingerprints = {name: run.artifact(name)["fingerprint"] for name in self.artifacts()}
-        return [
-            unit
-            for unit in self.plan(run)
-            if not all(run.has(name, unit, fingerprint) for name, fingerprint in fingerprints.items())
-        ]
+        return [unit for unit in self.plan(run) if not self.done(run, unit)]
+
+    def done(self, run: Run, unit: int) -> bool:
+        """Whether a unit is done with the present settings, by whoever did it."""
+        names = self.artifacts()
+        return bool(names) and all(run.has(name, unit, run.artifact(name)["fingerprint"]) for name in names)
 
     @abstractmethod
     def size(self, run: Run, unit: int) -> int:
@@ -92,8 +93,8 @@ class Stage(ABC):
         """Called once when every unit is done."""
 
     def settings(self) -> dict[str, Any]:
-        """Every setting with its value, as plain data."""
-        plain: dict[str, Any] = dump(self)
+        """Every setting with its value, as plain data without passwords and tokens: it is written down."""
+        plain: dict[str, Any] = redacted(dump(self))
         return plain
 
     def fingerprinted(self) -> dict[str, Any]:

@@ -12,18 +12,61 @@ import hashlib
 import io
 import json
 import os
+import re
+import secrets
+import socket
 import tarfile
+import time
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from synthgen.errors import CorruptShard, MissingArtifact, StorageError
+from synthgen.untrusted import MOST_BYTES
 
-__all__ = ["Member", "TarWriter", "index_tar", "read_tar", "write_bytes", "write_json"]
+__all__ = [
+    "Member",
+    "TarWriter",
+    "create_bytes",
+    "index_tar",
+    "is_abandoned",
+    "read_member",
+    "read_tar",
+    "temporary_beside",
+    "write_bytes",
+    "write_json",
+]
 
 _MODE = 0o444
+_DAY = 86400.0  # seconds
+
+
+def temporary_beside(path: Path) -> Path:
+    """``.<name>.<host>.<pid>.<chance>.tmp`` beside ``path``: a name that no other process on any machine uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether nobody writes a temporary file any more: its process has ended, or for a day nothing was added to it."""
+    try:
+        beginning, pid, _, _ = temporary.name.rsplit(".", 3)
+        process = int(pid)
+    except ValueError:  # not one of ours
+        return True
+    if os.name == "posix" and beginning.endswith(f".{socket.gethostname()}"):
+        try:
+            os.kill(process, 0)  # sends nothing
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user, and alive
+            return False
+    try:
+        return time.time() - temporary.stat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -32,18 +75,52 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk is full or the folder may not be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, data)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
+
+
+def create_bytes(path: Path, data: bytes) -> bool:
+    """Put ``data`` at ``path`` at once, unless something is there. Of many that try, on any machine, one succeeds.
+
+    Returns:
+        Whether it was put.
+
+    Raises:
+        StorageError: the disk is full or the folder may not be written to.
+    """
+    temporary = temporary_beside(path)
+    try:
+        _write(temporary, data)
+        try:
+            os.link(temporary, path)  # fails where there is something, on network file systems as well
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write(temporary: Path, data: bytes) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,7 +151,8 @@ class TarWriter:
         self.count = 0
         self.size = 0
         self.sha256 = ""
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(path)
+        self._wanted = True
 
     def __enter__(self) -> TarWriter:
         try:
@@ -96,11 +174,15 @@ class TarWriter:
             raise storage_error(self.path, error) from error
         self.count += 1
 
+    def discard(self) -> None:
+        """Leave what is at ``path`` as it is when the block ends."""
+        self._wanted = False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and self._wanted:
                 self._tar.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -132,34 +214,99 @@ class Member:
 def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     """The samples of a tar in order: key, and where each member lies. Reads headers only.
 
+    Links, folders and devices are passed over: nothing is ever unpacked. Names are kept within bounds all the same,
+    because a key may come to name a file: no way up, no control characters, nothing twice.
+
     Raises:
         MissingArtifact: there is no such file.
-        CorruptShard: it is no tar, or it is cut off; names the last key that is whole.
+        CorruptShard: it is no tar, it is cut off, or a name in it is refused; names the last key that is whole.
     """
     samples: list[tuple[str, dict[str, Member]]] = []
+    keys: set[str] = set()
     try:
         size = path.stat().st_size
         end = 0
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             for info in tar:
+                if info.offset_data <= end:  # a header that points back would be read for ever
+                    raise ValueError("its members overlap")
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if not info.isfile():
                     continue
-                folder, _, base = info.name.rpartition("/")
-                stem, _, name = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key, name = _key_and_name(info.name)
                 if info.offset_data + info.size > size:
-                    raise _corrupt(path, samples, "it is cut off")
+                    raise ValueError("it is cut off")
                 if not samples or samples[-1][0] != key:
+                    if key in keys:
+                        raise ValueError(f"the key {key!r} stands in it twice")
+                    keys.add(key)
                     samples.append((key, {}))
-                samples[-1][1][name.lower()] = Member(info.offset_data, info.size)
+                if name in samples[-1][1]:
+                    raise ValueError(f"sample {key} has two members {name!r}")
+                samples[-1][1][name] = Member(info.offset_data, info.size)
+        with open(path, "rb") as file:  # a whole tar ends with blocks of zeros; a damaged header ends it as well
+            file.seek(end)
+            if size % tarfile.BLOCKSIZE or any(block := file.read(tarfile.BLOCKSIZE)) or not block:
+                raise ValueError("it is cut off, or a header in it is damaged")
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}") from None
-    except tarfile.TarError as error:
-        raise _corrupt(path, samples, str(error)) from None
-    if size < end + tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:  # a whole tar ends with a block of zeros
-        raise _corrupt(path, samples, "it is cut off")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
+        raise _corrupt(path, samples, " ".join(str(error).split())[:200] or type(error).__name__) from None
     return samples
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header whose sizes are taken for what they may be: wrong on purpose."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        """Called by tarfile for each header, before anything of the member is read."""
+        if self.size < 0:
+            raise tarfile.ReadError("a member has a negative size")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("it holds a sparse file; write it without --sparse")
+        if self.type in _SPOKEN_OF:
+            file: Any = archive.fileobj
+            place = file.tell()
+            data = file.read(min(self.size, _MOST_SPOKEN + 1))
+            file.seek(place)
+            if len(data) > _MOST_SPOKEN or _DIGITS.search(data):  # a pattern of tarfile's takes quadratic time on these
+                raise tarfile.ReadError("a header in it is larger than any name")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+#: Headers that only say more of the next one: long names, and PAX records.
+_SPOKEN_OF = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
+_MOST_SPOKEN = 2**16  # bytes
+_DIGITS = re.compile(rb"\d{256}")
+
+
+def _key_and_name(path: str) -> tuple[str, str]:
+    """The key of a member's sample, and what the member is called in it."""
+    folder, _, base = path.rpartition("/")
+    stem, _, name = base.partition(".")
+    key = f"{folder}/{stem}" if folder else stem
+    path.encode()  # bytes that are no UTF-8 cannot be written again
+    if path.startswith("/") or ".." in path.split("/") or any(unicodedata.category(char) == "Cc" for char in path):
+        raise ValueError(f"the name {path[:200]!r} in it is refused: it leads out, or has control characters")
+    return key, name.lower()
+
+
+def read_member(file: BinaryIO, member: Member) -> bytes:
+    """The bytes of one member of an open tar.
+
+    Raises:
+        ValueError: it is larger than anything that synthgen reads whole.
+    """
+    if member.size > MOST_BYTES:
+        raise ValueError(f"a member has {member.size:,} bytes; {MOST_BYTES:,} are the most")
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
 def read_tar(
@@ -170,18 +317,18 @@ def read_tar(
     With ``names`` only those members, with ``keys`` only those samples; other bytes are not read.
 
     Raises:
-        MissingArtifact, CorruptShard: as for :func:`index_tar`.
+        MissingArtifact, CorruptShard: as for :func:`index_tar`; or a member is too large.
     """
     samples = index_tar(path)
     with open(path, "rb") as file:
-        for key, members in samples:
+        for number, (key, members) in enumerate(samples):
             if keys is not None and key not in keys:
                 continue
-            values = {}
-            for name, member in members.items():
-                if names is None or name in names:
-                    file.seek(member.offset)
-                    values[name] = file.read(member.size)
+            try:
+                wanted = {name: member for name, member in members.items() if names is None or name in names}
+                values = {name: read_member(file, member) for name, member in wanted.items()}
+            except ValueError as error:
+                raise _corrupt(path, samples[:number], str(error)) from None
             yield key, values
 
 

@@ -1,5 +1,6 @@
 """One unit that fails, a worker that dies, a disk that is full: the rest is done, and the reason is told."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,11 @@ from typing import ClassVar
 
 import pytest
 
+from synthgen.config import Choice
+from synthgen.engines import default_engine
+from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
-from synthgen.errors import MissingWeights, UnitsFailed
+from synthgen.errors import ConfigError, MissingWeights, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -43,6 +47,9 @@ class Numbers(Stage):
             if unit == 2 and self.trouble == "raise" and not healed:
                 raise RuntimeError("bad\nrow")
             if unit == 2 and self.trouble == "die" and not healed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.trouble == "die once" and not healed:
+                (run.path / "healed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             with run.write("numbers", unit) as numbers:
                 for row in range(2):
@@ -78,12 +85,19 @@ def test_one_bad_unit_does_not_end_the_job_and_is_retried_alone(tmp_path, worker
     assert run.failures("numbers") == {}
 
 
-def test_a_killed_worker_is_told_and_the_rest_can_be_made(tmp_path):
+def test_a_unit_that_kills_its_worker_is_told_alone_and_the_rest_is_made(tmp_path):
     run = Run.create(tmp_path / "r")
-    with pytest.raises(UnitsFailed, match="a worker process ended"):
+    with pytest.raises(UnitsFailed, match="1 of 4 units failed; unit 000002: a worker process ended"):
         run_stage(Numbers(trouble="die"), run, Local(workers=2))
+    assert run.units("numbers") == [0, 1, 3]
     (run.path / "healed").touch()
     run_stage(Numbers(trouble="die"), run, Local(workers=2))
+    assert run.units("numbers") == [0, 1, 2, 3]
+
+
+def test_a_worker_that_is_killed_once_costs_nothing_but_time(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run_stage(Numbers(trouble="die once"), run, Local(workers=2))
     assert run.units("numbers") == [0, 1, 2, 3]
 
 
@@ -134,3 +148,203 @@ except UnitsFailed as error:
 def test_bad_worker_counts_are_refused(bad):
     with pytest.raises(ValueError, match="workers must be"):
         Local(workers=bad)
+
+
+# -- several processes, each with its share
+
+
+def standing(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+
+
+def lines(run, rank):
+    text = (run.path / "logs" / f"numbers-{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_process_makes_its_share_first_and_then_what_others_left(tmp_path, monkeypatch):
+    run, made = Run.create(tmp_path / "r"), []
+    standing(monkeypatch, 1, 3)
+    run_stage(Numbers(units=7), run, Accelerate())
+    made = [line["unit"] for line in lines(run, 1) if "unit" in line]
+    assert made == [1, 4, 5, 2, 6, 3, 0]  # its own; then from the next process on, the last of each first
+    assert run.units("numbers") == list(range(7))
+
+
+def test_what_another_process_has_made_is_counted_and_not_made_again(tmp_path, monkeypatch):
+    run, progress = Run.create(tmp_path / "r"), Skipping()
+
+    class Rival(Accelerate):
+        def map(self, stage, run, units, listener):
+            for report in Local(workers=1).map(stage, run, [0, 1], Progress()):
+                assert not report.error
+            yield from super().map(stage, run, units, listener)
+
+    standing(monkeypatch, 0, 2)
+    summary = run_stage(Numbers(), run, Rival(), progress)
+    assert (summary.done_before, summary.samples) == (0, 4)
+    assert (progress.seen, progress.skipped, progress.total) == (4, 4, 8)
+
+
+class Skipping(Counting):
+    skipped = 0
+
+    def skip(self, count):
+        self.skipped += count
+
+
+def test_a_unit_that_failed_in_its_own_process_is_told_by_all_and_tried_once(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "r")
+
+    class Rival(Accelerate):
+        def map(self, stage, run, units, listener):
+            for report in super().map(stage, run, units, listener):
+                yield report
+                if report.unit == 3:  # the last of its own: meanwhile process 0 has met the bad unit
+                    run.fail(stage, Report(2, error="RuntimeError: bad row", trace="where"))
+
+    standing(monkeypatch, 1, 2)
+    with pytest.raises(UnitsFailed, match="1 of 4 units failed; unit 000002: RuntimeError: bad row"):
+        run_stage(Numbers(trouble="raise"), run, Rival())
+    assert 2 not in [line.get("unit") for line in lines(run, 1)]
+    assert json.loads(run.tar("numbers", 2).with_suffix(".failed.json").read_text())["trace"] == "where"
+    with pytest.raises(UnitsFailed, match="1 of 4"):  # the same command tries it again
+        run_stage(Numbers(trouble="raise"), run, Accelerate())
+    assert [line["level"] for line in lines(run, 1) if line.get("unit") == 2] == ["warning"]
+
+
+@pytest.mark.parametrize(("rank", "size", "says"), [("2", "2", "numbers go from 0 to 1"), ("x", "2", "whole number")])
+def test_a_process_without_a_place_is_told(monkeypatch, rank, size, says):
+    standing(monkeypatch, rank, size)
+    with pytest.raises(ConfigError, match=says):
+        default_engine()
+
+
+def test_under_accelerate_launch_its_engine_is_the_default(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert default_engine() == "local"
+    standing(monkeypatch, 0, 2)
+    assert default_engine() == "accelerate"
+
+
+def test_processes_that_are_killed_leave_their_share_to_the_others(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from tests.unit.test_engine import Numbers
+run_stage(Numbers(units=12, trouble="die once"), Run.create(Path(sys.argv[1])))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "r")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"},
+        )
+        for rank in range(3)
+    ]
+    ends = sorted(process.wait(timeout=120) for process in processes)
+    assert ends in ([-signal.SIGKILL, 0, 0], [-signal.SIGKILL, -signal.SIGKILL, 0])
+    assert Run.open(tmp_path / "r").units("numbers") == list(range(12))
+
+
+# -- engines and stages
+
+
+@dataclass(frozen=True)
+class Together(Numbers):
+    collective: ClassVar = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    collective: ClassVar = False
+
+
+def test_a_stage_that_is_one_piece_of_work_is_refused_before_it_begins(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(ConfigError, match="accelerate launch -m synthgen numbers"):
+        run_stage(Together(units=1), run, Dealing())
+    assert [path.name for path in run.path.iterdir()] == ["run.yaml"]
+
+
+def test_an_engine_may_be_given_by_name_and_options(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run_stage(Numbers(units=1), run, "local")
+    run_stage(Numbers(units=1), run, Choice("local", {"workers": 1}))
+    with pytest.raises(ConfigError, match="did you mean 'workers'"):
+        run_stage(Numbers(units=1), run, Choice("local", {"worker": 1}))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_log_of_each_worker_tells_what_became_of_every_unit(tmp_path, workers):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed):
+        run_stage(Numbers(trouble="raise"), run, Local(workers=workers))
+    found = [
+        line
+        for rank in range(workers)
+        if (run.path / f"logs/numbers-{rank}.jsonl").exists()
+        for line in lines(run, rank)
+    ]
+    ends = {line["unit"]: line for line in found if "unit" in line}
+    assert {unit: line["level"] for unit, line in ends.items()} == {0: "info", 1: "info", 2: "warning", 3: "info"}
+    assert ends[2]["message"] == "unit 000002 failed: RuntimeError: bad row"
+    assert "raise RuntimeError" in ends[2]["trace"]
+    assert ends[0].keys() >= {"time", "stage", "rank", "samples", "seconds", "host", "pid"}
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+    run = Run.create(tmp_path / "r")
+    (run.path / "logs").write_text("no folder")
+    assert run_stage(Numbers(), run, Local(workers=1)).samples == 8
+
+
+# -- on the command line and in pipeline files
+
+
+def told_by(monkeypatch, capsys, *arguments):
+    """What the command line says in one line of error."""
+    from synthgen.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["synthgen", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--engine", "loca"], "unknown engine 'loca'; did you mean 'local'?"),
+        (["--address", "auto"], "engine local.address: unknown setting"),
+        (["--engine", "accelerate", "--workers", "2"], "engine accelerate.workers: unknown setting"),
+        (["--set", "engine.wokers=2"], "did you mean 'workers'?"),
+        (["--set", "engine.workers=-2"], "workers must be"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_one_line(monkeypatch, capsys, tmp_path, options, says):
+    Run.create(tmp_path / "r")
+    (tmp_path / "line.yaml").write_text(f"run: {tmp_path / 'r'}\nstages: {{masks: {{}}}}\n")
+    assert says in told_by(monkeypatch, capsys, "masks", "--run", tmp_path / "r", *options)
+    assert says in told_by(monkeypatch, capsys, "run", tmp_path / "line.yaml", *options)
+
+
+def test_options_of_the_command_line_go_to_the_engine_of_the_file(monkeypatch, tmp_path):
+    from synthgen import cli, pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline.Pipeline, "execute", lambda self, engine, progress: seen.append(engine) or iter(()))
+    Run.create(tmp_path / "r")
+    line = tmp_path / "line.yaml"
+    line.write_text(f"run: {tmp_path / 'r'}\nengine: {{name: ray, gpus: 0.5}}\nstages: {{masks: {{}}}}\n")
+    rest = {"engine": None, "workers": 0, "address": None, "settings": None, "dry_run": False}
+    for options in ({}, {"workers": 8}, {"engine": "local", "workers": 2}):
+        cli.run_file(line, **rest | options)
+    assert seen == [
+        Choice("ray", {"gpus": 0.5}),
+        Choice("ray", {"gpus": 0.5, "workers": 8}),
+        Choice("local", {"workers": 2}),
+    ]

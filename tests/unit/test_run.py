@@ -1,9 +1,17 @@
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stores.tar import create_bytes, is_abandoned, temporary_beside
 from tests.factories import Drawn, TrueMasks, make_run
 
 
@@ -22,7 +30,7 @@ def test_a_missing_run_says_how_to_make_one(tmp_path):
         Run.open(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("text", ["- a", "seed: x\nartifacts: {}", "seed: 1", "a: [", b"\xff"])
+@pytest.mark.parametrize("text", ["- a", "seed: x", "seed: 1\nartifacts: []", "a: [", b"\xff"])
 def test_a_broken_manifest_is_one_line(tmp_path, text):
     (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
@@ -94,3 +102,178 @@ def test_a_tar_that_ends_between_members_is_cut_off_too(tmp_path):
     path.write_bytes(path.read_bytes()[: members["maps.npz"].offset - 512])
     with pytest.raises(CorruptShard, match="cut off"):
         list(run.read("maps", 0))
+
+
+# -- several commands on one run
+
+
+def test_settings_lie_beside_what_was_made_with_them(tmp_path):
+    run = make_run(tmp_path / "r")
+    assert yaml.safe_load((run.path / "run.yaml").read_text()) == {"seed": 0}
+    made = yaml.safe_load((run.folder("masks") / "settings.yaml").read_text())
+    assert made == run.artifact("masks")
+    assert made["inputs"] == {name: run.artifact(name)["fingerprint"] for name in ("images", "maps")}
+    assert list(run.manifest()["artifacts"]) == ["images", "maps", "masks"]
+
+
+def test_runs_that_kept_all_settings_in_one_file_go_on(tmp_path):
+    run = make_run(tmp_path / "r", masks=False)
+    (run.path / "run.yaml").write_text(yaml.safe_dump(run.manifest()))
+    for name in ("images", "maps"):
+        (run.folder(name) / "settings.yaml").unlink()
+    run = Run.open(run.path)
+    assert run_stage(Drawn(), run, Local(workers=1)).samples == 0
+    with pytest.raises(StaleArtifact, match="unit_size is 7 and was 6"):
+        run_stage(Drawn(unit_size=7), run, Local(workers=1))
+    run_stage(TrueMasks(), run, Local(workers=1))
+    assert list(run.manifest()["artifacts"]) == ["images", "maps", "masks"]
+
+
+def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(tmp_path):
+    run = Run.create(tmp_path / "r")
+
+    def interrupted():
+        with run.claim(Drawn()):
+            with pytest.raises(StaleArtifact, match="unit_size is 7 and was 6"):  # not while another is about to begin
+                run.check(Drawn(unit_size=7))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in run.path.iterdir()] == ["run.yaml"]
+    run_stage(Drawn(unit_size=7), run, Local(workers=1))
+
+
+def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with run.claim(Drawn()) as claimed:
+        for name in ("images", "maps"):  # somebody empties the folders and begins anew
+            (run.folder(name) / "settings.yaml").unlink()
+        run.note(replace(Drawn(), units=3))
+        with claimed.write("images", 0) as images:
+            images.add("0000000000", {"txt": b"x"})
+    assert run.mark("images", 0)["fingerprint"] == claimed.artifact("images")["fingerprint"]
+    assert run.mark("images", 0)["fingerprint"] != run.artifact("images")["fingerprint"]
+
+
+def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run.note(Drawn())
+    with run.write("images", 0) as late:
+        late.add("0000000000", {"txt": b"x"})
+        with run.write("images", 0) as early:
+            early.add("0000000000", {"txt": b"x"})
+        first = {path.name: path.stat().st_mtime_ns for path in run.folder("images").glob("[0-9]*")}
+        inode = run.tar("images", 0).stat().st_ino
+    assert {path.name: path.stat().st_mtime_ns for path in run.folder("images").glob("[0-9]*")} == first
+    assert run.tar("images", 0).stat().st_ino == inode
+    assert not list(run.folder("images").glob(".*"))
+
+
+def test_only_one_of_many_puts_a_file(tmp_path, monkeypatch):
+    assert create_bytes(tmp_path / "a", b"first")
+    assert not create_bytes(tmp_path / "a", b"second")
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("no links here")))
+    assert create_bytes(tmp_path / "b", b"first")
+    assert not create_bytes(tmp_path / "b", b"second")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"first", "b": b"first"}
+
+
+def test_half_written_files_are_taken_away_only_when_nobody_writes_them(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    mine = temporary_beside(tmp_path / "000000.tar")
+    mine.touch()
+    elsewhere = tmp_path / ".000000.tar.some-other-host.1.abcdef12.tmp"
+    elsewhere.touch()
+    assert not is_abandoned(mine)
+    assert not is_abandoned(elsewhere)
+    assert is_abandoned(mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{ended.stdout.strip()}.")))
+    os.utime(elsewhere, (time.time() - 90_000,) * 2)
+    assert is_abandoned(elsewhere)
+    assert is_abandoned(tmp_path / ".000000.tar.4242.tmp")  # of an older version
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from synthgen.engines.local import Local
+from synthgen.errors import StaleArtifact
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from tests.unit.test_engine import Numbers
+from tests.unit.test_run import named
+folder, number, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+Path(f"{folder}.{number}.ready").touch()
+while not Path(f"{folder}.go").exists():
+    time.sleep(0.001)
+try:
+    if kind == "others":
+        Run.create(folder).note(named(number))
+    elif kind == "seeds":
+        run_stage(Numbers(units=2), Run.create(folder, seed=number), Local(workers=1))
+    else:
+        run_stage(Numbers(units=6 + (number if kind == "settings" else 0)), Run.create(folder), Local(workers=1))
+    print("done")
+except StaleArtifact:
+    print("refused")
+"""
+
+
+def named(number):
+    """A stage of its own name and folder."""
+    from tests.unit.test_engine import Numbers
+
+    return type(f"Numbers{number}", (Numbers,), {"name": f"numbers{number}", "writes": (f"numbers{number}",)})()
+
+
+def at_once(folder, kind, count=3):
+    """What so many processes say that begin at the same moment."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder), str(number), kind], stdout=subprocess.PIPE, text=True
+        )
+        for number in range(count)
+    ]
+    while len(list(folder.parent.glob(f"{folder.name}.*.ready"))) < count:
+        time.sleep(0.01)
+    (folder.parent / f"{folder.name}.go").touch()
+    return [process.communicate(timeout=120)[0].strip() for process in processes]
+
+
+def test_commands_on_other_artifacts_at_the_same_moment_lose_nothing(tmp_path):
+    assert at_once(tmp_path / "r", "others") == ["done"] * 3
+    assert list(Run.open(tmp_path / "r").manifest()["artifacts"]) == [f"numbers{number}" for number in range(3)]
+
+
+def test_the_same_command_several_times_at_once_makes_the_same_bytes(tmp_path):
+    assert at_once(tmp_path / "r", "same") == ["done"] * 3
+    run = Run.open(tmp_path / "r")
+    alone = Run.create(tmp_path / "alone")
+    from tests.unit.test_engine import Numbers
+
+    run_stage(Numbers(units=6), alone, Local(workers=1))
+    for unit in range(6):
+        assert run.tar("numbers", unit).read_bytes() == alone.tar("numbers", unit).read_bytes()
+        assert run.mark("numbers", unit)["sha256"] == alone.mark("numbers", unit)["sha256"]
+    assert len(list(run.folder("numbers").iterdir())) == 13
+
+
+@pytest.mark.parametrize("kind", ["settings", "seeds"])
+def test_of_commands_with_other_settings_at_the_same_moment_one_is_heard(tmp_path, kind):
+    told = at_once(tmp_path / "r", kind)
+    run = Run.open(tmp_path / "r")
+    if kind == "seeds":  # whoever gives an empty run another seed may stop the one that is about to begin, and itself
+        assert told.count("done") <= 1
+        assert told.count("refused") >= 2
+        if "done" not in told:
+            assert run.manifest()["artifacts"] == {}
+            return
+        assert run.seed == told.index("done")
+    else:
+        assert sorted(told) == ["done", "refused", "refused"]
+        assert len(run.units("numbers")) == 6 + told.index("done")
+    assert {run.mark("numbers", unit)["fingerprint"] for unit in run.units("numbers")} == {
+        run.artifact("numbers")["fingerprint"]
+    }

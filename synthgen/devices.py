@@ -1,0 +1,63 @@
+"""What a machine computes on, and which of many processes this one is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from synthgen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from synthgen.stages import Stage
+
+__all__ = ["Place", "devices_for", "place"]
+
+#: What launchers call the same number: accelerate and torchrun, then the common MPIs.
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One process of those that a launcher started."""
+
+    rank: int
+    size: int  # processes in all, on all machines
+    local_rank: int  # among those of this machine
+
+
+def place() -> Place:
+    """Where this process stands, by the environment that its launcher gave it; alone where there is no launcher.
+
+    Raises:
+        ConfigError: the environment holds no such place.
+    """
+    rank, size, local_rank = (_number(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL_RANK, 0)))
+    if not 0 <= rank < size:
+        raise ConfigError(
+            f"this process is number {rank} (RANK) of {size} (WORLD_SIZE), and numbers go from 0 to {size - 1}; "
+            "start it with accelerate launch, or set both (a Slurm array should begin at 0)"
+        )
+    return Place(rank, size, local_rank)
+
+
+def _number(names: tuple[str, ...], default: int) -> int:
+    name = next((name for name in names if os.environ.get(name)), "")
+    try:
+        return int(os.environ[name]) if name else default
+    except ValueError:
+        raise ConfigError(f"{name} must be a whole number, not {os.environ[name]!r}") from None
+
+
+def devices_for(stage: Stage) -> list[str]:
+    """The device of each worker, where as many work as fit this machine."""
+    cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if not stage.accelerated:
+        return cores
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else cores

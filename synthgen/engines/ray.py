@@ -1,0 +1,205 @@
+"""The machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from synthgen.engines import Listener
+from synthgen.engines._work import opened
+from synthgen.errors import ConfigError
+from synthgen.records import Report
+from synthgen.run import Run
+from synthgen.stages import Stage, Worker
+
+__all__ = ["Ray"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray:
+    """Deal units out to ``workers`` actors of a Ray cluster; each opens the stage once, then works on unit after unit.
+
+    The cluster is the one at ``address`` ("auto": the one that ``ray start`` began on this machine), else at
+    RAY_ADDRESS, else one of this machine that begins and ends with this process. Its machines need synthgen installed
+    and must see the run, and the files that settings name, under the same paths.
+
+    A unit whose worker is killed, or whose machine is lost, is given to another up to ``retries`` times. Ray begins the
+    worker again on any machine with room; where there is none, a worker that finds no more units makes some.
+    """
+
+    collective: ClassVar = False
+
+    workers: int = 0  # at most; 0: as many as the cluster has room for
+    address: str = ""
+    cpus: float = 1.0  # of each worker
+    gpus: float = -1.0  # of each worker of a stage that can use them; -1: 1 where the cluster has any
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 (as many as fit) or more, not {self.workers}")
+        if not self.cpus > 0:
+            raise ValueError(f"cpus must be above 0, not {self.cpus}")
+        if self.gpus < 0 and self.gpus != -1:
+            raise ValueError(f"gpus must be 0 or more, or -1 (1 where there are any), not {self.gpus}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be 0 or more, not {self.retries}")
+
+    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+        """One report for each unit, as they come.
+
+        Raises:
+            ConfigError: there is no cluster at the address.
+            SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
+        """
+        self.join()
+        gpus = self.gpus_of(stage)
+        count = min(self.workers or self.room(gpus), len(units))
+        options = {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD", "max_restarts": -1}
+        shared = (stage, replace(run, path=run.path.absolute()), str(Path.cwd()))
+        actors = [_ACTOR.options(**options).remote(*shared, rank, count) for rank in range(count)]
+        doing: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+        del actors  # an actor lives as long as something in ``doing`` holds it
+        left, lost = deque(units), Counter[int]()
+        try:
+            while left or any(unit is not None for _, unit in doing.values()):
+                (task,), _ = ray.wait(list(doing))
+                actor, unit = doing.pop(task)
+                report, reason = _result(task)
+                if reason and unit is not None:  # elsewhere then; this worker has no other until it is back
+                    lost[unit] += 1
+                    if lost[unit] <= self.retries:
+                        left.append(unit)
+                    else:
+                        report = Report(unit, error=f"its worker was lost {lost[unit]} times: {reason}")
+                    doing[actor.ready.remote()] = (actor, None)
+                elif left:
+                    following = left.popleft()
+                    doing[actor.work.remote(following)] = (actor, following)
+                if not left:  # wait for no new workers, and let one without work make room
+                    doing = {task: pair for task, pair in doing.items() if pair[1] is not None}
+                del actor
+                if report is not None:
+                    if not report.error:
+                        listener.advance(stage.size(run, report.unit))
+                    yield report
+        finally:
+            for actor, _ in doing.values():
+                ray.kill(actor)
+
+    def join(self) -> None:
+        """Connect to the cluster, unless this process has done so.
+
+        Raises:
+            ConfigError: there is no cluster at the address, or this process has joined another.
+        """
+        if ray.is_initialized():
+            joined = ray.get_runtime_context().gcs_address
+            if self.address not in ("", "auto", "local", joined) and not self.address.startswith("ray://"):
+                raise ConfigError(
+                    f"this process is connected to the Ray cluster at {joined}, not {self.address}; "
+                    "leave the address out, or call ray.shutdown() first"
+                )
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we begin reports to nobody
+        where = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        try:
+            _knock(where)
+            ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RayError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster could be joined at {where} ({_one_line(error)}); "
+                "begin one with: ray start --head, or give another --address"
+            ) from None
+
+    def gpus_of(self, stage: Stage) -> float:
+        """GPUs of each worker."""
+        if not stage.accelerated:
+            return 0.0
+        return self.gpus if self.gpus >= 0 else float(_resources().get("GPU", 0) > 0)
+
+    def room(self, gpus: float) -> int:
+        """How many workers the cluster has room for now."""
+        has = _resources()
+        fit = has.get("CPU", 0) / self.cpus
+        return max(1, int(min(fit, has.get("GPU", 0) / gpus) if gpus else fit))
+
+
+def _knock(address: str) -> None:
+    """See that something listens at an address of host and port; Ray itself would try for minutes.
+
+    Raises:
+        OSError, ValueError: nothing does, or it is no address.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+
+
+def _resources() -> dict[str, float]:
+    """All CPUs and GPUs of the cluster, in use or not."""
+    found: dict[str, float] = ray.cluster_resources()
+    return found
+
+
+def _result(task: Any) -> tuple[Report | None, str]:
+    """What a task ended with: a report, or nothing of a worker that is ready; and why its worker was lost, if it was.
+
+    Raises:
+        Whatever the stage could not be opened for.
+        ConfigError: a worker cannot be begun at all.
+    """
+    try:
+        return ray.get(task), ""
+    except RayTaskError as error:  # units report what goes wrong with them: this is the stage that cannot be opened
+        raise error.cause from None
+    except ActorDiedError as error:  # for good, though it may be begun again as often as it takes
+        raise ConfigError(
+            f"a Ray worker could not be begun ({_one_line(error)}); synthgen must be installed on every machine"
+        ) from None
+    except RayError as error:
+        return None, f"killed, or out of memory ({_one_line(error)})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class _Actor:
+    """A worker of the cluster."""
+
+    def __init__(self, stage: Stage, run: Run, folder: str, rank: int, count: int) -> None:
+        if Path(folder).is_dir():  # relative paths mean what they mean where the command was given
+            os.chdir(folder)
+        device = "cuda:0" if ray.get_gpu_ids() else "cpu"  # Ray shows a worker its own GPUs alone
+        self._stack = ExitStack()
+        self._error: Exception | None = None
+        try:
+            self._work = self._stack.enter_context(opened(stage, run, Worker(rank, count, device)))
+        except Exception as error:  # told by ``ready``: an actor that cannot be made is begun again and again
+            self._error = error
+
+    @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]  # until there is room for this worker
+    def ready(self) -> None:
+        """Return when the stage is open, or raise why it is not."""
+        if self._error is not None:
+            raise self._error
+
+    def work(self, unit: int) -> Report:
+        """Work on a unit."""
+        self.ready()
+        return self._work(unit)
+
+
+_ACTOR: Any = ray.remote(_Actor)
