@@ -125,5 +125,6 @@ def test_the_bare_command_shows_its_help():
 
 def test_schema_is_json():
     told = synthgen("schema", "masks")
-    assert set(json.loads(told.stdout)["properties"]) == {"refine", "min_area", "max_area"}
+    settings = {"refine", "min_area", "max_area", "min_contrast", "max_peak", "min_confidence"}
+    assert set(json.loads(told.stdout)["properties"]) == settings
     assert json.loads(told.stdout)["properties"]["refine"]["default"] == {"name": "threshold"}
