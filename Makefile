@@ -5,7 +5,7 @@ RUN ?= runs/latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint test ray demo shards bench clean
+.PHONY: help install check lint test ray demo shards fuzz bench clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -30,6 +30,9 @@ test: $(STAMP)   ## the tests
 ray: $(STAMP)    ## the tests of the Ray engine, with a machine lost in the middle (installs ray)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest -q -rP -m ray tests/ray
+
+fuzz: $(STAMP)   ## ten thousand hostile inputs over every reader (docs/security.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs 10000 --seed 0
 
 check: lint test ## what CI runs
 lint: $(STAMP)   ## format, lint and types

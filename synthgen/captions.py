@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from synthgen.errors import MissingArtifact, PromptError
+from synthgen.untrusted import read_file, read_json, read_lines, visible
 
 __all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "read_beside", "read_listing"]
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # looked for in a folder of images, and in the folders in it
 TEXT_KEYS = ("text", "caption", "prompt")  # what tables and json members call the caption; the first that is there
 LONGEST = 10_000  # characters of a caption; text encoders read a few hundred
+_MOST_COCO = 2**29  # bytes of a file of COCO's captions; the largest, of 2017, has 92 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,11 @@ def read_beside(image: Path) -> Caption:
         PromptError: it cannot be read.
     """
     path = image.with_suffix(".txt")
+    if path.exists() and not path.is_file():  # a pipe may never end
+        raise PromptError(f"{path} cannot be read: it is no plain file")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = (line.strip() for line in file.read(LONGEST + 1).splitlines())
+            lines = (visible(line).strip() for line in file.read(LONGEST + 1).splitlines())
         return Caption(tuple(line for line in lines if line)[:1])
     except FileNotFoundError:
         return Caption()
@@ -86,7 +89,13 @@ def inside(name: Any) -> PurePosixPath:
     if not isinstance(name, str) or not name.strip():
         raise ValueError("there is no text under 'file_name'")
     path = PurePosixPath(name.replace("\\", "/"))
-    if not path.parts or path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
+    if (
+        not path.parts
+        or path.is_absolute()
+        or ".." in path.parts
+        or PureWindowsPath(name).drive
+        or visible(name) != name
+    ):
         raise ValueError(f"the file name {name!r} does not lead to a file in its folder")
     return path
 
@@ -102,40 +111,38 @@ def _caption(row: Mapping[str, Any]) -> Caption:
         raise ValueError("'words' must be a list of words that stand in the caption")
     if label is not None and not isinstance(label, str | int):
         raise ValueError("'label' must be a text or a whole number")
-    stripped = (" ".join(text.split()) for text in texts)
-    return Caption(tuple(text for text in stripped if text), tuple(words), None if label in (None, "") else str(label))
+    stripped = (" ".join(visible(text).split()) for text in texts)
+    shown = None if label in (None, "") else visible(str(label))
+    return Caption(tuple(text for text in stripped if text), tuple(visible(word) for word in words), shown)
 
 
 # -- the forms of a list: where each row stands, and the row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PromptError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise PromptError(f"{path}, line {number}: expected an object with file_name and text")
-            yield f"line {number}", row
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = read_json(line)
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}, line {number}: expected an object with file_name and text")
+        yield f"line {number}", row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        if "file_name" not in (rows.fieldnames or ()):
-            raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns")
-        for row in rows:
-            listed = [word.strip() for word in (row.get("words") or "").split(";")]
-            yield f"line {rows.line_num}", {**row, "words": [word for word in listed if word]}
+    rows = csv.DictReader(read_lines(path), strict=True)
+    if "file_name" not in (rows.fieldnames or ()):
+        raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns")
+    for row in rows:
+        listed = [word.strip() for word in (row.get("words") or "").split(";")]
+        yield f"line {rows.line_num}", {**row, "words": [word for word in listed if word]}
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        content = json.load(file)
+    content = read_json(read_file(path, _MOST_COCO), _MOST_COCO)
     images, annotations = (_rows(path, content, name) for name in ("images", "annotations"))
     captions = [row for row in annotations if "caption" in row]
     if not captions:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from synthgen.untrusted import visible
+
 __all__ = ["MASK_COLUMNS", "SCHEMA_VERSION", "count_split", "dataset_card", "parquet_bytes", "wids_index"]
 
 SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
@@ -238,7 +240,7 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         "words": f"Words by number of images: {_most(words)}. " if words else "",
         "sizes": _most(sizes),
         "prompts": description["prompts"]["distinct"],
-        "examples": "\n".join(description["prompts"]["examples"]),
+        "examples": "\n".join(visible(example) for example in description["prompts"]["examples"]),
         "members": "\n".join(
             f"| `{name}` | {_MEMBERS.get(name, 'the image, RGB')} |" for name in description["members"]
         ),

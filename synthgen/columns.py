@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run
-from synthgen.stores.tar import Member, index_tar
+from synthgen.stores.tar import Member, index_tar, read_member
 
 __all__ = ["Column", "unit_of"]
 
@@ -35,8 +35,10 @@ class Column:
             for name in names or members:
                 if name not in members:
                     raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
-                file.seek(members[name].offset)
-                values[name] = file.read(members[name].size)
+                try:
+                    values[name] = read_member(file, members[name])
+                except ValueError as error:
+                    raise CorruptShard(f"{path}: sample {key}: {error}; {self._again()}") from None
         return values
 
     def _again(self) -> str:
@@ -44,5 +46,13 @@ class Column:
 
 
 def unit_of(key: str) -> int:
-    """The unit that a sample of the run's own making belongs to."""
+    """The unit that a sample of the run's own making belongs to.
+
+    Raises:
+        CorruptShard: its key is none of ours.
+    """
+    if not (key.isascii() and key.isdecimal()):
+        raise CorruptShard(
+            f"{key!r} is no key of a run's sample, which has ten digits; delete its tar, and make it again"
+        )
     return int(key[:6])

@@ -64,17 +64,17 @@ def load_yaml(text: str) -> Any:
     """Read YAML safely; ``1e-3`` is a number, as YAML 1.2 has it (1.1, and so PyYAML, takes it for text).
 
     Raises:
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError: it is not YAML, or larger than any file of settings is.
     """
-    import yaml
+    from synthgen.untrusted import SAFE_LOADER, read_yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(SAFE_LOADER):  # type: ignore[misc]
         pass
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
-    return Loader(text).get_single_data()
+    return read_yaml(text, Loader)
 
 
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
@@ -91,7 +91,9 @@ def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozen
         fields[name] = (hints.get(name, Any), default)
     name = getattr(target, "__name__", "settings")
     return create_model(
-        name, __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True), **fields
+        name,
+        __config__=ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False),
+        **fields,
     )
 
 
@@ -154,7 +156,7 @@ def _explain(error: Any, where: str, known: list[str]) -> str:
         elif detail["type"] == "missing":
             lines.append(f"{path}: this setting is required")
         else:
-            lines.append(f"{path}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})")
+            lines.append(f"{path}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r:.200})")
     return "; ".join(lines)
 
 

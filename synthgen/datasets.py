@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import io
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 from torch.utils.data import Dataset
 
 from synthgen.captions import TABLES, TEXT_KEYS, read_beside, read_listing
 from synthgen.codecs import labels_to_masks
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError
-from synthgen.image import UNDECODABLE, decode_rgb
+from synthgen.image import UNDECODABLE, decode_labels, decode_rgb
 from synthgen.records import WordMasks
-from synthgen.stores.tar import Member, index_tar
+from synthgen.stores.tar import Member, index_tar, read_member
+from synthgen.untrusted import read_file, read_json
 
 __all__ = [
     "CaptionedFolder",
@@ -128,9 +126,10 @@ class ShardDataset(ImageDataset):
             text = self._read(path, members["txt"]).decode() if "txt" in members else str(meta.get("prompt", ""))
             pixels = decode_rgb(self._read(path, members[image]))
             labels = None if mask is None else _decode_labels(self._read(path, members[mask]), pixels.shape[:2])
+            words = _words(meta)
         except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
-        return Sample(key, pixels, self._label(path, key, members, meta), text.strip(), _words(meta), labels)
+        return Sample(key, pixels, self._label(path, key, members, meta), text.strip(), words, labels)
 
     def mask_member(self, index: int) -> str | None:
         """The member that holds the masks of a sample."""
@@ -150,9 +149,9 @@ class ShardDataset(ImageDataset):
         try:
             meta = self._meta(path, members)
             words, labels = _words(meta), _decode_labels(self._read(path, members[mask]))
+            return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
         except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
-        return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
 
     def key(self, index: int) -> str:
         """The name of a sample in its tar."""
@@ -199,7 +198,7 @@ class ShardDataset(ImageDataset):
         try:
             given = self._meta(path, members).get("boxes", ())
             return tuple((str(name), float(x), float(y), float(w), float(h)) for name, x, y, w, h in given)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise _unreadable(path, key, error) from None
 
     def _mask(self, members: dict[str, Member], image: str | None, meta: dict[str, Any]) -> str | None:
@@ -223,11 +222,10 @@ class ShardDataset(ImageDataset):
             if len(self._files) >= _OPEN_TARS:
                 self._files.pop(next(iter(self._files))).close()
             file = self._files[path] = open(path, "rb")  # noqa: SIM115 - kept open for the next sample
-        file.seek(member.offset)
-        return file.read(member.size)
+        return read_member(file, member)
 
     def _meta(self, path: Path, members: dict[str, Member]) -> dict[str, Any]:
-        value = json.loads(self._read(path, members["json"])) if "json" in members else {}
+        value = read_json(self._read(path, members["json"])) if "json" in members else {}
         if not isinstance(value, dict):
             raise ValueError("its json is not an object")
         return value
@@ -268,7 +266,7 @@ class FolderDataset(ImageDataset):
         file = self._files[index]
         key = self.key(index)
         try:
-            return Sample(key, decode_rgb(file.read_bytes(), upright=True), self.label(index))
+            return Sample(key, decode_rgb(read_file(file), upright=True), self.label(index))
         except UNDECODABLE as error:
             raise _unreadable(file, key, error) from None
 
@@ -482,14 +480,14 @@ def _hidden(path: Path) -> bool:
 
 
 def _words(meta: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(word) for word in meta.get("words", meta.get("classes", ())))
+    words = meta.get("words", meta.get("classes", ()))
+    if not isinstance(words, list | tuple):
+        raise ValueError("its words are no list")
+    return tuple(str(word) for word in words)
 
 
 def _decode_labels(data: bytes, shape: tuple[int, ...] | None = None) -> UInt8[np.ndarray, "H W"]:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in ("L", "P", "1"):
-            raise ValueError(f"its masks are a picture of mode {image.mode}, not one of 8-bit numbers")
-        labels = np.asarray(image if image.mode != "1" else image.convert("L"), np.uint8)
+    labels = decode_labels(data)
     if shape is not None and labels.shape != shape:
         raise ValueError(f"its masks are {labels.shape[1]} x {labels.shape[0]} pixels and its image is not")
     return labels

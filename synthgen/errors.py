@@ -9,11 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from synthgen.redact import redact
+
 
 class SynthgenError(Exception):
-    """Something that the person at the keyboard can put right."""
+    """Something that the person at the keyboard can put right. Its text never holds a password or token."""
 
     exit_code = 2
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(SynthgenError):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["UNDECODABLE", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
+__all__ = ["MOST_PIXELS", "UNDECODABLE", "decode_labels", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
 
-#: What Pillow raises on bytes that are damaged, no image, or an image too large for any use (over 179 million pixels).
+MOST_PIXELS = 2**26  # of an image that is read; a larger one is a bomb, or too large for any network
+#: What readers of images raise on bytes that are damaged, no image, or an image of more than ``MOST_PIXELS``.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and none whose reader is seldom used, or starts a program
 
@@ -33,12 +36,39 @@ def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 
     """The RGB pixels of an image file's bytes (PNG, JPEG, WebP, BMP, GIF); ``upright``: turned as its EXIF says.
 
     Raises:
-        OSError: the bytes are no image (``PIL.UnidentifiedImageError`` is one), or it is cut off. All that a broken or
-            hostile image may raise is ``UNDECODABLE``.
+        OSError: the bytes are no image, it is cut off or has more than ``MOST_PIXELS``; whatever Pillow raises.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _opened(data, _FORMATS) as image:
         turned = ImageOps.exif_transpose(image) if upright else image
         return np.asarray(turned.convert("RGB"))
+
+
+def decode_labels(data: bytes) -> UInt8[np.ndarray, "H W"]:
+    """The numbers of a PNG of 8-bit grey, of a palette, or of 1 bit (0 and 255).
+
+    Raises:
+        OSError: it is none, or as for :func:`decode_rgb`.
+    """
+    with _opened(data, ("PNG",)) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise OSError(f"its masks are a picture of mode {image.mode}, not one of 8-bit numbers")
+        return np.asarray(image if image.mode != "1" else image.convert("L"), np.uint8)
+
+
+@contextmanager
+def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """A picture by its header; its pixels are decoded in the block."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise OSError(f"it has {image.width} x {image.height} pixels; {MOST_PIXELS:,} are the most")
+            yield image
+    except UnidentifiedImageError:
+        raise OSError("cannot identify image file: it is none, or of a format that is not read") from None
+    except OSError:
+        raise
+    except Exception as error:  # on hostile bytes Pillow raises whatever went wrong inside
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def resize(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

@@ -29,6 +29,7 @@ from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages.shards import Shards, content_of, source_of, split_of
 from synthgen.stores.tar import read_tar, write_bytes, write_json
+from synthgen.untrusted import read_file, read_json, visible
 
 __all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
 
@@ -159,8 +160,8 @@ def _names(run: Run, units: Sequence[int]) -> list[str]:
     for unit in units:
         for key, members in read_tar(run.tar("masks", unit), names={"json"}):
             try:
-                names.update(json.loads(members["json"])["words"])
-            except (KeyError, ValueError):
+                names.update(read_json(members["json"])["words"])
+            except (LookupError, TypeError, ValueError):
                 path = run.tar("masks", unit)
                 raise CorruptShard(
                     f"the words of sample {key} cannot be read; delete {path} and make it again"
@@ -186,7 +187,7 @@ def _entry(run: Run, settings: Export, units: Sequence[int]) -> dict[str, Any]:
 def _check(folder: Path, entry: Mapping[str, Any]) -> None:
     """See that the folder is empty, or begun with the same settings from the same samples."""
     try:
-        before = json.loads((folder / _MARK).read_bytes())
+        before = read_json(read_file(folder / _MARK))
         same, old = before["fingerprint"] == entry["fingerprint"], {**before["settings"], **before["inputs"]}
     except (FileNotFoundError, NotADirectoryError):
         if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
@@ -225,7 +226,9 @@ class _Writer(ABC):
 
     def files(self, key: str) -> tuple[Path, ...]:
         """What a sample leaves: its image first."""
-        if key.startswith("/") or "\\" in key or ".." in key.split("/"):  # keys of foreign images may name folders
+        if (
+            key.startswith("/") or "\\" in key or ".." in key.split("/") or visible(key) != key
+        ):  # keys of foreign images may name folders
             raise CorruptShard(f"the key {key!r} of {self.run.path} cannot be the name of a file")
         return self.paths(key)
 

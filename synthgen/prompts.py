@@ -11,6 +11,7 @@ from typing import Any
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
+from synthgen.untrusted import LONGEST_LINE, MOST_PROMPTS, MOST_WORDS, read_file, read_json, visible
 
 __all__ = ["expand", "find_words", "parse_line", "read_prompts", "read_templates", "request_for", "sample_seed"]
 
@@ -41,11 +42,11 @@ def read_prompts(path: str | Path, template: str | Path | None = None) -> list[P
     parse = _parse_json if path.suffix == ".jsonl" else parse_line
     prompts = []
     for number, line in enumerate(_text(path, "prompt file", "--prompts").split("\n"), start=1):
-        line = line.strip()
+        line = visible(line).strip()
         if not line or (line.startswith("#") and path.suffix != ".jsonl"):
             continue
         try:
-            prompts.append(parse(line))
+            prompts.append(_within_bounds(parse(_short(line))))
         except ValueError as error:
             raise PromptError(f"{path}, line {number}: {error}") from None
     if not prompts:
@@ -62,10 +63,10 @@ def read_templates(path: str | Path) -> list[str]:
     path = Path(path)
     templates = []
     for number, line in enumerate(_text(path, "template file", "--template").split("\n"), start=1):
-        line = line.strip()
+        line = visible(line).strip()
         if not line or line.startswith("#"):
             continue
-        if line.count("{}") != 1:
+        if len(line) > LONGEST_LINE or line.count("{}") != 1:
             raise PromptError(f"{path}, line {number}: a template has exactly one {{}} where the word goes")
         templates.append(line)
     if not templates:
@@ -114,7 +115,7 @@ def _parse_json(line: str) -> Prompt:
     ``words`` the brackets in ``prompt`` count, as in a text file.
     """
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
@@ -127,21 +128,36 @@ def _parse_json(line: str) -> Prompt:
         raise ValueError("'label' must be a text or a whole number")
     words = row.get("words")
     if words is None:
-        prompt = parse_line(row["prompt"])
+        prompt = parse_line(visible(row["prompt"]))
     elif isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words):
-        text, spans = row["prompt"], find_words(row["prompt"], words)
+        text = visible(row["prompt"])
+        spans = find_words(text, [visible(word) for word in words])
         prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
     else:
         raise ValueError("'words' must be a list of words that stand in the prompt")
-    return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else str(label))
+    return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else visible(str(label)))
+
+
+def _short(line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"it has {len(line):,} characters; {LONGEST_LINE:,} are the most")
+    return line
+
+
+def _within_bounds(prompt: Prompt) -> Prompt:
+    if len(prompt.words) > MOST_WORDS:
+        raise ValueError(f"it asks for {len(prompt.words)} masks; {MOST_WORDS} are the most, so mark fewer in brackets")
+    return prompt
 
 
 def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     """Where each of ``words`` stands in ``text``: whole words, either case, the n-th of equal ones at the n-th place.
 
     Raises:
-        ValueError: a word does not stand there, or not so often.
+        ValueError: a word does not stand there, or not so often; or there are more than ``MOST_WORDS``.
     """
+    if len(words) > MOST_WORDS:
+        raise ValueError(f"{len(words)} words are listed; {MOST_WORDS} are the most")
     spans: list[tuple[int, int]] = []
     for word in words:
         for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE):
@@ -195,16 +211,17 @@ def request_for(prompts: Sequence[Prompt], run_seed: int, unit: int, row: int, u
 
 def _text(path: Path, kind: str, option: str) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_file(path, MOST_PROMPTS).decode("utf-8-sig")
     except FileNotFoundError:
         raise MissingArtifact(f"there is no {kind} {path}; give one with {option} FILE") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror}; give a file with {option} FILE") from None
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{path} is not UTF-8 (byte {error.start}, 0x{error.object[error.start]:02x}); save it as UTF-8, "
             f"for example with: iconv -t UTF-8 {path.name}"
         ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PromptError(f"{path} cannot be read: {reason}; give a file with {option} FILE") from None
 
 
 def to_jsonl(prompts: Sequence[dict[str, Any]]) -> bytes:

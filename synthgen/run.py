@@ -326,7 +326,7 @@ def checked_mark(value: Any) -> dict[str, Any]:
         or not all(isinstance(value.get(name, 0), int | float) for name in ("seconds", "duration"))
         or not isinstance(notes := value.get("notes", {}), dict)
         or not all(isinstance(count, int) for count in notes.values())
-        or not isinstance(value.get("failed", {}), dict)
+        or not isinstance(value.get("failed", {}), dict | int)
     ):
         raise ValueError("it is no done mark")
     return value
@@ -401,10 +401,9 @@ def _checked_entry(entry: Any, path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is not.
     """
-    kinds = {"stage": str, "fingerprint": str, "settings": dict, "inputs": dict}
-    wrong = [
-        name for name, kind in kinds.items() if not isinstance(entry, dict) or not isinstance(entry.get(name), kind)
-    ]
+    kinds = {"stage": str, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict}
+    given: dict[str, Any] = {"versions": {}} | entry if isinstance(entry, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(given.get(name), kind)]
     if wrong:
         raise ConfigError(f"{path} is no run's: it has no {wrong[0]} of the right kind; restore it or start a new run")
     checked: dict[str, Any] = entry

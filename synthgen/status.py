@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from synthgen.attention.words import words_cut_off
+from synthgen.codecs import decode_meta
 from synthgen.config import build
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
 from synthgen.stages import STAGES
 from synthgen.stores.tar import read_tar
+from synthgen.untrusted import read_file, read_json
 
 __all__ = [
     "ArtifactStatus",
@@ -237,7 +239,10 @@ def _is_done(path: Path, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> b
         length = path.stat().st_size
     except OSError:
         return False
-    return mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
+    counts = [mark.get(name, 0) for name in ("count", "bytes", "seconds", "duration")]
+    notes = mark.get("notes") or {}
+    sane = isinstance(notes, dict) and all(_is_number(one) and math.isfinite(one) for one in (*counts, *notes.values()))
+    return sane and mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
 
 
 def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
@@ -257,13 +262,14 @@ def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Ta
         try:
             images = run.folder("images") / path.name
             about = {key: _about(members) for key, members in read_tar(images, ("json",))}
-            records = [(key, json.loads(members["json"])) for key, members in read_tar(path, ("json",))]
-        except (SynthgenError, OSError, KeyError, ValueError) as error:
+            records = [(key, decode_meta(key, members)) for key, members in read_tar(path, ("json",))]
+        except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
             problems.append(str(error))
             continue
         for key, record in records:
             wanted = [str(word) for word in record.get("words", ())]
-            reasons = [str(reason) for reason in record.get("dropped", ())]
+            dropped = record.get("dropped")
+            reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
             reasons += [""] * (len(wanted) - len(reasons))
             label, lost = about.get(key, ("", []))
             for tally in _tallies_of(label, wanted + lost, labels, words):
@@ -298,7 +304,7 @@ def _kind(reason: str) -> str:
 
 def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:
     """The class of a sample, and the words that it lost before it had maps."""
-    meta = json.loads(members["json"])
+    meta = decode_meta("", members)
     return str(meta.get("label") or ""), words_cut_off(str(one) for one in meta.get("warnings") or ())
 
 
@@ -314,7 +320,8 @@ def _shards(run: Run, problems: list[str]) -> Shards | None:
     for name, split in given.items() if isinstance(given, dict) else ():
         count = split.get("samples") if isinstance(split, dict) else split
         splits[str(name)] = count if isinstance(count, int) else 0
-    return Shards(splits, len(shards), sum(int(shard.get("bytes") or 0) for shard in shards))
+    sizes = (float(shard["bytes"]) for shard in shards if _is_number(shard.get("bytes")))
+    return Shards(splits, len(shards), sum(int(size) for size in sizes if math.isfinite(size)))
 
 
 def _training(folder: Path, artifact: ArtifactStatus | None) -> Training:
@@ -326,7 +333,7 @@ def _training(folder: Path, artifact: ArtifactStatus | None) -> Training:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # the line that is being written just now
+        except (ValueError, RecursionError):  # the line that is being written just now
             continue
         if isinstance(row, dict):
             rows.append({str(key): float(value) for key, value in row.items() if _is_number(value)})
@@ -364,12 +371,12 @@ def _score_rows(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterato
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(read_file(path), finite=False)
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
         return {}

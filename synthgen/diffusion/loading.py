@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName
+from synthgen.untrusted import read_file, read_json
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
 
@@ -35,6 +36,9 @@ SHORT_NAMES: dict[str, str] = {  # for a model's hub id
     "flux-dev": "black-forest-labs/FLUX.1-dev",
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
 }
+
+_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last: where diffusers keeps the safety checker
+_PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     unknown = [part for part in loading.without if part not in index]
     if unknown:
         raise ConfigError(f"{model!r} has no part {unknown[0]!r} to leave out; there are: {', '.join(_parts(index))}")
+    _refuse_code(model, index)
+    _refuse_pickled(loading)
     empty = set(_parts(index)) - set(_parts(index, saved=True))
     options |= dict.fromkeys([*sorted(empty), *loading.without])
     if loading.safety_checker and "safety_checker" not in _parts(index, saved=True):
@@ -105,7 +111,7 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
             options["safety_checker"] = None
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, AttributeError, ImportError, TypeError) as error:
         raise _missing(model, error) from None
     _add_parts(pipeline, loading)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,12 +138,44 @@ def _index(model: str) -> dict[str, Any]:
 
     try:
         if Path(model).is_dir():
-            index = json.loads((Path(model) / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+            index = read_json(read_file(Path(model) / DiffusionPipeline.config_name))
         else:
             index = DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise _missing(model, error) from None
+    if not isinstance(index, dict):
+        raise _missing(model, ValueError("its model_index.json is not an object"))
     return dict(index)
+
+
+def _refuse_code(model: str, index: dict[str, Any]) -> None:
+    """See that a model brings data and no program: its parts are classes of diffusers and transformers.
+
+    Raises:
+        ConfigError: it would run code of its own, or import some other library; there is no flag that allows it.
+    """
+    for name in _parts(index, saved=True):
+        library = index[name][0]
+        if library not in _LIBRARIES or (Path(model) / name / f"{library}.py").exists():
+            raise ConfigError(
+                f"{model!r} wants to run code of {str(library)[:80]!r} for its part {name!r}; synthgen runs no code "
+                "that comes with a model, only classes of diffusers and transformers"
+            )
+
+
+def _refuse_pickled(loading: Loading) -> None:
+    """See that what is put on top of a model is safetensors: other formats may run code when they are read.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    for setting, extra in (("lora", loading.lora), ("textual_inversion", loading.textual_inversion)):
+        path = Path(extra)
+        if extra and ((path.is_file() or path.suffix in _PICKLED) and path.suffix != ".safetensors"):
+            raise ConfigError(
+                f"{setting}: {extra!r} is no safetensors file, and other weights may run code when they are read; "
+                "convert it, for example with safetensors.torch.save_file"
+            )
 
 
 def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
@@ -170,7 +208,7 @@ def _add_parts(pipeline: Any, loading: Loading) -> None:
             pipeline.load_lora_weights(loading.lora, use_safetensors=True)
         if loading.textual_inversion:
             pipeline.load_textual_inversion(loading.textual_inversion, use_safetensors=True)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         extra = loading.lora or loading.textual_inversion
         raise MissingWeights(f"{extra!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
-from synthgen.models.vit import VisionTransformer, load_encoder
+from synthgen.models.vit import VisionTransformer, check_size, load_encoder
 from synthgen.stores.tar import write_bytes, write_json
+from synthgen.untrusted import read_file, read_json
 
 __all__ = ["DualEncoder", "load_dual_encoder", "save_dual_encoder"]
 
@@ -81,8 +81,10 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
                 "train one with: synthgen pretrain --method vlp"
             )
     try:
-        described = json.loads((folder / "text.json").read_bytes())
+        described = read_json(read_file(folder / "text.json"))
         config = build(TextConfig, described, where=str(folder / "text.json"))
+        values = config.depth * config.dim**2 + (config.vocab_size + config.max_tokens + config.embed_dim) * config.dim
+        check_size(folder / "text.safetensors", values)
         dual = DualEncoder(
             encoder,
             TextEncoder(config),
@@ -92,7 +94,7 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
         )
         tensors = load_file(folder / "text.safetensors")
         dual.load_state_dict(tensors | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
-    except (ValueError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CorruptShard(
             f"the text tower in {folder} cannot be read: {reason}; delete it and pretrain again"

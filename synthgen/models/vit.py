@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from synthgen.config import Choice, build
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
 from synthgen.stores.tar import write_bytes, write_json
+from synthgen.untrusted import read_file, read_json
 
 __all__ = ["SIZES", "EncoderConfig", "VisionTransformer", "encoder_config", "load_encoder", "save_encoder"]
 
@@ -151,6 +151,16 @@ def save_encoder(encoder: VisionTransformer, folder: Path, **about: Any) -> None
     write_bytes(folder / "encoder.safetensors", save(tensors))
 
 
+def check_size(weights: Path, values: int) -> None:
+    """See that a file of weights is large enough for so many values, before a network of that size is made.
+
+    Raises:
+        ValueError: it is not, so that what describes the network cannot be true.
+    """
+    if weights.stat().st_size < values:
+        raise ValueError("its weights are of a smaller network than its description")
+
+
 def load_encoder(folder: str | Path) -> VisionTransformer:
     """The encoder that pretraining left in ``folder`` (``<run>/pretrain/mae``), in evaluation mode on the CPU.
 
@@ -166,12 +176,13 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
                 f"there is no encoder in {folder} ({path.name} is missing); first run: synthgen pretrain"
             )
     try:
-        value = json.loads(described.read_bytes())
+        value = read_json(read_file(described))
         names = {item.name for item in dataclasses.fields(EncoderConfig)}
         config = build(EncoderConfig, {k: v for k, v in value.items() if k in names}, where=str(described))
+        check_size(weights, config.depth * config.dim**2 + config.dim * (3 * config.patch_size**2 + config.grid**2))
         encoder = VisionTransformer(config)
         encoder.load_state_dict(load_file(weights))
-    except (ValueError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CorruptShard(f"the encoder in {folder} cannot be read: {reason}; delete it and pretrain again") from None
     return encoder.eval()

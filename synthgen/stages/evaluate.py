@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from synthgen.codecs import decode_meta
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report, WordMasks
@@ -19,6 +19,7 @@ from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._judged import Lacking, Source, open_source, spread_out
 from synthgen.stores.tar import read_tar, write_json
+from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
     from synthgen.evaluators import Baseline, Evaluator, Material, Need
@@ -71,7 +72,7 @@ class Evaluate(Stage):
             raise ValueError(f"patch_memory must be above 0, not {self.patch_memory}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {self.batch_size}")
-        if "/" in self.label or self.label.startswith("."):
+        if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain file name, not {self.label!r}")
 
     def complete(self) -> Self:
@@ -469,7 +470,7 @@ def _sources(run: Run) -> dict[str, str]:
     if run.artifact("images")["stage"] != "attend":
         return {}
     rows = (row for unit in run.units("images") for row in read_tar(run.tar("images", unit), ("json",)))
-    return {key: str(json.loads(members["json"]).get("source") or key) for key, members in rows}
+    return {key: str(decode_meta(key, members).get("source") or key) for key, members in rows}
 
 
 def _newest(run: Run) -> Path | None:
@@ -479,10 +480,11 @@ def _newest(run: Run) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(read_file(path), finite=False)
     except (FileNotFoundError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    mappings = isinstance(value, dict) and all(isinstance(value.get(name, {}), dict) for name in ("settings", "inputs"))
+    return value if mappings else {}
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stores.tar import write_json
+from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,7 +92,7 @@ class Pretrain(Stage):
             raise ValueError(f"base_learning_rate must be above 0 (or 0, to choose it), not {self.base_learning_rate}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
-        if "/" in self.label or self.label.startswith("."):
+        if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain folder name, not {self.label!r}")
         if self.data:  # then the run's own shards need not be there
             object.__setattr__(self, "reads", ())
@@ -141,7 +142,7 @@ class Pretrain(Stage):
         (name,) = self.artifacts()
         folder = run.folder(name)
         try:
-            done = json.loads((folder / "done.json").read_bytes())
+            done = read_json(read_file(folder / "done.json"), finite=False)
             whole = done["sha256"] == _sha256(folder / "encoder.safetensors")
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return [0]

@@ -25,9 +25,10 @@ from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
 from synthgen.records import Report
-from synthgen.run import Run, digest, versions
+from synthgen.run import Run, checked_mark, digest, versions
 from synthgen.stages import Stage, Work, Worker
 from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
+from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Shards"]
 
@@ -315,9 +316,9 @@ class Packer:
 def _has_all_lists(key: str, columns: Mapping[str, Column]) -> bool:
     """Whether no list in the JSON of a sample is empty."""
     if "masks" in columns:
-        masks = json.loads(columns["masks"].read(key, "json")["json"])
-        return "" in masks["dropped"] or (bool(masks["words"]) and not masks["dropped"])
-    return bool(json.loads(columns["images"].read(key, "json")["json"])["words"])
+        masks = codecs.decode_meta(key, columns["masks"].read(key, "json"))
+        return "" in masks.get("dropped", ()) or (bool(masks.get("words")) and not masks.get("dropped"))
+    return bool(codecs.decode_meta(key, columns["images"].read(key, "json")).get("words"))
 
 
 # -- what shards say of themselves
@@ -327,10 +328,9 @@ def _stats(run: Run, shard: Shard) -> dict[str, Any] | None:
     """The commit mark of a shard, or None where it is not done."""
     path = run.folder("shards") / shard.file
     try:
-        value: dict[str, Any] = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
+        return checked_mark(read_json(read_file(path.with_name(f"{path.stem}_stats.json"))))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return value
 
 
 def _done(run: Run, shard: Shard, fingerprint: str) -> bool:
@@ -361,13 +361,21 @@ def source_of(run: Run) -> dict[str, str]:
     return {"backbone": name, "model": str(backbone.get("model") or name), "licence": licence}
 
 
+def _label(data: bytes, path: Path) -> str:
+    try:
+        label = read_json(data)["label"]
+    except (ValueError, LookupError, TypeError):
+        raise CorruptShard(f"the labels in {path} cannot be read; delete it and run the stage that made it") from None
+    return label if isinstance(label, str) else ""
+
+
 def _classes(run: Run) -> list[str]:
     """The labels in the order of the run's prompts; none where a prompt has no label."""
     path = run.path / "prompts.jsonl"
     if path.is_file():
-        labels = [json.loads(line)["label"] for line in path.read_bytes().splitlines() if line.strip()]
+        labels = [_label(line, path) for line in path.read_bytes().splitlines() if line.strip()]
     else:
         images = Column(run, "images")
         keys = (key for unit in run.units("images") for key in run.keys("images", unit))
-        labels = [json.loads(images.read(key, "json")["json"])["label"] for key in keys]
+        labels = [_label(images.read(key, "json")["json"], run.tar("images", unit_of(key))) for key in keys]
     return list(dict.fromkeys(labels)) if all(labels) else []

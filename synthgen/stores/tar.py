@@ -293,7 +293,7 @@ def _key_and_name(path: str) -> tuple[str, str]:
     key = f"{folder}/{stem}" if folder else stem
     path.encode()  # bytes that are no UTF-8 cannot be written again
     if path.startswith("/") or ".." in path.split("/") or any(unicodedata.category(char) == "Cc" for char in path):
-        raise ValueError(f"the name {path[:200]!r} in it is refused: it leads out, or has control characters")
+        raise ValueError(f"{path[:200]!r} cannot be the name of a file: it leads out, or has control characters")
     return key, name.lower()
 
 

@@ -23,6 +23,7 @@ from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArt
 from synthgen.methods import METHODS, Method
 from synthgen.models.vit import load_encoder
 from synthgen.stores.tar import write_bytes
+from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Checkpoints", "load_method"]
 
@@ -44,12 +45,12 @@ def load_method(folder: str | Path) -> Method:
     if not paths:
         raise MissingArtifact(f"there is no checkpoint in {folder / 'checkpoints'}; first run: synthgen pretrain")
     try:
-        described = json.loads((folder / "config.json").read_bytes())
+        described = read_json(read_file(folder / "config.json"))
         method = METHODS.build(Choice.of(described["method"]), encoder=encoder)
         with safe_open(paths[-1], framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
             method.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
-    except (ValueError, KeyError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CorruptShard(f"the training in {folder} cannot be read: {reason}; delete it and pretrain again") from None
     return method.eval()
@@ -96,16 +97,23 @@ class Checkpoints:
         for path in reversed(self.paths()):
             try:
                 with safe_open(path, framework="pt") as file:
-                    state: dict[str, Any] = json.loads((file.metadata() or {}).get("state", "{}"))
+                    state = read_json((file.metadata() or {}).get("state", "{}"), finite=False)
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                    raise ValueError("its header holds no state of a training")
             except (SafetensorError, OSError, ValueError) as error:
                 broken = f"{path} cannot be read: {' '.join(str(error).split())}"
                 logger.warning("%s; going on from the checkpoint before it", broken)
                 continue
             if state.get("fingerprint") != self.fingerprint:
                 raise StaleArtifact(f"{path} was made with other settings; delete {self.folder.parent} to start anew")
-            self._load(tensors, module, optimizer)
-            return state
+            try:
+                self._load(tensors, module, optimizer)
+            except (RuntimeError, LookupError, ValueError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise CorruptShard(f"{path} does not fit the model: {reason}; delete it") from None
+            found: dict[str, Any] = state
+            return found
         if broken:
             raise CorruptShard(f"{broken}; delete {self.folder} to start this training anew")
         return {}

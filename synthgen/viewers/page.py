@@ -53,7 +53,7 @@ def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = _template()
     path = run.path / "view.html" if path is None else path
-    write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode())
+    write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode(errors="replace"))
     return path
 
 

@@ -9,14 +9,15 @@ ROOT = Path(__file__).resolve().parents[2] / "synthgen"
 
 #: From the cellar to the roof: a module imports from its own floor or below.
 FLOORS = [
+    {"redact"},
     {"errors"},
     {"records", "tiny.__init__"},
-    {"config", "image", "stores", "text"},
+    {"config", "devices", "image", "log", "mask_shape", "stores", "text", "untrusted"},
     {"registry", "codecs", "prompts", "run", "graphcut"},
-    {"columns"},
+    {"columns", "captions"},
     {"stages.__init__"},
     {"attention", "models", "augment", "datasets", "loader", "diffusion", "export"},
-    {"backbones", "refiners", "methods", "evaluators", "engines", "card"},
+    {"backbones", "refiners", "methods", "evaluators", "engines", "card", "mask_quality"},
     {"train"},
     {"stages", "status", "doctor"},
     {"status_text", "doctor_text", "viewers"},

@@ -1,0 +1,162 @@
+"""Whatever comes from outside, read within bounds: no file makes us take more memory or time than these allow.
+
+Every function raises ``ValueError`` (or ``OSError``, where there is no file), which readers turn into an error that
+names the file. Arrays and images have their own: :func:`synthgen.codecs.read_npz`, :func:`synthgen.image.decode_rgb`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = [
+    "LONGEST_LINE",
+    "MOST_BYTES",
+    "MOST_JSON",
+    "MOST_PROMPTS",
+    "MOST_WORDS",
+    "MOST_YAML",
+    "SAFE_LOADER",
+    "read_file",
+    "read_json",
+    "read_lines",
+    "read_yaml",
+    "visible",
+]
+
+MOST_BYTES = 2**28  # of a file or a member of a tar that is read whole
+MOST_JSON = 2**24  # bytes of a JSON object that describes a sample, a unit or a folder
+MOST_PROMPTS = 2**32  # bytes of a prompt file; ten million prompts are about 1e9
+MOST_YAML = 2**18  # bytes of a YAML file
+MOST_WORDS = 255  # masks of one image: what 8 bits can tell apart
+LONGEST_LINE = 2**16  # characters of a line of prompts or captions
+SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
+_MOST_NODES = 20_000  # values of a YAML file, each counted as often as it is referred to
+_DEEPEST = 100  # mappings and lists inside each other
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_CONTROL = {number: " " for number in (*range(32), *range(127, 160)) if number != ord("\t")}
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a plain file: no pipe or device, which may never end, and at most ``most`` of them.
+
+    Raises:
+        OSError: there is none, or it is no plain file.
+        ValueError: it is larger.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a folder says so itself when opened
+        raise OSError(f"{path} is no plain file")
+    if status.st_size > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    with open(path, "rb") as file:
+        return file.read(status.st_size)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their endings, each at most ``LONGEST_LINE`` characters long.
+
+    Raises:
+        OSError: there is no such file, or it is no plain file.
+        ValueError: it is not UTF-8 (``UnicodeDecodeError`` is one), or a line is longer.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{path} is no plain file")
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"a line has more than {LONGEST_LINE:,} characters")
+            yield line
+
+
+def read_json(data: bytes | str, most: int = MOST_JSON, *, finite: bool = True) -> Any:
+    """JSON as its standard has it: UTF-8, finite numbers, whole characters, and not nested without end.
+
+    Not ``finite``: NaN and infinity too, which Python writes for a loss or a score that is none.
+
+    Raises:
+        ValueError: it is anything else, or longer than ``most``.
+    """
+    if len(data) > most:
+        raise ValueError(f"its JSON is larger than {most:,} bytes")
+    text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
+        if _ESCAPED_SURROGATE.search(text):  # halves of characters cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return number
+
+
+def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MOST_YAML) -> Any:
+    """A YAML file, by a safe loader; an alias counts for all that it stands for, so that none can multiply without end.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or too large.
+    """
+    if len(text) > most:
+        raise yaml.YAMLError(f"it is larger than {most:,} characters")
+    try:
+        _check_nesting(text, loader)
+        made = loader(text)
+        try:
+            node = made.get_single_node()
+            if node is None:
+                return None
+            _count(node, {}, 0)
+            return made.construct_document(node)
+        finally:
+            made.dispose()
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value in it cannot be read: {str(error)[:200] or type(error).__name__}") from None
+
+
+def _check_nesting(text: str, loader: Any) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):  # makes no objects and does not recurse
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError("it is nested too deeply")
+
+
+def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
+    """How many values a node stands for."""
+    if node in known:
+        total = known[node]
+        if not total:
+            raise yaml.YAMLError("it holds itself")
+    else:
+        known[node] = 0
+        total = 1
+        if isinstance(node, yaml.ScalarNode):
+            node.value.encode()  # halves of characters cannot be written again
+        else:
+            parts = (
+                node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+            )
+            for part in parts:
+                total += _count(part, known, before + total)
+        known[node] = total
+    if before + total > _MOST_NODES:
+        raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
+    return total
+
+
+def visible(text: str) -> str:
+    """Text in which control characters and line ends are spaces: as long as before, so that places in it stay right."""
+    return text.translate(_CONTROL)
