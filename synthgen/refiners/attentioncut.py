@@ -59,16 +59,16 @@ class AttentionCut:
 
     num_steps: int = 2  # steps of the walk along self-attention
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
-    level: float = 0.38  # where word and background are as likely, on the way from the low side's mean to the high's
+    level: float = 0.35  # where word and background are as likely, on the way from the low side's mean to the high's
     min_level: float = 0.15  # bounds for that, in [0, 1]
     max_level: float = 0.5
-    softness: float = 0.13  # difference of scaled attention that is worth one nat
+    softness: float = 0.08  # difference of scaled attention that is worth one nat
     floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     coherence: float = 0.05  # nats for parting two neighbouring cells, whatever their colours
     color: float = 0.4  # nats more where their colours are equal
     band: float = 3.0  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 1.5  # weight of the colours' own vote; 0 asks contrast alone
+    palette: float = 2.0  # weight of the colours' own vote; 0 asks contrast alone
     smoothness: float = 6.5  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the finer grids after the first, in their pixels
     trust: float = 0.3  # share of the labels so far in what the colours are counted by, on those grids
