@@ -79,9 +79,10 @@ class Run:
             return before
         if not before.manifest()["artifacts"]:  # nothing has been made with the old one
             write_bytes(file, _yaml({"seed": seed}))
-            if not before.manifest()["artifacts"]:
+            begun = list(before.manifest()["artifacts"].values())
+            if not begun:
                 return run
-            write_bytes(file, _yaml({"seed": before.seed}))  # just now another command began with it
+            write_bytes(file, _yaml({"seed": begun[0].get("seed", before.seed)}))  # by another command, just now
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
