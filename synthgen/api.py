@@ -16,7 +16,7 @@ from synthgen.config import build
 from synthgen.records import Generation, WordMasks
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, run_stage
-from synthgen.stages import STAGES, Stage
+from synthgen.stages import make_stage
 
 if TYPE_CHECKING:
     from synthgen.pipeline import Override
@@ -34,15 +34,6 @@ __all__ = [
     "shards",
     "view",
 ]
-
-
-def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
-    """The stage of that name, its settings checked.
-
-    Raises:
-        UnknownName, ConfigError: there is no such stage or setting; names the nearest.
-    """
-    return build(STAGES.load(name), settings, where=f"stages.{name}")
 
 
 def generate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:

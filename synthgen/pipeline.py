@@ -9,13 +9,12 @@ from typing import Any
 
 import yaml
 
-from synthgen.api import make_stage
 from synthgen.config import Choice, load_yaml
 from synthgen.engines import default_engine
 from synthgen.errors import MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
-from synthgen.stages import STAGES, Stage
+from synthgen.stages import STAGES, Stage, make_stage
 from synthgen.untrusted import read_file
 
 __all__ = ["Override", "Pipeline", "read_pipeline"]

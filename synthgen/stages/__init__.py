@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from synthgen.config import dump
+from synthgen.config import build, dump
 from synthgen.records import Report
 from synthgen.redact import redacted
 from synthgen.registry import Family
@@ -17,7 +17,7 @@ from synthgen.registry import Family
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["STAGES", "Stage", "Work", "Worker", "free"]
+__all__ = ["STAGES", "Stage", "Work", "Worker", "free", "make_stage"]
 
 Work = Callable[[int], Report]
 
@@ -104,3 +104,12 @@ class Stage(ABC):
 
 
 STAGES: Family[Stage] = Family(__name__)
+
+
+def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
+    """The stage of that name, its settings checked.
+
+    Raises:
+        UnknownName, ConfigError: there is no such stage or setting; names the nearest.
+    """
+    return build(STAGES.load(name), settings, where=f"stages.{name}")
