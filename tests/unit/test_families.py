@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -164,6 +165,21 @@ def test_recording_changes_no_bit(case: tuple[Case, Path], dtype: Any, guided: b
         assert generation.maps.weights.shape[0] == words
         assert generation.maps.weights.shape[1:] == (4, 6)
         assert (generation.maps.weights.astype(float).sum((1, 2)) > 0).all()
+
+
+def test_offloading_changes_nothing(case: tuple[Case, Path]) -> None:
+    """With Accelerate's hooks, which bring each layer's weights for its call alone; here from memory to memory."""
+    first, second, _ = requests()
+    asked = [first, second, replace(first, key="0000000009", seed=9)]  # two images of one prompt
+    plain = load(case).generate(asked)
+    family = load(case)
+    cpu_offload(family.network, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in family.network.parameters())
+    for one, other in zip(plain, family.generate(asked), strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.maps.weights, other.maps.weights)
+        np.testing.assert_array_equal(one.maps.affinity, other.maps.affinity)
+    assert not np.array_equal(plain[0].image, plain[2].image)
 
 
 def test_memory_does_not_grow_with_steps(case: tuple[Case, Path]) -> None:
