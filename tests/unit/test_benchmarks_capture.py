@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,19 @@ def test_families_and_sizes(capture, monkeypatch, arguments, expected):
 def test_what_cannot_be_is_refused(capture, arguments):
     with pytest.raises(SystemExit):
         capture.main(arguments)
+
+
+def test_the_documented_command_for_a_gpu_is_understood(capture, monkeypatch):
+    """The words of the module's docstring; no GPU is asked for more than its name."""
+    (command,) = re.findall(r"--device cuda --dtype\s+float16 --size [a-z0-9 ]+", capture.__doc__)
+    written, seen = [], []
+    monkeypatch.setattr(capture, "device_name", lambda device: f"Some GPU ({device})")
+    monkeypatch.setattr(capture, "write_result", lambda name, figures: written.append(name))
+    monkeypatch.setattr(capture, "measure", lambda *case: seen.append((case[0], case[1], case[2].dtype)))
+    monkeypatch.setattr(capture, "show", lambda case: None)
+    monkeypatch.setattr(capture.torch.cuda, "empty_cache", lambda: None)
+    capture.main(command.split())
+    assert seen == [
+        (family, size, "float16") for family, size in (("sd", "sd15"), *((f, f) for f in ("sdxl", "sd3", "flux")))
+    ]
+    assert written == ["capture-some-gpu-cuda"]

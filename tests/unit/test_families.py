@@ -167,6 +167,19 @@ def test_recording_changes_no_bit(case: tuple[Case, Path], dtype: Any, guided: b
         assert (generation.maps.weights.astype(float).sum((1, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slicing_changes_no_bit(case: tuple[Case, Path], dtype: Any) -> None:
+    """With what ``enable_attention_slicing`` does to the family: U-Nets compute head by head, transformers as ever."""
+    family = load(case, dtype=dtype)
+    family.pipeline.enable_attention_slicing(1)
+    asked = requests()
+    texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
+    plain, _ = family.sample(texts, seeds, [], recorded=False)
+    for image, generation in zip(plain, family.generate(asked), strict=True):
+        np.testing.assert_array_equal(image, generation.image)
+        assert (generation.maps.weights.astype(float).sum((1, 2)) > 0).all()
+
+
 def test_offloading_changes_nothing(case: tuple[Case, Path]) -> None:
     """With Accelerate's hooks, which bring each layer's weights for its call alone; here from memory to memory."""
     first, second, _ = requests()
