@@ -120,7 +120,6 @@ def test_the_documented_command_for_a_gpu_is_understood(capture, monkeypatch):
     monkeypatch.setattr(capture, "show", lambda case: None)
     monkeypatch.setattr(capture.torch.cuda, "empty_cache", lambda: None)
     capture.main(command.split())
-    assert seen == [
-        (family, size, "float16") for family, size in (("sd", "sd15"), *((f, f) for f in ("sdxl", "sd3", "flux")))
-    ]
+    sizes = {"sd": "sd15", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux"}
+    assert seen == [(family, size, "float16") for family, size in sizes.items()]
     assert written == ["capture-some-gpu-cuda"]
