@@ -26,7 +26,7 @@ _KEYS = ("run", "seed", "engine", "stages")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A line of stages over one run directory."""
+    """A line of stages over one run directory. A stage may come several times, each time with other settings."""
 
     path: Path
     run: Path
@@ -45,7 +45,7 @@ class Pipeline:
             if name and name not in names:
                 raise UnknownName.among(f"stage of {self.path}", name, names)
         start = names.index(only or first) if only or first else 0
-        stop = names.index(only or last) + 1 if only or last else len(names)
+        stop = len(names) - names[::-1].index(only or last) if only or last else len(names)
         if start >= stop:
             raise PipelineError(f"{self.path}: {first!r} comes after {last!r}; swap --from and --to")
         return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
@@ -83,7 +83,8 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     seed, run = content.get("seed", 0), content.get("run", "runs/latest")
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(run, str):
         raise PipelineError(f"{path}: 'seed' must be a whole number and 'run' a folder")
-    stages = [_stage(path, name, values) for name, values in settings.items()]
+    stages = [stage for name, values in settings.items() for stage in _stages(path, name, values)]
+    _distinct(path, stages)
     engine = content.get("engine") or {}
     if isinstance(engine, dict):  # options alone are those of the engine that is there by default
         engine = {"name": default_engine(), **engine}
@@ -103,27 +104,49 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _put(content: dict[str, Any], dotted: str, value: Any) -> None:
-    *path, last = dotted.split(".")
+    """Set what ``dotted`` leads to; where a stage comes several times, each time."""
+    places, (*path, last) = [content], dotted.split(".")
     for step in path:
-        if content.get(step) is None:
-            content[step] = {}
-        inner = content[step]
-        if isinstance(inner, str):  # a part written as its bare name cannot take an option
-            raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {inner}}} in the file")
-        if not isinstance(inner, dict):
-            raise PipelineError(f"--set {dotted}: {step!r} holds no settings")
-        content = inner
-    content[last] = value
+        places = [inner for place in places for inner in _within(place, step, dotted)]
+    for place in places:
+        place[last] = value
 
 
-def _stage(path: Path, name: str, values: Any) -> Stage:
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise PipelineError(f"{path}: stages.{name} must hold settings, not {values!r:.200}")
-    stage = make_stage(name, values)
-    stage.complete()  # a part that does not exist, or an option that it does not take, is told before anything runs
-    return stage
+def _within(content: dict[str, Any], step: str, dotted: str) -> list[dict[str, Any]]:
+    inner = content.get(step)
+    if isinstance(inner, str):  # a part written as its bare name cannot take an option
+        raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {inner}}} in the file")
+    found = inner if isinstance(inner, list) else [{} if inner is None else inner]
+    if not all(isinstance(one, dict) for one in found):
+        raise PipelineError(f"--set {dotted}: {step!r} holds no settings")
+    found = [dict(one) for one in found]  # what an alias of YAML stands for several times is changed at one place
+    content[step] = found if isinstance(inner, list) else found[0]
+    return found
+
+
+def _stages(path: Path, name: str, values: Any) -> Iterator[Stage]:
+    several = values if isinstance(values, list) else [values]
+    if not several:
+        raise PipelineError(f"{path}: stages.{name} is an empty list; give settings, or leave it out")
+    for settings in several:
+        if not isinstance(settings, dict | None):
+            raise PipelineError(f"{path}: stages.{name} must hold settings, not {settings!r:.200}")
+        stage = make_stage(name, settings or {})
+        stage.complete()  # a part that does not exist, or an option that it does not take, is told before anything runs
+        yield stage
+
+
+def _distinct(path: Path, stages: Sequence[Stage]) -> None:
+    """See that no two write into the same folder."""
+    seen: dict[str, str] = {}
+    for stage in stages:
+        for artifact in stage.artifacts():
+            if artifact in seen:
+                how = "; give each a label" if "/" in artifact else ""
+                raise PipelineError(
+                    f"{path}: stages.{seen[artifact]} and stages.{stage.name} both make {artifact}{how}"
+                )
+            seen[artifact] = stage.name
 
 
 def _ordered(path: Path, stages: Sequence[Stage]) -> Sequence[Stage]:

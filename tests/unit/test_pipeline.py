@@ -63,3 +63,38 @@ def test_files_and_stages_that_are_not_there(tmp_path):
         pipeline.select(first="masks", last="generate")
     with pytest.raises(PipelineError, match="is a name"):
         read_pipeline(write(tmp_path, "stages: {masks: {refine: threshold}}"), [("stages.masks.refine.level", 1.0)])
+
+
+SEVERAL = """
+stages:
+  shards: {}
+  pretrain:
+    - &first {label: a, method: {name: mae}, epochs: 2}
+    - {<<: *first, label: b}
+"""
+
+
+def test_a_stage_may_come_several_times(tmp_path):
+    path = write(tmp_path, SEVERAL)
+    pipeline = read_pipeline(path, [("stages.pretrain.epochs", 5), ("stages.pretrain.method.mask_ratio", 0.5)])
+    assert [stage.name for stage in pipeline.stages] == ["shards", "pretrain", "pretrain"]
+    assert [stage.label for stage in pipeline.stages[1:]] == ["a", "b"]
+    assert [stage.epochs for stage in pipeline.stages[1:]] == [5, 5]
+    assert [stage.method.options["mask_ratio"] for stage in pipeline.stages[1:]] == [0.5, 0.5]
+    assert [stage.label for stage in pipeline.select(only="pretrain").stages] == ["a", "b"]
+    assert [stage.label for stage in pipeline.select(first="pretrain").stages] == ["a", "b"]
+    assert [stage.name for stage in pipeline.select(last="shards").stages] == ["shards"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stages: {masks: []}", "is an empty list"),
+        ("stages: {masks: [{}, 3]}", "must hold settings, not 3"),
+        ("stages: {pretrain: [{}, {}]}", "both make pretrain/mae; give each a label"),
+        ("stages: {masks: [{}, {}]}", "stages.masks and stages.masks both make masks"),
+    ],
+)
+def test_several_of_a_stage_that_cannot_be(tmp_path, text, says):
+    with pytest.raises(PipelineError, match=says):
+        read_pipeline(write(tmp_path, text))
