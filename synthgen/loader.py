@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from synthgen.datasets import ImageDataset, Sample
 
-__all__ = ["Batch", "Order", "collate", "loader", "workers_for"]
+__all__ = ["Batch", "Order", "ahead", "collate", "loader", "workers_for"]
 
 _SEEDS = 2  # the stream of a sample's seed; 0 and 1 are those of its views
 
@@ -121,7 +122,7 @@ def collate(
     """Samples of one size side by side; pixels become (pixels / 255 - mean) / std. Seeds are 0, 1, ... by default."""
     pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
     offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
-    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2).contiguous()
+    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2)  # channels last in memory, as patches are cut
     with_masks = [len(sample.words) for sample in samples if sample.labels is not None]
     masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
     for row, sample in enumerate(samples):
@@ -181,3 +182,16 @@ def loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches, each made by a thread while the one before it is used.
+
+    For a loader without processes of its own. Decoding, resizing and torch leave the interpreter to others meanwhile.
+    """
+    left = iter(batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+        coming = thread.submit(next, left, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, left, None)
+            yield batch

@@ -98,8 +98,9 @@ class MAE(Method):
         """What the decoder should say (MAE's code: unbiased variance, 1e-6 added to it)."""
         if not self.norm_pixels:
             return patches
-        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        size = patches.shape[2]
+        unbiased = 1 - 1 / size  # a layer norm divides by the biased deviation
+        return F.layer_norm(patches, (size,), patches.new_full((size,), unbiased**0.5), eps=1e-6 * unbiased)
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, progress: float = 0.0) -> tuple[Float[Tensor, "b 3 H W"], Bool[Tensor, "b n"]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.models.layers import Block, Modulation, initialize, sincos_positions
+from synthgen.models.layers import EVERY, Block, Modulation, initialize, sincos_positions
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["NoiseDecoder", "PixelDecoder"]
@@ -16,8 +19,9 @@ class PixelDecoder(nn.Module):
     """Pixels of hidden patches from the features of visible ones (MAE, section 3; 512 wide and 8 deep there).
 
     One learned token stands in for every hidden patch; positions tell them apart. As attention does not care for the
-    order of tokens, hidden tokens are put behind the visible ones instead of between them, and only they reach the
-    last layer: the same numbers as un-shuffling everything, for less work.
+    order of tokens, hidden tokens are put behind the visible ones instead of between them. Three things follow, and the
+    numbers stay those of un-shuffling everything: what the first block asks of a hidden place is the same for every
+    image, and worked out once; in the last block only hidden tokens look; only they reach the last layer.
     """
 
     positions: Tensor
@@ -42,11 +46,18 @@ class PixelDecoder(nn.Module):
         """What the hidden patches look like, in the order of ``hidden``; the first feature is the class token's."""
         places = self.positions[0, 1:]
         seen: Tensor = self.embed(features)
-        cls, patches = seen[:, :1], seen[:, 1:] + places[visible]
-        x = torch.cat([cls, patches, (self.mask_token + places[hidden]).to(patches.dtype)], dim=1)
+        seen = torch.cat([seen[:, :1], seen[:, 1:] + places[visible]], dim=1)
+        masked = (self.mask_token[0] + places).to(seen.dtype)  # n d
+        first, last = cast(Block, self.blocks[0]), self.blocks[-1]
+
+        def joined(of_seen: Tensor, of_masked: Tensor) -> Tensor:
+            return torch.cat([of_seen, F.embedding(hidden, of_masked)], dim=1)
+
+        x = joined(seen, masked)
         for block in self.blocks:
-            x = block(x)
-        pixels: Tensor = self.predict(self.norm(x[:, -hidden.shape[1] :]))
+            qkv = joined(first.qkv(seen), first.qkv(masked)) if block is first else None
+            x = block(x, qkv=qkv, only=slice(seen.shape[1], None) if block is last else EVERY)
+        pixels: Tensor = self.predict(self.norm(x))
         return pixels
 
 

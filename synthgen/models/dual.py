@@ -16,6 +16,7 @@ from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
 from synthgen.models.vit import VisionTransformer, check_size, load_encoder
+from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
@@ -72,7 +73,7 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
         MissingArtifact: the training is not there, or has no text tower.
         CorruptShard: its files cannot be read, or do not fit each other.
     """
-    folder = Path(folder)
+    folder = located(folder)
     encoder = load_encoder(folder)
     for name in ("text.json", "text.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():

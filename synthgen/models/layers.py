@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 __all__ = [
+    "EVERY",
     "Block",
     "CrossBlock",
     "Modulation",
@@ -23,6 +24,8 @@ __all__ = [
     "unpatchify",
 ]
 
+EVERY = slice(None)  # tokens
+
 
 class Attention(nn.Module):
     """Multi-head self-attention; the parameters bear timm's names."""
@@ -33,13 +36,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        """Every token looks at every token, or at those that are ``real``."""
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+    def forward(
+        self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"] | None = None, only: slice = EVERY
+    ) -> Float[Tensor, "b m d"]:
+        """Every token, or ``only`` some, looks at every token, or at those that are ``real``."""
+        return self.mix(self.qkv(x), real, only)
+
+    def mix(
+        self, qkv: Float[Tensor, "b n c"], real: Bool[Tensor, "b n"] | None = None, only: slice = EVERY
+    ) -> Float[Tensor, "b m d"]:
+        """The same, where each token's query, key and value are known."""
+        q, k, v = (_heads(part, self.num_heads) for part in qkv.chunk(3, dim=2))
         seen = None if real is None else real[:, None, None]
-        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(b, n, d))
-        return mixed
+        mixed = F.scaled_dot_product_attention(q[:, :, only], k, v, seen).transpose(1, 2)  # b m heads d/heads
+        y: Tensor = self.proj(mixed.flatten(2))
+        return y
 
 
 class CrossAttention(nn.Module):
@@ -54,11 +65,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         """Every token of ``x`` looks at every token of ``context``."""
-        b, t, d = x.shape
-        q = self.q(x).view(b, t, self.num_heads, d // self.num_heads).transpose(1, 2)
-        k, v = self.kv(context).view(b, -1, 2, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
-        return mixed
+        q, k, v = (_heads(part, self.num_heads) for part in (self.q(x), *self.kv(context).chunk(2, dim=2)))
+        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+def _heads(x: Float[Tensor, "b n d"], count: int) -> Float[Tensor, "b h n w"]:
+    return x.view(*x.shape[:2], count, -1).transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -90,16 +103,27 @@ class Block(nn.Module):
         x: Float[Tensor, "b n d"],
         change: Float[Tensor, "b 6 d"] | None = None,
         real: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """Attention to the ``real`` tokens, then the MLP, each added to its input."""
+        only: slice = EVERY,
+        qkv: Float[Tensor, "b n c"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """Attention to the ``real`` tokens, then the MLP, each added to its input.
+
+        ``only`` some tokens look and are given back, where no more are needed. ``qkv`` is what :meth:`qkv` says of
+        ``x``, where that is known and there is no ``change``.
+        """
         if change is None:
-            x = x + self.attn(self.norm1(x), real)
+            x = x[:, only] + self.attn.mix(self.qkv(x) if qkv is None else qkv, real, only)
             y: Tensor = x + self.mlp(self.norm2(x))
             return y
         shift1, scale1, gate1, shift2, scale2, gate2 = change[:, :, None].unbind(1)  # b 1 d each
-        x = x + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, real)
+        x = x[:, only] + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, real, only)
         changed: Tensor = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return changed
+
+    def qkv(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c"]:
+        """Each token's query, key and value, which are its own: equal tokens need be asked once."""
+        y: Tensor = self.attn.qkv(self.norm1(x))
+        return y
 
 
 class CrossBlock(nn.Module):
@@ -115,10 +139,14 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"], real: Bool[Tensor, "b t"] | None = None
-    ) -> Float[Tensor, "b t d"]:
-        """Attention, a look at ``context``, then the MLP, each added to its input."""
-        x = x + self.attn(self.norm1(x), real)
+        self,
+        x: Float[Tensor, "b t d"],
+        context: Float[Tensor, "b n d"],
+        real: Bool[Tensor, "b t"] | None = None,
+        only: slice = EVERY,
+    ) -> Float[Tensor, "b m d"]:
+        """Attention, a look at ``context``, then the MLP, each added to its input: of all tokens, or ``only`` some."""
+        x = x[:, only] + self.attn(self.norm1(x), real, only)
         x = x + self.cross(self.norm_cross(x), context)
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
@@ -215,7 +243,9 @@ def unpatchify(patches: Float[Tensor, "b n p"], size: int) -> Float[Tensor, "b 3
 
 def take(tokens: Float[Tensor, "b n d"], places: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     """The tokens at ``places``, in that order."""
-    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
+    b, n, d = tokens.shape
+    rows = places + n * torch.arange(b, device=places.device)[:, None]
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*places.shape, d)
 
 
 def restore(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.models.layers import Block, CrossBlock, initialize
+from synthgen.stores import located
 from synthgen.tiny import WEIGHTS
 
 __all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer"]
@@ -32,7 +33,7 @@ class TextTokenizer:
     def __init__(self, path: str | Path = "", max_tokens: int = 48) -> None:
         from tokenizers import Tokenizer
 
-        path = Path(path) if path else WEIGHTS / "tokenizer"
+        path = located(path) if path else WEIGHTS / "tokenizer"
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingArtifact(f"there is no tokenizer {path}; give a tokenizer.json, or a folder with one")
@@ -126,7 +127,8 @@ class ImageReader(nn.Module):
         self, text: Float[Tensor, "b t d"], real: Bool[Tensor, "b t"], image: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b d"]:
         """What the text's first token knows after looking."""
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             text = block(text, image, real=real)
-        y: Tensor = self.norm(text[:, 0])
+        y: Tensor = self.norm(last(text, image, real=real, only=slice(1))[:, 0])
         return y

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from synthgen.config import Choice, build
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
+from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
@@ -168,7 +169,7 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
         MissingArtifact: there is none.
         CorruptShard: its files cannot be read, or do not fit each other.
     """
-    folder = Path(folder)
+    folder = located(folder)
     weights, described = folder / "encoder.safetensors", folder / "config.json"
     for path in (described, weights):
         if not path.is_file():

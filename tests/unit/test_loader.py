@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from synthgen.augment import Augment, CenterCrop
 from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, source_inputs
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
-from synthgen.loader import Order, collate, loader, workers_for
+from synthgen.loader import Order, ahead, collate, loader, workers_for
 from synthgen.stores.tar import TarWriter
 from tests.factories import make_generation
 
@@ -217,6 +219,26 @@ def test_workers_and_resuming_change_nothing(shards, num_workers):
     for one, other in zip(whole[1:], rest, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.masks, other.masks)
+
+
+def test_a_batch_is_made_while_the_one_before_is_used():
+    asked = []
+
+    def source():
+        for number in range(6):
+            asked.append((number, threading.current_thread()))
+            yield number
+        raise CorruptShard("the last one")
+
+    batches = ahead(source())
+    for number in range(6):
+        assert next(batches) == number
+        time.sleep(0.01)
+        assert asked[-1][0] <= number + 1
+    with pytest.raises(CorruptShard, match="the last one"):
+        next(batches)
+    assert all(thread is not threading.current_thread() for _, thread in asked)
+    assert list(ahead(iter([]))) == []
 
 
 def test_two_views_are_of_the_same_samples(shards):

@@ -12,7 +12,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
 from synthgen.export import export_encoder, to_transformers
 from synthgen.models.decoder import PixelDecoder
-from synthgen.models.layers import patchify, restore, sincos_positions, take, unpatchify
+from synthgen.models.layers import Block, CrossBlock, patchify, restore, sincos_positions, take, unpatchify
 from synthgen.models.vit import SIZES, EncoderConfig, VisionTransformer, encoder_config, load_encoder, save_encoder
 
 CONFIG = EncoderConfig(image_size=32, patch_size=8, dim=64, depth=2, num_heads=4)
@@ -75,9 +75,12 @@ def test_hidden_patches_are_not_seen(encoder):
     assert torch.equal(*seen)
 
 
-def test_decoder_gives_the_same_as_unshuffling(encoder):
-    """The paper puts mask tokens between the visible ones; we put them behind and skip the rest at the end."""
-    decoder = PixelDecoder(encoder, dim=32, depth=2).eval()
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_decoder_gives_the_same_as_unshuffling(encoder, depth):
+    """The paper puts mask tokens between the visible ones; we put them behind and leave out what comes to nothing."""
+    decoder = PixelDecoder(encoder, dim=32, depth=depth).eval()
+    for parameter in decoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
     order = torch.rand(3, 16).argsort(1)
     visible, hidden = order[:, :4], order[:, 4:]
     features = encoder.encode(take(patchify(images(), 8), visible), visible)
@@ -87,7 +90,22 @@ def test_decoder_gives_the_same_as_unshuffling(encoder):
     for block in decoder.blocks:
         x = block(x)
     wanted = take(decoder.predict(decoder.norm(x))[:, 1:], hidden)
-    assert torch.allclose(decoder(features, visible, hidden), wanted, atol=1e-5)
+    found = decoder(features, visible, hidden)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(y.sin().sum(), [*decoder.parameters()]) for y in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_block_leaves_out_what_nobody_asks_for():
+    torch.manual_seed(0)
+    x, context, change = torch.randn(2, 9, 16), torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    real = torch.arange(9)[None] < torch.tensor([[9], [6]])
+    for only in (slice(1), slice(4, None)):
+        block, cross = Block(16, 4), CrossBlock(16, 4)
+        for given in ((None, None), (change, None), (None, real)):
+            assert torch.allclose(block(x, *given, only=only), block(x, *given)[:, only], atol=1e-6)
+        assert torch.allclose(cross(x, context, real, only), cross(x, context, real)[:, only], atol=1e-6)
 
 
 def test_names_are_timms(encoder):
