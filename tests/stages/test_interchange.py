@@ -13,13 +13,12 @@ import yaml
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-import synthgen.interchange as interchange
 from synthgen import codecs
 from synthgen.api import export_dataset
 from synthgen.cli import main
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
-from synthgen.interchange import compress_counts, join_corners, outlines, run_lengths
+from synthgen.interchange import compress_counts, formats, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, split
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 from synthgen.run import Run
@@ -447,7 +446,7 @@ def test_cut_short_and_run_again_gives_the_same_bytes(
 ) -> None:
     export_dataset(source, format, tmp_path / "whole")
     whole, folder = contents(tmp_path / "whole"), tmp_path / "cut"
-    real, left = interchange.write_bytes, [8]
+    real, left = formats.write_bytes, [8]
 
     def write(path: Path, data: bytes) -> None:
         left[0] -= 1
@@ -456,7 +455,7 @@ def test_cut_short_and_run_again_gives_the_same_bytes(
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(interchange, "write_bytes", write)
+    monkeypatch.setattr(formats, "write_bytes", write)
     with pytest.raises(KeyboardInterrupt):
         export_dataset(source, format, folder)
     monkeypatch.undo()

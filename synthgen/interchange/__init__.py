@@ -1,0 +1,154 @@
+"""The masked samples of a run as what other tools read: COCO, YOLO, label images. docs/format.md has the layouts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from synthgen import __version__, codecs
+from synthgen.config import dump
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.interchange.formats import WRITERS, Export, Sample, Writer
+from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
+from synthgen.run import Run, digest
+from synthgen.runner import Progress, Summary
+from synthgen.stages.shards import content_of, source_of
+from synthgen.stores import located, temporaries
+from synthgen.stores.tar import read_tar, write_json
+from synthgen.untrusted import read_file, read_json
+
+__all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
+
+_MARK = "export.json"  # written first: what the folder is, so that it is never mixed with another export
+
+
+def export_dataset(
+    run: Run, settings: Export, folder: Path | None = None, *, progress: Progress | None = None
+) -> Summary:
+    """Write the samples of a run to ``folder`` (by default ``RUN/export-FORMAT``); what is written stays as it is.
+
+    Raises:
+        MissingArtifact: there are no masks, or not of every image.
+        StaleArtifact: the folder holds an export of other masks, or with other settings.
+        ConfigError: the folder holds something else.
+        CorruptShard: a sample cannot be read, or its masks do not fit it.
+        StorageError: the disk is full or the folder may not be written to.
+    """
+    progress = progress or Progress()
+    settings = settings.complete(run)
+    folder = located(folder) if folder else run.path / f"export-{settings.format}"
+    units = _masked_units(run)
+    entry = _entry(run, settings, units)
+    _check(folder, entry)
+    writer = WRITERS[settings.format](run, settings, folder, _names(run, units))
+    todo = [unit for unit in units if not _written(run, unit, writer)]
+    described = all((folder / name).is_file() for name in writer.summaries)
+    if writer.collects and (todo or not described):
+        todo = units  # what describes the whole is made from every sample
+    summary = Summary("export", len(units), len(units) - len(todo))
+    if described and not todo:
+        return summary
+    if not (folder / _MARK).is_file():
+        write_json(folder / _MARK, entry)
+    sizes = {unit: int((run.mark("images", unit) or {"count": 0})["count"]) for unit in units}
+    total, started, notes = sum(sizes.values()), time.perf_counter(), Counter[str]()
+    progress.start("export", total, total - sum(sizes[unit] for unit in todo))
+    try:
+        for sample in (sample for unit in todo for sample in _samples(run, unit)):
+            writer.add(sample)
+            kept = int(sample.masks.values.any(axis=(1, 2)).sum())
+            notes.update({"masks": kept, "dropped masks": len(sample.masks.words) - kept})
+            summary.samples += 1
+            progress.advance(1)
+        writer.finish()
+    finally:
+        progress.stop()
+    for leftover in temporaries(folder):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
+    summary.seconds, summary.notes = time.perf_counter() - started, dict(notes)
+    return summary
+
+
+# -- what there is to export, and what is in the folder
+
+
+def _masked_units(run: Run) -> list[int]:
+    units = run.units("images")
+    missing = sorted(set(units) - set(run.units("masks")))
+    if missing:
+        raise MissingArtifact(
+            f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
+            f"run: synthgen masks --run {run.path}"
+        )
+    return units
+
+
+def _samples(run: Run, unit: int) -> Iterator[Sample]:
+    found = dict(run.read("masks", unit))
+    for key, members in run.read("images", unit):
+        request, pixels, _ = codecs.decode_image(key, members)
+        masks = codecs.decode_masks(key, found[key]) if key in found else None
+        if masks is None or masks.words != request.prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
+            path = run.tar("masks", unit)
+            raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
+        yield Sample(key, request.prompt, members["png"], pixels, masks)
+
+
+def _names(run: Run, units: Sequence[int]) -> list[str]:
+    """Every marked word of the run once, sorted."""
+    names: set[str] = set()
+    for unit in units:
+        for key, members in read_tar(run.tar("masks", unit), names={"json"}):
+            try:
+                names.update(read_json(members["json"])["words"])
+            except (LookupError, TypeError, ValueError):
+                path = run.tar("masks", unit)
+                raise CorruptShard(
+                    f"the words of sample {key} cannot be read; delete {path} and make it again"
+                ) from None
+    return sorted(names)
+
+
+def _entry(run: Run, settings: Export, units: Sequence[int]) -> dict[str, Any]:
+    """What ``export.json`` says."""
+    inputs = {f"units of {name}": content_of(run, name, units) for name in ("images", "masks")}
+    plain = dump(settings)
+    return {
+        "name": run.path.resolve().name,
+        "seed": run.seed,
+        **source_of(run),
+        "settings": plain,
+        "inputs": inputs,
+        "fingerprint": digest({"settings": plain, "seed": run.seed, "inputs": inputs}),
+        "version": __version__,
+    }
+
+
+def _check(folder: Path, entry: Mapping[str, Any]) -> None:
+    """See that the folder is empty, or begun with the same settings from the same samples."""
+    try:
+        before = read_json(read_file(folder / _MARK))
+        same, old = before["fingerprint"] == entry["fingerprint"], {**before["settings"], **before["inputs"]}
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+            raise ConfigError(
+                f"{folder} is there and was not written by synthgen export; choose another --out"
+            ) from None
+        return
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{folder / _MARK} cannot be read; delete {folder} or choose another --out") from None
+    if not same:
+        changes = [f"{name} is {value!r} and was {old.get(name)!r}" for name, value in entry["settings"].items()
+                   if old.get(name) != value]  # fmt: skip
+        changes += [f"the {name} have changed" for name, value in entry["inputs"].items() if old.get(name) != value]
+        raise StaleArtifact(
+            f"{folder} was exported differently: {'; '.join(changes) or 'from another run'}; "
+            f"choose another --out, or delete {folder} to make it anew"
+        )
+
+
+def _written(run: Run, unit: int, writer: Writer) -> bool:
+    return all(path.is_file() for key in run.keys("images", unit) for path in writer.files(key))

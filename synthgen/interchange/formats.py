@@ -1,0 +1,255 @@
+"""The formats: what each writes for a sample, and what it writes of the whole."""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import yaml
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from synthgen import codecs
+from synthgen.errors import ConfigError, CorruptShard
+from synthgen.image import encode_jpeg, encode_png
+from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
+from synthgen.mask_shape import box, describe_masks, split
+from synthgen.records import Prompt, WordMasks
+from synthgen.run import Run
+from synthgen.stages.shards import Shards, source_of, split_of
+from synthgen.stores.tar import write_bytes
+from synthgen.untrusted import visible
+
+__all__ = ["WRITERS", "Export", "Sample", "Writer"]
+
+_IMAGE_FORMATS: dict[str, Literal["png", "jpg"]] = {"coco": "png", "yolo": "jpg", "labels": "png"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and how."""
+
+    format: Literal["coco", "yolo", "labels"]
+    image_format: Literal["png", "jpg"] | None = None  # None: jpg for yolo, else png (that of the run, unchanged)
+    quality: int = 95  # of jpg, 1 to 100
+    rle: bool = False  # coco: masks as compressed run lengths instead of polygons
+    instances: bool = True  # coco, yolo: the separate objects of a mask are annotated apart; False: all of it as one
+    val_ratio: float | None = None  # yolo: share of the samples that go to val; None: that of the run's shards
+
+    def __post_init__(self) -> None:
+        if self.format not in _IMAGE_FORMATS:
+            raise ValueError(f"format must be coco, yolo or labels, not {self.format!r}")
+        if self.image_format not in (None, "png", "jpg"):
+            raise ValueError(f"image_format must be png or jpg, not {self.image_format!r}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
+        if self.rle and self.format != "coco":
+            raise ValueError(f"rle is a form of coco's masks; {self.format} has none")
+        if not self.instances and self.format == "labels":
+            raise ValueError("instances tells the objects of coco and yolo apart; labels knows classes only")
+        if self.val_ratio is not None and self.format != "yolo":
+            raise ValueError(f"val_ratio splits yolo's samples; {self.format} has no split")
+        if self.val_ratio is not None and not 0 <= self.val_ratio < 1:
+            raise ValueError(f"val_ratio must be at least 0 and below 1, not {self.val_ratio}")
+
+    def complete(self, run: Run) -> Export:
+        """With what was left open: the image format, and the split of the run's shards (or their default)."""
+        done = replace(self, image_format=self.image_format or _IMAGE_FORMATS[self.format])
+        if done.format == "yolo" and done.val_ratio is None:
+            shards = run.manifest()["artifacts"].get("shards", {}).get("settings", {})
+            done = replace(done, val_ratio=float(shards.get("val_ratio", Shards.val_ratio)))
+        return done
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is written of a sample."""
+
+    key: str
+    prompt: Prompt
+    png: bytes
+    pixels: UInt8[np.ndarray, "H W 3"]
+    masks: WordMasks
+
+
+class Writer(ABC):
+    """Writes samples in order, then what describes the whole."""
+
+    summaries: ClassVar[tuple[str, ...]]  # the files that :meth:`finish` writes
+    collects: ClassVar[bool] = False  # True: they need every sample
+
+    def __init__(self, run: Run, settings: Export, folder: Path, names: Sequence[str]) -> None:
+        self.run, self.settings, self.folder, self.names = run, settings, folder, names
+        self.numbers = {name: number for number, name in enumerate(names)}
+
+    def files(self, key: str) -> tuple[Path, ...]:
+        """What a sample leaves: its image first."""
+        if (
+            key.startswith("/") or "\\" in key or ".." in key.split("/") or visible(key) != key
+        ):  # keys of foreign images may name folders
+            raise CorruptShard(f"the key {key!r} of {self.run.path} cannot be the name of a file")
+        return self.paths(key)
+
+    @abstractmethod
+    def paths(self, key: str) -> tuple[Path, ...]:
+        """The same, for a key that is safe."""
+
+    @abstractmethod
+    def add(self, sample: Sample) -> None:
+        """Write a sample."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what describes the whole."""
+
+    def objects(self, mask: Bool[np.ndarray, "H W"]) -> list[Bool[np.ndarray, "H W"]]:
+        """What is annotated apart of one word's mask; nothing where it is empty."""
+        return split(mask) if self.settings.instances else [mask] * bool(mask.any())
+
+    def image(self, sample: Sample) -> bytes:
+        """The image in the format asked for; a PNG is that of the run."""
+        png = self.settings.image_format == "png"
+        return sample.png if png else encode_jpeg(sample.pixels, self.settings.quality)
+
+
+class Coco(Writer):
+    """https://cocodataset.org/#format-data, with ``caption`` on images, ``score`` and ``confidence`` on annotations."""
+
+    summaries: ClassVar = ("annotations/instances.json", "annotations/captions.json")
+    collects: ClassVar = True
+
+    def __init__(self, run: Run, settings: Export, folder: Path, names: Sequence[str]) -> None:
+        super().__init__(run, settings, folder, names)
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def paths(self, key: str) -> tuple[Path, ...]:
+        return (self.folder / "images" / f"{key}.{self.settings.image_format}",)
+
+    def add(self, sample: Sample) -> None:
+        (path,) = self.files(sample.key)
+        _put(path, lambda: self.image(sample))
+        height, width = sample.pixels.shape[:2]
+        number = len(self.images) + 1
+        file = path.relative_to(self.folder / "images").as_posix()
+        facts = {"id": number, "file_name": file, "height": height, "width": width, "caption": sample.prompt.text}
+        self.images.append(facts)
+        described = describe_masks(sample.masks, instances=False)
+        for about, mask in zip(described, sample.masks.values, strict=True):
+            self.annotations += [self.annotation(number, about, one) for one in self.objects(mask)]
+
+    def annotation(self, image: int, about: Mapping[str, Any], mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+        """One object of a word, without its number."""
+        left, top, right, bottom = box(mask)
+        return {
+            "image_id": image,
+            "category_id": self.numbers[about["word"]] + 1,
+            "segmentation": self.segmentation(mask),
+            "area": int(mask.sum()),
+            "bbox": [left, top, right - left, bottom - top],
+            "iscrowd": 0,
+            "score": about["score"],
+            "confidence": about["confidence"],
+        }
+
+    def segmentation(self, mask: Bool[np.ndarray, "H W"]) -> Any:
+        """Polygons, or run lengths."""
+        if self.settings.rle:
+            return {"size": list(mask.shape), "counts": compress_counts(run_lengths(mask))}
+        return [outline.ravel().tolist() for outline in outlines(mask)]
+
+    def finish(self) -> None:
+        name = self.run.path.resolve().name
+        head = {
+            "info": {"description": f"{name}: images made by a model, masks from its attention", "version": "1.0"},
+            "licenses": [{"id": 1, "name": source_of(self.run)["licence"], "url": ""}],
+        }
+        categories = [{"id": number + 1, "name": name} for name, number in self.numbers.items()]
+        numbered = [{"id": number, **one} for number, one in enumerate(self.annotations, start=1)]
+        instances = {"images": self.images, "annotations": numbered, "categories": categories}
+        plain = [{key: value for key, value in image.items() if key != "caption"} for image in self.images]
+        captions = [{"id": one["id"], "image_id": one["id"], "caption": one["caption"]} for one in self.images]
+        for file, value in zip(
+            self.summaries, (instances, {"images": plain, "annotations": captions}), strict=True
+        ):  # as long as all polygons: without the spaces of write_json
+            text = json.dumps(head | value, ensure_ascii=False, separators=(",", ":"))
+            write_bytes(self.folder / file, text.encode())
+
+
+class Yolo(Writer):
+    """The segmentation form of Ultralytics: a text file beside each image, a line for each object."""
+
+    summaries: ClassVar = ("data.yaml",)
+
+    def paths(self, key: str) -> tuple[Path, ...]:
+        split = split_of(self.run, key, self.settings.val_ratio or 0.0)
+        image = self.folder / "images" / split / f"{key}.{self.settings.image_format}"
+        return image, self.folder / "labels" / split / f"{key}.txt"
+
+    def add(self, sample: Sample) -> None:
+        image, label = self.files(sample.key)
+        _put(label, lambda: self.lines(sample.masks).encode())
+        _put(image, lambda: self.image(sample))
+
+    def lines(self, masks: WordMasks) -> str:
+        """``class x1 y1 x2 y2 ...`` for each object, x and y as shares of the width and height.
+
+        A line is one polygon, so without ``instances`` a mask of several parts still has so many lines.
+        """
+        height, width = masks.values.shape[1:]
+        return "".join(
+            f"{self.numbers[word]} {' '.join(f'{x / width:.6f} {y / height:.6f}' for x, y in polygon)}\n"
+            for word, mask in zip(masks.words, masks.values, strict=True)
+            for one in self.objects(mask)
+            for polygon in join_corners(outlines(one))
+        )
+
+    def finish(self) -> None:
+        val = "val" if (self.folder / "images" / "val").is_dir() else "train"  # trainers want one that has images
+        data = {"train": "images/train", "val": f"images/{val}", "names": dict(enumerate(self.names))}
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        write_bytes(self.folder / "data.yaml", text.encode())
+
+
+class Labels(Writer):
+    """An image of class numbers for each image, as the loaders of ADE20K and Pascal VOC read them."""
+
+    summaries: ClassVar = ("classes.txt",)
+
+    def paths(self, key: str) -> tuple[Path, ...]:
+        image = self.folder / "images" / f"{key}.{self.settings.image_format}"
+        return image, self.folder / "labels" / f"{key}.png"
+
+    def add(self, sample: Sample) -> None:
+        image, label = self.files(sample.key)
+        _put(label, lambda: self.label(sample.masks))
+        _put(image, lambda: self.image(sample))
+
+    def label(self, masks: WordMasks) -> bytes:
+        """The label image: 8 bits where 255 is left over as the value to ignore, else 16."""
+        numbers = [0] + [self.numbers[word] + 1 for word in masks.words]
+        if len(self.names) > 65534:
+            raise ConfigError(f"a label image holds 65534 classes, and {self.run.path} has {len(self.names)} words")
+        if len(self.names) <= 254:
+            return encode_png(np.array(numbers, np.uint8)[codecs.masks_to_labels(masks.values)])
+        buffer = io.BytesIO()
+        Image.fromarray(np.array(numbers, np.uint16)[codecs.masks_to_labels(masks.values)]).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def finish(self) -> None:
+        lines = ["background", *(" ".join(name.split()) for name in self.names)]
+        write_bytes(self.folder / "classes.txt", "".join(f"{line}\n" for line in lines).encode())
+
+
+WRITERS: dict[str, type[Writer]] = {"coco": Coco, "yolo": Yolo, "labels": Labels}
+
+
+def _put(path: Path, make: Callable[[], bytes]) -> None:
+    if not path.is_file():  # files appear whole, and the folder holds one export only
+        write_bytes(path, make())
