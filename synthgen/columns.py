@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import BinaryIO
+
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run
+from synthgen.stores import open_here
 from synthgen.stores.tar import Member, index_tar, read_member
 
 __all__ = ["Column", "unit_of"]
+
+_OPEN_TARS = 64  # units that are kept open
 
 
 class Column:
@@ -15,31 +20,40 @@ class Column:
     def __init__(self, run: Run, artifact: str) -> None:
         self.run, self.artifact = run, artifact
         self._units: dict[int, dict[str, dict[str, Member]]] = {}
+        self._files: dict[int, BinaryIO] = {}
 
     def read(self, key: str, *names: str) -> dict[str, bytes]:
         """The members of a sample: all, or those of these names.
 
         Raises:
             MissingArtifact: there is no such sample, or its unit is gone.
-            CorruptShard: a member is missing, or the unit is cut off.
+            CorruptShard: a member is missing, or the unit is not as it was written.
         """
         unit = unit_of(key)
         path = self.run.tar(self.artifact, unit)
         if unit not in self._units:
+            self.run.verify(self.artifact, unit)
             self._units[unit] = dict(index_tar(path))
         members = self._units[unit].get(key)
         if members is None:
             raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
         values = {}
-        with open(path, "rb") as file:
-            for name in names or members:
-                if name not in members:
-                    raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
-                try:
-                    values[name] = read_member(file, members[name])
-                except ValueError as error:
-                    raise CorruptShard(f"{path}: sample {key}: {error}; {self._again()}") from None
+        file = self._file(unit)
+        for name in names or members:
+            if name not in members:
+                raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
+            try:
+                values[name] = read_member(file, members[name])
+            except ValueError as error:
+                raise CorruptShard(f"{path}: sample {key}: {error}; {self._again()}") from None
         return values
+
+    def _file(self, unit: int) -> BinaryIO:
+        if unit not in self._files:
+            if len(self._files) >= _OPEN_TARS:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[unit] = open_here(self.run.tar(self.artifact, unit))
+        return self._files[unit]
 
     def _again(self) -> str:
         return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"

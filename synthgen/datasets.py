@@ -21,8 +21,10 @@ from synthgen.codecs import labels_to_masks
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError
 from synthgen.image import UNDECODABLE, decode_labels, decode_rgb
 from synthgen.records import WordMasks
+from synthgen.stores import located, open_here, stays_remote
+from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import Member, index_tar, read_member
-from synthgen.untrusted import read_file, read_json
+from synthgen.untrusted import MOST_BYTES, read_file, read_json
 
 __all__ = [
     "CaptionedFolder",
@@ -92,6 +94,9 @@ class ImageDataset(Dataset[Sample], ABC):
 class ShardDataset(ImageDataset):
     """WebDataset tars by sample number. They are indexed once; each worker opens a file when it first needs it.
 
+    Tars in a store come into the local cache. Where it cannot hold all of them, it holds the first ones; samples of
+    the others are asked for one by one, a request each, so that their order costs nothing.
+
     Members: ``jpg`` (or ``jpeg``, ``webp``, ``png``) is the image, ``txt`` the text, ``mask.png`` the masks as one
     8-bit image (0 background, k the k-th word), ``json`` holds ``words`` (or ``classes``) and ``label``, and ``cls`` a
     class number, which counts where ``label`` is missing. Only the image must be there. Without ``masks`` they are not
@@ -102,18 +107,21 @@ class ShardDataset(ImageDataset):
     """
 
     def __init__(self, paths: Sequence[str | Path], *, masks: bool = True) -> None:
-        self.paths = [Path(path) for path in paths]
+        self.paths = [located(path) for path in paths]
         self.masks = masks
-        self._tars = [_index(path) for path in self.paths]
+        self._remote = stays_remote(self.paths)
+        indexed = {path: _index(path) for path in sorted(self.paths, key=lambda path: path not in self._remote)}
+        self._tars = [indexed[path] for path in self.paths]
         self._ends = np.cumsum([len(tar) for tar in self._tars]).tolist()
         self._files: dict[Path, BinaryIO] = {}
+        self._held: tuple[Path, int, bytes] | None = None  # a remote sample: its tar, where it begins, and its bytes
         self._owner = os.getpid()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_held": None}
 
     def __getitem__(self, index: int) -> Sample:
         path, key, members = self._row(index)
@@ -123,9 +131,9 @@ class ShardDataset(ImageDataset):
         try:
             meta = self._meta(path, members)
             mask = self._mask(members, image, meta)
-            text = self._read(path, members["txt"]).decode() if "txt" in members else str(meta.get("prompt", ""))
-            pixels = decode_rgb(self._read(path, members[image]))
-            labels = None if mask is None else _decode_labels(self._read(path, members[mask]), pixels.shape[:2])
+            text = self._read(path, members, "txt").decode() if "txt" in members else str(meta.get("prompt", ""))
+            pixels = decode_rgb(self._read(path, members, image))
+            labels = None if mask is None else _decode_labels(self._read(path, members, mask), pixels.shape[:2])
             words = _words(meta)
         except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
@@ -148,7 +156,7 @@ class ShardDataset(ImageDataset):
             raise CorruptShard(f"sample {key} of {path} has no masks (a member mask.png)")
         try:
             meta = self._meta(path, members)
-            words, labels = _words(meta), _decode_labels(self._read(path, members[mask]))
+            words, labels = _words(meta), _decode_labels(self._read(path, members, mask))
             return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
         except UNDECODABLE as error:
             raise _unreadable(path, key, error) from None
@@ -177,7 +185,7 @@ class ShardDataset(ImageDataset):
             found = meta.get("captions", ())
             if not found:
                 said = next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
-                found = [self._read(path, members["txt"]).decode() if "txt" in members else said]
+                found = [self._read(path, members, "txt").decode() if "txt" in members else said]
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise ValueError("captions is not a list of texts")
         except (OSError, ValueError) as error:
@@ -214,18 +222,31 @@ class ShardDataset(ImageDataset):
         key, members = self._tars[tar][index - (self._ends[tar - 1] if tar else 0)]
         return self.paths[tar], key, members
 
-    def _read(self, path: Path, member: Member) -> bytes:
+    def _read(self, path: Path, members: dict[str, Member], name: str) -> bytes:
+        if path in self._remote:
+            return self._read_remote(self._remote[path], members, name)
         if self._owner != os.getpid():  # a forked worker must not share file positions with its parent
             self._files, self._owner = {}, os.getpid()
         file = self._files.get(path)
         if file is None:
             if len(self._files) >= _OPEN_TARS:
                 self._files.pop(next(iter(self._files))).close()
-            file = self._files[path] = open(path, "rb")  # noqa: SIM115 - kept open for the next sample
-        return read_member(file, member)
+            file = self._files[path] = open_here(path)  # kept open for the next sample
+        return read_member(file, members[name])
+
+    def _read_remote(self, path: RemotePath, members: dict[str, Member], name: str) -> bytes:
+        """A member of a sample; all of the sample comes with it, because the others are mostly asked for next."""
+        start = min(member.offset for member in members.values())
+        if self._held is None or self._held[:2] != (path, start):
+            end = max(member.offset + member.size for member in members.values())
+            if end - start > MOST_BYTES:
+                raise ValueError(f"it has {end - start:,} bytes; {MOST_BYTES:,} are the most")
+            self._held = path, start, path.read_range(start, end)
+        offset = members[name].offset - start
+        return self._held[2][offset : offset + members[name].size]
 
     def _meta(self, path: Path, members: dict[str, Member]) -> dict[str, Any]:
-        value = read_json(self._read(path, members["json"])) if "json" in members else {}
+        value = read_json(self._read(path, members, "json")) if "json" in members else {}
         if not isinstance(value, dict):
             raise ValueError("its json is not an object")
         return value
@@ -236,7 +257,7 @@ class ShardDataset(ImageDataset):
         if "cls" not in members:
             return None
         try:
-            return str(int(self._read(path, members["cls"])))
+            return str(int(self._read(path, members, "cls")))
         except ValueError:
             raise CorruptShard(f"the cls of sample {key} of {path} is not a whole number") from None
 
@@ -252,7 +273,7 @@ class FolderDataset(ImageDataset):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         endings = {*(f".{name}" for name in IMAGES), ".bmp"}
         files = (file for file in self.path.rglob("*") if file.suffix.lower() in endings)
         self._files = sorted(file for file in files if not _hidden(file.relative_to(self.path)))
@@ -300,7 +321,7 @@ class CaptionedFolder(FolderDataset):
         super().__init__(path)
         by_name = {file.relative_to(self.path).as_posix(): file for file in self._files}
         if metadata:
-            listed = read_listing(Path(metadata), self.path)
+            listed = read_listing(located(metadata), self.path)
             self._files = [file for name, file in by_name.items() if name in listed]
             if not self._files:
                 raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")
@@ -445,18 +466,23 @@ def source_inputs(*sources: str | Path) -> dict[str, str]:
     """
     found = {}
     for source in sources:
-        files = _tars(source) or sorted(file for file in Path(source).rglob("*") if file.is_file())
+        files = _tars(source) or sorted(file for file in located(source).rglob("*") if file.is_file())
         found[str(source)] = " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
     return found
 
 
 def _tars(source: str | Path) -> list[Path]:
-    path = Path(source)
+    path = located(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if path.is_file():
         return [path]
-    if found := sorted(Path(name) for name in glob.glob(str(source))):  # noqa: PTH207 - the pattern may be absolute
+    found: list[Path]
+    if isinstance(path, RemotePath):
+        found = sorted(path.parent.glob(path.name))
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(source)))  # noqa: PTH207 - the pattern may be absolute
+    if found:
         return found
     raise MissingArtifact(f"there is no {source}; give a tar, a pattern such as 'shards/*.tar', or a folder")
 

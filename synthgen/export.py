@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from synthgen.models.vit import VisionTransformer
+from synthgen.stores import filled
 from synthgen.stores.tar import write_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def export_encoder(encoder: VisionTransformer, folder: Path) -> None:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one file needs none, and it would cross the bar of the training
     try:
-        to_transformers(encoder).save_pretrained(folder)
+        with filled(folder) as here:
+            to_transformers(encoder).save_pretrained(here)
     finally:
         if bars:
             logging.enable_progress_bar()

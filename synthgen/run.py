@@ -19,7 +19,9 @@ import yaml
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.redact import redact, redacted
+from synthgen.stores import listing, located, read_many
 from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes, write_json
+from synthgen.stores.whole import check_whole
 from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder in which stages find what earlier ones wrote, and write folders of their own.
+    """A folder, here or in a store (``s3://bucket/run``), in which stages find and leave what they make.
 
     ``<artifact>/000012.tar`` holds a unit. The ``000012.json`` beside it comes last and is its done mark: count,
     sha256, seconds and fingerprint. ``000012.failed.json`` says why a unit failed, and ``settings.yaml`` what all of
@@ -59,7 +61,7 @@ class Run:
     and nothing is locked, so any number of workers and people may work on one run.
     """
 
-    path: Path
+    path: Path  # as ``located`` gives it
     seed: int = 0
     held: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see ``claim``
 
@@ -70,7 +72,7 @@ class Run:
         Raises:
             StaleArtifact: the run is there and has another seed.
         """
-        run = cls(Path(path), seed or 0)
+        run = cls(located(path), seed or 0)
         file = run.path / "run.yaml"
         if not file.exists() and create_bytes(file, _yaml({"seed": run.seed})):
             return run
@@ -93,7 +95,7 @@ class Run:
             MissingArtifact: there is no run at ``path``.
             ConfigError: its ``run.yaml`` cannot be read.
         """
-        path = Path(path)
+        path = located(path)
         if not (path / "run.yaml").is_file():
             raise MissingArtifact(
                 f"there is no run at {path}; make one with: synthgen generate --prompts FILE --run {path}"
@@ -248,13 +250,27 @@ class Run:
     def has(self, artifact: str, unit: int, fingerprint: str) -> bool:
         """Whether a unit is there, whole, and made with the settings of ``fingerprint``."""
         mark = self.mark(artifact, unit)
-        path = self.tar(artifact, unit)
-        return (
-            mark is not None
-            and mark["fingerprint"] == fingerprint
-            and path.is_file()
-            and path.stat().st_size == mark["bytes"]
-        )
+        if mark is None or mark["fingerprint"] != fingerprint:
+            return False
+        try:
+            return self.tar(artifact, unit).stat().st_size == int(mark["bytes"])
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def marks(self, artifact: str) -> dict[int, dict[str, Any]]:
+        """The done marks of all units whose tars are there and as long as their marks say, read together."""
+        folder = self.folder(artifact)
+        sizes = listing(folder)
+        names = sorted(name for name in sizes if name.endswith(".json") and name[:-5].isdecimal())
+        found = {}
+        for name, data in read_many(folder, names, MOST_JSON):
+            try:
+                mark = checked_mark(read_json(data))
+            except ValueError:
+                continue
+            if sizes.get(f"{name[:-5]}.tar") == mark["bytes"]:
+                found[int(name[:-5])] = mark
+        return found
 
     def units(self, artifact: str) -> list[int]:
         """The numbers of the units of an artifact that are done, in order.
@@ -280,9 +296,21 @@ class Run:
         """The samples of a unit in order: key, and each member's bytes.
 
         Raises:
-            MissingArtifact, CorruptShard: the unit is not there, or not whole.
+            MissingArtifact, CorruptShard: the unit is not there, or not as it was written.
         """
+        self.verify(artifact, unit)
         return read_tar(self.tar(artifact, unit))
+
+    def verify(self, artifact: str, unit: int) -> None:
+        """See that a unit has the sha256 that its done mark tells. One that is cut off says more when it is read.
+
+        Raises:
+            CorruptShard: it has another.
+        """
+        mark = self.mark(artifact, unit)
+        if mark is not None and self.has(artifact, unit, mark["fingerprint"]):
+            stage = self.artifact(artifact)["stage"]
+            check_whole(self.tar(artifact, unit), mark["sha256"], f"synthgen {stage} --run {self.path}")
 
     def keys(self, artifact: str, unit: int) -> list[str]:
         """The keys of a unit in order."""
@@ -340,6 +368,7 @@ class UnitWriter:
         self.run, self.artifact, self.unit = run, artifact, unit
         self.notes: dict[str, int] = {}
         self.failed: dict[str, str] = {}
+        self.about: dict[str, Any] = {}  # what else its done mark is to tell
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
@@ -385,6 +414,7 @@ class UnitWriter:
                 "fingerprint": self._fingerprint,
                 "notes": self.notes,
                 **({"failed": self.failed} if self.failed else {}),
+                **self.about,
             }
             write_json(path.with_suffix(".json"), mark)
         if kind is None:

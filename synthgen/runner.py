@@ -12,6 +12,7 @@ from synthgen.errors import ConfigError, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage
+from synthgen.stores import temporaries
 from synthgen.stores.tar import is_abandoned
 
 __all__ = ["EngineLike", "Progress", "Summary", "check_engine", "run_stage"]
@@ -87,7 +88,7 @@ def run_stage(stage: Stage, run: Run, engine: EngineLike = None, progress: Progr
 def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
     stage.prepare(run)
     plan, todo = stage.plan(run), stage.todo(run)
-    sizes = {unit: stage.size(run, unit) for unit in plan}
+    sizes = stage.sizes(run, plan)
     summary = Summary(stage.name, units=len(plan), done_before=len(plan) - len(todo))
     started = time.perf_counter()
     failed: list[Report] = []
@@ -116,7 +117,7 @@ def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
         )
     stage.finish(run)
     for name in stage.artifacts():  # what is half written is of processes that were killed, or that come too late
-        for leftover in run.folder(name).glob("**/.*.tmp"):
+        for leftover in temporaries(run.folder(name)):
             if is_abandoned(leftover):
                 leftover.unlink(missing_ok=True)
     return summary

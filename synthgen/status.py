@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from synthgen.config import build
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
 from synthgen.stages import STAGES
+from synthgen.stores import listing, read_many
 from synthgen.stores.tar import read_tar
-from synthgen.untrusted import read_file, read_json
+from synthgen.tallies import CUT_OFF, Tallies, Tally
+from synthgen.untrusted import MOST_JSON, read_file, read_json
 
 __all__ = [
     "ArtifactStatus",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 _ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
-_CUT_OFF = "cut off: no text encoder reads as far as the word stands"
+_SPLITS = ("train", "val")  # folders of shards
 _NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of an evaluation's file
 
 
@@ -59,16 +61,6 @@ class ArtifactStatus:
     def rate(self) -> float:
         """Samples per second of one worker; 0 where no time was taken."""
         return self.samples / self.seconds if self.seconds else 0.0
-
-
-@dataclass(slots=True)
-class Tally:
-    """Masks of one class, or of one word."""
-
-    name: str
-    samples: int = 0  # with a masks record
-    masks: int = 0  # kept
-    dropped: dict[str, int] = field(default_factory=dict)  # kind of reason → count
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +143,15 @@ class RunStatus:
 def status(run: Run, *, counts: bool = True) -> RunStatus:
     """Look at a run; nothing is changed, and what cannot be read is named instead of raised.
 
-    ``counts`` looks into every tar for masks by class and word; without it only done marks are read.
+    Done marks are read; with ``counts`` the tars of masks too, where their marks do not tell them by class and word.
     """
     problems: list[str] = []
     artifacts: dict[str, ArtifactStatus] = {}
     entries = run.manifest()["artifacts"]
+    marks: dict[str, dict[str, dict[str, Any]]] = {}
     for name, entry in entries.items():
-        artifacts[name] = _artifact(run, name, entry, artifacts, problems)
-    labels, words = _tallies(run, problems) if counts and "masks" in artifacts else ((), ())
+        artifacts[name], marks[name] = _artifact(run, name, entry, artifacts, problems)
+    labels, words = _tallies(run, marks["masks"], problems) if counts and "masks" in artifacts else ((), ())
     training = tuple(
         _training(folder, artifacts.get(f"pretrain/{folder.name}"))
         for folder in sorted(run.folder("pretrain").glob("*/"))
@@ -181,16 +174,18 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
 
 def _artifact(
     run: Run, name: str, entry: Mapping[str, Any], earlier: Mapping[str, ArtifactStatus], problems: list[str]
-) -> ArtifactStatus:
+) -> tuple[ArtifactStatus, dict[str, dict[str, Any]]]:
+    """How far an artifact is, with the marks of what is done of it."""
     folder = run.folder(name)
+    files = listing(folder)
     failures = {}
-    for path in sorted(folder.glob("*.failed.json")):
-        if (unit := path.name.removesuffix(".failed.json")).isdigit():
-            failures[int(unit)] = str(_json(path, problems).get("error", "no reason was written down"))
+    for file in sorted(files):
+        if (unit := file.removesuffix(".failed.json")).isdigit() and unit != file:
+            failures[int(unit)] = str(_json(folder / file, problems).get("error", "no reason was written down"))
     marks = {}
     unfinished = set()
-    for stem, tar, mark in _marks(folder, problems):
-        if _is_done(tar, mark, entry):
+    for stem, length, mark in _marks(folder, files, problems):
+        if length is not None and _is_done(length, mark, entry):
             marks[stem] = mark
         else:
             unfinished.add(stem)
@@ -204,7 +199,7 @@ def _artifact(
         for remark, count in (mark.get("notes") or {}).items():
             if count:
                 notes[remark] = notes.get(remark, 0) + int(count)
-    return ArtifactStatus(
+    told = ArtifactStatus(
         name,
         str(entry.get("stage", name)),
         len(marks),
@@ -217,28 +212,43 @@ def _artifact(
         dict(entry.get("settings") or {}),
         dict(entry.get("versions") or {}),
     )
+    return told, marks
 
 
-def _marks(folder: Path, problems: list[str]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Each done mark of an artifact: which unit it speaks of, the file that it stands for, and what it says.
+def _marks(
+    folder: Path, files: Mapping[str, int], problems: list[str]
+) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    """Each done mark of an artifact: which unit it speaks of, how long the file is that it stands for, what it says.
 
     ``000012.json`` marks a unit, ``train/000012_stats.json`` a shard and ``done.json`` a training.
     """
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*_stats.json")]):
-        stem = path.stem.removesuffix("_stats")
-        if stem.isdigit():
-            unit = stem if path.parent == folder else f"{path.parent.name}/{stem}"
-            yield unit, path.with_name(f"{stem}.tar"), _json(path, problems)
-        elif stem == "done":
-            yield f"{0:06d}", folder / "encoder.safetensors", _json(path, problems)
+    names = [name for name in sorted(files) if name == "done.json" or (name.endswith(".json") and name[:-5].isdigit())]
+    for name, mark in _read_json(folder, names, problems):
+        whole = "encoder.safetensors" if name == "done.json" else f"{name[:-5]}.tar"
+        yield f"{0:06d}" if name == "done.json" else name[:-5], files.get(whole), mark
+    for split in _SPLITS:
+        inner = listing(folder / split)
+        names = [name for name in sorted(inner) if name.endswith("_stats.json") and name[:-11].isdigit()]
+        for name, mark in _read_json(folder / split, names, problems):
+            yield f"{split}/{name[:-11]}", inner.get(f"{name[:-11]}.tar"), mark
 
 
-def _is_done(path: Path, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether the file is there, as long as its mark says, and made with the present settings."""
-    try:
-        length = path.stat().st_size
-    except OSError:
-        return False
+def _read_json(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Files of a folder that are read together; one that is gone meanwhile, or cannot be read, is named and empty."""
+    found = dict(read_many(folder, names, MOST_JSON))
+    for name in names:
+        try:
+            if name not in found:
+                raise ValueError("it is gone, or may not be read")
+            value = read_json(found[name], finite=False)
+        except ValueError as error:
+            problems.append(f"{folder / name} cannot be read ({error}); delete it and run its stage again")
+            value = {}
+        yield name, value if isinstance(value, dict) else {}
+
+
+def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the file is as long as its mark says, and made with the present settings."""
     counts = [mark.get(name, 0) for name in ("count", "bytes", "seconds", "duration")]
     notes = mark.get("notes") or {}
     sane = isinstance(notes, dict) and all(_is_number(one) and math.isfinite(one) for one in (*counts, *notes.values()))
@@ -249,57 +259,40 @@ def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
     """How many units the stage plans, or None where it cannot be made again from what the manifest says."""
     try:
         name = str(entry["stage"])
-        return len(build(STAGES.load(name), entry["settings"], where=name).plan(run))
+        return build(STAGES.load(name), entry["settings"], where=name).planned(run)
     except Exception:  # a stage of another version, a lost input: status must still answer
         return None
 
 
-def _tallies(run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
-    """Masks by class and by word."""
-    labels: dict[str, Tally] = {}
-    words: dict[str, Tally] = {}
-    for path in sorted(run.folder("masks").glob("[0-9]*.tar")):
-        try:
-            images = run.folder("images") / path.name
-            about = {key: _about(members) for key, members in read_tar(images, ("json",))}
-            records = [(key, decode_meta(key, members)) for key, members in read_tar(path, ("json",))]
-        except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
-            problems.append(str(error))
-            continue
-        for key, record in records:
-            wanted = [str(word) for word in record.get("words", ())]
-            dropped = record.get("dropped")
-            reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
-            reasons += [""] * (len(wanted) - len(reasons))
-            label, lost = about.get(key, ("", []))
-            for tally in _tallies_of(label, wanted + lost, labels, words):
-                tally.samples += 1
-            for word, reason in zip(wanted + lost, reasons[: len(wanted)] + [_CUT_OFF] * len(lost), strict=True):
-                for tally in [words[word], *([labels[label]] if label else [])]:
-                    if reason:
-                        kind = _kind(reason)
-                        tally.dropped[kind] = tally.dropped.get(kind, 0) + 1
-                    else:
-                        tally.masks += 1
-
-    def ranked(tallies: Iterable[Tally]) -> tuple[Tally, ...]:
-        return tuple(sorted(tallies, key=lambda tally: (-tally.samples, tally.name)))
-
-    return ranked(labels.values()), ranked(words.values())
+def _tallies(
+    run: Run, marks: Mapping[str, Mapping[str, Any]], problems: list[str]
+) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
+    """Masks by class and by word: from the done marks; of units whose marks tell none, from their tars."""
+    tallies = Tallies()
+    told = set()
+    for unit, mark in marks.items():
+        with suppress(ValueError):
+            tallies.add(mark.get("tallies"))
+            told.add(f"{unit}.tar")
+    folder = run.folder("masks")
+    for name in sorted(listing(folder).keys() - told):
+        if name.endswith(".tar") and name[:1].isdigit():
+            try:
+                _count(tallies, run.folder("images") / name, folder / name)
+            except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
+                problems.append(str(error))
+    return tallies.ranked()
 
 
-def _tallies_of(label: str, wanted: Sequence[str], labels: dict[str, Tally], words: dict[str, Tally]) -> list[Tally]:
-    """The tallies that one sample counts in; a word that stands twice in its prompt counts it once."""
-    found = [words.setdefault(word, Tally(word)) for word in dict.fromkeys(wanted)]
-    return [labels.setdefault(label, Tally(label)), *found] if label else found
-
-
-def _kind(reason: str) -> str:
-    """What comes before the colon: "too small: covers 0.31% of the image, less than 0.50%" is a "too small".
-
-    Reasons of older runs have none: "covers 0.31% of the image, less than 0.50%" is a "less than 0.50%".
-    """
-    return re.sub(r"^covers [\d.]+ ?% of the image, ", "", reason.partition(":")[0])
+def _count(tallies: Tallies, images: Path, masks: Path) -> None:
+    about = {key: _about(members) for key, members in read_tar(images, ("json",))}
+    for key, record in [(key, decode_meta(key, members)) for key, members in read_tar(masks, ("json",))]:
+        wanted = [str(word) for word in record.get("words", ())]
+        dropped = record.get("dropped")
+        reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
+        reasons += [""] * (len(wanted) - len(reasons))
+        label, lost = about.get(key, ("", []))
+        tallies.count(label, wanted + lost, reasons[: len(wanted)] + [CUT_OFF] * len(lost))
 
 
 def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from synthgen.stores.remote import RemotePath
+
 __all__ = [
     "LONGEST_LINE",
     "MOST_BYTES",
@@ -24,6 +26,7 @@ __all__ = [
     "MOST_WORDS",
     "MOST_YAML",
     "SAFE_LOADER",
+    "read_chunks",
     "read_file",
     "read_json",
     "read_lines",
@@ -51,13 +54,28 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: there is none, or it is no plain file.
         ValueError: it is larger.
     """
+    return b"".join(read_chunks(path, most, size=most))
+
+
+def read_chunks(path: Path, most: int = MOST_BYTES, size: int = 2**20) -> Iterator[bytes]:
+    """What :func:`read_file` reads, ``size`` bytes at a time.
+
+    Raises:
+        OSError, ValueError: as there, before the first bytes.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a folder says so itself when opened
         raise OSError(f"{path} is no plain file")
     if status.st_size > most:
         raise ValueError(f"it is larger than {most:,} bytes")
+    if isinstance(path, RemotePath):  # small things of a run, that change: no copy of them is kept
+        yield path.read_bytes()
+        return
     with open(path, "rb") as file:
-        return file.read(status.st_size)
+        left = status.st_size  # what is added to it meanwhile is not read
+        while left and (data := file.read(min(left, size))):
+            left -= len(data)
+            yield data
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -159,4 +177,4 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
 
 def visible(text: str) -> str:
     """Text in which control characters and line ends are spaces: as long as before, so that places in it stay right."""
-    return text.translate(_CONTROL)
+    return text if text.isprintable() else text.translate(_CONTROL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing as mp
 import os
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from synthgen.devices import devices_for
@@ -20,6 +20,7 @@ from synthgen.engines._work import opened
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
+from synthgen.stores import is_in_memory
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
@@ -52,7 +53,7 @@ class Local:
         """
         devices = devices_for(stage)
         count = min(self.workers or len(devices), len(units))
-        if stage.collective or count <= 1:
+        if stage.collective or count <= 1 or is_in_memory(run.path):
             worker = Worker(device=devices[0], tick=listener.advance, skip=listener.skip, describe=listener.describe)
             with opened(stage, run, worker) as work:
                 yield from map(work, units)
@@ -112,7 +113,7 @@ def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], co
     rank = ranks.get()
     worker = Worker(rank, count, devices[rank % len(devices)], tick=ticks.send, skip=ticks.send)
     stack = ExitStack()
-    atexit.register(stack.close)  # while there is still an interpreter to close it in
+    Finalize(None, stack.close, exitpriority=1)  # while threads can still be begun, which a store's client does
     try:
         _STATE["work"] = stack.enter_context(opened(stage, run, worker))
     except Exception as error:  # raised by the first unit: an initializer that raises would only break the pool

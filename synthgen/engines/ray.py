@@ -22,6 +22,7 @@ from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
+from synthgen.stores import is_in_memory
 
 __all__ = ["Ray"]
 
@@ -60,9 +61,11 @@ class Ray:
         """One report for each unit, as they come.
 
         Raises:
-            ConfigError: there is no cluster at the address.
+            ConfigError: there is no cluster at the address, or its workers cannot see the run.
             SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
         """
+        if is_in_memory(run.path):
+            raise ConfigError(f"{run.path} lies in the memory of this process, where Ray's workers cannot see it")
         self.join()
         gpus = self.gpus_of(stage)
         count = min(self.workers or self.room(gpus), len(units))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -72,9 +72,20 @@ class Stage(ABC):
     def plan(self, run: Run) -> list[int]:
         """The numbers of the units there are, done or not. Cheap and deterministic."""
 
+    def planned(self, run: Run) -> int:
+        """How many units the plan has, for a report; stages whose plan costs much may know it otherwise."""
+        return len(self.plan(run))
+
     def todo(self, run: Run) -> list[int]:
         """The units of the plan that are not done yet with the present settings."""
-        return [unit for unit in self.plan(run) if not self.done(run, unit)]
+        names = self.artifacts()
+        if not names or type(self).done is not Stage.done:
+            return [unit for unit in self.plan(run) if not self.done(run, unit)]
+        done = [
+            {unit for unit, mark in run.marks(name).items() if mark["fingerprint"] == run.artifact(name)["fingerprint"]}
+            for name in names
+        ]
+        return [unit for unit in self.plan(run) if not all(unit in units for units in done)]
 
     def done(self, run: Run, unit: int) -> bool:
         """Whether a unit is done with the present settings, by whoever did it."""
@@ -84,6 +95,10 @@ class Stage(ABC):
     @abstractmethod
     def size(self, run: Run, unit: int) -> int:
         """How many samples the unit holds, for the progress bar."""
+
+    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
+        """How many samples each of the units holds."""
+        return {unit: self.size(run, unit) for unit in units}
 
     @abstractmethod
     def open(self, run: Run, worker: Worker) -> AbstractContextManager[Work]:

@@ -1,17 +1,21 @@
-"""The images that an encoder is judged on: what is known of them, without decoding any."""
+"""The images that an encoder is judged on, and the masks that are: what is known of them, without decoding any."""
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
+from synthgen.codecs import decode_masks, decode_meta
 from synthgen.errors import ConfigError
-from synthgen.run import digest
+from synthgen.records import WordMasks
+from synthgen.run import Run, digest
+from synthgen.stores.tar import read_tar
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
 
-__all__ = ["Lacking", "Source", "open_source", "spread_out"]
+__all__ = ["Lacking", "Source", "masks_of_run", "open_source", "spread_out", "thinned"]
 
 
 class Lacking(ConfigError):
@@ -108,3 +112,49 @@ def spread_out(numbers: tuple[int, ...], most: int) -> tuple[int, ...]:
     if len(numbers) <= most:
         return numbers
     return tuple(numbers[place * len(numbers) // most] for place in range(most))
+
+
+def thinned(
+    sources: Mapping[str, Source], each: int, memory: float, result: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The samples with masks whose patch features fit into ``memory`` GB at ``each`` bytes: all, or evenly apart."""
+    total = sum(len(source.masked) for source in sources.values())
+    share = min(1.0, memory * 1e9 / (each * total))
+    found = {}
+    for name, source in sources.items():
+        found[name] = spread_out(source.masked, max(1, int(len(source.masked) * share)))
+        if len(found[name]) < len(source.masked):
+            result["warnings"].append(
+                f"patch features are those of {len(found[name])} of {len(source.masked)} {name} images: all would "
+                f"take {each * total / 1e9:.1f} GB, and patch_memory is {memory:g}"
+            )
+    return found
+
+
+def masks_of_run(run: Run) -> Mapping[str, WordMasks]:
+    """The run's own masks, under the names that their images had before where they were attended.
+
+    Raises:
+        ConfigError: two images had the same name.
+    """
+    from synthgen.datasets import LazyMasks
+
+    readers: dict[str, Callable[[], WordMasks]] = {}
+    names = _names_before(run)
+    for unit in run.units("masks"):
+        for key, members in run.read("masks", unit):  # packed: a few hundred bytes a sample
+            name = names.get(key, key)
+            if name in readers:
+                raise ConfigError(
+                    f"two images of {run.path} are called {name}; truth is found by names, so judge one set"
+                )
+            readers[name] = partial(decode_masks, key, members)
+    return LazyMasks(readers)
+
+
+def _names_before(run: Run) -> dict[str, str]:
+    """By key what attended images were called before, which is what their truth is called; none for generated ones."""
+    if run.artifact("images")["stage"] != "attend":
+        return {}
+    rows = (row for unit in run.units("images") for row in read_tar(run.tar("images", unit), ("json",)))
+    return {key: str(decode_meta(key, members).get("source") or key) for key, members in rows}

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from synthgen.codecs import decode_meta
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
-from synthgen.records import Report, WordMasks
+from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, open_source, spread_out
-from synthgen.stores.tar import read_tar, write_json
+from synthgen.stages._doubts import doubts, doubts_of_masks
+from synthgen.stages._judged import Lacking, Source, masks_of_run, open_source, thinned
+from synthgen.stages._readers import telling_lost_readers
+from synthgen.stages._written import check_encoder, check_shards
+from synthgen.stores import located
+from synthgen.stores.tar import write_json
 from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
@@ -59,8 +61,10 @@ class Evaluate(Stage):
     pool: str = "mean"  # of the patch tokens, or cls
     mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
     patch_memory: float = 2.0  # GB for patch features; with more images fewer are taken, evenly apart
+    baselines: bool = True  # rows of a random encoder and of the pixels beside it
     label: str = ""  # name of the file; the encoder's folder, with the names of ``test`` and ``truth``
     batch_size: int = free(128)
+    verify: bool = free(True)  # read the run's shards once before, and see that they are as they were written
     num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
 
     def __post_init__(self) -> None:
@@ -164,7 +168,7 @@ class Evaluate(Stage):
         """
         if all(evaluator.needs == "masks" for evaluator in self.wanted(run).values()):
             return None
-        folder = Path(self.encoder) if self.encoder else _newest(run)
+        folder = located(self.encoder) if self.encoder else _newest(run)
         if folder is None:
             raise MissingArtifact(
                 f"{run.path} has no finished encoder; first run: synthgen pretrain --run {run.path}, or give --encoder"
@@ -284,8 +288,11 @@ class Evaluate(Stage):
             result: dict[str, Any] = {"scores": {}, "warnings": [], "skipped": skipped}
             folder = self.encoder_folder(run)
             of_encoder = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
+            if self.verify and folder is not None:
+                self.check_written(run, folder)
             if folder is not None and of_encoder:
-                self.judge_encoder(run, folder, worker, of_encoder, result)
+                with telling_lost_readers():
+                    self.judge_encoder(run, folder, worker, of_encoder, result)
             if len(of_encoder) < len(evaluators):
                 self.judge_masks(run, evaluators, result)
             result |= {
@@ -301,6 +308,17 @@ class Evaluate(Stage):
 
         yield work
 
+    def check_written(self, run: Run, folder: Path) -> None:
+        """See that the encoder, and what shards of the run are looked at, are as they were written.
+
+        Raises:
+            CorruptShard: one is not.
+        """
+        check_encoder(folder)
+        for source in self.sources(run).values():
+            if not getattr(self, source.name):
+                check_shards(run, "train" if source.name == "train" else "val")
+
     def judge_encoder(
         self, run: Run, folder: Path, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
@@ -310,9 +328,9 @@ class Evaluate(Stage):
         encoder = load_encoder(folder)
         needs = frozenset(evaluator.needs for evaluator in evaluators.values())
         rows = {folder.resolve().name: "encoder"}
-        rows |= {
-            row: kind for row, kind in _BASELINES.items() if any(kind in one.baselines for one in evaluators.values())
-        }
+        if self.baselines:
+            asked = {kind for one in evaluators.values() for kind in one.baselines}
+            rows |= {row: kind for row, kind in _BASELINES.items() if kind in asked}
         material = self.material(run, folder, encoder, worker, needs, list(rows.values()), result)
         for row, kind in rows.items():
             result["scores"][row] = {}
@@ -359,7 +377,7 @@ class Evaluate(Stage):
             device=worker.device,
         )
         each = patch_bytes(encoder.config, len(networks))
-        masked = self.thinned(sources, each, result) if "patches" in needs else {}
+        masked = thinned(sources, each, self.patch_memory, result) if "patches" in needs else {}
         found: dict[str, Extracted] = {}
         numbers = {name: self.looked_at(source, needs) for name, source in sources.items()}
         for name, source in sources.items():
@@ -377,14 +395,14 @@ class Evaluate(Stage):
                 for kind in kinds:
                     material[kind][name] = labelled(found[name], kind, labels, keys, classes)
                 result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
-            result["warnings"] += _doubts(sources)
+            result["warnings"] += doubts(sources)
         if "patches" in needs:
             for name, names in zip(("train", "test"), joined_classes(found["train"], found["test"]), strict=True):
                 for kind, split in scenes(found[name], names).items():
                     if kind in material:
                         material[kind][f"{name}_scenes"] = split
                 result[name] |= {"images_with_masks": len(found[name].keys), "mask_classes": len(found[name].names)}
-            result["warnings"] += _doubts_of_masks(found, masked)
+            result["warnings"] += doubts_of_masks(found, masked)
             result["patch_memory_mb"] = round(sum(len(one.keys) for one in found.values()) * each / 1e6, 1)
         if dual is not None:
             captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
@@ -392,27 +410,13 @@ class Evaluate(Stage):
             result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
         return {kind: Material(**parts) for kind, parts in material.items()}
 
-    def thinned(self, sources: Mapping[str, Source], each: int, result: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The samples with masks whose patch features fit into memory at ``each`` bytes, evenly taken."""
-        total = sum(len(source.masked) for source in sources.values())
-        share = min(1.0, self.patch_memory * 1e9 / (each * total))
-        found = {}
-        for name, source in sources.items():
-            found[name] = spread_out(source.masked, max(1, int(len(source.masked) * share)))
-            if len(found[name]) < len(source.masked):
-                result["warnings"].append(
-                    f"patch features are those of {len(found[name])} of {len(source.masked)} {name} images: all would "
-                    f"take {each * total / 1e9:.1f} GB, and patch_memory is {self.patch_memory:g}"
-                )
-        return found
-
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
         from synthgen.datasets import open_masks
         from synthgen.evaluators import Material
 
         truth = open_masks(self.truth)
-        predicted = open_masks(self.predicted) if self.predicted else _masks_of_run(run)
+        predicted = open_masks(self.predicted) if self.predicted else masks_of_run(run)
         shared = len(predicted.keys() & truth.keys())
         if not shared:
             raise ConfigError(f"no key of the predicted masks is among those of {self.truth}")
@@ -448,31 +452,6 @@ def _named(choices: Sequence[Choice]) -> dict[str, Choice]:
     return found
 
 
-def _masks_of_run(run: Run) -> Mapping[str, WordMasks]:
-    from synthgen import codecs
-    from synthgen.datasets import LazyMasks
-
-    readers: dict[str, Callable[[], WordMasks]] = {}
-    names = _sources(run)
-    for unit in run.units("masks"):
-        for key, members in run.read("masks", unit):  # packed: a few hundred bytes a sample
-            name = names.get(key, key)
-            if name in readers:
-                raise ConfigError(
-                    f"two images of {run.path} are called {name}; truth is found by names, so judge one set"
-                )
-            readers[name] = partial(codecs.decode_masks, key, members)
-    return LazyMasks(readers)
-
-
-def _sources(run: Run) -> dict[str, str]:
-    """By key what attended images were called before, which is what their truth is called; none for generated ones."""
-    if run.artifact("images")["stage"] != "attend":
-        return {}
-    rows = (row for unit in run.units("images") for row in read_tar(run.tar("images", unit), ("json",)))
-    return {key: str(decode_meta(key, members).get("source") or key) for key, members in rows}
-
-
 def _newest(run: Run) -> Path | None:
     done = sorted(run.folder("pretrain").glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns)
     return done[-1].parent if done else None
@@ -490,45 +469,3 @@ def _read(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _doubts(sources: Mapping[str, Source]) -> list[str]:
-    """What makes scores by labels doubtful."""
-    found = []
-    for name, source in sources.items():
-        lacking = len(source.samples) - len(source.labels)
-        if lacking:
-            found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
-    known, asked = list(sources["train"].labels.values()), list(sources["test"].labels.values())
-    if len(asked) < 100:
-        found.append(f"{len(asked)} test images are few: the intervals are wide")
-    if unseen := sorted(set(asked) - set(known)):
-        count = sum(label in unseen for label in asked)
-        found.append(f"{count} test images are of classes that training lacks: {_list(unseen)}; they count wrong")
-    if len(set(known)) == 1:
-        found.append("there is one class only: every score is as good as that says")
-    return found
-
-
-def _doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequence[int]]) -> list[str]:
-    """What makes scores by masks doubtful."""
-    told = []
-    for name, one in found.items():
-        if len(one.keys) < len(masked[name]):
-            lacking = len(masked[name]) - len(one.keys)
-            told.append(
-                f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
-            )
-    if len(found["test"].keys) < 100:
-        told.append(f"{len(found['test'].keys)} test images with masks are few: the intervals are wide")
-    if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
-        boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
-        told.append(
-            f"{boxes} masks of test images are of {len(unseen)} classes that training lacks: {_list(unseen)}; "
-            "they count as not found"
-        )
-    return told
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

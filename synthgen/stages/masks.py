@@ -19,6 +19,7 @@ from synthgen.records import Generation, Maps, Report, WordMasks
 from synthgen.refiners import REFINERS, Refiner
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
+from synthgen.tallies import CUT_OFF, Tallies
 
 __all__ = ["Masks"]
 
@@ -73,20 +74,30 @@ class Masks(Stage):
         mark = run.mark("images", unit)
         return int(mark["count"]) if mark else 0
 
+    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
+        """Images of each unit, from marks that are read together."""
+        marks = run.marks("images")
+        return {unit: int(marks[unit]["count"]) if unit in marks else 0 for unit in units}
+
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         """Build the refiner; then a unit is its samples one by one."""
         refiner, plain = REFINERS.build(self.refine), REFINERS.build(Choice("threshold"))
 
         def work(unit: int) -> Report:
+            tallies = Tallies()
             with run.write("masks", unit) as masks:
                 for generation in read_generations(run, unit):
                     found = self.mask(refiner, plain, generation)
                     masks.add(generation.request.key, codecs.encode_masks(found))
                     masks.note("masks", sum(not reason for reason in found.dropped))
                     masks.note("dropped masks", sum(bool(reason) for reason in found.dropped))
-                    masks.note("words cut off", len(words_cut_off(generation.warnings)))
+                    prompt, lost = generation.request.prompt, words_cut_off(generation.warnings)
+                    masks.note("words cut off", len(lost))
+                    reasons = [*found.dropped, *[CUT_OFF] * len(lost)]
+                    tallies.count(prompt.label or "", [*found.words, *lost], reasons)
                     worker.tick(1)
+                masks.about["tallies"] = tallies.plain()
                 count = masks.count
             return Report(unit, count, notes=masks.notes)
 

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact, MissingDependency, UnknownName
 from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages._readers import telling_lost_readers
+from synthgen.stages._written import check_shards
+from synthgen.stores import filled
 from synthgen.stores.tar import write_json
 from synthgen.untrusted import read_file, read_json, visible
 
@@ -69,13 +72,16 @@ class Pretrain(Stage):
     max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
     precision: str = "no"  # bf16, fp16, or no (float32)
     accumulate: int = 1  # parts that a step's images are worked on in, for less memory
-    compile: bool = False  # transformer blocks by torch.compile: a minute at the start, faster steps, other last bits
+    compile: bool = False  # transformer blocks by torch.compile: minutes at the start, other last bits; meant for GPUs
     threads: int = 1  # of the CPU; another number gives other last bits
     seed: int = 0  # beside the run's seed: another start, order and views on the same shards
     label: str = ""
     data: tuple[str, ...] = ()  # tars, patterns, folders; instead of the run's own shards
+    masks: Literal["own", "elsewhere"] = "own"  # elsewhere: a control, masks as large at a place that is not theirs
     save_every: int = free(200)  # steps
     log_every: int = free(10)  # steps
+    snapshots: int = free(0)  # so many times, evenly apart, the encoder as it is goes to snapshots/step-<steps>/
+    verify: bool = free(True)  # read the run's shards once before, and see that they are as they were written
     num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
     trackers: tuple[str, ...] = free(())  # such as tensorboard, wandb; metrics.jsonl is always written
     export: bool = free(True)  # write transformers/ too
@@ -86,6 +92,10 @@ class Pretrain(Stage):
         for name in ("epochs", "batch_size", "accumulate", "threads", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.snapshots < 0:
+            raise ValueError(f"snapshots must be 0 or more, not {self.snapshots}")
+        if self.masks not in ("own", "elsewhere"):
+            raise ValueError(f"masks must be own or elsewhere, not {self.masks!r}")
         if self.samples_seen < 0:
             raise ValueError(f"samples_seen must be 1 or more (or 0, to count epochs), not {self.samples_seen}")
         if not 0 <= self.base_learning_rate < float("inf"):
@@ -194,8 +204,10 @@ class Pretrain(Stage):
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
         from synthgen.datasets import open_dataset
+        from synthgen.elsewhere import MasksElsewhere
 
-        return open_dataset(*self.sources(run), masks=masks)
+        samples = open_dataset(*self.sources(run), masks=masks)
+        return MasksElsewhere(samples) if self.masks == "elsewhere" else samples
 
     def order(self, run: Run, length: int) -> Order:
         """Which samples come when. A batch is never larger than the set.
@@ -246,19 +258,24 @@ class Pretrain(Stage):
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            accelerator = self.accelerator(run, worker)
+            with filled(run.folder(*self.artifacts())) as folder:
+                accelerator = self.accelerator(folder, worker)
 
-            def work(unit: int) -> Report:
-                return self.train(run, worker, accelerator, unit)
+                def work(unit: int) -> Report:
+                    with telling_lost_readers():
+                        return self.train(run, worker, accelerator, unit)
 
-            yield work
-            for tracker in accelerator.trackers:  # not end_training(), which ends what the next training needs as well
-                tracker.finish()
+                yield work
+                for tracker in accelerator.trackers:  # not end_training(): it ends what the next training needs as well
+                    tracker.finish()
         finally:
             torch.set_num_threads(threads)
 
-    def accelerator(self, run: Run, worker: Worker) -> Accelerator:
-        """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count."""
+    def accelerator(self, folder: Path, worker: Worker) -> Accelerator:
+        """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count.
+
+        Trackers write to ``folder``.
+        """
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin
@@ -270,7 +287,7 @@ class Pretrain(Stage):
             mixed_precision=self.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(self.accumulate, sync_with_dataloader=False),
             log_with=list(self.trackers) or None,
-            project_dir=run.folder(*self.artifacts()),
+            project_dir=folder,
         )
         if accelerator.num_processes > 1:
             atexit.register(accelerator.state.destroy_process_group)
@@ -288,6 +305,8 @@ class Pretrain(Stage):
         started = time.perf_counter()
         (name,) = self.artifacts()
         folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
+        if self.verify and not self.data:
+            check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
         samples = self.dataset(run)
         method = self.build_method(run, samples)
         order = self.order(run, len(samples))
@@ -312,10 +331,19 @@ class Pretrain(Stage):
         )
         before = training.step * order.batch_size
         worker.skip(before)
+        wanted = {order.steps * number // self.snapshots for number in range(1, self.snapshots + 1)} - {0}
+
+        def snapshot(step: int) -> None:
+            place = folder / "snapshots" / f"step-{step:06d}"
+            if step in wanted and accelerator.is_main_process and not (place / "encoder.safetensors").is_file():
+                save_encoder(method.encoder, place, size=self.encoder.name, method=self.method.dump())
+
+        snapshot(training.step)  # killed between its checkpoint and its snapshot
         count, loss = 0, float("nan")
         for record in training.run():
             count += record.samples
             worker.tick(record.samples)
+            snapshot(record.step)
             if record.figures:
                 loss = record.figures["loss"]
                 worker.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")

@@ -27,6 +27,7 @@ from synthgen.mask_shape import describe_masks
 from synthgen.records import Report
 from synthgen.run import Run, checked_mark, digest, versions
 from synthgen.stages import Stage, Work, Worker
+from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
@@ -102,12 +103,21 @@ class Shards(Stage):
 
     def layout(self, run: Run) -> Sequence[Shard]:
         """Every shard with its keys: reads the headers of all image units, once for as long as none is added."""
-        folder = run.folder("images")
-        return _layout(self, run, folder.stat().st_mtime_ns if folder.exists() else 0)
+        if "shards" in run.held:  # which names the content of all units
+            return _layout(self, run, run.held["shards"]["fingerprint"])
+        return _layout(self, run, digest(sorted(listing(run.folder("images")))))
 
     def plan(self, run: Run) -> list[int]:
         """Unit n is the n-th shard of the layout: train first, then val."""
         return list(range(len(self.layout(run))))
+
+    def planned(self, run: Run) -> int:
+        """How many shards there are: once they are finished, as ``dataset.json`` says."""
+        try:
+            listed = read_json(read_file(run.folder("shards") / "dataset.json"))["shards"]
+        except (OSError, ValueError, LookupError, TypeError):
+            listed = None
+        return len(listed) if isinstance(listed, list) else len(self.plan(run))
 
     def size(self, run: Run, unit: int) -> int:
         """How many samples the shard holds."""
@@ -172,7 +182,7 @@ class Shards(Stage):
 
 
 @functools.lru_cache(maxsize=4)
-def _layout(stage: Shards, run: Run, stamp: int) -> tuple[Shard, ...]:
+def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
     units = run.units("images")
     if stage.shuffle:
         units.sort(key=lambda unit: _draw(run, "unit", unit))
@@ -210,14 +220,12 @@ def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
     Raises:
         CorruptShard: a unit is not there, or not as long as its mark says.
     """
-    marks = []
+    marks = run.marks(artifact)
     for unit in units:
-        mark, path = run.mark(artifact, unit), run.tar(artifact, unit)
-        if mark is None or not run.has(artifact, unit, mark["fingerprint"]):
-            again = f"synthgen {run.artifact(artifact)['stage']} --run {run.path}"
+        if unit not in marks:
+            path, again = run.tar(artifact, unit), f"synthgen {run.artifact(artifact)['stage']} --run {run.path}"
             raise CorruptShard(f"{path} is missing, cut off, or not the one that was made; delete it and run: {again}")
-        marks.append([unit, mark["sha256"]])
-    return digest(marks)
+    return digest([[unit, marks[unit]["sha256"]] for unit in units])
 
 
 # -- one shard

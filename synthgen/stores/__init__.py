@@ -1,1 +1,173 @@
-"""Where artifacts lie: tars on a local file system."""
+"""Where artifacts lie: tars on a local file system, or in a store that fsspec reaches (``s3://bucket/run``).
+
+A place is a :class:`pathlib.Path`, or a :class:`~synthgen.stores.remote.RemotePath`, which has the shape of one. What
+can be done at both is here and in :mod:`synthgen.stores.tar`; fsspec is imported only for the second kind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from synthgen.errors import StorageError, SynthgenError
+from synthgen.stores.cache import cache_bytes, work_folder
+from synthgen.stores.remote import RemotePath
+
+__all__ = [
+    "Growing",
+    "filled",
+    "is_in_memory",
+    "listing",
+    "located",
+    "open_here",
+    "read_many",
+    "stays_remote",
+    "temporaries",
+]
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # two letters and more: one is a drive
+_TRIES = 5
+
+
+def located(place: str | Path) -> Path:
+    """The path of a folder or file by its name or URL; that of ``file:///runs/demo`` is local.
+
+    A URL may have passed for a path before, and lost a slash.
+
+    Raises:
+        ConfigError: there is no such kind of store, or a password stands in the URL.
+        MissingDependency: its library is not installed.
+    """
+    if isinstance(place, RemotePath):
+        return place
+    found = _URL.match(str(place))
+    if not found:
+        return Path(place)
+    if found[1].lower() in ("file", "local"):
+        return Path("/", str(place)[found.end() :])
+    path = RemotePath(str(place))
+    path.check()
+    return path
+
+
+def is_in_memory(path: Path) -> bool:
+    """Whether other processes, even of this machine, see nothing of what lies there."""
+    return isinstance(path, RemotePath) and path.protocol == "memory"
+
+
+def open_here(path: Path) -> BufferedReader:
+    """A file, open for reading from any place in it. Of a remote one that is the copy in the local cache.
+
+    Raises:
+        OSError, SynthgenError: there is none, or it cannot be read.
+    """
+    for _ in range(_TRIES):  # another process may drop the copy before it is open; after that it stays readable
+        try:
+            return open(path, "rb")
+        except FileNotFoundError:
+            if not (isinstance(path, RemotePath) and path.is_file()):
+                raise
+    raise StorageError(
+        f"the copy of {path} is dropped from the cache as soon as it is made; raise SYNTHGEN_CACHE_BYTES"
+    )
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """The names of the files in a folder, each with its size in bytes; of a store one request for a thousand."""
+    if isinstance(folder, RemotePath):
+        return {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def stays_remote(paths: Sequence[Path]) -> dict[Path, RemotePath]:
+    """Those of the files that are not to be copied, because half of the local cache is filled by those before them."""
+    found: dict[Path, RemotePath] = {}
+    total = 0
+    for path in paths:
+        if isinstance(path, RemotePath):
+            total += path.stat().st_size
+            if total > cache_bytes() // 2:
+                found[path] = path
+    return found
+
+
+def temporaries(folder: Path) -> Iterator[Path]:
+    """What is half written in a folder and in those below; stores have nothing of the kind."""
+    if not isinstance(folder, RemotePath):
+        yield from folder.glob("**/.*.tmp")
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """A folder of this machine; what is in it when the block ends well is in ``folder``, which may be that very one."""
+    if not isinstance(folder, RemotePath):
+        yield folder
+        return
+    with work_folder() as here:
+        yield here
+        for file in sorted(file for file in here.rglob("*") if file.is_file()):
+            (folder / file.relative_to(here).as_posix()).upload(file)
+
+
+class Growing:
+    """A file that lines are added to, each at once: several processes may share one.
+
+    Stores cannot add to an object. There the file is written anew by :meth:`flush`, and a killed process loses what it
+    added since the last one; it should have a file of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held: bytes | None = None  # all of a remote file, once something was added to it
+        self._flushed = True
+
+    def add(self, line: str) -> None:
+        """Add a line.
+
+        Raises:
+            OSError, SynthgenError: it cannot be written, or what is there not be read.
+        """
+        data = f"{line}\n".encode(errors="backslashreplace")
+        if not isinstance(self.path, RemotePath):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(data)
+            return
+        if self._held is None:
+            self._held = self.path.read_bytes() if self.path.is_file() else b""
+        self._held += data
+        self._flushed = False
+
+    def flush(self) -> None:
+        """Send what was added.
+
+        Raises:
+            StorageError: the store does not answer.
+        """
+        if isinstance(self.path, RemotePath) and self._held is not None and not self._flushed:
+            self.path.put(self._held)
+            self._flushed = True
+
+
+def read_many(folder: Path, names: Collection[str], most: int) -> Iterator[tuple[str, bytes]]:
+    """The files of these names, many requests at a time. Those that are gone, or cannot be read, are left out.
+
+    No more than ``most`` bytes of each are read, and one more, so that what is too long does not pass for whole.
+    """
+    if isinstance(folder, RemotePath):
+        yield from folder.read_many(names, most + 1)
+        return
+    for name in names:
+        try:
+            with open(folder / name, "rb") as file:
+                yield name, file.read(most + 1)
+        except (OSError, SynthgenError):
+            continue

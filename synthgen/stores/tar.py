@@ -2,7 +2,7 @@
 
 The same content gives the same bytes: fixed owner and mode, and an integer time of 0 (a float one would add a
 PAX record of 1 KiB to every member). A tar appears whole or not at all: it is written under a temporary name,
-flushed to the disk and renamed.
+flushed to the disk and renamed; one that goes to a store is written here and sent when it is whole.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import io
 import json
 import os
 import re
-import secrets
-import socket
 import tarfile
-import time
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +22,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from synthgen.errors import CorruptShard, MissingArtifact, StorageError
+from synthgen.stores import open_here
+from synthgen.stores._temporary import is_abandoned, temporary_beside
+from synthgen.stores.cache import work_folder
+from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import MOST_BYTES
 
 __all__ = [
@@ -41,40 +42,17 @@ __all__ = [
 ]
 
 _MODE = 0o444
-_DAY = 86400.0  # seconds
-
-
-def temporary_beside(path: Path) -> Path:
-    """``.<name>.<host>.<pid>.<chance>.tmp`` beside ``path``: a name that no other process on any machine uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-
-
-def is_abandoned(temporary: Path) -> bool:
-    """Whether nobody writes a temporary file any more: its process has ended, or for a day nothing was added to it."""
-    try:
-        beginning, pid, _, _ = temporary.name.rsplit(".", 3)
-        process = int(pid)
-    except ValueError:  # not one of ours
-        return True
-    if os.name == "posix" and beginning.endswith(f".{socket.gethostname()}"):
-        try:
-            os.kill(process, 0)  # sends nothing
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # of another user, and alive
-            return False
-    try:
-        return time.time() - temporary.stat().st_mtime > _DAY
-    except FileNotFoundError:
-        return False
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` at once: readers see the old file or the new one, never a part.
 
     Raises:
-        StorageError: the disk is full or the folder may not be written to.
+        StorageError: the disk is full or the folder may not be written to; or the store does not answer.
     """
+    if isinstance(path, RemotePath):
+        path.put(data)
+        return
     temporary = temporary_beside(path)
     try:
         _write(temporary, data)
@@ -92,8 +70,10 @@ def create_bytes(path: Path, data: bytes) -> bool:
         Whether it was put.
 
     Raises:
-        StorageError: the disk is full or the folder may not be written to.
+        StorageError: the disk is full or the folder may not be written to; or the store does not answer.
     """
+    if isinstance(path, RemotePath):
+        return path.create(data)
     temporary = temporary_beside(path)
     try:
         _write(temporary, data)
@@ -143,7 +123,7 @@ class TarWriter:
     ...     tar.add("0000000000", {"png": data, "json": meta})
 
     Raises:
-        StorageError: the disk is full or the folder may not be written to.
+        StorageError: the disk is full or the folder may not be written to; or the store does not answer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,12 +131,16 @@ class TarWriter:
         self.count = 0
         self.size = 0
         self.sha256 = ""
-        self._temporary = temporary_beside(path)
         self._wanted = True
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> TarWriter:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.path, RemotePath):
+                self._temporary = self._stack.enter_context(work_folder()) / self.path.name
+            else:
+                self._temporary = temporary_beside(self.path)
+                self._temporary.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "w+b")
         except OSError as error:
             raise storage_error(self.path, error) from error
@@ -189,7 +173,10 @@ class TarWriter:
                 self._file.seek(0)
                 self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
                 self.size = self._file.tell()
-                self._temporary.replace(self.path)
+                if isinstance(self.path, RemotePath):
+                    self.path.upload(self._temporary)
+                else:
+                    self._temporary.replace(self.path)
         except OSError as failed:
             raise storage_error(self.path, failed) from failed
         finally:
@@ -199,7 +186,7 @@ class TarWriter:
                 if kind is None:
                     raise storage_error(self.path, failed) from failed
             finally:
-                with contextlib.suppress(OSError):  # what went wrong before it says more
+                with contextlib.suppress(OSError), self._stack:  # what went wrong before it says more
                     self._temporary.unlink(missing_ok=True)
 
 
@@ -224,9 +211,8 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     samples: list[tuple[str, dict[str, Member]]] = []
     keys: set[str] = set()
     try:
-        size = path.stat().st_size
-        end = 0
-        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+        with open_here(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+            size, end = os.fstat(file.fileno()).st_size, 0
             for info in tar:
                 if info.offset_data <= end:  # a header that points back would be read for ever
                     raise ValueError("its members overlap")
@@ -244,8 +230,7 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
                 if name in samples[-1][1]:
                     raise ValueError(f"sample {key} has two members {name!r}")
                 samples[-1][1][name] = Member(info.offset_data, info.size)
-        with open(path, "rb") as file:  # a whole tar ends with blocks of zeros; a damaged header ends it as well
-            file.seek(end)
+            file.seek(end)  # a whole tar ends with blocks of zeros; a damaged header ends it as well
             if size % tarfile.BLOCKSIZE or any(block := file.read(tarfile.BLOCKSIZE)) or not block:
                 raise ValueError("it is cut off, or a header in it is damaged")
     except FileNotFoundError:
@@ -320,7 +305,7 @@ def read_tar(
         MissingArtifact, CorruptShard: as for :func:`index_tar`; or a member is too large.
     """
     samples = index_tar(path)
-    with open(path, "rb") as file:
+    with open_here(path) as file:
         for number, (key, members) in enumerate(samples):
             if keys is not None and key not in keys:
                 continue

@@ -7,8 +7,10 @@ keep: every draw comes from generators that are seeded from the run's seed and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.methods import METHODS, Method
 from synthgen.models.vit import load_encoder
+from synthgen.stores import located, temporaries
 from synthgen.stores.tar import write_bytes
 from synthgen.untrusted import read_file, read_json
 
@@ -39,7 +42,7 @@ def load_method(folder: str | Path) -> Method:
         MissingArtifact: there is no finished training, or its checkpoints were deleted.
         CorruptShard: its files cannot be read, or do not fit each other.
     """
-    folder = Path(folder)
+    folder = located(folder)
     encoder = load_encoder(folder)
     paths = sorted((folder / "checkpoints").glob("step-*.safetensors"))
     if not paths:
@@ -79,7 +82,8 @@ class Checkpoints:
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{moment}.{name}"] = value
         header = json.dumps({"step": step, "fingerprint": self.fingerprint, **state}, sort_keys=True)
-        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"state": header})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = save(tensors, metadata={"state": header, "sha256": _checksum(header, tensors)})
         write_bytes(self.folder / f"step-{step:08d}.safetensors", data)
         for old in self.paths()[: -self.keep]:
             old.unlink()
@@ -91,14 +95,18 @@ class Checkpoints:
             StaleArtifact: it is of a training with other settings.
             CorruptShard: there are checkpoints, and none can be read.
         """
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in temporaries(self.folder):
             leftover.unlink()  # of a process that was killed while it wrote
         broken = ""
         for path in reversed(self.paths()):
             try:
                 with safe_open(path, framework="pt") as file:
-                    state = read_json((file.metadata() or {}).get("state", "{}"), finite=False)
+                    about = file.metadata() or {}
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                header = about.get("state", "{}")
+                if "sha256" in about and about["sha256"] != _checksum(header, tensors):  # earlier versions told none
+                    raise ValueError("a byte of it is wrong, by its sha256")
+                state = read_json(header, finite=False)
                 if not isinstance(state, dict) or not isinstance(state.get("step"), int):
                     raise ValueError("its header holds no state of a training")
             except (SafetensorError, OSError, ValueError) as error:
@@ -129,3 +137,12 @@ class Checkpoints:
                 # AdamW keeps its step count on the CPU and its moments beside the weights
                 place = torch.device("cpu") if moment == "step" else parameters[name].device
                 optimizer.state[parameters[name]][moment] = tensor.to(place)
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 of all that a checkpoint holds; safetensors keeps none."""
+    found = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

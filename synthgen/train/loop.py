@@ -22,9 +22,10 @@ import torch
 
 from synthgen.datasets import ImageDataset
 from synthgen.errors import SynthgenError
-from synthgen.loader import Batch, Order, loader
+from synthgen.loader import Batch, Order, ahead, loader
 from synthgen.methods import Method, StepOutput
 from synthgen.models.layers import Block, CrossBlock
+from synthgen.stores import Growing
 from synthgen.stores.tar import write_bytes
 from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
@@ -73,13 +74,16 @@ class Training:
             for module in self.method.modules():
                 if isinstance(module, Block | CrossBlock):
                     module.compile()
-        optimizer = build_optimizer(self.method, self.optim)
+        on_cpu = self.accelerator.device.type == "cpu"  # where torch would loop over tensors; on GPUs it groups them
+        optimizer = build_optimizer(self.method, self.optim, fused=on_cpu)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
         state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
         self.step = int(state.get("step", 0))
         self.seconds = float(state.get("seconds", 0.0))
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._metrics = Growing(self.metrics_path)
+        self._waited = 0.0  # seconds for data since the last record
         self._first_bad = torch.full((), self.order.steps, device=self.accelerator.device)
 
     def run(self) -> Iterator[Record]:
@@ -93,7 +97,7 @@ class Training:
         if main:
             self._forget_later_records()
         self.method.train()
-        batches = iter(self._loader())
+        batches = iter(self._loader()) if self.num_workers else ahead(self._loader())
         started, logged, logged_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
         for step in range(self.step, self.order.steps):
             outputs = self._step(step, batches)
@@ -105,8 +109,12 @@ class Training:
                 figures = self._figures(outputs, step)
                 now = time.perf_counter()
                 images = (self.step - logged_step) * self.order.batch_size
-                figures |= {"images_per_second": round(images / (now - logged), 2), "seconds": round(now - started, 3)}
-                logged, logged_step = now, self.step
+                figures |= {
+                    "images_per_second": round(images / (now - logged), 2),
+                    "waiting": round(self._waited / (now - logged), 4),  # for data, as a share of the time
+                    "seconds": round(now - started, 3),
+                }
+                logged, logged_step, self._waited = now, self.step, 0.0
                 if main:
                     self._append({"step": self.step, "epoch": step // self.order.steps_per_epoch, **figures})
                 self.accelerator.log(figures, step=self.step)
@@ -139,7 +147,10 @@ class Training:
             group["lr"] = rate
         outputs = []
         for part in range(self.order.parts):
-            batch = next(batches).to(self.accelerator.device)
+            asked = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - asked
+            batch = batch.to(self.accelerator.device)
             seed_everything(self.order.seed, step, part, self.accelerator.process_index)
             with self.accelerator.accumulate(self.wrapped):
                 output: StepOutput = self.wrapped(batch, progress)
@@ -176,11 +187,10 @@ class Training:
         scaler = self.accelerator.scaler
         state = {} if scaler is None else {"scaler": scaler.state_dict()}
         self.checkpoints.save(self.method, self.optimizer.optimizer, self.step, seconds=round(self.seconds, 3), **state)
+        self._metrics.flush()
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._metrics.add(json.dumps(record))
 
     def _forget_later_records(self) -> None:
         """Records past the checkpoint will be written again; without this they would stand there twice."""

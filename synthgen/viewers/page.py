@@ -27,6 +27,7 @@ from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.run import Run
 from synthgen.status import RunStatus, Training, finite, status
+from synthgen.stores import located
 from synthgen.stores.tar import read_tar, write_bytes
 from synthgen.text import size
 
@@ -52,7 +53,7 @@ def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     # "<" as an escape: no prompt can end the script element or open a comment in it
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = _template()
-    path = run.path / "view.html" if path is None else path
+    path = run.path / "view.html" if path is None else located(path)
     write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode(errors="replace"))
     return path
 

@@ -283,3 +283,27 @@ def test_a_broken_sample_is_named(run):
 def test_bad_settings_are_told_before_anything_starts(run, settings, error, said):
     with pytest.raises(error, match=said):
         run_stage(make_stage("pretrain", settings), run, ONE)
+
+
+def test_snapshots_are_taken_on_the_way(run: Run) -> None:
+    run_stage(Pretrain(**SMALL, snapshots=3), run, ONE)  # 12 steps
+    folder = run.folder("pretrain/mae")
+    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == [
+        "step-000004",
+        "step-000008",
+        "step-000012",
+    ]
+    last, first = (load_encoder(folder / "snapshots" / name).state_dict() for name in ("step-000012", "step-000004"))
+    end = load_encoder(folder).state_dict()
+    assert all(torch.equal(last[name], end[name]) for name in end)
+    assert not all(torch.equal(first[name], end[name]) for name in end)
+
+
+def test_masks_elsewhere_guide_otherwise(run: Run) -> None:
+    method = Choice("mae", {"foreground_share": 1.0, "foreground_share_start": 1.0})
+    for masks in ("own", "elsewhere"):
+        run_stage(Pretrain(**SMALL, method=method, masks=masks, label=masks), run, ONE)
+    own, elsewhere = (load_encoder(run.folder(f"pretrain/{masks}")).state_dict() for masks in ("own", "elsewhere"))
+    assert not all(torch.equal(own[name], elsewhere[name]) for name in own)
+    with pytest.raises(ValueError, match="own or elsewhere"):
+        Pretrain(masks="away")  # type: ignore[arg-type]

@@ -19,9 +19,11 @@ from synthgen.records import Report, WordMasks
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Work, Worker
+from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
-from synthgen.status import Evaluation, RunStatus, Score, Tally, _kind, status
+from synthgen.status import Evaluation, RunStatus, Score, Tally, status
 from synthgen.status_text import render, scores
+from synthgen.tallies import Tallies, kind_of
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -128,9 +130,9 @@ def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
 
 
 def test_a_reason_is_counted_by_what_stands_before_its_colon():
-    assert _kind("too small: covers 0.31% of the image, less than 0.50%") == "too small"
-    assert _kind("covers 0.31% of the image, less than 0.50%") == "less than 0.50%"  # of older runs
-    assert _kind("is empty") == "is empty"
+    assert kind_of("too small: covers 0.31% of the image, less than 0.50%") == "too small"
+    assert kind_of("covers 0.31% of the image, less than 0.50%") == "less than 0.50%"  # of older runs
+    assert kind_of("is empty") == "is empty"
 
 
 def test_many_words_are_a_few_rows_and_all_in_the_json(tmp_path):
@@ -277,3 +279,30 @@ def test_no_torch_is_imported(tmp_path):
         "render(status(Run.open(sys.argv[1])))\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(run.path)], check=True)
+
+
+def test_done_marks_tell_what_the_tars_would(tmp_path):
+    run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
+    run_stage(Masks(min_area=0.2), run, Local(workers=1))
+    told = status(run)
+    assert told.dropped
+    for unit in range(3):
+        mark = run.tar("masks", unit).with_suffix(".json")
+        plain = json.loads(mark.read_text())
+        assert plain.pop("tallies")["words"]
+        if unit:  # of an older version: counted from the tars
+            mark.write_text(json.dumps(plain))
+    assert (status(run).labels, status(run).words) == (told.labels, told.words)
+
+
+@pytest.mark.parametrize("broken", [1, {"words": 3}, {"labels": {}, "words": {"a": {"masks": -1}}}])
+def test_counts_that_are_none_are_not_added(broken):
+    tallies = Tallies()
+    tallies.count("disc", ["disc", "disc", "square"], ["", "too small: ...", "empty: ..."])
+    before = tallies.plain()
+    assert before["words"]["disc"] == {"samples": 1, "masks": 1, "dropped": {"too small": 1}}
+    with pytest.raises(ValueError, match="count"):
+        tallies.add(broken)
+    assert tallies.plain() == before
+    tallies.add(before)
+    assert tallies.labels["disc"].dropped == {"too small": 2, "empty": 2}

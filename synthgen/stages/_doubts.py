@@ -1,0 +1,54 @@
+"""What makes the scores of an encoder doubtful, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from synthgen.evaluators._extraction import Extracted
+    from synthgen.stages._judged import Source
+
+__all__ = ["doubts", "doubts_of_masks"]
+
+
+def doubts(sources: Mapping[str, Source]) -> list[str]:
+    """What makes scores by labels doubtful."""
+    found = []
+    for name, source in sources.items():
+        lacking = len(source.samples) - len(source.labels)
+        if lacking:
+            found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
+    known, asked = list(sources["train"].labels.values()), list(sources["test"].labels.values())
+    if len(asked) < 100:
+        found.append(f"{len(asked)} test images are few: the intervals are wide")
+    if unseen := sorted(set(asked) - set(known)):
+        count = sum(label in unseen for label in asked)
+        found.append(f"{count} test images are of classes that training lacks: {_list(unseen)}; they count wrong")
+    if len(set(known)) == 1:
+        found.append("there is one class only: every score is as good as that says")
+    return found
+
+
+def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequence[int]]) -> list[str]:
+    """What makes scores by masks doubtful."""
+    told = []
+    for name, one in found.items():
+        if len(one.keys) < len(masked[name]):
+            lacking = len(masked[name]) - len(one.keys)
+            told.append(
+                f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
+            )
+    if len(found["test"].keys) < 100:
+        told.append(f"{len(found['test'].keys)} test images with masks are few: the intervals are wide")
+    if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
+        boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
+        told.append(
+            f"{boxes} masks of test images are of {len(unseen)} classes that training lacks: {_list(unseen)}; "
+            "they count as not found"
+        )
+    return told
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,44 @@
+"""Whether the shards and the encoder of a run are as they were written, before hours are spent on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from synthgen.errors import CorruptShard
+from synthgen.run import Run, checked_mark
+from synthgen.stores.remote import RemotePath
+from synthgen.stores.whole import check_whole
+from synthgen.untrusted import read_file, read_json
+
+__all__ = ["check_encoder", "check_shards"]
+
+
+def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:
+    """See that every shard of a split has the sha256 that its commit mark tells; of several processes each looks at
+    its share. Costs one reading of them; those in a store are left to its own checksums.
+
+    Raises:
+        MissingArtifact, CorruptShard: one is not there, or is not as it was written.
+    """
+    folder, again = run.folder("shards") / split, f"synthgen shards --run {run.path}"
+    if isinstance(folder, RemotePath):
+        return
+    for path in sorted(folder.glob("*_stats.json"))[rank::world_size]:
+        try:
+            mark = checked_mark(read_json(read_file(path)))
+        except ValueError:
+            raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
+        check_whole(path.with_name(path.name.replace("_stats.json", ".tar")), mark["sha256"], again)
+
+
+def check_encoder(folder: Path) -> None:
+    """See that the weights of an encoder have the sha256 that its ``done.json`` tells, where it has one.
+
+    Raises:
+        CorruptShard: they have another.
+    """
+    try:
+        sha256 = str(read_json(read_file(folder / "done.json"), finite=False)["sha256"])
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # an encoder from elsewhere
+        return
+    check_whole(folder / "encoder.safetensors", sha256, "synthgen pretrain, with the same settings")

@@ -1,0 +1,38 @@
+"""Names for files that are being written, and which of them nobody writes any more."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+__all__ = ["is_abandoned", "temporary_beside"]
+
+_DAY = 86400.0  # seconds
+
+
+def temporary_beside(path: Path) -> Path:
+    """``.<name>.<host>.<pid>.<chance>.tmp`` beside ``path``: a name that no other process on any machine uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether nobody writes a temporary file any more: its process has ended, or for a day nothing was added to it."""
+    try:
+        beginning, pid, _, _ = temporary.name.rsplit(".", 3)
+        process = int(pid)
+    except ValueError:  # not one of ours
+        return True
+    if os.name == "posix" and beginning.endswith(f".{socket.gethostname()}"):
+        try:
+            os.kill(process, 0)  # sends nothing
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user, and alive
+            return False
+    try:
+        return time.time() - temporary.stat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False

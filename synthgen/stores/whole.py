@@ -1,0 +1,32 @@
+"""Whether a file still holds the bytes that were written: what a wrong byte decodes to may look right."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.stores import open_here
+
+__all__ = ["check_whole"]
+
+
+def check_whole(path: Path, sha256: str, again: str) -> None:
+    """See that the sha256 of a file is the one that was noted when it was written; ``again`` is what makes it anew.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        CorruptShard: it is not, or the file cannot be read.
+    """
+    try:
+        with open_here(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise MissingArtifact(f"there is no file {path}; run: {again}") from None
+    except OSError as error:
+        raise CorruptShard(f"{path} cannot be read: {error.strerror or error}; delete it and run: {again}") from None
+    if found != sha256:
+        raise CorruptShard(
+            f"{path} is cut off, or a byte of it is wrong: it has another sha256 than when it was written; "
+            f"delete it and run: {again}"
+        )

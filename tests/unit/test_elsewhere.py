@@ -1,0 +1,42 @@
+"""The control: masks that keep their area and lose their place."""
+
+import numpy as np
+
+from synthgen.datasets import open_dataset
+from synthgen.elsewhere import MasksElsewhere, moved
+from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages.shards import Shards
+from tests.factories import make_run
+
+
+def test_areas_stay_and_places_change() -> None:
+    labels = np.zeros((40, 60), np.uint8)
+    labels[4:14, 6:26], labels[10:16, 20:30] = 1, 2
+    for key in ("0000000001", "0000000002", "0000070003"):
+        there = moved(labels, key)
+        assert np.array_equal(np.bincount(there.ravel()), np.bincount(labels.ravel()))
+        assert not ((labels > 0) & (there > 0)).any()  # a quarter of either side is more than their height
+        assert np.array_equal(there, moved(labels, key))
+    assert not np.array_equal(moved(labels, "0000000001"), moved(labels, "0000000002"))
+
+
+def test_samples_are_the_same_but_for_their_masks(tmp_path) -> None:
+    run: Run = make_run(tmp_path / "run", units=1, unit_size=6, image_size=32)
+    run_stage(Shards(val_ratio=0.0), run, "local")
+    samples = open_dataset(run.folder("shards") / "train")
+    control = MasksElsewhere(samples)
+    assert len(control) == len(samples)
+    assert control.has_masks()
+    for number in range(len(samples)):
+        own, other = samples[number], control[number]
+        assert (own.key, own.text, own.words, own.label) == (other.key, other.text, other.words, other.label)
+        assert (own.key, own.label) == (control.key(number), control.label(number))
+        assert samples.captions(number) == control.captions(number)
+        assert np.array_equal(own.image, other.image)
+        assert np.array_equal(
+            np.bincount(own.labels.ravel(), minlength=4), np.bincount(other.labels.ravel(), minlength=4)
+        )
+        assert not np.array_equal(own.labels, other.labels)
+    bare = open_dataset(run.folder("shards") / "train", masks=False)
+    assert MasksElsewhere(bare)[0].labels is None

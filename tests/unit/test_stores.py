@@ -1,0 +1,423 @@
+"""Places in a store: they join as paths do, what is written arrives whole, and what is read comes through a cache."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fsspec.registry import _registry
+
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingDependency, StorageError
+from synthgen.image import encode_png
+from synthgen.log import logged_to
+from synthgen.run import Run
+from synthgen.stores import Growing, filled, is_in_memory, listing, located, open_here, read_many, stays_remote
+from synthgen.stores import remote as module
+from synthgen.stores.cache import cache_bytes, cache_folder, local_copy
+from synthgen.stores.remote import RemotePath
+from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes
+from tests.store_server import Store, forget_connections, start_store
+
+SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "bin": bytes(number * 100)}) for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Store]:
+    with start_store() as store, store.enter():
+        yield store
+
+
+@pytest.fixture
+def store(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_FIRST_WAIT", 0.01)
+    server.kinds = ("500", "503", "cut")
+    server.faults.clear()
+    server.requests.clear()
+    server.lines.clear()
+    yield server
+    server.fault_rate = 0
+    for key in server.objects():
+        server.delete(key)
+
+
+@pytest.fixture(params=["s3", "memory"])
+def place(request: pytest.FixtureRequest, store: Store, tmp_path: Path) -> Path:
+    return located(store.url("run") if request.param == "s3" else f"memory://{tmp_path.name}-run")
+
+
+def write_tar(path: Path, size: int = 0) -> TarWriter:
+    with TarWriter(path) as tar:
+        for key, members in SAMPLES:
+            tar.add(key, {**members, "bin": members["bin"] + bytes(size)})
+    return tar
+
+
+def copies() -> list[Path]:
+    return list((cache_folder() / "files").iterdir())
+
+
+# -- names
+
+
+def test_urls_are_told_from_paths() -> None:
+    assert located("runs/demo") == Path("runs/demo")
+    assert type(located("runs/demo")) is type(Path())
+    assert located("file:///runs/demo") == located(Path("file:///runs/demo")) == Path("/runs/demo")
+    for given in ("s3://bucket/a/run", Path("s3://bucket/a/run"), located("s3://bucket/a/run")):  # a slash is lost
+        assert isinstance(located(given), RemotePath)
+        assert str(located(given)) == "s3://bucket/a/run"
+    assert is_in_memory(located("memory://run"))
+    assert not is_in_memory(located("s3://bucket/run"))
+
+
+def test_it_joins_and_splits_as_a_path_does() -> None:
+    run = located("s3://bucket/a/run")
+    tar = run / "images" / "000012.tar"
+    assert f"{tar}" == "s3://bucket/a/run/images/000012.tar"
+    assert (tar.name, tar.stem, tar.suffix, str(tar.parent)) == ("000012.tar", "000012", ".tar", f"{run}/images")
+    assert str(tar.with_suffix(".json")) == f"{run}/images/000012.json"
+    assert tar.relative_to(run).as_posix() == "images/000012.tar"
+    assert run.resolve().name == "run"
+    again = pickle.loads(pickle.dumps(tar))
+    assert (type(again), again, hash(again), str(again)) == (RemotePath, tar, hash(tar), str(tar))
+
+
+@pytest.mark.parametrize("text", ["s3://key:secret-word@bucket/run", "s3://:secret-word@bucket/run"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(ConfigError, match="a password stands in") as caught:
+        Run.open(text)
+    assert "secret-word" not in str(caught.value)
+
+
+def test_a_kind_of_store_that_is_none_and_one_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no kind of store called nothing://"):
+        located("nothing://bucket/run")
+    with pytest.raises(ConfigError, match=r"names no bucket"):
+        located("s3://")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    with pytest.raises(MissingDependency, match=r'pip install "synthgen\[s3\]"'):
+        located("s3://bucket/run")
+
+
+def test_local_runs_import_no_client() -> None:
+    code = "import sys, synthgen.run, synthgen.runner; assert not {'fsspec', 's3fs'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- writing and reading
+
+
+def test_what_is_written_is_read_listed_and_taken_away(place: Path) -> None:
+    assert not place.exists()
+    assert listing(place / "a") == {}
+    write_bytes(place / "a" / "one.json", b"12")
+    write_bytes(place / "a" / "one.json", b"123")
+    write_bytes(place / "a" / "deep" / "two.json", b"4")
+    assert (place / "a" / "one.json").read_bytes() == b"123"
+    assert (place / "a" / "one.json").stat().st_size == 3
+    assert (place / "a" / "one.json").stat().st_mtime_ns > 0
+    assert (place / "a").is_dir()
+    assert not (place / "a").is_file()
+    assert listing(place / "a") == {"one.json": 3}
+    assert sorted(path.relative_to(place).as_posix() for path in place.glob("a/*")) == ["a/deep", "a/one.json"]
+    assert [path.name for path in place.glob("*/*.json")] == ["one.json"]
+    assert [path.name for path in place.glob("*/*/two.json")] == ["two.json"]
+    assert [path.name for path in (place / "a").glob("*/")] == ["deep"]
+    assert sorted(path.name for path in place.rglob("*.json")) == ["one.json", "two.json"]
+    (place / "a" / "one.json").unlink()
+    (place / "a" / "one.json").unlink(missing_ok=True)
+    assert not (place / "a" / "one.json").exists()
+    with pytest.raises(FileNotFoundError):
+        (place / "a" / "one.json").read_bytes()
+
+
+def test_only_the_first_creates(place: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: create_bytes(place / "run.yaml", b"%d" % number), range(8)))
+    assert sum(made) == 1 or place.protocol == "memory"  # type: ignore[attr-defined]  # whose dictionary is not atomic
+    assert not create_bytes(place / "run.yaml", b"late")
+    assert (place / "run.yaml").read_bytes() != b"late"
+
+
+def test_a_tar_has_the_bytes_of_a_local_one(place: Path, tmp_path: Path) -> None:
+    here, there = write_tar(tmp_path / "000000.tar"), write_tar(place / "images" / "000000.tar")
+    assert (here.sha256, here.size, here.count) == (there.sha256, there.size, there.count)
+    assert there.path.read_bytes() == here.path.read_bytes()
+    assert list(read_tar(there.path)) == SAMPLES
+    assert index_tar(there.path) == index_tar(here.path)
+    with open_here(there.path) as file:
+        assert file.read() == here.path.read_bytes()
+    assert not list((cache_folder() / "work").iterdir())
+
+
+def test_a_tar_that_is_given_up_leaves_nothing(place: Path) -> None:
+    with suppress(RuntimeError), TarWriter(place / "a.tar") as tar:
+        tar.add("0", {"txt": b"1"})
+        raise RuntimeError
+    assert not place.exists()
+    assert not list((cache_folder() / "work").iterdir())
+    with pytest.raises(MissingArtifact, match=r"there is no file .*a\.tar"):
+        index_tar(place / "a.tar")
+
+
+def test_a_tar_that_is_cut_off_in_the_store(place: Path) -> None:
+    data = write_tar(place / "a.tar").path.read_bytes()
+    write_bytes(place / "a.tar", data[:3000])
+    with pytest.raises(CorruptShard, match=r"://.*a\.tar cannot be read"):
+        index_tar(place / "a.tar")
+
+
+def test_what_is_large_goes_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    tar = write_tar(located(store.url("large.tar")), size=2**21 + 2**19)
+    parts = [line for line in store.lines if "partNumber=" in line]
+    assert len(parts) == 3
+    assert tar.size > 2 * module.PART
+    assert hashlib.sha256(store.objects()["large.tar"]).hexdigest() == tar.sha256
+    assert store.unfinished_uploads() == 0
+    assert hashlib.sha256(Path(local_copy(tar.path)).read_bytes()).hexdigest() == tar.sha256  # type: ignore[arg-type]
+
+
+def test_many_small_files_are_read_together(place: Path) -> None:
+    for number in range(5):
+        write_bytes(place / f"{number}.json", b"x" * number)
+    found = dict(read_many(place, [*(f"{number}.json" for number in range(5)), "gone.json"], most=3))
+    assert found == {f"{number}.json": b"x" * number for number in range(5)}  # one more than 3, to be told from 3
+
+
+def test_folders_of_this_machine_are_sent_when_they_are_full(place: Path, tmp_path: Path) -> None:
+    with filled(place / "model") as here:
+        (here / "deep").mkdir()
+        (here / "deep" / "a.json").write_text("{}")
+    assert (place / "model" / "deep" / "a.json").read_bytes() == b"{}"
+    with suppress(RuntimeError), filled(place / "other") as here:
+        (here / "a.json").write_text("{}")
+        raise RuntimeError
+    assert not (place / "other").exists()
+    with filled(tmp_path) as here:
+        assert here == tmp_path
+
+
+def test_lines_are_added_and_sent(place: Path, tmp_path: Path) -> None:
+    for path in (place / "metrics.jsonl", tmp_path / "metrics.jsonl"):
+        for line in ("1", "2"):
+            file = Growing(path)
+            file.add(line)
+            file.flush()
+        assert path.read_text() == "1\n2\n"
+
+
+def test_logs_of_several_processes_do_not_meet(store: Store) -> None:
+    import logging
+
+    with logged_to(located(store.url("run/logs/masks-0.jsonl"))):
+        logging.getLogger("synthgen").info("done", extra={"token": "a-secret-word"})
+    ((name, data),) = store.objects("run/logs").items()
+    assert name.startswith("run/logs/masks-0-")
+    assert name.endswith(f"-{os.getpid()}.jsonl")
+    assert b'"message": "done"' in data
+    assert b"a-secret-word" not in data
+
+
+# -- the cache
+
+
+def test_a_copy_is_made_once_for_each_content(store: Store) -> None:
+    path = located(store.url("a.bin"))
+    write_bytes(path, b"one")
+    assert [open_here(path).read() for _ in range(3)] == [b"one"] * 3
+    assert sum(line.startswith("GET /bucket/a.bin") for line in store.lines) == 1
+    store.put("a.bin", b"two")  # as long, by another
+    assert open_here(path).read() == b"two"
+    assert len(copies()) == 2
+
+
+def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "2.5kB")
+    paths = [located(store.url(f"{number}.bin")) for number in range(3)]
+    for path in paths:
+        write_bytes(path, path.name.encode() * 200)
+    for number in (0, 1, 0, 2):
+        assert open_here(paths[number]).read() == paths[number].name.encode() * 200
+    store.lines.clear()
+    for number in (0, 2, 1):
+        open_here(paths[number]).close()
+    assert [line for line in store.lines if line.startswith("GET")] == ["GET /bucket/1.bin"]
+    assert sum(file.stat().st_size for file in copies()) <= 2500
+
+
+def test_threads_share_a_cache_that_is_too_small(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "3000")
+    paths = [located(store.url(f"{number}.bin")) for number in range(6)]
+    for path in paths:
+        write_bytes(path, path.name.encode() * 200)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: open_here(paths[number % 6]).read(), range(48)))
+    assert found == [paths[number % 6].name.encode() * 200 for number in range(48)]
+
+
+def test_sizes_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, size in (("20GB", 2 * 10**10), ("1.5 M", 1_500_000), ("1000", 1000)):
+        monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", text)
+        assert cache_bytes() == size
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "much")
+    with pytest.raises(ConfigError, match="SYNTHGEN_CACHE_BYTES must be a size"):
+        cache_bytes()
+
+
+def test_a_cache_that_cannot_be_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "file"))
+    path = located(store.url("a.bin"))
+    write_bytes(path, b"1")
+    with pytest.raises(StorageError, match="SYNTHGEN_CACHE"):
+        open_here(path)
+
+
+def test_a_disk_that_is_full_is_not_the_fault_of_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = located(store.url("a.bin"))
+    write_bytes(path, b"1")
+    assert isinstance(path, RemotePath)
+    monkeypatch.setattr(path._system(), "get_file", full)
+    with pytest.raises(StorageError, match=r"cannot write the copy of s3://bucket/a.bin .*No space left on device"):
+        open_here(path)
+    assert not copies()
+
+
+def test_samples_of_tars_that_the_cache_cannot_hold_are_asked_for_one_by_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synthgen.datasets import ShardDataset
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(3):
+        image = encode_png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+        for folder in (tmp_path, located(store.url("shards"))):
+            with TarWriter(folder / f"{number:06d}.tar") as tar:
+                for row in range(4):
+                    members = {"png": image, "txt": f"text {row}".encode(), "json": b'{"words": []}', "cls": b"3"}
+                    tar.add(f"{number:06d}{row:04d}", members)
+        paths.append(tmp_path / f"{number:06d}.tar")
+    size = paths[0].stat().st_size
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", str(3 * size))
+    remote = [located(store.url(f"shards/{path.name}")) for path in paths]
+    assert list(stays_remote(remote)) == remote[1:]
+    here, there = ShardDataset(paths), pickle.loads(pickle.dumps(ShardDataset(remote)))
+    store.lines.clear()
+    for index in rng.permutation(12):
+        one, other = here[int(index)], there[int(index)]
+        assert (one.key, one.text, one.label) == (other.key, other.text, other.label)
+        np.testing.assert_array_equal(one.image, other.image)
+    assert sum(line.startswith("GET") for line in store.lines) == 8  # a request for each sample of two tars
+    assert sum(file.stat().st_size for file in copies()) <= 3 * size
+
+
+# -- faults
+
+
+def test_requests_that_fail_in_passing_are_repeated(store: Store, tmp_path: Path) -> None:
+    store.fault_rate = 0.15
+    run = located(store.url("run"))
+    for number in range(8):
+        path = run / f"{number}.json"
+        write_bytes(path, b"%d" % number)
+        assert path.read_bytes() == b"%d" % number
+        assert (
+            write_tar(run / f"{number}.tar").sha256
+            == hashlib.sha256(open_here(run / f"{number}.tar").read()).hexdigest()
+        )
+    assert len(listing(run)) == 16
+    assert {name: int(data) for name, data in read_many(run, [f"{n}.json" for n in range(8)], 10)} == {
+        f"{number}.json": number for number in range(8)
+    }
+    assert sum(store.faults.values()) > 5
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(store: Store) -> None:
+    store.kinds, store.fault_rate = ("timeout",), 0.5
+    path = located(store.url("a.json"))
+    write_bytes(path, b"1")
+    assert path.read_bytes() == b"1"
+
+
+def test_parts_that_fail_are_sent_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    store.kinds, store.fault_rate = ("500", "cut"), 0.3
+    tar = write_tar(located(store.url("large.tar")), size=2**21 + 2**19)
+    assert hashlib.sha256(store.objects()["large.tar"]).hexdigest() == tar.sha256
+
+
+# -- what cannot be put right by waiting is told in one line
+
+
+def test_no_such_bucket(store: Store) -> None:
+    for text in ("s3://nowhere/run", "s3://nowhere/a/deep/run"):
+        with pytest.raises(StorageError, match="there is no bucket 'nowhere'") as caught:
+            Run.create(text)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_run_in_a_bucket(store: Store) -> None:
+    with pytest.raises(MissingArtifact, match=r"there is no run at s3://bucket/none; make one with"):
+        Run.open(store.url("none"))
+
+
+@pytest.fixture
+def impatient(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Clients that are made anew from the environment, and repeat nothing."""
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    forget_connections()
+    yield monkeypatch
+    forget_connections()
+
+
+def test_no_credentials(impatient: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    impatient.delenv("AWS_ACCESS_KEY_ID")
+    impatient.delenv("AWS_SECRET_ACCESS_KEY")
+    impatient.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        StorageError, match=r"there are no credentials for s3://bucket/run/run.yaml .*AWS_ACCESS_KEY_ID"
+    ):
+        Run.open("s3://bucket/run")
+
+
+def test_a_server_that_is_not_there(impatient: pytest.MonkeyPatch) -> None:
+    impatient.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"the store does not answer for s3://bucket/run/run.yaml") as caught:
+        Run.open("s3://bucket/run")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_store_says_of_secrets_is_not_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = located(store.url("a.json"))
+    assert isinstance(path, RemotePath)
+
+    def refused(system: object, key: str) -> None:
+        raise PermissionError("access denied for no-secret-but-the-loopback")
+
+    with pytest.raises(StorageError, match=r"the store refuses s3://bucket/a\.json") as caught:
+        path.ask(refused)
+    assert "no-secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
