@@ -26,6 +26,7 @@ def main() -> None:
         "mask_quality": mask_quality,
         "shards": shards,
         "pretrain": pretrain,
+        "engines": engines,
     }
     for names, table in tables.items():
         for path in sorted((FOLDER / "results").glob(f"{names}.json")):
@@ -189,6 +190,33 @@ def pretrain(figures: dict[str, Any]) -> Iterator[str]:
             rates = row["images_per_second"]
             for name, rate in rates.items():
                 yield f"| {case}, batch {row['batch']} | {name} | {rate:.1f} | {rate / rates['transformers']:.2f} |"
+
+
+def engines(figures: dict[str, Any]) -> Iterator[str]:
+    yield f"What engines cost beside {figures['units']} units of {figures['seconds']:g} s that only sleep and write one"
+    yield "sample: `cost` is what a worker does between two units and to write one, as a share of a unit (means).\n"
+    yield "| engine | cost | between units | writing | first unit after | end after the last |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, row in figures["engines"].items():
+        shown = name if "worker" in name else f"{name}, {figures['workers']} workers"
+        cells = [f"{row['share_of_a_unit']:.2%}", f"{row['between_units_ms']:.1f} ms", f"{row['writing_ms']:.1f} ms"]
+        cells += [f"{row['start_seconds']:.1f} s", f"{row['end_seconds']:.1f} s"]
+        yield f"| {shown} | {' | '.join(cells)} |"
+    pair, large = figures["masks, 2 workers against 1"], figures["large run"]
+    yield f"\n`local` on two cores: AttentionCut masks of {pair['samples']} drawn images in {pair['units']} units."
+    yield "Processor time is that of all processes; plain arithmetic is what the machine itself gives two processes.\n"
+    yield "| speed of 2 workers over 1 | |\n| --- | --- |"
+    start = f"whole command, with {pair['start_seconds_of_two']:.1f} s until both have begun"
+    for about, name in (
+        (start, "speedup"),
+        ("the same, medians", "speedup_median"),
+        ("while they work", "steady_speedup"),
+        ("by processor time alone", "processor_speedup"),
+        ("plain arithmetic", "machine_speedup"),
+    ):
+        yield f"| {about} | {pair[name]:.2f} |"
+    yield f"\nA run of {large['units']:,} units: `status` in {large['status_seconds']:.1f} s, and a command that finds"
+    yield f"nothing to do in {large['nothing_to_do_seconds']:.1f} s."
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ _PUBLIC = {
     "export_dataset": "synthgen.api",
     "generate": "synthgen.api",
     "masks": "synthgen.api",
+    "plan_generate": "synthgen.api",
+    "plan_pipeline": "synthgen.api",
     "pretrain": "synthgen.api",
     "run_pipeline": "synthgen.api",
     "samples": "synthgen.api",

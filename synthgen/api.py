@@ -20,6 +20,7 @@ from synthgen.stages import make_stage
 
 if TYPE_CHECKING:
     from synthgen.pipeline import Override
+    from synthgen.plan import Plan
 
 __all__ = [
     "attend",
@@ -28,6 +29,8 @@ __all__ = [
     "generate",
     "make_stage",
     "masks",
+    "plan_generate",
+    "plan_pipeline",
     "pretrain",
     "run_pipeline",
     "samples",
@@ -110,3 +113,37 @@ def run_pipeline(
     from synthgen.pipeline import read_pipeline
 
     return list(read_pipeline(path, overrides=overrides).execute(engine=engine, progress=progress))
+
+
+def plan_pipeline(
+    path: str | Path,
+    *,
+    overrides: tuple[Override, ...] = (),
+    engine: EngineLike = None,
+    workers: int = 0,
+    measure: bool = True,
+    sample: int = 0,
+) -> Plan:
+    """What a pipeline file will cost; arguments as in :func:`synthgen.plan.plan`. Its run is left as it is."""
+    from synthgen.pipeline import read_pipeline
+    from synthgen.plan import plan
+
+    pipeline = read_pipeline(path, overrides=overrides)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
+
+
+def plan_generate(
+    prompts: str | Path,
+    run: str | Path,
+    *,
+    engine: EngineLike = None,
+    workers: int = 0,
+    measure: bool = True,
+    sample: int = 0,
+    **settings: Any,
+) -> Plan:
+    """What ``generate`` with these settings will cost; see :func:`plan_pipeline`."""
+    from synthgen.plan import pipeline_of, plan
+
+    pipeline = pipeline_of(make_stage("generate", {"prompts": str(prompts), **settings}), run)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)

@@ -17,10 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from synthgen.errors import ConfigError, SynthgenError
+from synthgen.options import (
+    LATEST,
+    AddressOption,
+    BackboneOption,
+    EngineOption,
+    ModelOption,
+    RunOption,
+    SetOption,
+    WorkersOption,
+    engine_of,
+    method_of,
+    pairs_of,
+    part_of,
+    with_set,
+)
 
 if TYPE_CHECKING:
     from synthgen.run import Run
-    from synthgen.runner import Progress, Summary
+    from synthgen.runner import Summary
 
 app = typer.Typer(
     name="synthgen",
@@ -30,30 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of this stage, e.g. min_area=0.01."),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(help="local, accelerate, ray.  [default: local; accelerate under accelerate launch]"),
-]
-WorkersOption = Annotated[
-    int, typer.Option(help="Processes, or actors of Ray; 0: one for every GPU, or core where there is none.")
-]
-AddressOption = Annotated[
-    str | None, typer.Option(help="Ray cluster to join, such as ray://head:10001.  [default: RAY_ADDRESS, or one here]")
-]
-BackboneOption = Annotated[
-    str | None, typer.Option(help="tiny (ships with synthgen), diffusers.  [default: tiny; diffusers with --model]")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="Short name (sd15, sdxl, sd35, flux-dev, ...), folder or hub id of a diffusers model."),
-]
-LATEST = Path("runs/latest")
 
 
 @app.command()
@@ -76,12 +67,12 @@ def generate(
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
     options = {"model": model, "num_steps": steps, "guidance_scale": guidance}
-    part = _choice(backbone or ("diffusers" if model else "tiny"), options)
+    part = part_of(backbone or ("diffusers" if model else "tiny"), options)
     given = {
         "prompts": prompts, "template": template, "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
-    _stage("generate", _create(run, seed), given, settings, _engine(engine, workers, address))
+    _stage("generate", _create(run, seed), given, settings, engine_of(engine, workers, address))
 
 
 @app.command()
@@ -116,12 +107,12 @@ def attend(
     settings: SetOption = None,
 ) -> None:
     """Record where the words of captions look in images that exist."""
-    part = _choice(backbone or ("diffusers" if model else "tiny"), {"model": model})
+    part = part_of(backbone or ("diffusers" if model else "tiny"), {"model": model})
     given = {
         "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
         "inversion_steps": inversion_steps, "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
-    _stage("attend", _create(run, seed), given, settings, _engine(engine, workers, address))
+    _stage("attend", _create(run, seed), given, settings, engine_of(engine, workers, address))
 
 
 @app.command()
@@ -138,8 +129,8 @@ def masks(
     """Turn where each word looked into masks the size of the image."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
-    part = _choice("attentioncut" if attentioncut else refine or "threshold", {})
-    _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, _engine(engine, workers, address))
+    part = part_of("attentioncut" if attentioncut else refine or "threshold", {})
+    _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, engine_of(engine, workers, address))
 
 
 @app.command()
@@ -156,7 +147,7 @@ def shards(
     """Write WebDataset tars ready for training, with index and dataset card."""
     given = {"samples_per_shard": samples_per_shard, "val_ratio": val_ratio, "image_format": image_format}
     opened = _open(run)
-    _stage("shards", opened, given, settings, _engine(engine, workers, address))
+    _stage("shards", opened, given, settings, engine_of(engine, workers, address))
     print(f"shards: {opened.folder('shards')}")
 
 
@@ -174,12 +165,12 @@ def pretrain(
 ) -> None:
     """Train an encoder on the run's shards (made first where they are missing)."""
     opened = _open(run)
-    own = "data" not in _pairs(settings)
+    own = "data" not in pairs_of(settings)
     if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end: with its own settings
         begun = opened.manifest()["artifacts"].get("shards", {})
         _stage("shards", opened, begun.get("settings", {}), None)
     given = {
-        "method": _method(method, guided), "epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size,
+        "method": method_of(method, guided), "epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size,
         "encoder": encoder, "label": label or (f"{method}-guided" if guided else None),
     }  # fmt: skip
     _stage("pretrain", opened, given, settings)
@@ -200,11 +191,14 @@ def evaluate(
     settings: SetOption = None,
 ) -> None:
     """Ask what an encoder learned; by default what takes seconds: kNN, linear probe, and retrieval if it has texts."""
+    from synthgen.console import say_scores
+
+    opened = _open(run)
     given = {
         "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth, "label": label,
     }  # fmt: skip
-    _stage("evaluate", _open(run), given, settings)
-    _print_scores(run)
+    _stage("evaluate", opened, given, settings)
+    say_scores(opened)
 
 
 @app.command("run")
@@ -223,21 +217,54 @@ def run_file(
 ) -> None:
     """Run the stages of a pipeline file; what is done stays as it is."""
     from synthgen.config import Choice
+    from synthgen.console import progress, say, say_scores
     from synthgen.pipeline import read_pipeline
 
-    pipeline = read_pipeline(file, list(_pairs(settings).items())).select(only=only, first=first, last=last)
+    pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
         for stage in pipeline.stages:
             print(
                 f"{stage.name}: {', '.join(stage.reads) or 'prompts'} -> {pipeline.run}/{', '.join(stage.artifacts())}"
             )
         return
-    chosen, of_file = _engine(engine, workers, address), pipeline.engine.dump()
+    chosen, of_file = engine_of(engine, workers, address), pipeline.engine.dump()
     if not engine or engine == of_file["name"]:
         chosen = of_file | chosen
-    for summary in pipeline.execute(engine=Choice.of(chosen), progress=_progress()):
-        _tell(summary)
-    _print_scores(pipeline.run)
+    for summary in pipeline.execute(engine=Choice.of(chosen), progress=progress()):
+        say(summary)
+    say_scores(_open(pipeline.run))
+
+
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Argument(help="Pipeline file, such as pipelines/tiny.yaml.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt file instead: what synthgen generate would do.")] = None,
+    model: ModelOption = None,
+    run: RunOption = LATEST,
+    measure: Annotated[bool, typer.Option(help="Make a small sample, or count only.")] = True,
+    sample: Annotated[int, typer.Option(min=0, help="Images of it; 0: what takes about a minute.")] = 0,
+    engine: EngineOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="That will share the work; 0: as many as fit here.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="As for synthgen run, or generate.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a pipeline will cost before it starts: images, units, bytes, hours and memory."""
+    import json
+
+    from synthgen import api
+    from synthgen.plan_text import render
+
+    options: dict[str, Any] = {"engine": engine, "workers": workers, "measure": measure, "sample": sample}
+    if file and not prompts and not model:
+        found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), **options)
+    elif prompts and not file:
+        part = part_of("diffusers" if model else "tiny", {"model": model})
+        found = api.plan_generate(prompts, run, **options, **with_set({"backbone": part}, settings))
+    else:
+        raise ConfigError("give a pipeline file, or --prompts FILE with --model and --set as for synthgen generate")
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found))
 
 
 @app.command()
@@ -248,11 +275,10 @@ def status(
     """Say what is done, what failed and why, and what to do next."""
     import json
 
-    from synthgen.run import Run
     from synthgen.status import status as look
     from synthgen.status_text import render
 
-    found = look(Run.open(run))
+    found = look(_open(run))
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))
 
 
@@ -264,9 +290,8 @@ def view(
 ) -> None:
     """Write one page that shows images, prompts and each word's mask."""
     from synthgen.api import view as write
-    from synthgen.run import Run
 
-    print(f"page: {write(Run.open(run), output, limit=limit)}")
+    print(f"page: {write(_open(run), output, limit=limit)}")
 
 
 @app.command()
@@ -279,10 +304,11 @@ def export(
 ) -> None:
     """Write images and masks as COCO, YOLO or label images."""
     from synthgen.api import export_dataset
+    from synthgen.console import progress, say
 
     opened = _open(run)
-    given = _pairs(settings) | ({"image_format": image_format} if image_format else {})
-    _tell(export_dataset(opened, format, out, progress=_progress(), **given))
+    given = pairs_of(settings) | ({"image_format": image_format} if image_format else {})
+    say(export_dataset(opened, format, out, progress=progress(), **given))
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 
@@ -334,87 +360,17 @@ def _open(path: Path) -> Run:
     return Run.open(path)
 
 
-def _method(name: str, guided: bool) -> dict[str, Any]:
-    if not guided:
-        return {"name": name}
-    from synthgen.methods import METHODS
-
-    return {"name": name, **METHODS.load(name).guided}
-
-
-def _choice(part: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {"name": part, **{key: value for key, value in options.items() if value is not None}}
-
-
-def _pairs(settings: list[str] | None) -> dict[str, Any]:
-    """``NAME=VALUE`` options as a mapping; values are YAML, so numbers are numbers."""
-    import yaml
-
-    from synthgen.config import load_yaml
-
-    pairs = {}
-    for setting in settings or []:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set takes NAME=VALUE, not {setting!r}")
-        try:
-            pairs[name] = load_yaml(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {name}: {value!r} is not a YAML value") from None
-    return pairs
-
-
-def _engine(name: str | None, workers: int, address: str | None) -> dict[str, Any]:
-    """The engine and its options as far as they were given."""
-    given = {"name": name, "workers": workers, "address": address}
-    return {key: value for key, value in given.items() if value}
-
-
 def _stage(
     name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> None:
     from synthgen import api
     from synthgen.config import Choice
+    from synthgen.console import progress, say
     from synthgen.engines import default_engine
 
-    settings = {key: value for key, value in given.items() if value is not None}
-    settings["engine"] = {"name": default_engine(), **(engine or {})}
-    for dotted, value in _pairs(extra).items():
-        part, _, option = dotted.partition(".")
-        if option:  # --set refine.smoothness=2 is an option of a part
-            before = settings.get(part, {})
-            if not isinstance(before, str | dict):
-                raise ConfigError(f"--set {dotted}: {part} is no part with options, but {before!r}")
-            settings[part] = {**({"name": before} if isinstance(before, str) else before), option: value}
-        else:
-            settings[part] = value
+    settings = with_set({**given, "engine": {"name": default_engine(), **(engine or {})}}, extra)
     call: Callable[..., Summary] = getattr(api, name)
-    _tell(call(run, progress=_progress(), **settings | {"engine": Choice.of(settings["engine"])}))
-
-
-def _progress() -> Progress:
-    """A bar, in the first process of this machine."""
-    from synthgen.console import ConsoleProgress
-    from synthgen.devices import place
-    from synthgen.runner import Progress
-
-    return Progress() if place().local_rank else ConsoleProgress()
-
-
-def _tell(summary: Summary) -> None:
-    from synthgen.console import tell
-    from synthgen.devices import place
-
-    here = place()
-    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary))
-
-
-def _print_scores(run: Path) -> None:
-    from synthgen.run import Run
-    from synthgen.status_text import scores
-
-    for line in scores(Run.open(run)):
-        print(line)
+    say(call(run, progress=progress(), **settings | {"engine": Choice.of(settings["engine"])}))
 
 
 def main() -> None:

@@ -6,14 +6,17 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from synthgen.devices import place
+from synthgen.run import Run
 from synthgen.runner import Progress, Summary
+from synthgen.status_text import scores
 from synthgen.text import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["ConsoleProgress", "tell"]
+__all__ = ["ConsoleProgress", "progress", "say", "say_scores", "tell"]
 
 
 def tell(summary: Summary) -> str:
@@ -27,6 +30,23 @@ def tell(summary: Summary) -> str:
         parts.append(f"{summary.done_before} of {summary.units} units were done before")
     parts += [f"{count} {remark}" for remark, count in summary.notes.items() if count]
     return f"{summary.stage}: {', '.join(parts)}"
+
+
+def say(summary: Summary) -> None:
+    """Print that line; of several processes each says which it is."""
+    here = place()
+    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary))
+
+
+def say_scores(run: Run) -> None:
+    """Print the scores of a run's evaluations."""
+    for line in scores(run):
+        print(line)
+
+
+def progress() -> Progress:
+    """A bar, in the first process of this machine."""
+    return Progress() if place().local_rank else ConsoleProgress()
 
 
 class ConsoleProgress(Progress):

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
-from synthgen.untrusted import LONGEST_LINE, MOST_PROMPTS, MOST_WORDS, read_file, read_json, visible
+from synthgen.untrusted import LONGEST_LINE, MOST_PROMPTS, MOST_WORDS, read_chunks, read_json, visible
 
-__all__ = ["expand", "find_words", "parse_line", "read_prompts", "read_templates", "request_for", "sample_seed"]
+__all__ = [
+    "Survey",
+    "expand",
+    "find_words",
+    "parse_line",
+    "read_prompts",
+    "read_templates",
+    "request_for",
+    "sample_seed",
+    "survey_prompts",
+]
 
 #: Words that name nothing to mask. A line without brackets asks for masks of all its other words.
 STOP_WORDS = frozenset(
@@ -27,6 +40,7 @@ STOP_WORDS = frozenset(
 # Vowel letters that do not sound like one, and the silent h.
 _SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
 _SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
+_CHUNK = 2**18  # bytes that are read at once
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
 
@@ -39,19 +53,60 @@ def read_prompts(path: str | Path, template: str | Path | None = None) -> list[P
         PromptError: it is not UTF-8, holds no prompt, or a line cannot be read; names the line.
     """
     path = Path(path)
-    parse = _parse_json if path.suffix == ".jsonl" else parse_line
-    prompts = []
-    for number, line in enumerate(_text(path, "prompt file", "--prompts").split("\n"), start=1):
-        line = visible(line).strip()
-        if not line or (line.startswith("#") and path.suffix != ".jsonl"):
-            continue
-        try:
-            prompts.append(_within_bounds(parse(_short(line))))
-        except ValueError as error:
-            raise PromptError(f"{path}, line {number}: {error}") from None
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt; write one a line, such as: a photo of a [dog] in a park")
+    prompts = [_parse(path, number, line) for number, line in _prompt_lines(path)]
     return prompts if template is None else expand(prompts, read_templates(template))
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a prompt file holds, without reading every prompt."""
+
+    count: int  # prompts, templates applied: as many as ``read_prompts`` would return
+    lines: tuple[str, ...]  # some of the file as they stand there, evenly apart
+    prompts: tuple[Prompt, ...]  # what these lines say
+    templates: tuple[str, ...]  # all; none where there is no template file
+
+
+def survey_prompts(path: str | Path, template: str | Path | None = None, *, most: int = 64) -> Survey:
+    """Count the prompts of a file and read ``most`` of them, evenly apart. Takes no memory for the others.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        PromptError: it is not UTF-8, holds no prompt, or one of the lines that were looked at cannot be read.
+    """
+    path = Path(path)
+    count, step, kept = 0, 1, []
+    for number, line in _prompt_lines(path):
+        if count % step == 0:
+            kept.append((number, line))
+            if len(kept) == 2 * most:
+                kept, step = kept[::2], 2 * step
+        count += 1
+    kept = [kept[index * len(kept) // most] for index in range(most)] if len(kept) > most else kept
+    templates = () if template is None else tuple(read_templates(template))
+    prompts = [_parse(path, number, line) for number, line in kept]
+    if templates:
+        expand(prompts, templates[:1])  # each must mark a word
+    return Survey(count * max(1, len(templates)), tuple(line for _, line in kept), tuple(prompts), templates)
+
+
+def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that hold a prompt, with their numbers."""
+    found = False
+    for number, line in _lines(path, "prompt file", "--prompts"):
+        if line.startswith("#") and path.suffix != ".jsonl":
+            continue
+        found = True
+        yield number, line
+    if not found:
+        raise PromptError(f"{path} holds no prompt; write one a line, such as: a photo of a [dog] in a park")
+
+
+def _parse(path: Path, number: int, line: str) -> Prompt:
+    try:
+        return _within_bounds(_parse_json(line) if path.suffix == ".jsonl" else parse_line(line))
+    except ValueError as error:
+        raise PromptError(f"{path}, line {number}: {error}") from None
 
 
 def read_templates(path: str | Path) -> list[str]:
@@ -62,11 +117,10 @@ def read_templates(path: str | Path) -> list[str]:
     """
     path = Path(path)
     templates = []
-    for number, line in enumerate(_text(path, "template file", "--template").split("\n"), start=1):
-        line = visible(line).strip()
-        if not line or line.startswith("#"):
+    for number, line in _lines(path, "template file", "--template"):
+        if line.startswith("#"):
             continue
-        if len(line) > LONGEST_LINE or line.count("{}") != 1:
+        if line.count("{}") != 1:
             raise PromptError(f"{path}, line {number}: a template has exactly one {{}} where the word goes")
         templates.append(line)
     if not templates:
@@ -138,12 +192,6 @@ def _parse_json(line: str) -> Prompt:
     return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else visible(str(label)))
 
 
-def _short(line: str) -> str:
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"it has {len(line):,} characters; {LONGEST_LINE:,} are the most")
-    return line
-
-
 def _within_bounds(prompt: Prompt) -> Prompt:
     if len(prompt.words) > MOST_WORDS:
         raise ValueError(f"it asks for {len(prompt.words)} masks; {MOST_WORDS} are the most, so mark fewer in brackets")
@@ -209,19 +257,35 @@ def request_for(prompts: Sequence[Prompt], run_seed: int, unit: int, row: int, u
     return Request(key, prompt, sample_seed(run_seed, key))
 
 
-def _text(path: Path, kind: str, option: str) -> str:
+def _lines(path: Path, kind: str, option: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers; read bit by bit, so that any length will do."""
+    decoder, number, tail, decoded = codecs.getincrementaldecoder("utf-8-sig")(), 0, "", 0
     try:
-        return read_file(path, MOST_PROMPTS).decode("utf-8-sig")
+        for data in chain(read_chunks(path, MOST_PROMPTS, _CHUNK), [b""]):  # the empty one ends the last line
+            *lines, tail = (tail + decoder.decode(data, not data)).split("\n")
+            decoded += len(data)
+            for line in lines if data else [*lines, tail]:
+                number += 1
+                if text := visible(_within_length(path, number, line)).strip():
+                    yield number, text
+            _within_length(path, number + 1, tail)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no {kind} {path}; give one with {option} FILE") from None
     except UnicodeDecodeError as error:
+        place = decoded - len(error.object) + len(data) + error.start
         raise PromptError(
-            f"{path} is not UTF-8 (byte {error.start}, 0x{error.object[error.start]:02x}); save it as UTF-8, "
+            f"{path} is not UTF-8 (byte {place}, 0x{error.object[error.start]:02x}); save it as UTF-8, "
             f"for example with: iconv -t UTF-8 {path.name}"
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PromptError(f"{path} cannot be read: {reason}; give a file with {option} FILE") from None
+
+
+def _within_length(path: Path, number: int, line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        raise PromptError(f"{path}, line {number}: it has too many characters; {LONGEST_LINE:,} are the most")
+    return line
 
 
 def to_jsonl(prompts: Sequence[dict[str, Any]]) -> bytes:

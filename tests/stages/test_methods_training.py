@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from synthgen.api import make_stage
-from synthgen.cli import _method
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
 from synthgen.image import encode_png
 from synthgen.methods import METHODS
 from synthgen.models.dual import load_dual_encoder
 from synthgen.models.vit import load_encoder
+from synthgen.options import method_of
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.stores.tar import TarWriter
@@ -300,7 +300,7 @@ def test_own_tokenizer_is_taken_and_a_wrong_one_is_told(run, data, tmp_path):
 
 
 def test_guided_on_the_command_line_is_the_methods_own_setting():
-    assert _method("vlp", guided=True) == {"name": "vlp", "position_share": 1.0}
-    assert _method("vlp", guided=False) == {"name": "vlp"}
+    assert method_of("vlp", guided=True) == {"name": "vlp", "position_share": 1.0}
+    assert method_of("vlp", guided=False) == {"name": "vlp"}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
-        _method("contrastiv", guided=True)
+        method_of("contrastiv", guided=True)

@@ -1,0 +1,227 @@
+"""How much there is to do: images, units and training steps of a pipeline, in all and left. Nothing is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from synthgen.errors import ConfigError, MissingArtifact, PipelineError, StaleArtifact
+from synthgen.pipeline import Pipeline
+from synthgen.prompts import Survey
+from synthgen.records import sample_key
+from synthgen.run import Run
+from synthgen.stages import Stage
+from synthgen.stages.generate import Generate
+from synthgen.stages.masks import Masks
+from synthgen.stages.pretrain import Pretrain
+from synthgen.stages.shards import Shards, split_of
+from synthgen.stores import located
+
+__all__ = ["NOTHING", "Counts", "count", "generate_of"]
+
+_MOST_UNITS = 10**6  # that a key can tell apart
+_COMPARED = 100_000  # prompts, at most, that are compared with those of a run that has begun
+_DRAWN = 10**6  # images, at most, for each of which the split is drawn; of more it is what is expected
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a stage has to do."""
+
+    units: int
+    units_left: int
+    images: int  # that it makes or packs; of a training those that it sees, each as often as it does
+    images_left: int
+    tars: Mapping[int, int] = field(default_factory=dict)  # images in a tar → number of such tars
+    basis: str = "counted"
+    train: int = 0  # images of the training split, of shards
+    batch_size: int = 0  # of a training: smaller than asked for, where there are fewer images
+
+
+NOTHING = Counts(0, 0, 0, 0)  # of a stage of which nothing is said
+
+
+def generate_of(pipeline: Pipeline) -> Generate:
+    """The stage whose prompts are counted, with every option of its backbone.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    for stage in pipeline.stages:
+        if isinstance(stage, Generate):
+            return stage.complete()
+    raise PipelineError(
+        f"{pipeline.path} has no stage generate, and a plan counts its prompts; add stages.generate, or give --prompts"
+    )
+
+
+def count(pipeline: Pipeline, survey: Survey, notes: list[str]) -> list[Counts]:
+    """What each stage has to do; remarks for a person are added to ``notes``.
+
+    Raises:
+        PipelineError: a stage reads what neither an earlier one nor the run has.
+        StaleArtifact, MissingArtifact, ConfigError: what the run itself would be refused for.
+    """
+    line = _Line(pipeline.path, _run_of(pipeline), survey, notes)
+    return [line.count(stage.complete()) for stage in pipeline.stages]
+
+
+def _run_of(pipeline: Pipeline) -> Run:
+    """The run as it is, or as it will be.
+
+    Raises:
+        StaleArtifact: it was begun with another seed.
+    """
+    try:
+        run = Run.open(pipeline.run)
+    except MissingArtifact:
+        return Run(located(pipeline.run), pipeline.seed)
+    if run.seed != pipeline.seed and run.manifest()["artifacts"]:
+        raise StaleArtifact(
+            f"{pipeline.run} was made with seed {run.seed}, not {pipeline.seed}; choose another --run folder"
+        )
+    return replace(run, seed=pipeline.seed)
+
+
+@dataclass
+class _Line:
+    """A pipeline, stage after stage."""
+
+    path: Path
+    run: Run
+    survey: Survey
+    notes: list[str]
+    images: Counts = NOTHING
+    shards: Counts = NOTHING
+    made: set[str] = field(default_factory=set)  # artifacts
+    whole: bool = True  # every stage so far has done all
+
+    def count(self, stage: Stage) -> Counts:
+        """What ``stage`` has to do after those before it."""
+        for artifact in stage.reads:
+            if artifact not in self.made and not self._in_run(artifact):
+                raise PipelineError(
+                    f"{self.path}: stages.{stage.name} reads {artifact}, which no stage before it makes and "
+                    f"{self.run.path} does not hold; add the stage that makes it"
+                )
+        if isinstance(stage, Generate):
+            found = self.images = self._generate(stage)
+        elif isinstance(stage, Masks):
+            found = self._left_by_marks(stage, self.images)
+        elif isinstance(stage, Shards):
+            found = self.shards = self._shards(stage)
+        else:
+            found = self._pretrain(stage) if isinstance(stage, Pretrain) else NOTHING
+        self.made.update(stage.writes)
+        self.whole = self.whole and not found.units_left
+        return found
+
+    def _in_run(self, artifact: str) -> bool:
+        try:
+            return bool(self.run.artifact(artifact))
+        except (MissingArtifact, ConfigError):  # there is none, or not even a run
+            return False
+
+    def _generate(self, stage: Generate) -> Counts:
+        images = self.survey.count * stage.images_per_prompt
+        images = min(images, stage.limit) if stage.limit else images
+        full, rest = divmod(images, stage.unit_size)
+        units = full + bool(rest)
+        if units > _MOST_UNITS:
+            raise ConfigError(
+                f"{images:,} images in units of {stage.unit_size} are {units:,} units, of {_MOST_UNITS:,} at most; "
+                f"set unit_size of stages.generate to {-(-images // _MOST_UNITS)} or more"
+            )
+        tars = {count: number for count, number in ((stage.unit_size, full), (rest, int(rest > 0))) if number}
+        return self._left_by_marks(stage, Counts(units, units, images, images, tars))
+
+    def _left_by_marks(self, stage: Stage, whole: Counts) -> Counts:
+        """``whole`` without the units that are marked as done."""
+        size = max(whole.tars)
+        done = [unit for unit in self._marked(stage) if unit < whole.units]
+        left = whole.images - sum(min(size, whole.images - unit * size) for unit in done)
+        return replace(whole, units_left=whole.units - len(done), images_left=left)
+
+    def _marked(self, stage: Stage) -> list[int]:
+        """The units that are done with the present settings.
+
+        Raises:
+            StaleArtifact: they were made with others.
+        """
+        if not all(map(self._in_run, stage.artifacts())):
+            return []
+        if isinstance(stage, Generate) and self.survey.count > _COMPARED:
+            self._compare_settings(stage)
+        else:
+            self.run.check(stage)
+        done = [
+            {unit for unit, mark in self.run.marks(name).items() if mark["fingerprint"] == made["fingerprint"]}
+            for name, made in ((name, self.run.artifact(name)) for name in stage.artifacts())
+        ]
+        return sorted(set.intersection(*done))
+
+    def _compare_settings(self, stage: Generate) -> None:
+        """What :meth:`Run.check` does, but for the prompts, which it would have to read."""
+        before = self.run.artifact("images")["settings"]
+        changed = [name for name, value in stage.fingerprinted().items() if before.get(name) != value]
+        if changed:
+            raise StaleArtifact(
+                f"{self.run.folder('images')} was made with another {', '.join(changed)}; use the same settings, or "
+                "choose another run folder"
+            )
+        self.notes.append(f"that {self.run.path} was begun with the same prompts is taken for granted: they are many")
+
+    def _shards(self, stage: Shards) -> Counts:
+        if self.whole and self.images.images <= _DRAWN:  # then it is known which images there are
+            run = self._held(stage)
+            sizes, todo = {unit: stage.size(run, unit) for unit in stage.plan(run)}, stage.todo(run)
+            left = sum(sizes[unit] for unit in todo)
+            train = sum(len(shard.keys) for shard in stage.layout(run) if shard.split == "train")
+            return Counts(len(sizes), len(todo), sum(sizes.values()), left, Counter(sizes.values()), train=train)
+        train, basis = self._train_images(stage)
+        tars = Counter[int]()
+        for images in (train, self.images.images - train):
+            full, rest = divmod(images, stage.samples_per_shard)
+            tars.update({stage.samples_per_shard: full, rest: 1} if rest else {stage.samples_per_shard: full})
+        units, images = tars.total(), self.images.images
+        return Counts(units, units, images, images, +tars, basis, train=train)
+
+    def _train_images(self, stage: Shards) -> tuple[int, str]:
+        """Images of the training split, and how that is known."""
+        images, size = self.images.images, max(self.images.tars)
+        if images > _DRAWN:
+            return round(
+                images * (1 - stage.val_ratio)
+            ), f"counted; the split is what val_ratio {stage.val_ratio:g} gives"
+        keys = (sample_key(*divmod(number, size)) for number in range(images))
+        return sum(split_of(self.run, key, stage.val_ratio) == "train" for key in keys), "counted"
+
+    def _held(self, stage: Stage) -> Run:
+        """The run as ``stage`` would work on it.
+
+        Raises:
+            StaleArtifact, MissingArtifact: see :meth:`Run.check`.
+        """
+        entry = self.run.check(stage)
+        held = {name: self.run.artifact(name) for name in stage.reads} | dict.fromkeys(stage.artifacts(), entry)
+        return replace(self.run, held=held)
+
+    def _pretrain(self, stage: Pretrain) -> Counts:
+        planned = not stage.data and "shards" in self.made
+        order = stage.order(self.run, self.shards.train if planned else len(stage.dataset(self.run)))
+        images, done = order.steps * order.batch_size, 0
+        if not planned or self.whole:
+            done = self._trained(stage, order.steps) * order.batch_size
+        basis = self.shards.basis if planned else "counted"
+        return Counts(1, int(done < images), images, images - done, basis=basis, batch_size=order.batch_size)
+
+    def _trained(self, stage: Pretrain, steps: int) -> int:
+        """Steps that need not be made again."""
+        run = self._held(stage)
+        if not stage.todo(run):
+            return steps
+        found = (run.folder(stage.artifacts()[0]) / "checkpoints").glob("step-*.safetensors")
+        made = [int(path.stem.removeprefix("step-")) for path in found if path.stem.removeprefix("step-").isdecimal()]
+        return min(max(made, default=0), steps - 1)  # an encoder is yet to be written

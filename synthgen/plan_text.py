@@ -1,0 +1,87 @@
+"""A plan as plain text for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from synthgen.plan import Estimate, Plan, StagePlan
+from synthgen.text import duration, size, table, wrap
+
+__all__ = ["render"]
+
+
+def render(found: Plan) -> str:
+    """A plan as plain text of at most 100 columns, without a newline at its end."""
+    return "\n\n".join("\n".join(block) for block in _blocks(found) if block)
+
+
+def _blocks(found: Plan) -> Iterator[list[str]]:
+    yield wrap(f"{found.file}: {found.prompts:,} prompts, {found.images:,} images for {found.run} (seed {found.seed})")
+    yield table(
+        ("stage", "units", "left", "images", "left", ""),
+        [(stage.stage, *_numbers(stage), stage.unknown or stage.basis) for stage in found.stages],
+        right=(1, 2, 3, 4),
+    )
+    measured = [stage for stage in found.stages if stage.seconds]
+    if measured:
+        rows = [_row(stage) for stage in measured]
+        rows.append(("sum", *_range(found.seconds, duration), "", _value(found.at_best_seconds, duration), "", ""))
+        head = ("what is left", "one worker", "between", "workers", "at best", "memory", "measured")
+        yield table(head, rows, right=(1, 2, 3, 4, 5))
+        disk = [(name, made) for stage in measured for name, made in stage.bytes.items()]
+        rows = [(name, *_range(made, _size), made.basis) for name, made in disk]
+        rows.append(
+            ("sum", *_range(found.bytes, _size), "" if found.disk_free is None else f"{size(found.disk_free)} are free")
+        )
+        yield table(("when all is done", "bytes", "between", ""), rows, right=(1, 2))
+        yield list(_remarks(found, measured))
+    yield [line for note in found.notes for line in wrap(f"note: {note}")]
+
+
+def _numbers(stage: StagePlan) -> tuple[str, ...]:
+    numbers = (stage.units, stage.units_left, stage.images, stage.images_left)
+    return tuple(f"{number:,}" if stage.units else "" for number in numbers)
+
+
+def _row(stage: StagePlan) -> tuple[str, ...]:
+    return (
+        stage.stage,
+        *_range(stage.seconds, duration),
+        f"{stage.workers:,}" if stage.workers else "",
+        _value(stage.at_best_seconds, duration),
+        _value(stage.memory, _size),
+        stage.sample.replace(" images", ""),
+    )
+
+
+def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
+    """What the figures stand on, and how far they go."""
+    yield from wrap(
+        f"Extrapolated from a sample that was made on {found.device} and deleted. The bounds are those of its cheapest "
+        "and dearest rounds: what varies later, or elsewhere, is not in them."
+    )
+    starts = ", ".join(f"{stage.stage} {duration(stage.start_seconds)}" for stage in measured if stage.start_seconds)
+    yield from wrap(
+        f"At best: with so many workers of the engine {found.engine}, if none slows another down; the start of each is "
+        f"in it ({starts})."
+    )
+    of: dict[str, list[str]] = {}
+    for stage in measured:
+        if stage.memory is not None:
+            of.setdefault(stage.memory.basis, []).append(stage.stage)
+    for basis, stages in of.items():
+        yield from wrap(f"Memory of each worker of {', '.join(stages)}: {basis}.")
+
+
+def _range(estimate: Estimate | None, shown: Callable[[float], str]) -> tuple[str, str]:
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return _value(estimate, shown), ""
+    return shown(estimate.value), f"{shown(estimate.low)} to {shown(estimate.high)}"
+
+
+def _value(estimate: Estimate | None, shown: Callable[[float], str]) -> str:
+    return "" if estimate is None else shown(estimate.value)
+
+
+def _size(count: float) -> str:
+    return size(round(count))
