@@ -5,7 +5,7 @@ RUN ?= runs/latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint test ray demo shards fuzz bench clean
+.PHONY: help install check lint test ray demo shards fuzz faults bench clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -33,6 +33,9 @@ ray: $(STAMP)    ## the tests of the Ray engine, with a machine lost in the midd
 
 fuzz: $(STAMP)   ## ten thousand hostile inputs over every reader (docs/security.md)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs 10000 --seed 0
+
+faults: $(STAMP) ## a hundred kills, full disks, wrong bytes and failing requests; the bytes stay the same (docs/faults.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --moments 100 --seed 0 --out benchmarks/results/faults.json
 
 check: lint test ## what CI runs
 lint: $(STAMP)   ## format, lint and types
