@@ -1,0 +1,210 @@
+"""Write ``docs/results.md`` and its figure from ``results/learning.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("mae", "contrastive", "vlp")
+ARMS = ("plain", "guided", "elsewhere")
+COLOURS = {"plain": "#666666", "guided": "#0a7d4f", "elsewhere": "#c2571a"}
+Scores = Mapping[str, Mapping[str, Sequence[float]]]  # arm → task → one a seed
+
+TEXT = """# Do free attention masks help an encoder?
+
+Free-ATM's claim is that the masks which a diffusion model's attention gives for nothing repair the three common ways
+to pretrain on generated images. This page tries it on the model that ships with synthgen: {images:,} images of
+[familiar.txt](../prompts/familiar.txt) (32 objects, one to three an image), {masks:,} of them with masks by
+AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training **without** masks, one **guided** by them,
+and a control whose masks have the same area and shape **elsewhere** in the image. The three trainings of a method see
+the same images equally often ({samples} samples) in batches of {batch}, with {seeds} seeds; the encoder is {dim} wide
+and {depth} deep, on {size} pixels. It is a small model, small images and a short training: what holds here need not
+hold at scale, and no figure here is one of the paper's.
+
+Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
+trainings took {minutes:.0f} minutes of one core). Figures and settings: `benchmarks/results/learning.json`.
+
+## Scores
+
+Mean of the seeds ± their standard deviation. A difference is **bold** where it is larger than both deviations together
+(the root of the sum of their squares): with {seeds} seeds that is a hint, not a proof. Composites are {truth}held-out
+images with exact labels, masks and captions; photos are 25 classes of Caltech-101 (`photos`) and 159 images of COCO
+with five captions each (`photo-captions`). What each task is: [evaluation.md](evaluation.md).
+
+{tables}
+{baselines}
+## What this says
+
+{verdicts}
+
+## On the way
+
+Scores of composites at each quarter of the training, with the spread of the seeds.
+
+![Scores over steps](results.png)
+
+Steps after which the guided form, and the control, had reached what the plain form ends with (on straight lines
+between the four points):
+
+{reached}
+"""
+
+
+def write_report(root: Path) -> None:
+    """Read the figures, write the page and its picture."""
+    record = json.loads((root / "benchmarks" / "results" / "learning.json").read_text(encoding="utf-8"))
+    figures = record["figures"]
+    scores, curves = figures["scores"], figures["curves"]
+    settings = next(iter(figures["settings"].values()))
+    encoder = figures["encoder"]
+    seen = {family: figures["settings"][f"{family}-plain"]["samples_seen"] for family in FAMILIES}
+    text = TEXT.format(
+        images=figures["images"],
+        masks=figures["with_masks"],
+        samples=", ".join(f"{family} {seen[family]:,}" for family in FAMILIES),
+        batch=settings["batch_size"],
+        dim=encoder["dim"],
+        depth=encoder["depth"],
+        size=encoder["image_size"],
+        seeds=max(len(seconds) for seconds in figures["seconds"].values()),
+        date=record["date"],
+        machine=f"{record['machine']['cpu']}, {record['machine']['cores']} cores",
+        commit=record["commit"],
+        minutes=sum(map(sum, figures["seconds"].values())) / 60,
+        truth=f"{figures['truth']['test']:,} ",
+        tables="\n".join("\n".join(table(family, scores)) + "\n" for family in FAMILIES),
+        baselines="\n".join(baselines(figures["baselines"])),
+        verdicts="\n".join(verdicts(scores)),
+        reached="\n".join(reached_table(scores, curves)),
+    )
+    (root / "docs" / "results.md").write_text(text, encoding="utf-8")
+    draw(curves, root / "docs" / "results.png")
+
+
+def table(family: str, scores: Scores) -> Iterator[str]:
+    """The scores of a family, a row for each task."""
+    yield f"### {family}\n"
+    yield "| task | plain | guided | elsewhere | guided - plain | elsewhere - plain |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for task in scores[f"{family}-plain"]:
+        arms = [scores[f"{family}-{arm}"].get(task, ()) for arm in ARMS]
+        cells = [f"{statistics.mean(arm):.3f} ± {deviation(arm):.3f}" if arm else "" for arm in arms]
+        yield f"| {task} | {' | '.join(cells)} | {change(arms[0], arms[1])} | {change(arms[0], arms[2])} |"
+
+
+def baselines(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """What stands beside the encoders."""
+    tasks = list(dict.fromkeys(task for row in rows.values() for task in row))
+    yield "### Beside them\n"
+    yield f"| task | {' | '.join(rows)} |\n| --- |{' --- |' * len(rows)}"
+    for task in tasks:
+        yield f"| {task} | {' | '.join(f'{row[task]:.3f}' if task in row else '' for row in rows.values())} |"
+    yield ""
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of the seeds; 0 of one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def beyond(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether the change of the means is larger than both deviations together; never so with one seed."""
+    if min(len(before), len(after)) < 2:
+        return False
+    both = math.hypot(deviation(before), deviation(after))
+    return abs(statistics.mean(after) - statistics.mean(before)) > both
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> str:
+    if not before or not after:
+        return ""
+    text = f"{statistics.mean(after) - statistics.mean(before):+.3f}"
+    return f"**{text}**" if beyond(before, after) else text
+
+
+def verdicts(scores: Scores) -> Iterator[str]:
+    """Per family: where guidance won and lost beyond the spread, and what the control did there."""
+    for family in FAMILIES:
+        plain, guided, control = (scores[f"{family}-{arm}"] for arm in ARMS)
+        moved = {task: plain[task] for task in plain if task in guided and beyond(plain[task], guided[task])}
+        better = [task for task in moved if statistics.mean(guided[task]) > statistics.mean(plain[task])]
+        worse = [task for task in moved if task not in better]
+        alike = [task for task in better if won(plain, control, task)]
+        over = [task for task in better if won(control, guided, task)]
+        yield (
+            f"- **{family}**: beyond the spread of the seeds, guided is better than plain on {listed(better)}, and "
+            f"worse on {listed(worse)}. Where it is better, masks elsewhere are better than plain as well on "
+            f"{listed(alike)}, and guided is better than masks elsewhere on {listed(over)}."
+        )
+
+
+def won(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], task: str) -> bool:
+    """Whether ``after`` is better beyond the spread."""
+    if task not in before or task not in after:
+        return False
+    return beyond(before[task], after[task]) and statistics.mean(after[task]) > statistics.mean(before[task])
+
+
+def listed(tasks: Sequence[str]) -> str:
+    return "; ".join(tasks) or "none"
+
+
+def reached_table(scores: Scores, curves: Mapping[str, Any]) -> Iterator[str]:
+    yield "| family | task | steps | plain ends with | guided reaches it at | elsewhere reaches it at |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for family in FAMILIES:
+        for task in curves[f"{family}-plain"]:
+            goal = statistics.mean(scores[f"{family}-plain"][task])
+            at = [reached(curves[f"{family}-{arm}"].get(task, {}), goal) for arm in ARMS[1:]]
+            cells = ["never" if one is None else f"{one:.0f}" for one in at]
+            steps = max(map(int, curves[f"{family}-plain"][task]))
+            yield f"| {family} | {task} | {steps} | {goal:.3f} | {' | '.join(cells)} |"
+
+
+def reached(points: Mapping[str, Sequence[float]], goal: float) -> float | None:
+    """The first step with that mean score, on straight lines between the points."""
+    line = sorted((int(step), statistics.mean(values)) for step, values in points.items())
+    for number, (step, score) in enumerate(line):
+        if score >= goal:
+            if not number:
+                return float(step)
+            before, lower = line[number - 1]
+            return before + (step - before) * (goal - lower) / (score - lower)
+    return None
+
+
+def draw(curves: Mapping[str, Any], path: Path) -> None:
+    """A panel for each family and task: means, and the range of the seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(task for arm in curves.values() for task in arm))
+    figure, axes = plt.subplots(len(tasks), len(FAMILIES), figsize=(9, 2.3 * len(tasks)), squeeze=False, sharex="col")
+    for row, task in enumerate(tasks):
+        for column, family in enumerate(FAMILIES):
+            panel = axes[row][column]
+            for arm in ARMS:
+                points = sorted((int(step), values) for step, values in curves[f"{family}-{arm}"].get(task, {}).items())
+                steps = [step for step, _ in points]
+                panel.plot(steps, [statistics.mean(values) for _, values in points], color=COLOURS[arm], label=arm)
+                low, high = ([pick(values) for _, values in points] for pick in (min, max))
+                panel.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(labelsize=7)
+            panel.set_title(f"{family}: {task.partition(',')[0]}", fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("steps", fontsize=8)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    write_report(Path(__file__).resolve().parent.parent)
