@@ -190,6 +190,12 @@ def pretrain(figures: dict[str, Any]) -> Iterator[str]:
             rates = row["images_per_second"]
             for name, rate in rates.items():
                 yield f"| {case}, batch {row['batch']} | {name} | {rate:.1f} | {rate / rates['transformers']:.2f} |"
+    for case, row in figures.items():
+        if isinstance(row, dict) and "pretrain" in row:
+            over = ", ".join(f"{value:.1f} x {name}" for name, value in row["loader_over_training"].items())
+            waiting = row["pretrain"]["waiting_percent"]
+            yield f"\n{case}: the loader alone is faster than training by {over}. A real `pretrain` waits for data"
+            yield f"{waiting:.1f} % of its time."
 
 
 def engines(figures: dict[str, Any]) -> Iterator[str]:
