@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,20 @@ def write_report(root: Path) -> None:
         verdicts="\n".join(verdicts(scores)),
         reached="\n".join(reached_table(scores, curves)),
     )
-    (root / "docs" / "results.md").write_text(text, encoding="utf-8")
+    (root / "docs" / "results.md").write_text(wrapped(text), encoding="utf-8")
     draw(curves, root / "docs" / "results.png")
+
+
+def wrapped(text: str) -> str:
+    """Lines of at most 120 characters, but for tables."""
+    lines = []
+    for block in text.strip().split("\n\n"):
+        items = block.split("\n- ")  # a paragraph is one
+        if not block.startswith(("|", "#", "!")):
+            indent = "  " if block.startswith("- ") else ""
+            items = [textwrap.fill(item, 118, subsequent_indent=indent, break_on_hyphens=False) for item in items]
+        lines.append("\n- ".join(items))
+    return "\n\n".join(lines) + "\n"
 
 
 def table(family: str, scores: Scores) -> Iterator[str]:
