@@ -34,7 +34,8 @@ trainings took {minutes:.0f} minutes of one core). Figures and settings: `benchm
 Mean of the seeds ± their standard deviation. A difference is **bold** where it is larger than both deviations together
 (the root of the sum of their squares): with {seeds} seeds that is a hint, not a proof. Composites are {truth}held-out
 images with exact labels, masks and captions; photos are 25 classes of Caltech-101 (`photos`) and 159 images of COCO
-with five captions each (`photo-captions`). What each task is: [evaluation.md](evaluation.md).
+with five captions each (`photo-captions`). `knn` and `linear_probe` are accuracies, `segmentation` the mean IoU of a
+linear head, `retrieval` the mean recall: see [evaluation.md](evaluation.md).
 
 {tables}
 {baselines}
