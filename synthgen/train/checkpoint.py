@@ -25,7 +25,7 @@ from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArt
 from synthgen.methods import METHODS, Method
 from synthgen.models.vit import load_encoder
 from synthgen.stores import located, temporaries
-from synthgen.stores.tar import write_bytes
+from synthgen.stores.tar import is_abandoned, write_bytes
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Checkpoints", "load_method"]
@@ -86,7 +86,7 @@ class Checkpoints:
         data = save(tensors, metadata={"state": header, "sha256": _checksum(header, tensors)})
         write_bytes(self.folder / f"step-{step:08d}.safetensors", data)
         for old in self.paths()[: -self.keep]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # another command, with the same training, may have been first
 
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Load the newest checkpoint that can be read and return its state; an empty one where there is none.
@@ -96,7 +96,8 @@ class Checkpoints:
             CorruptShard: there are checkpoints, and none can be read.
         """
         for leftover in temporaries(self.folder):
-            leftover.unlink()  # of a process that was killed while it wrote
+            if is_abandoned(leftover):  # its process was killed while it wrote
+                leftover.unlink(missing_ok=True)
         broken = ""
         for path in reversed(self.paths()):
             try:
@@ -109,6 +110,8 @@ class Checkpoints:
                 state = read_json(header, finite=False)
                 if not isinstance(state, dict) or not isinstance(state.get("step"), int):
                     raise ValueError("its header holds no state of a training")
+            except FileNotFoundError:  # another command, with the same training, is ahead and has deleted it
+                continue
             except (SafetensorError, OSError, ValueError) as error:
                 broken = f"{path} cannot be read: {' '.join(str(error).split())}"
                 logger.warning("%s; going on from the checkpoint before it", broken)

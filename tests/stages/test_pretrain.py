@@ -307,3 +307,22 @@ def test_masks_elsewhere_guide_otherwise(run: Run) -> None:
     assert not all(torch.equal(own[name], elsewhere[name]) for name in own)
     with pytest.raises(ValueError, match="own or elsewhere"):
         Pretrain(masks="away")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_two_who_train_the_same_at_once_end_with_the_same_weights(run: Run, whole: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from synthgen.run import Run
+        from synthgen.runner import run_stage
+        from synthgen.stages.pretrain import Pretrain
+        from tests.stages.test_pretrain import ONE, SMALL
+        if __name__ == "__main__":
+            run_stage(Pretrain(**SMALL), Run.open({str(run.path)!r}), ONE)
+        """
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [one.wait(300) for one in both] == [0, 0]
+    assert sha256(run.folder("pretrain/mae")) == sha256(whole)
