@@ -36,3 +36,29 @@ def stable_diffusion(tmp_path_factory):
     from tests.models import make_stable_diffusion
 
     return make_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """An object store on the loopback, over real HTTP."""
+    from tests.store_server import start_store
+
+    with start_store() as store, store.enter():
+        yield store
+
+
+@pytest.fixture
+def store(server, tmp_path, monkeypatch):
+    """It, empty, without waits between requests, and with a cache of this test's own; a test may let it fail."""
+    from synthgen.stores import remote
+
+    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    server.kinds = ("500", "503", "cut")
+    server.faults.clear()
+    server.requests.clear()
+    server.lines.clear()
+    yield server
+    server.fault_rate = 0
+    for key in server.objects():
+        server.delete(key)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,32 +17,12 @@ from synthgen.errors import StaleArtifact
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.status import status
-from synthgen.stores import remote
 from synthgen.stores.cache import cache_folder
 from tests.factories import Drawn, TrueMasks, make_run
-from tests.store_server import Store, start_store
+from tests.store_server import Store
 
 HERE = Local(workers=1)
 TRAINING = {"epochs": 6, "batch_size": 4, "save_every": 3, "log_every": 2, "export": False}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with start_store() as store, store.enter():
-        yield store
-
-
-@pytest.fixture
-def store(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
-    server.kinds = ("500", "503", "cut")
-    server.faults.clear()
-    server.lines.clear()
-    yield server
-    server.fault_rate = 0
-    for key in server.objects():
-        server.delete(key)
 
 
 def hashes(run: Run, *patterns: str) -> dict[str, str]:

@@ -26,29 +26,9 @@ from synthgen.stores import remote as module
 from synthgen.stores.cache import cache_bytes, cache_folder, local_copy
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes
-from tests.store_server import Store, forget_connections, start_store
+from tests.store_server import Store, forget_connections
 
 SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "bin": bytes(number * 100)}) for number in range(5)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with start_store() as store, store.enter():
-        yield store
-
-
-@pytest.fixture
-def store(server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_FIRST_WAIT", 0.01)
-    server.kinds = ("500", "503", "cut")
-    server.faults.clear()
-    server.requests.clear()
-    server.lines.clear()
-    yield server
-    server.fault_rate = 0
-    for key in server.objects():
-        server.delete(key)
 
 
 @pytest.fixture(params=["s3", "memory"])
