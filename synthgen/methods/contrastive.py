@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,24 +18,12 @@ from synthgen.datasets import Sample
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._names import number_of
 from synthgen.methods._processes import gather, own_rows, share_of_mean
+from synthgen.methods._regions import WHOLE, Regions, pool, regions
 from synthgen.models.layers import Projector
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["Contrastive"]
-
-WHOLE = -1  # stands for the whole image where words are numbers
-
-
-@dataclass(frozen=True, slots=True)
-class Regions:
-    """What of each image is compared across its two views."""
-
-    first: Float[Tensor, "b k n"]  # how much of each patch belongs to the region, in either view
-    second: Float[Tensor, "b k n"]
-    present: Bool[Tensor, "b k"]
-    words: Int[Tensor, "b k"]  # equal numbers for equal words; WHOLE for the whole image
 
 
 class Contrastive(Method):
@@ -152,44 +140,21 @@ class Contrastive(Method):
         b, device = len(batch), batch.images.device
         all_of_it = torch.ones(b, 1, self.encoder.config.grid**2, device=device)
         words = torch.full((b, 1), WHOLE, device=device)
-        return Regions(all_of_it, all_of_it, torch.ones(b, 1, dtype=torch.bool, device=device), words)
+        return Regions((all_of_it, all_of_it), torch.ones(b, 1, dtype=torch.bool, device=device), words)
 
     def objects(self, first: Batch, second: Batch) -> Regions:
         """One region for each word that both views show, or the whole image where there is none."""
-        device, patch = first.images.device, self.encoder.config.patch_size
-        covered = [  # b k n
-            F.avg_pool2d(view.masks.flatten(0, 1)[:, None].float(), patch).view(
-                *view.masks.shape[:2], self.encoder.config.grid**2
-            )
-            for view in (first, second)
-        ]
-        named = [[number_of(word) for word in words] for words in first.words]
-        width = first.masks.shape[1]
-        words = torch.tensor([(row + [WHOLE] * width)[:width] for row in named], dtype=torch.long, device=device)
-        present = torch.stack([view.sum(2) >= 0.5 for view in covered]).all(0)
-        # words that count come first, then the table is cut or filled up to max_words: as wide on every process
-        order = present.long().argsort(dim=1, descending=True, stable=True)[:, : self.max_words]
-        missing = self.max_words - order.shape[1]
-        present = F.pad(present.gather(1, order), (0, missing))
-        words = F.pad(words.gather(1, order), (0, missing), value=WHOLE).masked_fill(~present, WHOLE)
-        places = order[:, :, None].expand(-1, -1, self.encoder.config.grid**2)
-        ours, theirs = (F.pad(view.gather(1, places), (0, 0, 0, missing)) for view in covered)
-        empty = ~present.any(1)
-        slot = torch.arange(self.max_words, device=device) == 0
-        pseudo = empty[:, None] & slot
-        return Regions(
-            torch.where(pseudo[:, :, None], 1.0, ours),
-            torch.where(pseudo[:, :, None], 1.0, theirs),
-            present | pseudo,
-            words,
-        )
+        found = regions((first, second), self.encoder.config.patch_size, self.max_words)
+        slot = torch.arange(self.max_words, device=first.images.device) == 0
+        pseudo = ~found.present.any(1)[:, None] & slot
+        shares = tuple(torch.where(pseudo[:, :, None], 1.0, view) for view in found.shares)
+        return replace(found, shares=shares, present=found.present | pseudo)
 
     def term(self, regions: Regions, tokens: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The symmetric loss over some regions, and how often the positive is the nearest key."""
-        weights = regions.first, regions.second
-        queries = [_unit(self.predict(self.project(_pool(x, w)))) for x, w in zip(tokens, weights, strict=True)]
+        queries = [_unit(self.predict(self.project(pool(x, w)))) for x, w in zip(tokens, regions.shares, strict=True)]
         with torch.no_grad():
-            keys = [_unit(self.teacher_project(_pool(x, w))) for x, w in zip(targets, weights, strict=True)]
+            keys = [_unit(self.teacher_project(pool(x, w))) for x, w in zip(targets, regions.shares, strict=True)]
         one, right = self.contrast(queries[0], keys[1], keys[0], regions)
         other, also_right = self.contrast(queries[1], keys[0], keys[1], regions)
         if len(self.queue_keys):
@@ -246,10 +211,6 @@ class Contrastive(Method):
             self.queue_keys[places], self.queue_words[places] = keys.float(), words
             self.queue_end += len(keys)
         self._fresh.clear()
-
-
-def _pool(tokens: Float[Tensor, "b n d"], weights: Float[Tensor, "b k n"]) -> Float[Tensor, "b k d"]:
-    return weights @ tokens / weights.sum(2, keepdim=True).clamp(min=1e-6)
 
 
 def _unit(x: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:

@@ -1,4 +1,4 @@
-"""Match images to texts, which may say where each word's object is."""
+"""Match images to texts, which may say where each word's object is, and objects to their words."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._names import number_of
 from synthgen.methods._processes import gather, longest, share_of_mean
+from synthgen.methods._regions import pool, regions
 from synthgen.models.draws import uniform
 from synthgen.models.dual import DualEncoder, save_dual_encoder
 from synthgen.models.layers import initialize
@@ -48,11 +49,15 @@ class VLP(Method):
     With ``position_share`` above 0 that share of the texts is lengthened by a sentence such as "The dog is in block 5."
     (Free-ATM; the idea of position prompts is PTP's, Wang et al., 2022). The word is drawn from those whose mask covers
     ``min_area`` of the view or more. The block is that of the middle of the mask's box after crop and flip, on a grid
-    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked. What is known of the paper and what
-    is our choice: docs/methods.md.
+    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked.
+
+    With ``region_weight`` above 0 that many times ITC between objects and words is added: v is then the vector of the
+    mean of the patch tokens under a word's mask, u that of the word alone as a text. A word counts where its mask
+    covers half a patch, the first ``max_regions`` such words of an image. What is known of the paper and what is our
+    choice: docs/methods.md.
     """
 
-    guided: ClassVar = {"position_share": 1.0}
+    guided: ClassVar = {"region_weight": 1.0}
     min_images: ClassVar = 2
 
     def __init__(
@@ -62,6 +67,8 @@ class VLP(Method):
         position_share: float = 0.0,
         blocks: int = 3,
         min_area: float = 0.001,
+        region_weight: float = 0.0,
+        max_regions: int = 3,
         text_depth: int = 0,
         reader_depth: int = 0,
         embed_dim: int = 256,
@@ -74,11 +81,13 @@ class VLP(Method):
         for name, share in (("position_share", position_share), ("min_area", min_area)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {share}")
-        if min(blocks, embed_dim, max_words) < 1 or min(text_depth, reader_depth) < 0 or max_tokens < 4:
+        if min(blocks, embed_dim, max_words, max_regions) < 1 or min(text_depth, reader_depth) < 0 or max_tokens < 4:
             raise ValueError(
-                "blocks, embed_dim and max_words must be 1 or more, text_depth and reader_depth 0 or more, "
-                "max_tokens 4 or more"
+                "blocks, embed_dim, max_words and max_regions must be 1 or more, text_depth and reader_depth 0 or "
+                "more, max_tokens 4 or more"
             )
+        if region_weight < 0:
+            raise ValueError(f"region_weight must not be negative, but is {region_weight}")
         if not 0.001 <= temperature <= 0.5:
             raise ValueError(f"temperature must lie between 0.001 and 0.5, not {temperature}")
         config = encoder.config
@@ -101,11 +110,12 @@ class VLP(Method):
             head.apply(initialize)
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.position_share, self.blocks, self.min_area, self.max_words = position_share, blocks, min_area, max_words
+        self.region_weight, self.max_regions = region_weight, max_regions
 
     @property
     def uses_masks(self) -> bool:
         """Masks say where objects are."""
-        return self.position_share > 0
+        return max(self.position_share, self.region_weight) > 0
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Texts, and masks if guided."""
@@ -157,7 +167,35 @@ class VLP(Method):
             "matched": matched,
             "with_text": told.float().mean(),
         }
-        return StepOutput(itc + itm, metrics)
+        loss = itc + itm
+        if self.region_weight > 0:
+            named, metrics["named"] = self.name_regions(batch, image, scale)
+            metrics["regions"] = named.detach()
+            loss = loss + self.region_weight * named
+        return StepOutput(loss, metrics)
+
+    def name_regions(
+        self, batch: Batch, image: Float[Tensor, "b n d"], scale: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """ITC between what lies under each mask and the mask's word; how often the nearest word is the right one."""
+        found = regions((batch,), self.encoder.config.patch_size, self.max_regions)
+        spelled = {number_of(word): word for words in batch.words for word in words}
+        numbers, place = torch.unique(found.words, return_inverse=True)  # each word is read once
+        tokens, real = (
+            part.to(image.device) for part in self.tokenizer([spelled.get(n, "") for n in numbers.tolist()])
+        )
+        v = F.normalize(self.image_head(pool(image, *found.shares)), dim=2).float()  # b k e
+        u = F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1).float()[place]
+        present = found.present.flatten()
+        everywhere = gather(found.present).flatten()
+        fits = (found.words.flatten()[:, None] == gather(found.words).flatten()) & everywhere
+        to_words, to_regions = (
+            (ours.flatten(0, 1) @ gather(theirs).flatten(0, 1).T / scale).masked_fill(~everywhere, FAR)
+            for ours, theirs in ((v, u), (u, v))
+        )
+        loss = (self.contrast(to_words, fits, present) + self.contrast(to_regions, fits, present)) / 2
+        right = fits.gather(1, to_words.argmax(1, keepdim=True)).squeeze(1) & present
+        return loss, right.sum() / present.sum().clamp(min=1)
 
     def contrast(
         self, logits: Float[Tensor, "b B"], fits: Bool[Tensor, "b B"], told: Bool[Tensor, " b"]
@@ -179,7 +217,7 @@ class VLP(Method):
     def texts(self, batch: Batch) -> list[str]:
         """What the text tower reads: each caption's first words, and for a share of them where one word's object is."""
         captions = [" ".join(text.split()[: self.max_words]) for text in batch.texts]
-        if not (self.uses_masks and batch.masks.shape[1]):
+        if not (self.position_share and batch.masks.shape[1]):
             return captions
         drawn = uniform(batch.seeds, 2, stream=POSITION).tolist()
         seen = ((batch.masks.float().mean((2, 3)) >= self.min_area) & batch.present).tolist()

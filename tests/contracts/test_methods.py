@@ -17,7 +17,7 @@ from synthgen.errors import ConfigError
 from synthgen.export import to_transformers
 from synthgen.loader import Batch, collate
 from synthgen.methods import METHODS
-from synthgen.methods.contrastive import WHOLE
+from synthgen.methods._regions import WHOLE
 from synthgen.methods.umd import cosine_schedule
 from synthgen.methods.vlp import _draw, blocks_of
 from synthgen.models.draws import normal, uniform
@@ -388,7 +388,7 @@ def test_contrastive_loss_is_its_formula():
 
     total, count = 0.0, 0
     with torch.no_grad():
-        weights = regions.first, regions.second
+        weights = regions.shares
         for here, there in ((0, 1), (1, 0)):
             queries = vectors(tokens[here], weights[here], method.project, method.predict)
             across = vectors(targets[there], weights[there], method.teacher_project)
@@ -439,8 +439,8 @@ def test_words_count_where_both_views_show_them():
     regions = method.objects(first, second)
     assert regions.present.tolist() == [[True, True], [True, False], [True, False]]
     assert (regions.words == WHOLE).tolist() == [[False, False], [True, True], [True, True]]
-    assert regions.first[0, 0].nonzero().flatten().tolist() == [0, 1, 8, 9]
-    assert (regions.first[1, 0] == 1).all()  # the whole image instead
+    assert regions.shares[0][0, 0].nonzero().flatten().tolist() == [0, 1, 8, 9]
+    assert (regions.shares[0][1, 0] == 1).all()  # the whole image instead
     same = method.objects(dataclasses.replace(first, words=(("x", "dog", "cat"), *words[1:])), second)
     assert torch.equal(same.words, regions.words)  # case does not matter
 
@@ -566,6 +566,44 @@ def test_vlp_loss_is_its_formula():
     assert metrics["with_text"].item() == pytest.approx(5 / 6)
 
 
+def test_naming_regions_is_the_contrast_between_objects_and_words():
+    """Means of patches under masks against words read alone; equal words share a target, faint ones do not count."""
+    method = build("vlp", region_weight=1.0, max_regions=2)
+    batch = make_batch(6)
+    batch.masks[1, 0] = False  # nothing of the first disc is left
+    batch.masks[1, 0, 0, :4] = True  # but a quarter of a patch
+    metrics = method(batch, 0.0).metrics
+    unit, regions, words = torch.nn.functional.normalize, [], []
+    with torch.no_grad():
+        tokens = method.encoder(batch.images)[:, 1:].view(6, 8, 8, -1)
+        for image, own in enumerate(batch.words):
+            for word, mask in zip(own, batch.masks[image].float(), strict=False):
+                shares = mask.view(8, 4, 8, 4).mean((1, 3))
+                if shares.sum() >= 0.5:
+                    mean = (shares[..., None] * tokens[image]).sum((0, 1)) / shares.sum()
+                    regions.append(unit(method.image_head(mean), dim=0))
+                    words.append(word)
+        read = {w: unit(method.text_head(method.text(*method.tokenizer([w]))[0, 0]), dim=0) for w in set(words)}
+    named = [read[word] for word in words]
+    assert 6 < len(words) < 9
+    total = 0.0
+    for near, far in ((regions, named), (named, regions)):
+        for i, word in enumerate(words):
+            chances = torch.stack([near[i] @ other / 0.07 for other in far]).softmax(0)
+            fits = [chance for chance, other in zip(chances, words, strict=True) if other == word]
+            total -= sum(float(chance.log()) for chance in fits) / len(fits) / 2
+    assert metrics["regions"].item() == pytest.approx(total / len(words), rel=1e-4)
+    nearest = [words[int(torch.stack([region @ other for other in named]).argmax())] for region in regions]
+    right = np.mean([one == other for one, other in zip(nearest, words, strict=True)])
+    assert metrics["named"].item() == pytest.approx(right)
+
+
+def test_regions_learn_their_words():
+    method, batch = build("vlp", region_weight=1.0), make_batch(12)
+    train(method, batch, 60)
+    assert method(batch, 1.0).metrics["named"].item() > 0.9
+
+
 def test_padding_is_seen_by_none():
     method = build("vlp").eval()
     short, long = "a dog", "a photo of a dog and a cat on a beach"
@@ -605,6 +643,8 @@ def test_vlp_asks_for_texts():
     [
         ({"position_share": 2.0}, "between 0 and 1"),
         ({"blocks": 0}, "1 or more"),
+        ({"max_regions": 0}, "1 or more"),
+        ({"region_weight": -1.0}, "negative"),
         ({"max_tokens": 2}, "4 or more"),
         ({"temperature": 0.9}, "0.001 and 0.5"),
     ],
