@@ -11,7 +11,7 @@ from typing import Any
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.untrusted import read_file, read_json, read_lines, visible
 
-__all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "read_beside", "read_listing"]
+__all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "iter_listing", "read_beside", "read_listing"]
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # looked for in a folder of images, and in the folders in it
 TEXT_KEYS = ("text", "caption", "prompt")  # what tables and json members call the caption; the first that is there
@@ -37,28 +37,38 @@ def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
 
     Raises:
         MissingArtifact: there is no such file.
-        PromptError: it cannot be read, or names a file outside the folder; says in which line.
+        PromptError: it cannot be read, or names a file twice or one outside the folder; says in which line.
+    """
+    found: dict[str, Caption] = {}
+    for where, name, caption in iter_listing(path, folder):
+        if name in found:
+            raise PromptError(f"{path}, {where}: the file {name!r} is listed twice")
+        found[name] = caption
+    return found
+
+
+def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, str, Caption]]:
+    """The rows that :func:`read_listing` reads, one after another: where a row stands, its image and its caption.
+
+    Raises:
+        MissingArtifact, PromptError: as there, when the row is come to; that a file is listed twice is not seen.
     """
     readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}
     if path.suffix not in readers:
         raise PromptError(f"{path} is no list of captions; give a .jsonl, a .csv, or COCO's captions as .json")
     own = folder is not None and path.suffix != ".json" and path.is_relative_to(folder)
     under = path.parent.relative_to(folder).as_posix() if folder and own else "."
-    found: dict[str, Caption] = {}
     try:
         for where, row in readers[path.suffix](path):
             try:
-                name = (PurePosixPath(under) / inside(row.get("file_name"))).as_posix()
-                if name in found:
-                    raise ValueError(f"the file {name!r} is listed twice")
-                found[name] = _caption(row)
+                read = (PurePosixPath(under) / inside(row.get("file_name"))).as_posix(), _caption(row)
             except ValueError as error:
                 raise PromptError(f"{path}, {where}: {error}") from None
+            yield where, *read
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; give one with --metadata FILE") from None
     except (OSError, UnicodeDecodeError, csv.Error, RecursionError, ValueError) as error:
         raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return found
 
 
 def read_beside(image: Path) -> Caption:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from synthgen.errors import CorruptShard
+from synthgen.errors import CorruptShard, one_line
 from synthgen.image import decode_rgb, encode_png
 from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
@@ -261,7 +261,7 @@ def _json(value: Any) -> bytes:
 
 
 def _corrupt(key: str, what: str, error: Exception) -> CorruptShard:
-    reason = f"member {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+    reason = f"member {error} is missing" if isinstance(error, KeyError) else one_line(error)
     return CorruptShard(
         f"the {what} of sample {key} cannot be read: {reason}; delete its tar and run the stage that made it again"
     )

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
-
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run
-from synthgen.stores import open_here
+from synthgen.stores.opened import OpenFiles
 from synthgen.stores.tar import Member, index_tar, read_member
 
 __all__ = ["Column", "unit_of"]
-
-_OPEN_TARS = 64  # units that are kept open
 
 
 class Column:
@@ -20,7 +16,7 @@ class Column:
     def __init__(self, run: Run, artifact: str) -> None:
         self.run, self.artifact = run, artifact
         self._units: dict[int, dict[str, dict[str, Member]]] = {}
-        self._files: dict[int, BinaryIO] = {}
+        self._files = OpenFiles()
 
     def read(self, key: str, *names: str) -> dict[str, bytes]:
         """The members of a sample: all, or those of these names.
@@ -38,7 +34,7 @@ class Column:
         if members is None:
             raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
         values = {}
-        file = self._file(unit)
+        file = self._files[path]
         for name in names or members:
             if name not in members:
                 raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
@@ -47,13 +43,6 @@ class Column:
             except ValueError as error:
                 raise CorruptShard(f"{path}: sample {key}: {error}; {self._again()}") from None
         return values
-
-    def _file(self, unit: int) -> BinaryIO:
-        if unit not in self._files:
-            if len(self._files) >= _OPEN_TARS:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[unit] = open_here(self.run.tar(self.artifact, unit))
-        return self._files[unit]
 
     def _again(self) -> str:
         return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"

@@ -73,3 +73,8 @@ class UnitsFailed(SynthgenError):
     """Some units failed. The others are done; the same command tries only the failed ones again."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without secrets, in one line of at most 300 characters; its kind where it says nothing."""
+    return redact(" ".join(str(error).split()))[:300] or type(error).__name__

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from synthgen.errors import one_line
+
 __all__ = ["MOST_PIXELS", "UNDECODABLE", "decode_labels", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
 
 MOST_PIXELS = 2**26  # of an image that is read; a larger one is a bomb, or too large for any network
@@ -68,7 +70,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     except OSError:
         raise
     except Exception as error:  # on hostile bytes Pillow raises whatever went wrong inside
-        raise OSError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise OSError(one_line(error)) from None
 
 
 def resize(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName
+from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
@@ -186,10 +186,9 @@ def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
 
 def _missing(model: str, error: Exception) -> MissingWeights:
     kind = "folder" if Path(model).exists() else "folder or model id"
-    reason = " ".join(str(error).split())[:200]
     return MissingWeights(
-        f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {reason}; download it first, for example "
-        f"with: hf download {model}, and check that it has safetensors weights"
+        f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {one_line(error)}; download it first, "
+        f"for example with: hf download {model}, and check that it has safetensors weights"
     )
 
 

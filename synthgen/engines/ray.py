@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from synthgen.engines import Listener
 from synthgen.engines._work import opened
-from synthgen.errors import ConfigError
+from synthgen.errors import ConfigError, one_line
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
@@ -122,7 +122,7 @@ class Ray:
             ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RayError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"no Ray cluster could be joined at {where} ({_one_line(error)}); "
+                f"no Ray cluster could be joined at {where} ({one_line(error)}); "
                 "begin one with: ray start --head, or give another --address"
             ) from None
 
@@ -169,14 +169,10 @@ def _result(task: Any) -> tuple[Report | None, str]:
         raise error.cause from None
     except ActorDiedError as error:  # for good, though it may be begun again as often as it takes
         raise ConfigError(
-            f"a Ray worker could not be begun ({_one_line(error)}); synthgen must be installed on every machine"
+            f"a Ray worker could not be begun ({one_line(error)}); synthgen must be installed on every machine"
         ) from None
     except RayError as error:
-        return None, f"killed, or out of memory ({_one_line(error)})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        return None, f"killed, or out of memory ({one_line(error)})"
 
 
 class _Actor:

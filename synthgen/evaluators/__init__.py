@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float16, Float32, Int, Int16
 from torch import Tensor
 
+from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.registry import Family
 
-__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Scenes"]
+__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Scenes", "named"]
 
 Need = Literal["features", "patches", "pairs", "masks"]
 Baseline = Literal["random", "pixels"]
@@ -138,6 +139,27 @@ class Evaluator(Protocol):
 
 
 EVALUATORS: Family[Evaluator] = Family(__name__)
+
+
+def named(choices: Sequence[Choice]) -> dict[str, Choice]:
+    """Evaluators by the names of their scores: one that is listed twice is told apart by the options that differ.
+
+    Raises:
+        ConfigError: two are the same.
+    """
+    found: dict[str, Choice] = {}
+    for choice in choices:
+        others = [other.options for other in choices if other.name == choice.name]
+        differing = [
+            f"{key}={value}"
+            for key, value in choice.options.items()
+            if any(other.get(key, None) != value for other in others)
+        ]
+        name = " ".join([choice.name, *differing])
+        if name in found:
+            raise ConfigError(f"the evaluator {name} is listed twice with the same options; take one away")
+        found[name] = choice
+    return found
 
 
 def _finite(*tensors: Tensor) -> None:

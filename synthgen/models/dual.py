@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from synthgen.config import build
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, one_line
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
 from synthgen.models.vit import VisionTransformer, check_size, load_encoder
 from synthgen.stores import located
@@ -96,8 +96,7 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
         tensors = load_file(folder / "text.safetensors")
         dual.load_state_dict(tensors | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
     except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CorruptShard(
-            f"the text tower in {folder} cannot be read: {reason}; delete it and pretrain again"
+            f"the text tower in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
     return dual.eval()

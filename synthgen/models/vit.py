@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from synthgen.config import Choice, build
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName, one_line
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
 from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
@@ -184,6 +184,7 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
         encoder = VisionTransformer(config)
         encoder.load_state_dict(load_file(weights))
     except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptShard(f"the encoder in {folder} cannot be read: {reason}; delete it and pretrain again") from None
+        raise CorruptShard(
+            f"the encoder in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
+        ) from None
     return encoder.eval()

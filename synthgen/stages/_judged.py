@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from synthgen.stores.tar import read_tar
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
+    from synthgen.evaluators import Need
 
-__all__ = ["Lacking", "Source", "masks_of_run", "open_source", "spread_out", "thinned"]
+__all__ = ["Lacking", "Source", "looked_at", "masks_of_run", "open_source", "spread_out", "thinned"]
 
 
 class Lacking(ConfigError):
@@ -105,6 +106,18 @@ def open_source(name: str, path: str) -> Source:
 @lru_cache(maxsize=4)
 def _opened(name: str, path: str, stamp: str) -> Source:
     return Source(name, path)
+
+
+def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:
+    """The numbers of the samples that evaluators with these needs look at."""
+    found: set[int] = set()
+    if "features" in needs:
+        found |= source.labels.keys()
+    if "patches" in needs:
+        found |= set(source.masked)
+    if "pairs" in needs and source.name == "test":
+        found |= source.captions.keys()
+    return tuple(sorted(found))
 
 
 def spread_out(numbers: tuple[int, ...], most: int) -> tuple[int, ...]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +14,17 @@ from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._doubts import doubts, doubts_of_masks
-from synthgen.stages._judged import Lacking, Source, masks_of_run, open_source, thinned
+from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._written import check_encoder, check_shards
 from synthgen.stores import located
 from synthgen.stores.tar import write_json
+from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Baseline, Evaluator, Material, Need
-    from synthgen.evaluators._extraction import Extracted
-    from synthgen.models.vit import VisionTransformer
+    from synthgen.evaluators import Baseline, Evaluator, Need
+    from synthgen.evaluators._extraction import Extractor
 
 __all__ = ["Evaluate"]
 
@@ -98,14 +96,14 @@ class Evaluate(Stage):
             UnknownName, ConfigError: there is none of that name, or an option is wrong.
             MissingDependency: one needs a library that is not installed.
         """
-        from synthgen.evaluators import EVALUATORS
+        from synthgen.evaluators import EVALUATORS, named
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
             of_encoder = not self.truth or self.encoder or _newest(run) is not None
             names = (*(_BY_DEFAULT if of_encoder else ()), *(("mask_iou",) if self.truth else ()))
             choices = [Choice(name) for name in names]
-        return {name: EVALUATORS.build(choice) for name, choice in _named(choices).items()}
+        return {name: EVALUATORS.build(choice) for name, choice in named(choices).items()}
 
     def chosen(self, run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
         """The evaluators to run, and why others are left out: only those that nobody asked for by name are.
@@ -203,9 +201,9 @@ class Evaluate(Stage):
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
         if folder is not None:
-            found["encoder"] = _sha256(folder / "encoder.safetensors")
+            found["encoder"] = sha256_of(folder / "encoder.safetensors")
             if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
-                found["text tower"] = _sha256(folder / "text.safetensors")
+                found["text tower"] = sha256_of(folder / "text.safetensors")
             for name, source in self.sources(run).items():
                 found[name] = digest(list(source_inputs(source.path).values()))
         if self.truth:
@@ -258,23 +256,12 @@ class Evaluate(Stage):
                 "or give this evaluation another name with --set label=NAME"
             )
 
-    def looked_at(self, source: Source, needs: frozenset[Need]) -> tuple[int, ...]:
-        """The numbers of the samples that the evaluators need."""
-        found: set[int] = set()
-        if "features" in needs:
-            found |= source.labels.keys()
-        if "patches" in needs:
-            found |= set(source.masked)
-        if "pairs" in needs and source.name == "test":
-            found |= source.captions.keys()
-        return tuple(sorted(found))
-
     def size(self, run: Run, unit: int) -> int:
         """Images to look at."""
         if self.encoder_folder(run) is None:
             return 1
         needs = frozenset(evaluator.needs for evaluator in self.chosen(run)[0].values())
-        return max(1, sum(len(self.looked_at(source, needs)) for source in self.sources(run).values()))
+        return max(1, sum(len(looked_at(source, needs)) for source in self.sources(run).values()))
 
     # -- doing it
 
@@ -323,15 +310,15 @@ class Evaluate(Stage):
         self, run: Run, folder: Path, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
         """Scores of the encoder, of a random one, and of the pixels."""
-        from synthgen.models.vit import load_encoder
+        from synthgen.stages._material import gathered
 
-        encoder = load_encoder(folder)
         needs = frozenset(evaluator.needs for evaluator in evaluators.values())
         rows = {folder.resolve().name: "encoder"}
         if self.baselines:
             asked = {kind for one in evaluators.values() for kind in one.baselines}
             rows |= {row: kind for row, kind in _BASELINES.items() if kind in asked}
-        material = self.material(run, folder, encoder, worker, needs, list(rows.values()), result)
+        extractor = self.extractor(run, folder, worker, needs, with_random="random" in rows.values())
+        material = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
@@ -340,75 +327,31 @@ class Evaluate(Stage):
                     result["scores"][row][name] = evaluator.evaluate(material[kind])
         result["encoder"] = str(folder)
 
-    def material(
-        self,
-        run: Run,
-        folder: Path,
-        encoder: VisionTransformer,
-        worker: Worker,
-        needs: frozenset[Need],
-        kinds: Sequence[str],
-        result: dict[str, Any],
-    ) -> dict[str, Material]:
-        """What the evaluators judge, for each kind of row; every image is decoded once, and seen once by each network.
-
-        What was found and what is doubtful about it goes into ``result``.
-        """
-        from synthgen.evaluators import Material
-        from synthgen.evaluators._extraction import Extractor, joined_classes, labelled, paired, patch_bytes, scenes
+    def extractor(
+        self, run: Run, folder: Path, worker: Worker, needs: frozenset[Need], *, with_random: bool
+    ) -> Extractor:
+        """What takes features from images: the encoder, its text tower where texts are needed, and a random encoder."""
+        from synthgen.evaluators._extraction import Extractor
         from synthgen.loader import workers_for
         from synthgen.models.dual import load_dual_encoder
-        from synthgen.models.vit import VisionTransformer
+        from synthgen.models.vit import VisionTransformer, load_encoder
         from synthgen.train.loop import seed_everything
 
-        sources = self.sources(run)
+        encoder = load_encoder(folder)
         networks = {"encoder": encoder.to(worker.device)}
-        if "random" in kinds:
+        if with_random:
             seed_everything(run.seed)
             networks["random"] = VisionTransformer(encoder.config).eval().to(worker.device)
-        dual = load_dual_encoder(folder).to(worker.device) if "pairs" in needs else None
-        extractor = Extractor(
+        return Extractor(
             networks=networks,
             needs=needs,
+            dual=load_dual_encoder(folder).to(worker.device) if "pairs" in needs else None,
             pool=self.pool,
             by_label=self.mask_classes == "label",
             batch_size=self.batch_size,
             num_workers=workers_for(self.num_workers),
             device=worker.device,
         )
-        each = patch_bytes(encoder.config, len(networks))
-        masked = thinned(sources, each, self.patch_memory, result) if "patches" in needs else {}
-        found: dict[str, Extracted] = {}
-        numbers = {name: self.looked_at(source, needs) for name, source in sources.items()}
-        for name, source in sources.items():
-            taker = replace(extractor, dual=dual) if name == "test" else extractor
-            samples = source.open(masks="patches" in needs)
-            found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), worker.tick)
-            result[name] = {"images": len(numbers[name])}
-
-        material: dict[str, dict[str, Any]] = {kind: {"device": worker.device} for kind in kinds}
-        if "features" in needs:
-            classes = sorted(set(sources["train"].labels.values()))
-            for name, source in sources.items():
-                labels = [source.labels.get(number) for number in numbers[name]]
-                keys = [source.samples.key(number) for number in numbers[name]]
-                for kind in kinds:
-                    material[kind][name] = labelled(found[name], kind, labels, keys, classes)
-                result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
-            result["warnings"] += doubts(sources)
-        if "patches" in needs:
-            for name, names in zip(("train", "test"), joined_classes(found["train"], found["test"]), strict=True):
-                for kind, split in scenes(found[name], names).items():
-                    if kind in material:
-                        material[kind][f"{name}_scenes"] = split
-                result[name] |= {"images_with_masks": len(found[name].keys), "mask_classes": len(found[name].names)}
-            result["warnings"] += doubts_of_masks(found, masked)
-            result["patch_memory_mb"] = round(sum(len(one.keys) for one in found.values()) * each / 1e6, 1)
-        if dual is not None:
-            captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
-            material["encoder"]["pairs"] = paired(found["test"], captions, dual)
-            result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
-        return {kind: Material(**parts) for kind, parts in material.items()}
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
@@ -431,27 +374,6 @@ class Evaluate(Stage):
         }
 
 
-def _named(choices: Sequence[Choice]) -> dict[str, Choice]:
-    """Choices by the names of their scores: one that is listed twice is told apart by the options that differ.
-
-    Raises:
-        ConfigError: two are the same.
-    """
-    found: dict[str, Choice] = {}
-    for choice in choices:
-        others = [other.options for other in choices if other.name == choice.name]
-        differing = [
-            f"{key}={value}"
-            for key, value in choice.options.items()
-            if any(other.get(key, None) != value for other in others)
-        ]
-        name = " ".join([choice.name, *differing])
-        if name in found:
-            raise ConfigError(f"the evaluator {name} is listed twice with the same options; take one away")
-        found[name] = choice
-    return found
-
-
 def _newest(run: Run) -> Path | None:
     done = sorted(run.folder("pretrain").glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns)
     return done[-1].parent if done else None
@@ -464,8 +386,3 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     mappings = isinstance(value, dict) and all(isinstance(value.get(name, {}), dict) for name in ("settings", "inputs"))
     return value if mappings else {}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, MissingArtifact, MissingDependency, UnknownName
+from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
@@ -24,6 +21,7 @@ from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._written import check_shards
 from synthgen.stores import filled
 from synthgen.stores.tar import write_json
+from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
@@ -153,7 +151,7 @@ class Pretrain(Stage):
         folder = run.folder(name)
         try:
             done = read_json(read_file(folder / "done.json"), finite=False)
-            whole = done["sha256"] == _sha256(folder / "encoder.safetensors")
+            whole = done["sha256"] == sha256_of(folder / "encoder.safetensors")
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return [0]
         return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
@@ -171,6 +169,8 @@ class Pretrain(Stage):
             CorruptShard: a sample that was looked at cannot be read.
             MissingDependency: a tracker's library is not installed, or no compiler.
         """
+        from synthgen.train.launch import check_compiler, check_trackers
+
         samples = self.dataset(run)
         method = self.build_method(run, samples)
         spread = range(0, len(samples), max(1, len(samples) // _LOOKED_AT))
@@ -184,22 +184,9 @@ class Pretrain(Stage):
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
                 f"{self.batch_size}, accumulate {self.accumulate}) are too few; it needs {method.min_images} or more"
             )
-        self.check_trackers()
+        check_trackers(self.trackers)
         if self.compile:
-            _check_compiler()
-
-    def check_trackers(self) -> None:
-        """See that Accelerate knows the trackers and their libraries are there."""
-        if not self.trackers:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-        available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-        for tracker in self.trackers:
-            if tracker not in LOGGER_TYPE_TO_CLASS:
-                raise UnknownName.among("tracker", tracker, LOGGER_TYPE_TO_CLASS)
-            if tracker not in available:
-                raise MissingDependency(f"the tracker {tracker!r} is not installed; try: pip install {tracker}")
+            check_compiler()
 
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
@@ -216,8 +203,9 @@ class Pretrain(Stage):
             ConfigError: a step's images cannot be dealt out evenly.
         """
         from synthgen.loader import Order
+        from synthgen.train.launch import num_processes
 
-        shares = self.accumulate * _world_size()
+        shares = self.accumulate * num_processes()
         batch_size = min(self.batch_size, length // shares * shares)
         if not batch_size or batch_size % shares:
             raise ConfigError(
@@ -255,11 +243,20 @@ class Pretrain(Stage):
         """Yields the one training there is to do."""
         import torch
 
+        from synthgen.train.launch import accelerated
+
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             with filled(run.folder(*self.artifacts())) as folder:
-                accelerator = self.accelerator(folder, worker)
+                accelerator = accelerated(
+                    folder,
+                    cpu=worker.device == "cpu",
+                    precision=self.precision,
+                    accumulate=self.accumulate,
+                    trackers=self.trackers,
+                    settings=self.settings(),
+                )
 
                 def work(unit: int) -> Report:
                     with telling_lost_readers():
@@ -271,32 +268,9 @@ class Pretrain(Stage):
         finally:
             torch.set_num_threads(threads)
 
-    def accelerator(self, folder: Path, worker: Worker) -> Accelerator:
-        """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count.
-
-        Trackers write to ``folder``.
-        """
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import GradientAccumulationPlugin
-
-        # Accelerate keeps the first call's precision and device for the whole process; another training may want others
-        AcceleratorState._reset_state(reset_partial_state=_world_size() == 1)
-        accelerator = Accelerator(
-            cpu=worker.device == "cpu",
-            mixed_precision=self.precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(self.accumulate, sync_with_dataloader=False),
-            log_with=list(self.trackers) or None,
-            project_dir=folder,
-        )
-        if accelerator.num_processes > 1:
-            atexit.register(accelerator.state.destroy_process_group)
-        plain = {name: value for name, value in self.settings().items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("trackers", config=plain)
-        return accelerator
-
     def train(self, run: Run, worker: Worker, accelerator: Accelerator, unit: int) -> Report:
         """Train to the end and write the encoder."""
+        from synthgen.loader import workers_for
         from synthgen.models.vit import save_encoder
         from synthgen.train.checkpoint import Checkpoints
         from synthgen.train.loop import Training
@@ -326,7 +300,7 @@ class Pretrain(Stage):
             metrics_path=folder / "metrics.jsonl",
             save_every=self.save_every,
             log_every=self.log_every,
-            num_workers=_workers(self.num_workers),
+            num_workers=workers_for(self.num_workers),
             compile=self.compile,
         )
         before = training.step * order.batch_size
@@ -360,7 +334,7 @@ class Pretrain(Stage):
                 loss = _last_loss(folder / "metrics.jsonl")
             done = {
                 "fingerprint": fingerprint,
-                "sha256": _sha256(folder / "encoder.safetensors"),
+                "sha256": sha256_of(folder / "encoder.safetensors"),
                 "steps": order.steps,
                 "images": len(samples),
                 "loss": loss,
@@ -375,34 +349,6 @@ class Pretrain(Stage):
         return Report(unit, count, time.perf_counter() - started)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _last_loss(path: Path) -> float:
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return float(lines[-1]["loss"]) if lines else float("nan")
-
-
-def _check_compiler() -> None:
-    import torch
-
-    if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
-        raise MissingDependency("compile=true needs a C++ compiler on this machine; install g++, or leave it out")
-
-
-def _world_size() -> int:
-    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else."""
-    import torch
-    from accelerate.state import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return int(PartialState(cpu=cpu).num_processes)
-
-
-def _workers(setting: int) -> int:
-    from synthgen.loader import workers_for
-
-    return workers_for(setting)

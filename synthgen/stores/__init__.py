@@ -25,6 +25,7 @@ __all__ = [
     "located",
     "open_here",
     "read_many",
+    "read_range",
     "stays_remote",
     "temporaries",
 ]
@@ -155,6 +156,23 @@ class Growing:
         if isinstance(self.path, RemotePath) and self._held is not None and not self._flushed:
             self.path.put(self._held)
             self._flushed = True
+
+
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """The bytes of a file from ``start`` up to ``end``; of one in a store no others are asked for.
+
+    Raises:
+        OSError, SynthgenError: there is no such file, or it cannot be read.
+        EOFError: it is shorter.
+    """
+    if isinstance(path, RemotePath):
+        return path.read_range(start, end)
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    if len(data) < end - start:
+        raise EOFError("it is shorter than it was")
+    return data
 
 
 def read_many(folder: Path, names: Collection[str], most: int) -> Iterator[tuple[str, bytes]]:

@@ -8,7 +8,17 @@ from pathlib import Path
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.stores import open_here
 
-__all__ = ["check_whole"]
+__all__ = ["check_whole", "sha256_of"]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits.
+
+    Raises:
+        OSError, SynthgenError: there is none, or it cannot be read.
+    """
+    with open_here(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_whole(path: Path, sha256: str, again: str) -> None:
@@ -19,8 +29,7 @@ def check_whole(path: Path, sha256: str, again: str) -> None:
         CorruptShard: it is not, or the file cannot be read.
     """
     try:
-        with open_here(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; run: {again}") from None
     except OSError as error:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, one_line
 from synthgen.methods import METHODS, Method
 from synthgen.models.vit import load_encoder
 from synthgen.stores import located, temporaries
@@ -54,8 +54,9 @@ def load_method(folder: str | Path) -> Method:
             names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
             method.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
     except (ValueError, KeyError, TypeError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptShard(f"the training in {folder} cannot be read: {reason}; delete it and pretrain again") from None
+        raise CorruptShard(
+            f"the training in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
+        ) from None
     return method.eval()
 
 
@@ -113,7 +114,7 @@ class Checkpoints:
             except FileNotFoundError:  # another command, with the same training, is ahead and has deleted it
                 continue
             except (SafetensorError, OSError, ValueError) as error:
-                broken = f"{path} cannot be read: {' '.join(str(error).split())}"
+                broken = f"{path} cannot be read: {one_line(error)}"
                 logger.warning("%s; going on from the checkpoint before it", broken)
                 continue
             if state.get("fingerprint") != self.fingerprint:
@@ -121,8 +122,7 @@ class Checkpoints:
             try:
                 self._load(tensors, module, optimizer)
             except (RuntimeError, LookupError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CorruptShard(f"{path} does not fit the model: {reason}; delete it") from None
+                raise CorruptShard(f"{path} does not fit the model: {one_line(error)}; delete it") from None
             found: dict[str, Any] = state
             return found
         if broken:

@@ -9,7 +9,7 @@ import pytest
 from synthgen import cli, doctor
 from synthgen.attention import kernel
 from synthgen.attention.kernel import attention_with_normaliser
-from synthgen.doctor import examine
+from synthgen.doctor import examine, libraries, recording
 from synthgen.doctor_text import render
 from synthgen.engines.local import Local, devices_for
 from synthgen.stages.generate import Generate
@@ -24,8 +24,8 @@ def healthy(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Without what takes time: attention and the shipped model."""
-    monkeypatch.setattr(doctor, "_attention", lambda device, problems: [])
-    monkeypatch.setattr(doctor, "_shipped", lambda problems: None)
+    monkeypatch.setattr(doctor, "attention_on", lambda device, problems: [])
+    monkeypatch.setattr(doctor, "shipped_model", lambda problems: None)
 
 
 def typed(monkeypatch, capsys, *arguments):
@@ -46,13 +46,13 @@ def of_model(tmp_path, model):
 def test_recording_is_exact_on_the_cpu_in_every_dtype(healthy):
     on_cpu = [item for item in healthy.attention if item.device == "cpu"]
     assert {(item.dtype, item.shape) for item in on_cpu} == {
-        (dtype, shape) for dtype in ("float32", "float16", "bfloat16") for shape in doctor.SHAPES
+        (dtype, shape) for dtype in ("float32", "float16", "bfloat16") for shape in recording.SHAPES
     }
     for item in on_cpu:
         assert item.exact, item
         assert item.same_output
         assert item.tells_normaliser == (item.kernel == "flash")
-        assert 0 < item.error < doctor.TOLERANCE
+        assert 0 < item.error < recording.TOLERANCE
     assert not [problem for problem in healthy.problems if "cpu" in problem]
 
 
@@ -150,8 +150,8 @@ def test_what_the_kernel_tells_is_checked(tmp_path, monkeypatch, told, exact):
         output = output * 1.01 if told == "other pixels" else output
         return output, None if told == "nothing" else normaliser + (told == "a lie")
 
-    monkeypatch.setattr(doctor, "_shipped", lambda problems: None)
-    monkeypatch.setattr(doctor, "SHAPES", {"small": (64, 77, 40)})
+    monkeypatch.setattr(doctor, "shipped_model", lambda problems: None)
+    monkeypatch.setattr(recording, "SHAPES", {"small": (64, 77, 40)})
     monkeypatch.setattr(kernel, "attention_with_normaliser", telling)
     found = examine(tmp_path)
     item = found.attention[0]
@@ -176,7 +176,7 @@ def test_attention_that_does_not_run_and_weights_that_do_not_load_are_problems(t
 
 def test_libraries_that_are_old_or_not_there_are_problems(tmp_path, monkeypatch):
     needed = ["torch>=99.1", "nosuchlibrary>=2", 'nosuchextra; extra == "some"', 'other; sys_platform == "none"']
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(libraries.metadata, "requires", lambda name: needed)
     found = examine(tmp_path)
     old, missing = found.problems
     assert "is too old; update it with: pip install 'torch>=99.1'" in old

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synthgen.tiny import render
-from synthgen.tiny.render import draw, read_model, render_views
+from synthgen.tiny import mesh, render
+from synthgen.tiny.mesh import read_model
+from synthgen.tiny.render import draw, render_views
 
 CUBE = """mtllib cube.mtl
 v 0 0 0
@@ -42,7 +43,7 @@ def store(
     folder: Path, *, obj: str = CUBE, front: str = "", extra: str = "", files: dict[str, bytes] | None = None
 ) -> Path:
     with zipfile.ZipFile(folder / "Tests.sh3f", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(render.CATALOGUE, CATALOGUE.format(extra=extra))
+        archive.writestr(mesh.CATALOGUE, CATALOGUE.format(extra=extra))
         archive.writestr("tests/cube/cube.obj", obj)
         archive.writestr("tests/cube/cube.mtl", MTL.format(front=front))
         for name, data in (files or {}).items():

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from synthgen.tiny import IMAGE_SIZE, networks, train
 from synthgen.tiny.compositor import Names
 from synthgen.tiny.loop import Budget
+from synthgen.tiny.losses import Denoising, WrittenOutAttention
 from tests.tiny_data import NAMES, make_data
 
 
@@ -82,7 +83,7 @@ def test_a_unet_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
 
 def test_the_end_token_and_what_follows_can_be_hidden() -> None:
     tokenizer = networks.train_tokenizer(NAMES.captions(), 1024)
-    model = train.Denoising(networks.text_encoder(tokenizer), networks.unet()).eval()
+    model = Denoising(networks.text_encoder(tokenizer), networks.unet()).eval()
     tokens = train.tokenize(tokenizer, ["a photo of a dog"])
     other = tokens.clone()
     other[:, -3:] = tokenizer.bos_token_id  # behind the end token, so a change there is seen only if padding is
@@ -101,7 +102,7 @@ def test_attention_written_out_is_attention() -> None:
     seen = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     with torch.no_grad():
         plain = [unet(*arguments, encoder_attention_mask=mask).sample for mask in (None, seen)]
-        unet.set_attn_processor(train.WrittenOutAttention())
+        unet.set_attn_processor(WrittenOutAttention())
         written = [unet(*arguments, encoder_attention_mask=mask).sample for mask in (None, seen)]
     for one, other in zip(plain, written, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

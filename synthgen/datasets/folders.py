@@ -1,0 +1,102 @@
+"""Folders of images as samples, and what is said of these images beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from synthgen.captions import TABLES, read_beside, read_listing
+from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, telling
+from synthgen.errors import MissingArtifact, PromptError
+from synthgen.image import decode_rgb
+from synthgen.stores import located
+from synthgen.untrusted import read_file
+
+__all__ = ["CaptionedFolder", "FolderDataset"]
+
+
+class FolderDataset(ImageDataset):
+    """Images in a folder; the name of a subfolder is the class. The key is the path in the folder, without its ending.
+
+    Images are turned upright as their EXIF says. What is called with a dot in front, file or folder, is left out.
+
+    Raises:
+        MissingArtifact: there are no images in it.
+        CorruptShard: an image cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = located(path)
+        endings = {*(f".{name}" for name in IMAGES), ".bmp"}
+        self._files = _shown(self.path, (file for file in self.path.rglob("*") if file.suffix.lower() in endings))
+        if not self._files:
+            raise MissingArtifact(f"there are neither tars nor images in {self.path}")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file, key = self._files[index], self.key(index)
+        with telling(file, key):
+            return Sample(key, decode_rgb(read_file(file), upright=True), self.label(index))
+
+    def key(self, index: int) -> str:
+        """The path in the folder, without its ending."""
+        return self._files[index].relative_to(self.path).with_suffix("").as_posix()
+
+    def label(self, index: int) -> str | None:
+        """The name of the first folder on the way to the image."""
+        folders = self._files[index].relative_to(self.path).parts[:-1]
+        return folders[0] if folders else None
+
+    def has_masks(self) -> bool:
+        """Image folders have none."""
+        return False
+
+
+class CaptionedFolder(FolderDataset):
+    """Images in a folder with what is said of them.
+
+    That is what ``metadata``, a file, lists (see :func:`~synthgen.captions.read_listing`); then only images that it
+    lists count, and those that it lists and are not there do not. Without it: ``metadata.jsonl`` or ``metadata.csv`` in
+    the folder or in folders in it, and for an image that these do not name, the ``.txt`` beside it.
+
+    Raises:
+        MissingArtifact: there are no images, or none that ``metadata`` lists.
+        PromptError: captions cannot be read, or a table in the folder names an image that is not there.
+    """
+
+    def __init__(self, path: str | Path, metadata: str | Path = "") -> None:
+        super().__init__(path)
+        by_name = {file.relative_to(self.path).as_posix(): file for file in self._files}
+        if metadata:
+            listed = read_listing(located(metadata), self.path)
+            self._files = [file for name, file in by_name.items() if name in listed]
+            if not self._files:
+                raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")
+            self.said = [listed[name] for name in by_name if name in listed]
+            return
+        listed = {}
+        for table in _shown(self.path, (file for name in TABLES for file in self.path.rglob(name))):
+            found = read_listing(table, self.path)
+            if absent := next((name for name in found if name not in by_name), None):
+                raise PromptError(f"{table} names {absent!r}, and there is no such image in {self.path}")
+            listed |= found
+        self.said = [listed[name] if name in listed else read_beside(file) for name, file in by_name.items()]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of an image; the first counts."""
+        return self.said[index].texts
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words that a table lists."""
+        return self.said[index].words
+
+    def label(self, index: int) -> str | None:
+        """The label that a table gives, else the name of the first folder on the way to the image."""
+        return self.said[index].label or super().label(index)
+
+
+def _shown(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """The files in order, without those that a dot hides, in front of their names or of a folder's on the way."""
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))

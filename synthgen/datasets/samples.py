@@ -1,0 +1,139 @@
+"""What every kind of source gives: samples by number, and what is said of them without decoding an image."""
+
+from __future__ import annotations
+
+import bisect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from torch.utils.data import Dataset
+
+from synthgen.errors import CorruptShard, one_line
+from synthgen.image import UNDECODABLE
+
+__all__ = ["IMAGES", "ImageDataset", "JoinedDataset", "NamedBox", "Sample", "place_in", "telling"]
+
+IMAGES = ("jpg", "jpeg", "webp", "png")  # the first of these is a sample's image
+NamedBox = tuple[str, float, float, float, float]  # name, left, top, width, height, in pixels of the stored image
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded row of a shard or folder."""
+
+    key: str
+    image: UInt8[np.ndarray, "H W 3"]
+    label: str | None = None  # class name, or its number where there is no name
+    text: str = ""
+    words: tuple[str, ...] = ()
+    labels: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
+
+
+class ImageDataset(Dataset[Sample], ABC):
+    """What the two kinds of source share: a length, samples by number, and labels without decoding an image."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """The name of a sample; reads nothing."""
+
+    @abstractmethod
+    def label(self, index: int) -> str | None:
+        """The class of a sample; reads no pixels."""
+
+    @abstractmethod
+    def has_masks(self) -> bool:
+        """Whether the first sample comes with masks."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of a sample: nothing, one text or several; reads no pixels."""
+        return ()
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words of the caption that are listed beside it; none where none are. Reads no pixels."""
+        return ()
+
+    def boxes(self, index: int) -> tuple[NamedBox, ...]:
+        """Boxes that a sample gives itself, beside its masks; reads no pixels."""
+        return ()
+
+
+class JoinedDataset(ImageDataset):
+    """Several datasets one after another."""
+
+    def __init__(self, parts: Sequence[ImageDataset]) -> None:
+        self.parts = list(parts)
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        part, row = self._place(index)
+        return part[row]
+
+    def key(self, index: int) -> str:
+        """The name of a sample in its part; two parts may share one."""
+        part, row = self._place(index)
+        return part.key(row)
+
+    def label(self, index: int) -> str | None:
+        """The class of a sample."""
+        part, row = self._place(index)
+        return part.label(row)
+
+    def has_masks(self) -> bool:
+        """Whether every part has masks."""
+        return all(part.has_masks() for part in self.parts)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What is said of a sample."""
+        part, row = self._place(index)
+        return part.captions(row)
+
+    def marked(self, index: int) -> tuple[str, ...]:
+        """The words of the caption that are listed beside it."""
+        part, row = self._place(index)
+        return part.marked(row)
+
+    def boxes(self, index: int) -> tuple[NamedBox, ...]:
+        """Boxes that a sample gives itself."""
+        part, row = self._place(index)
+        return part.boxes(row)
+
+    def _place(self, index: int) -> tuple[ImageDataset, int]:
+        number, row = place_in(self._ends, index)
+        return self.parts[number], row
+
+
+def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Which of several parts holds a sample, and its number in that part; ``ends`` are their lengths, summed up."""
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
+@contextmanager
+def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
+    """Say of which sample it is that its content is wrong.
+
+    Raises:
+        CorruptShard: it cannot be decoded, or one of ``also`` came of it.
+    """
+    kinds: tuple[type[Exception], ...] = (*UNDECODABLE, *also)
+    try:
+        yield
+    except kinds as error:
+        raise CorruptShard(
+            f"sample {key} of {path} cannot be read: {one_line(error)}; delete the file, or make it again"
+        ) from None

@@ -1,0 +1,86 @@
+"""Whether this machine will work, and how well. Nothing is downloaded, and nothing is left behind."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from synthgen.doctor import machine
+from synthgen.doctor.libraries import Extra, extras, has_libraries
+from synthgen.doctor.machine import Device, Disk, Memory, Plan
+from synthgen.doctor.models import Hosted, Shipped, hosted_model, shipped_model
+from synthgen.doctor.recording import Attention, attention_on
+from synthgen.run import versions
+
+__all__ = [
+    "Attention",
+    "Device",
+    "Disk",
+    "Examination",
+    "Extra",
+    "Hosted",
+    "Memory",
+    "Plan",
+    "Shipped",
+    "examine",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All that ``synthgen doctor`` tells."""
+
+    versions: dict[str, str]
+    platform: str
+    devices: tuple[Device, ...]
+    generate: Plan | None
+    attention: tuple[Attention, ...]
+    disk: Disk
+    memory: Memory
+    shipped: Shipped | None
+    model: Hosted | None
+    extras: tuple[Extra, ...]
+    notes: tuple[str, ...]  # what could be better
+    problems: tuple[str, ...]  # what must be put right, a line each
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {"ok": not self.problems, **asdict(self)}
+
+
+def examine(run: Path, model: str = "") -> Examination:
+    """Look at this machine; what does not work is named in ``problems`` instead of raised.
+
+    Args:
+        run: where runs would be written; it need not be there yet.
+        model: a short name, folder or hub id that should work too.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    devices: tuple[Device, ...] = ()
+    plan, shipped, hosted = None, None, None
+    attention: list[Attention] = []
+    if has_libraries(problems):
+        devices, plan = machine.devices(problems), machine.plan()
+        if len(devices) == 1 and Path("/dev/nvidiactl").exists():
+            notes.append("there is an NVIDIA driver, but this torch sees no GPU; see pytorch.org for one that does")
+        for device in devices:
+            attention += attention_on(device, problems)
+        shipped = shipped_model(problems)
+        hosted = hosted_model(model, problems, notes) if model else None
+    return Examination(
+        versions(),
+        platform.platform(),
+        devices,
+        plan,
+        tuple(attention),
+        machine.disk(run, problems),
+        machine.memory(),
+        shipped,
+        hosted,
+        extras(),
+        tuple(notes),
+        tuple(problems),
+    )

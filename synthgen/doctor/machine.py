@@ -1,0 +1,125 @@
+"""What this machine has: devices, disk and memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthgen.errors import one_line
+
+__all__ = ["Device", "Disk", "Memory", "Plan", "devices", "disk", "memory", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What can compute."""
+
+    name: str  # as torch calls it
+    model: str
+    cores: int | None  # of a CPU
+    memory_total: int | None  # bytes of its own; None: it has the machine's
+    memory_free: int | None
+    bfloat16: bool
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that a pipeline can be held in."""
+        return ("float32", "float16", *(["bfloat16"] if self.bfloat16 else []))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``synthgen generate`` uses by default."""
+
+    devices: tuple[str, ...]
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Where runs would be written."""
+
+    path: str
+    free: int  # bytes
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Main memory, in bytes; None where the system does not tell."""
+
+    total: int | None
+    available: int | None
+
+
+def devices(problems: list[str]) -> tuple[Device, ...]:
+    """What can compute; the CPU comes first."""
+    import torch
+
+    found = [Device("cpu", _cpu(), os.cpu_count(), None, None, bfloat16=True)]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = f"cuda:{index}"
+        try:
+            with torch.cuda.device(index):
+                free, total = torch.cuda.mem_get_info(index)
+                bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            found.append(Device(name, torch.cuda.get_device_name(index), None, total, free, bfloat16))
+        except RuntimeError as error:
+            problems.append(f"{name} cannot be used ({one_line(error)}); leave it out with CUDA_VISIBLE_DEVICES")
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        free = total - torch.mps.driver_allocated_memory()
+        newer = torch.backends.mps.is_macos_or_newer(14, 0)
+        found.append(Device("mps", "Apple GPU", None, total, free, bfloat16=newer))
+    return tuple(found)
+
+
+def _cpu() -> str:
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def plan() -> Plan:
+    """What ``synthgen generate`` would use."""
+    from synthgen.devices import devices_for
+    from synthgen.stages.generate import Generate
+
+    found = devices_for(Generate(prompts=""))
+    return Plan(tuple(dict.fromkeys(found)), len(found))
+
+
+def disk(run: Path, problems: list[str]) -> Disk:
+    """Where runs would be written; what is written to try it is gone again."""
+    folder = run.absolute()
+    free, writable = 0, False
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+        writable = True
+    except OSError as error:
+        problems.append(f"{run} cannot be written to ({error.strerror or error}); choose another --run folder")
+    return Disk(str(run), free, writable)
+
+
+def memory() -> Memory:
+    """Main memory."""
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+        return Memory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None, None)
+    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", told, re.MULTILINE)}
+    total, available = (kilobytes.get(name) for name in ("MemTotal", "MemAvailable"))
+    return Memory(total and total * 1024, available and available * 1024)

@@ -1,0 +1,131 @@
+"""Whether models are on this machine, whole and in safetensors; nothing is downloaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from synthgen.errors import UnknownName, one_line
+from synthgen.untrusted import read_file, read_json
+
+__all__ = ["Hosted", "Shipped", "hosted_model", "shipped_model"]
+
+_UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")  # classes of a pipeline
+_WEIGHTS = re.compile(  # with the number of a shard, of so many, and a variant on either side of it
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<early>\w+))?(?:-\d{5}-of-(?P<of>\d{5}))?(?:\.(?P<late>\w+))?\.safetensors"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """The model that ships with synthgen."""
+
+    path: str
+    there: bool
+    safetensors: bool  # all of its weights
+    bytes: int  # of weights
+    loads: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A model of ``diffusers`` that was asked for."""
+
+    name: str
+    model: str  # folder or hub id
+    folder: str = ""  # where it lies on this machine; empty: nowhere
+    pipeline: str = ""  # the class that its index names
+    family: str = ""
+    bytes: int = 0  # of the weights that would be loaded
+    variant: str = ""  # of these weights
+    missing: tuple[str, ...] = ()  # parts without weights
+
+
+def shipped_model(problems: list[str]) -> Shipped:
+    """The model that ships with synthgen."""
+    from synthgen import tiny
+    from synthgen.backbones import BACKBONES
+
+    files = [path for path in tiny.WEIGHTS.rglob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    safe = bool(weights) and not any(path.suffix in _UNSAFE for path in files)
+    loads = False
+    try:
+        BACKBONES.build("tiny", device="cpu")
+        loads = True
+    except Exception as error:  # whatever is wrong with files and libraries ends up here
+        problems.append(f"the shipped model does not load ({one_line(error)}); install synthgen again")
+    if loads and not safe:
+        problems.append(f"the shipped model has weights that are not safetensors, in {tiny.WEIGHTS}; delete them")
+    return Shipped(str(tiny.WEIGHTS), bool(files), safe, sum(path.stat().st_size for path in weights), loads)
+
+
+def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
+    """A model of ``diffusers``, by its short name, folder or hub id."""
+    from synthgen.diffusion import FAMILIES, SHORT_NAMES
+
+    model = SHORT_NAMES.get(name, name)
+    folder = _on_this_machine(model)
+    if folder is None:
+        if "/" in model:
+            problems.append(f"the model {model!r} is not on this machine; download it first with: hf download {model}")
+        else:
+            problems.append(f"{UnknownName.among('model', name, SHORT_NAMES)}; a folder or a hub id will do too")
+        return Hosted(name, model)
+    try:
+        index = dict(read_json(read_file(folder / "model_index.json")))
+    except (OSError, ValueError, TypeError) as error:
+        problems.append(f"{folder}/model_index.json cannot be read ({one_line(error)}); download {model} again")
+        return Hosted(name, model, str(folder))
+    pipeline = str(index.get("_class_name", "model without a class"))
+    family = FAMILIES.get(pipeline)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        problems.append(f"{model!r} is a {pipeline}, whose attention synthgen does not know; known: {known}")
+    found = {part: _weights(folder / part) for part in _parts_with_weights(index)}
+    common = set.intersection(*(set(variants) for variants in found.values())) if found else set()
+    variant = min(common, default="")  # the plain one is ""
+    missing = tuple(part for part, variants in found.items() if variant not in variants)
+    if missing:
+        problems.append(
+            f"{model!r} has no safetensors weights for {', '.join(missing)} on this machine; "
+            f"download all of it, for example with: hf download {model}"
+        )
+    if variant:
+        notes.append(f"{model} has only weights of a variant; load them with: --set backbone.variant={variant}")
+    total = sum(variants.get(variant, 0) for variants in found.values())
+    return Hosted(name, model, str(folder), pipeline, family.__name__ if family else "", total, variant, missing)
+
+
+def _on_this_machine(model: str) -> Path | None:
+    """The folder of a model: its own, or that of the hub's cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):  # nothing in the cache, no id of the hub
+        return None
+
+
+def _parts_with_weights(index: dict[str, Any]) -> Iterable[str]:
+    for part, value in index.items():
+        described = isinstance(value, list) and len(value) == 2 and all(value)  # [None, None]: saved without it
+        if described and part != "safety_checker" and not _WITHOUT_WEIGHTS.search(str(value[1])):
+            yield part
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """The bytes of each variant of a part's weights that is whole."""
+    shards: dict[tuple[str, int], list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        name = _WEIGHTS.fullmatch(path.name)
+        if name and path.is_file():  # the cache has links, which may lead nowhere
+            kind = (name["early"] or name["late"] or "", int(name["of"] or 1))
+            shards.setdefault(kind, []).append(path.stat().st_size)
+    return {variant: sum(sizes) for (variant, of), sizes in shards.items() if len(sizes) == of}

@@ -1,0 +1,78 @@
+"""What evaluators judge, gathered from the sources: each image is decoded once, and seen once by each network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from synthgen.evaluators import Material
+from synthgen.evaluators._extraction import Extracted, Extractor, joined_classes, labelled, paired, patch_bytes, scenes
+from synthgen.stages._doubts import doubts, doubts_of_masks
+from synthgen.stages._judged import Source, looked_at, thinned
+
+__all__ = ["gathered"]
+
+Parts = dict[str, dict[str, Any]]  # of the material of each kind of row
+
+
+def gathered(
+    sources: Mapping[str, Source],
+    extractor: Extractor,
+    kinds: Collection[str],
+    patch_memory: float,
+    tick: Callable[[int], None],
+    result: dict[str, Any],
+) -> dict[str, Material]:
+    """The material of each kind of row: those of the extractor's networks, and ``pixels``.
+
+    What was found, and what is doubtful about it, goes into ``result``.
+    """
+    needs = extractor.needs
+    each = patch_bytes(extractor.config, len(extractor.networks))
+    masked = thinned(sources, each, patch_memory, result) if "patches" in needs else {}
+    numbers = {name: looked_at(source, needs) for name, source in sources.items()}
+    found: dict[str, Extracted] = {}
+    for name, source in sources.items():
+        taker = extractor if name == "test" else replace(extractor, dual=None)
+        samples = source.open(masks="patches" in needs)
+        found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), tick)
+        result[name] = {"images": len(numbers[name])}
+
+    parts: Parts = {kind: {"device": extractor.device} for kind in kinds}
+    if "features" in needs:
+        _add_labelled(parts, sources, found, numbers, result)
+        result["warnings"] += doubts(sources)
+    if "patches" in needs:
+        _add_scenes(parts, found, result)
+        result["warnings"] += doubts_of_masks(found, masked)
+        result["patch_memory_mb"] = round(sum(len(one.keys) for one in found.values()) * each / 1e6, 1)
+    if extractor.dual is not None:
+        captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
+        parts["encoder"]["pairs"] = paired(found["test"], captions, extractor.dual)
+        result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
+    return {kind: Material(**part) for kind, part in parts.items()}
+
+
+def _add_labelled(
+    parts: Parts,
+    sources: Mapping[str, Source],
+    found: Mapping[str, Extracted],
+    numbers: Mapping[str, tuple[int, ...]],
+    result: dict[str, Any],
+) -> None:
+    classes = sorted(set(sources["train"].labels.values()))
+    for name, source in sources.items():
+        labels = [source.labels.get(number) for number in numbers[name]]
+        keys = [source.samples.key(number) for number in numbers[name]]
+        for kind, part in parts.items():
+            part[name] = labelled(found[name], kind, labels, keys, classes)
+        result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
+
+
+def _add_scenes(parts: Parts, found: Mapping[str, Extracted], result: dict[str, Any]) -> None:
+    for name, names in zip(("train", "test"), joined_classes(found["train"], found["test"]), strict=True):
+        for kind, split in scenes(found[name], names).items():
+            if kind in parts:
+                parts[kind][f"{name}_scenes"] = split
+        result[name] |= {"images_with_masks": len(found[name].keys), "mask_classes": len(found[name].names)}

@@ -1,0 +1,119 @@
+"""How far each artifact of a run is, from its done marks and what the manifest says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synthgen.config import build
+from synthgen.run import Run
+from synthgen.stages import STAGES
+from synthgen.status.reading import is_number, read_object, read_objects
+from synthgen.stores import listing
+
+__all__ = ["ArtifactStatus", "artifact_status"]
+
+_SPLITS = ("train", "val")  # folders of shards
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactStatus:
+    """How far one artifact is, in units and samples."""
+
+    name: str
+    stage: str  # what makes it
+    done: int  # units
+    planned: int  # units; as many as are known of where the stage cannot say
+    samples: int = 0
+    seconds: float = 0.0  # of work, summed over workers
+    bytes: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)  # unit → reason
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of one worker; 0 where no time was taken."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+def artifact_status(
+    run: Run, name: str, entry: Mapping[str, Any], earlier: Mapping[str, ArtifactStatus], problems: list[str]
+) -> tuple[ArtifactStatus, dict[str, dict[str, Any]]]:
+    """How far an artifact is, with the marks of what is done of it."""
+    folder = run.folder(name)
+    files = listing(folder)
+    failures = {}
+    for file in sorted(files):
+        if (unit := file.removesuffix(".failed.json")).isdigit() and unit != file:
+            failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was written down"))
+    marks = {}
+    unfinished = set()
+    for stem, length, mark in _marks(folder, files, problems):
+        if length is not None and _is_done(length, mark, entry):
+            marks[stem] = mark
+        else:
+            unfinished.add(stem)
+    known = marks.keys() | unfinished | {f"{unit:06d}" for unit in failures}
+    planned = _planned(run, entry)
+    if planned is None:  # a stage is mostly as long as what it reads
+        inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
+        planned = max([len(known), *inputs])
+    notes: dict[str, int] = {}
+    for mark in marks.values():
+        for remark, count in (mark.get("notes") or {}).items():
+            if count:
+                notes[remark] = notes.get(remark, 0) + int(count)
+    told = ArtifactStatus(
+        name,
+        str(entry.get("stage", name)),
+        len(marks),
+        max(planned, len(marks)),
+        sum(int(mark.get("count", 0)) for mark in marks.values()),
+        round(sum(float(mark.get("seconds", mark.get("duration", 0))) for mark in marks.values()), 3),
+        sum(int(mark.get("bytes", 0)) for mark in marks.values()),
+        notes,
+        failures,
+        dict(entry.get("settings") or {}),
+        dict(entry.get("versions") or {}),
+    )
+    return told, marks
+
+
+def _marks(
+    folder: Path, files: Mapping[str, int], problems: list[str]
+) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    """Each done mark of an artifact: which unit it speaks of, how long the file is that it stands for, what it says.
+
+    ``000012.json`` marks a unit, ``train/000012_stats.json`` a shard and ``done.json`` a training.
+    """
+    names = [name for name in sorted(files) if name == "done.json" or (name.endswith(".json") and name[:-5].isdigit())]
+    for name, mark in read_objects(folder, names, problems):
+        whole = "encoder.safetensors" if name == "done.json" else f"{name[:-5]}.tar"
+        yield f"{0:06d}" if name == "done.json" else name[:-5], files.get(whole), mark
+    for split in _SPLITS:
+        inner = listing(folder / split)
+        names = [name for name in sorted(inner) if name.endswith("_stats.json") and name[:-11].isdigit()]
+        for name, mark in read_objects(folder / split, names, problems):
+            yield f"{split}/{name[:-11]}", inner.get(f"{name[:-11]}.tar"), mark
+
+
+def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the file is as long as its mark says, and made with the present settings."""
+    counts = [mark.get(name, 0) for name in ("count", "bytes", "seconds", "duration")]
+    notes = mark.get("notes") or {}
+    sane = isinstance(notes, dict) and all(is_number(one) and math.isfinite(one) for one in (*counts, *notes.values()))
+    return sane and mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
+
+
+def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
+    """How many units the stage plans, or None where it cannot be made again from what the manifest says."""
+    try:
+        name = str(entry["stage"])
+        return build(STAGES.load(name), entry["settings"], where=name).planned(run)
+    except Exception:  # a stage of another version, a lost input: status must still answer
+        return None

@@ -1,0 +1,55 @@
+"""JSON that may be damaged or wrong, and must not keep a run from being looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from synthgen.stores import read_many
+from synthgen.untrusted import MOST_JSON, read_file, read_json
+
+__all__ = ["finite", "is_number", "read_object", "read_objects"]
+
+
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The object that a file holds. One that cannot be read is named in ``problems``, and counts as empty."""
+    return _object(path, lambda: read_file(path), problems)
+
+
+def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same of several files of a folder, which are read together; one may be gone meanwhile."""
+    found = dict(read_many(folder, names, MOST_JSON))
+
+    def taken(name: str) -> bytes:
+        if name not in found:
+            raise ValueError("it is gone, or may not be read")
+        return found[name]
+
+    for name in names:
+        yield name, _object(folder / name, partial(taken, name), problems)
+
+
+def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:
+    try:
+        value = read_json(content(), finite=False)
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; NaN and infinity are."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def finite(value: Any) -> Any:
+    """Plain data in which None stands for NaN and infinity: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,84 @@
+"""What a run holds: its masks by class and by word, and its shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from synthgen.attention.words import words_cut_off
+from synthgen.codecs import decode_meta
+from synthgen.errors import SynthgenError
+from synthgen.run import Run
+from synthgen.status.reading import is_number, read_object
+from synthgen.stores import listing
+from synthgen.stores.tar import read_tar
+from synthgen.tallies import CUT_OFF, Tallies, Tally
+
+__all__ = ["Shards", "finished_shards", "tallies_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What ``shards/dataset.json`` says."""
+
+    splits: dict[str, int]  # samples
+    num_shards: int
+    bytes: int
+
+
+def tallies_of(
+    run: Run, marks: Mapping[str, Mapping[str, Any]], problems: list[str]
+) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
+    """Masks by class and by word: from the done marks; of units whose marks tell none, from their tars."""
+    tallies = Tallies()
+    told = set()
+    for unit, mark in marks.items():
+        with suppress(ValueError):
+            tallies.add(mark.get("tallies"))
+            told.add(f"{unit}.tar")
+    folder = run.folder("masks")
+    for name in sorted(listing(folder).keys() - told):
+        if name.endswith(".tar") and name[:1].isdigit():
+            try:
+                _count(tallies, run.folder("images") / name, folder / name)
+            except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
+                problems.append(str(error))
+    return tallies.ranked()
+
+
+def _count(tallies: Tallies, images: Path, masks: Path) -> None:
+    about = {key: _about(members) for key, members in read_tar(images, ("json",))}
+    for key, record in [(key, decode_meta(key, members)) for key, members in read_tar(masks, ("json",))]:
+        wanted = [str(word) for word in record.get("words", ())]
+        dropped = record.get("dropped")
+        reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
+        reasons += [""] * (len(wanted) - len(reasons))
+        label, lost = about.get(key, ("", []))
+        tallies.count(label, wanted + lost, reasons[: len(wanted)] + [CUT_OFF] * len(lost))
+
+
+def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:
+    """The class of a sample, and the words that it lost before it had maps."""
+    meta = decode_meta("", members)
+    return str(meta.get("label") or ""), words_cut_off(str(one) for one in meta.get("warnings") or ())
+
+
+def finished_shards(run: Run, problems: list[str]) -> Shards | None:
+    """What the manifest of the shards says; None where there is none yet."""
+    path = run.folder("shards") / "dataset.json"
+    if not path.is_file():
+        return None
+    value = read_object(path, problems)
+    listed = value.get("shards")
+    shards = [shard for shard in listed if isinstance(shard, dict)] if isinstance(listed, list) else []
+    splits: dict[str, int] = {}
+    given = value.get("splits")
+    for name, split in given.items() if isinstance(given, dict) else ():
+        count = split.get("samples") if isinstance(split, dict) else split
+        splits[str(name)] = count if isinstance(count, int) else 0
+    sizes = (float(shard["bytes"]) for shard in shards if is_number(shard.get("bytes")))
+    return Shards(splits, len(shards), sum(int(size) for size in sizes if math.isfinite(size)))

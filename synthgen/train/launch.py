@@ -1,0 +1,73 @@
+"""What a training runs on: the processes that a launcher started, their devices and precision, and its trackers."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+
+from synthgen.errors import MissingDependency, UnknownName
+
+__all__ = ["accelerated", "check_compiler", "check_trackers", "num_processes"]
+
+
+def num_processes() -> int:
+    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return int(PartialState(cpu=cpu).num_processes)
+
+
+def accelerated(
+    folder: Path, *, cpu: bool, precision: str, accumulate: int, trackers: Sequence[str], settings: Mapping[str, Any]
+) -> Accelerator:
+    """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count.
+
+    Trackers write to ``folder``, and are told those ``settings`` that are plain values.
+    """
+    # Accelerate keeps the first call's precision and device for the whole process; another training may want others
+    AcceleratorState._reset_state(reset_partial_state=num_processes() == 1)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulate, sync_with_dataloader=False),
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.state.destroy_process_group)
+    plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("trackers", config=plain)
+    return accelerator
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """See that Accelerate knows the trackers and their libraries are there.
+
+    Raises:
+        UnknownName, MissingDependency: it does not, or one is not installed.
+    """
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()} if trackers else ()
+    for tracker in trackers:
+        if tracker not in LOGGER_TYPE_TO_CLASS:
+            raise UnknownName.among("tracker", tracker, LOGGER_TYPE_TO_CLASS)
+        if tracker not in available:
+            raise MissingDependency(f"the tracker {tracker!r} is not installed; try: pip install {tracker}")
+
+
+def check_compiler() -> None:
+    """See that ``torch.compile`` will find a compiler, which on CPUs is one for C++.
+
+    Raises:
+        MissingDependency: there is none.
+    """
+    if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise MissingDependency("compile=true needs a C++ compiler on this machine; install g++, or leave it out")
