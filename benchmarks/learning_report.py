@@ -10,7 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("mae", "contrastive", "vlp")
+FAMILIES = {  # and what their guided form is told by the masks
+    "mae": "mae: what to hide",
+    "contrastive": "contrastive: what to compare",
+    "vlp": "vlp: which object is which word's",
+    "vlp-places": "vlp: where objects are, in the texts",
+}
+METHODS = ("mae", "contrastive", "vlp")
 ARMS = ("plain", "guided", "elsewhere")
 COLOURS = {"plain": "#666666", "guided": "#0a7d4f", "elsewhere": "#c2571a"}
 Scores = Mapping[str, Mapping[str, Sequence[float]]]  # arm → task → one a seed
@@ -21,13 +27,16 @@ Free-ATM's claim is that the masks which a diffusion model's attention gives for
 to pretrain on generated images. This page tries it on the model that ships with synthgen: {images:,} images of
 [familiar.txt](../prompts/familiar.txt) (32 objects, one to three an image), {masks:,} of them with masks by
 AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training **without** masks, one **guided** by them,
-and a control whose masks have the same area and shape **elsewhere** in the image. The three trainings of a method see
-the same images equally often ({samples} samples) in batches of {batch}, with {seeds} seeds; the encoder is {dim} wide
-and {depth} deep, on {size} pixels. It is a small model, small images and a short training: what holds here need not
-hold at scale, and no figure here is one of the paper's.
+and a control whose masks have the same area and shape **elsewhere** in the image. `vlp` is guided in two ways: objects
+are matched to their words (`region_weight`, ours), or texts say where an object is (`position_share`, after Free-ATM).
+What each way is stands in [methods.md](methods.md). Masks elsewhere still tell `vlp` which words an image has: what the
+control gains there is owed to the words, and what guided has beyond it to the places. All trainings of a method see the same images equally often
+({samples} samples) in batches of {batch}, with {seeds} seeds; the encoder is {dim} wide and {depth} deep, on {size}
+pixels. It is a small model, small images and a short training: what holds here need not hold at scale, and no figure
+here is one of the paper's.
 
 Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
-trainings took {minutes:.0f} minutes of one core). Figures and settings: `benchmarks/results/learning.json`.
+trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings: `benchmarks/results/learning.json`.
 
 ## Scores
 
@@ -63,11 +72,11 @@ def write_report(root: Path) -> None:
     scores, curves = figures["scores"], figures["curves"]
     settings = next(iter(figures["settings"].values()))
     encoder = figures["encoder"]
-    seen = {family: figures["settings"][f"{family}-plain"]["samples_seen"] for family in FAMILIES}
+    seen = {method: figures["settings"][f"{method}-plain"]["samples_seen"] for method in METHODS}
     text = TEXT.format(
         images=figures["images"],
         masks=figures["with_masks"],
-        samples=", ".join(f"{family} {seen[family]:,}" for family in FAMILIES),
+        samples=", ".join(f"{method} {seen[method]:,}" for method in METHODS),
         batch=settings["batch_size"],
         dim=encoder["dim"],
         depth=encoder["depth"],
@@ -87,6 +96,11 @@ def write_report(root: Path) -> None:
     draw(curves, root / "docs" / "results.png")
 
 
+def label(family: str, arm: str) -> str:
+    """The name of a training; both ways to guide ``vlp`` have the same plain form."""
+    return "vlp-plain" if (family, arm) == ("vlp-places", "plain") else f"{family}-{arm}"
+
+
 def wrapped(text: str) -> str:
     """Lines of at most 120 characters, but for tables."""
     lines = []
@@ -101,11 +115,11 @@ def wrapped(text: str) -> str:
 
 def table(family: str, scores: Scores) -> Iterator[str]:
     """The scores of a family, a row for each task."""
-    yield f"### {family}\n"
+    yield f"### {FAMILIES[family]}\n"
     yield "| task | plain | guided | elsewhere | guided - plain | elsewhere - plain |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    for task in scores[f"{family}-plain"]:
-        arms = [scores[f"{family}-{arm}"].get(task, ()) for arm in ARMS]
+    for task in scores[label(family, "plain")]:
+        arms = [scores[label(family, arm)].get(task, ()) for arm in ARMS]
         cells = [f"{statistics.mean(arm):.3f} ± {deviation(arm):.3f}" if arm else "" for arm in arms]
         yield f"| {task} | {' | '.join(cells)} | {change(arms[0], arms[1])} | {change(arms[0], arms[2])} |"
 
@@ -143,16 +157,16 @@ def change(before: Sequence[float], after: Sequence[float]) -> str:
 def verdicts(scores: Scores) -> Iterator[str]:
     """Per family: where guidance won and lost beyond the spread, and what the control did there."""
     for family in FAMILIES:
-        plain, guided, control = (scores[f"{family}-{arm}"] for arm in ARMS)
+        plain, guided, control = (scores[label(family, arm)] for arm in ARMS)
         moved = {task: plain[task] for task in plain if task in guided and beyond(plain[task], guided[task])}
         better = [task for task in moved if statistics.mean(guided[task]) > statistics.mean(plain[task])]
         worse = [task for task in moved if task not in better]
         alike = [task for task in better if won(plain, control, task)]
         over = [task for task in better if won(control, guided, task)]
         yield (
-            f"- **{family}**: beyond the spread of the seeds, guided is better than plain on {listed(better)}, and "
-            f"worse on {listed(worse)}. Where it is better, masks elsewhere are better than plain as well on "
-            f"{listed(alike)}, and guided is better than masks elsewhere on {listed(over)}."
+            f"- **{FAMILIES[family]}**: beyond the spread of the seeds, guided is better than plain on "
+            f"{listed(better)}, and worse on {listed(worse)}. Where it is better, masks elsewhere are better than "
+            f"plain as well on {listed(alike)}, and guided is better than masks elsewhere on {listed(over)}."
         )
 
 
@@ -171,11 +185,11 @@ def reached_table(scores: Scores, curves: Mapping[str, Any]) -> Iterator[str]:
     yield "| family | task | steps | plain ends with | guided reaches it at | elsewhere reaches it at |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for family in FAMILIES:
-        for task in curves[f"{family}-plain"]:
-            goal = statistics.mean(scores[f"{family}-plain"][task])
-            at = [reached(curves[f"{family}-{arm}"].get(task, {}), goal) for arm in ARMS[1:]]
+        for task in curves[label(family, "plain")]:
+            goal = statistics.mean(scores[label(family, "plain")][task])
+            at = [reached(curves[label(family, arm)].get(task, {}), goal) for arm in ARMS[1:]]
             cells = ["never" if one is None else f"{one:.0f}" for one in at]
-            steps = max(map(int, curves[f"{family}-plain"][task]))
+            steps = max(map(int, curves[label(family, "plain")][task]))
             yield f"| {family} | {task} | {steps} | {goal:.3f} | {' | '.join(cells)} |"
 
 
@@ -199,12 +213,14 @@ def draw(curves: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(task for arm in curves.values() for task in arm))
-    figure, axes = plt.subplots(len(tasks), len(FAMILIES), figsize=(9, 2.3 * len(tasks)), squeeze=False, sharex="col")
+    figure, axes = plt.subplots(len(tasks), len(FAMILIES), figsize=(12, 2.3 * len(tasks)), squeeze=False, sharex="col")
     for row, task in enumerate(tasks):
         for column, family in enumerate(FAMILIES):
             panel = axes[row][column]
             for arm in ARMS:
-                points = sorted((int(step), values) for step, values in curves[f"{family}-{arm}"].get(task, {}).items())
+                points = sorted(
+                    (int(step), values) for step, values in curves[label(family, arm)].get(task, {}).items()
+                )
                 steps = [step for step, _ in points]
                 panel.plot(steps, [statistics.mean(values) for _, values in points], color=COLOURS[arm], label=arm)
                 low, high = ([pick(values) for _, values in points] for pick in (min, max))

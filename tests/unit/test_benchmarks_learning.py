@@ -32,7 +32,7 @@ def test_a_difference_counts_beyond_both_deviations_and_never_with_one_seed(repo
 
 
 def test_verdicts_follow_the_scores(report, monkeypatch):
-    monkeypatch.setattr(report, "FAMILIES", ("mae",))
+    monkeypatch.setattr(report, "FAMILIES", {"mae": "mae: what to hide"})
     (won,) = report.verdicts(scores(plain=[0.1, 0.11], guided=[0.3, 0.31], elsewhere=[0.1, 0.12]))
     assert "better than plain on knn, composites, and worse on none" in won
     assert "better than plain as well on none, and guided is better than masks elsewhere on knn, composites" in won
