@@ -20,6 +20,7 @@ _PUBLIC = {
     "export_dataset": "synthgen.api",
     "generate": "synthgen.api",
     "masks": "synthgen.api",
+    "plan_attend": "synthgen.api",
     "plan_generate": "synthgen.api",
     "plan_pipeline": "synthgen.api",
     "pretrain": "synthgen.api",

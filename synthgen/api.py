@@ -29,6 +29,7 @@ __all__ = [
     "generate",
     "make_stage",
     "masks",
+    "plan_attend",
     "plan_generate",
     "plan_pipeline",
     "pretrain",
@@ -146,4 +147,21 @@ def plan_generate(
     from synthgen.plan import pipeline_of, plan
 
     pipeline = pipeline_of(make_stage("generate", {"prompts": str(prompts), **settings}), run)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
+
+
+def plan_attend(
+    images: str | Path,
+    run: str | Path,
+    *,
+    engine: EngineLike = None,
+    workers: int = 0,
+    measure: bool = True,
+    sample: int = 0,
+    **settings: Any,
+) -> Plan:
+    """What ``attend`` with these settings will cost; see :func:`plan_pipeline`."""
+    from synthgen.plan import pipeline_of, plan
+
+    pipeline = pipeline_of(make_stage("attend", {"images": str(images), **settings}), run)
     return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)

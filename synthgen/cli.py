@@ -21,7 +21,9 @@ from synthgen.options import (
     LATEST,
     AddressOption,
     BackboneOption,
+    CaptionOption,
     EngineOption,
+    MetadataOption,
     ModelOption,
     RunOption,
     SetOption,
@@ -80,16 +82,8 @@ def attend(
     images: Annotated[str, typer.Option(help="Folder of images; or WebDataset tars: a file, a pattern or a folder.")],
     run: RunOption = LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(
-            help="Captions of the folder's images: .jsonl or .csv (file_name, text), or COCO's captions_*.json.  "
-            "[default: metadata.jsonl or .csv in the folder, else the .txt beside each image]"
-        ),
-    ] = None,
-    caption: Annotated[
-        str | None, typer.Option(help="For images without one; {label} is their class, e.g. 'a photo of a {label}'.")
-    ] = None,
+    metadata: MetadataOption = None,
+    caption: CaptionOption = None,
     limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
     fit: Annotated[
         str | None,
@@ -239,6 +233,9 @@ def run_file(
 def plan(
     file: Annotated[Path | None, typer.Argument(help="Pipeline file, such as pipelines/tiny.yaml.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file instead: what synthgen generate would do.")] = None,
+    images: Annotated[str | None, typer.Option(help="Images instead: what synthgen attend would do.")] = None,
+    metadata: MetadataOption = None,
+    caption: CaptionOption = None,
     model: ModelOption = None,
     run: RunOption = LATEST,
     measure: Annotated[bool, typer.Option(help="Make a small sample, or count only.")] = True,
@@ -246,7 +243,7 @@ def plan(
     engine: EngineOption = None,
     workers: Annotated[int, typer.Option(min=0, help="That will share the work; 0: as many as fit here.")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="As for synthgen run, or generate.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="As for synthgen run, generate or attend.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -254,16 +251,19 @@ def plan(
     import json
 
     from synthgen import api
-    from synthgen.plan_text import render
+    from synthgen.plan.text import render
 
     options: dict[str, Any] = {"engine": engine, "workers": workers, "measure": measure, "sample": sample}
-    if file and not prompts and not model:
+    part = part_of("diffusers" if model else "tiny", {"model": model})
+    if file and not any((prompts, images, metadata, caption, model)):
         found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), **options)
-    elif prompts and not file:
-        part = part_of("diffusers" if model else "tiny", {"model": model})
+    elif prompts and not any((file, images, metadata, caption)):
         found = api.plan_generate(prompts, run, **options, **with_set({"backbone": part}, settings))
+    elif images and not any((file, prompts)):
+        given = {"backbone": part, "metadata": metadata, "caption": caption}
+        found = api.plan_attend(images, run, **options, **with_set(given, settings))
     else:
-        raise ConfigError("give a pipeline file, or --prompts FILE with --model and --set as for synthgen generate")
+        raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))
 
 
@@ -276,7 +276,7 @@ def status(
     import json
 
     from synthgen.status import status as look
-    from synthgen.status_text import render
+    from synthgen.status.text import render
 
     found = look(_open(run))
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))
@@ -322,7 +322,7 @@ def doctor(
     import json
 
     from synthgen.doctor import examine
-    from synthgen.doctor_text import render
+    from synthgen.doctor.text import render
 
     found = examine(run, model or "")
     print(json.dumps(found.plain(), indent=2) if as_json else render(found), flush=True)

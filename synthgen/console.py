@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from synthgen.devices import place
 from synthgen.run import Run
 from synthgen.runner import Progress, Summary
-from synthgen.status_text import scores
+from synthgen.status.text import scores
 from synthgen.text import duration
 
 if TYPE_CHECKING:

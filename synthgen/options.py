@@ -13,7 +13,9 @@ __all__ = [
     "LATEST",
     "AddressOption",
     "BackboneOption",
+    "CaptionOption",
     "EngineOption",
+    "MetadataOption",
     "ModelOption",
     "RunOption",
     "SetOption",
@@ -46,6 +48,16 @@ BackboneOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option(help="Short name (sd15, sdxl, sd35, flux-dev, ...), folder or hub id of a diffusers model."),
+]
+MetadataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Captions of the folder's images: .jsonl or .csv (file_name, text), or COCO's captions_*.json.  "
+        "[default: metadata.jsonl or .csv in the folder, else the .txt beside each image]"
+    ),
+]
+CaptionOption = Annotated[
+    str | None, typer.Option(help="For images without one; {label} is their class, e.g. 'a photo of a {label}'.")
 ]
 LATEST = Path("runs/latest")
 

@@ -29,7 +29,6 @@ __all__ = ["Attend"]
 
 _MOST_WORDS = 255  # what an image of labels can tell apart
 _LONGEST = 2.0  # the longest side against the shortest at which the network sees an image
-_WINDOW = 4  # batches that are held at once, to see images of one shape together
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Attend(Stage):
     reads: ClassVar = ()
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
+    window: ClassVar[int] = 4  # batches that are held at once, to see images of one shape together
 
     images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
     metadata: str = free("")  # a file that lists captions, and which images of the folder count; its content counts
@@ -125,7 +125,7 @@ class Attend(Stage):
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
         def batches(unit: int) -> Iterator[list[Generation]]:
-            held = _WINDOW * self.batch_size
+            held = self.window * self.batch_size
             for start in range(0, self.size(run, unit), held):
                 rows = range(start, min(start + held, self.size(run, unit)))
                 yield self.look(backbone, [self.read(run, unit, row) for row in rows])

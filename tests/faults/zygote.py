@@ -57,7 +57,7 @@ WARM = (
     "synthgen.stages.masks",
     "synthgen.stages.pretrain",
     "synthgen.stages.shards",
-    "synthgen.status_text",
+    "synthgen.status.text",
     "synthgen.train.loop",
     "transformers.models.clip.modeling_clip",
     "transformers.models.vit.modeling_vit",

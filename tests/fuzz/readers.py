@@ -22,7 +22,7 @@ from synthgen.pipeline import read_pipeline
 from synthgen.prompts import read_prompts
 from synthgen.run import Run
 from synthgen.status import status
-from synthgen.status_text import render
+from synthgen.status.text import render
 from synthgen.stores.tar import TarWriter, read_tar
 from synthgen.viewers.page import write_page
 from tests.factories import make_generation, make_run

@@ -4,15 +4,30 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from synthgen.api import plan_pipeline, run_pipeline
+from synthgen.codecs import masks_to_labels
 from synthgen.config import Choice
+from synthgen.engines.local import Local
 from synthgen.errors import SynthgenError
-from synthgen.plan_text import render
+from synthgen.image import encode_png
+from synthgen.plan.evaluate import measure_evaluation
+from synthgen.plan.judged import expected, judged
+from synthgen.plan.meter import Meter
+from synthgen.plan.sample import Sample
+from synthgen.plan.source import survey_pictures
+from synthgen.plan.text import render
 from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages.evaluate import Evaluate
+from synthgen.stages.pretrain import Pretrain
+from synthgen.stages.shards import Shards
+from synthgen.stores.tar import TarWriter
+from tests.factories import make_generation, make_prompt, make_run
 
 LINE = """
 run: {folder}/run
@@ -49,20 +64,21 @@ def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
     run = Run(line.parent / "run")
     planned = plan_pipeline(line, sample=7)
     assert not run.path.exists()
-    assert not list(temporary.iterdir())
-    generate, masks, shards, pretrain, evaluate = planned.stages
+    assert not list(temporary.glob("synthgen-*"))
+    generate, _, shards, _, evaluate = planned.stages
     assert generate.sample == "6 images in 3 rounds"
     assert generate.memory.value > 1e8  # torch and the model
-    for stage in (generate, masks, shards, pretrain):
+    for stage in planned.stages:
         assert 0 < stage.seconds.low <= stage.seconds.value <= stage.seconds.high
         assert stage.start_seconds > 0
         assert stage.units_left == stage.units
-    assert evaluate.seconds is None
-    assert planned.seconds.value == pytest.approx(sum(stage.seconds.value for stage in planned.stages[:-1]))
+    assert "of at most 200 steps" in evaluate.seconds.basis
+    assert "retrieval: left out" in evaluate.seconds.basis
+    assert planned.seconds.value == pytest.approx(sum(stage.seconds.value for stage in planned.stages))
     assert max(map(len, render(planned).splitlines())) <= 100
 
     done = {summary.stage: summary for summary in run_pipeline(line, engine=Choice("local", {"workers": 1}))}
-    for stage in (generate, masks, shards, pretrain):
+    for stage in planned.stages:
         assert done[stage.stage].units == stage.units
         assert done[stage.stage].samples == stage.images
         for name, made in stage.bytes.items():
@@ -78,6 +94,70 @@ def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
     assert (left["generate"], left["masks"]) == (0, 1)
 
 
+def test_images_that_exist_are_planned_as_they_are_then_attended(tmp_path, temporary):
+    write_truth_of(tmp_path / "tars", 14)
+    stages = {
+        "attend": {"images": str(tmp_path / "tars"), "timesteps": [100], "unit_size": 5, "batch_size": 4},
+        "masks": {},
+        "shards": {"samples_per_shard": 8, "val_ratio": 0.2},
+    }
+    line = tmp_path / "line.yaml"
+    line.write_text(json.dumps({"run": str(tmp_path / "run"), "stages": stages}))
+    planned = plan_pipeline(line, sample=6)
+    assert not list(temporary.glob("synthgen-*"))
+    assert (planned.images, planned.prompts, planned.stages[0].sample) == (14, 0, "6 images in 3 rounds")
+    done = {summary.stage: summary for summary in run_pipeline(line, engine=Choice("local", {"workers": 1}))}
+    for stage in planned.stages:
+        assert (done[stage.stage].units, done[stage.stage].samples) == (stage.units, stage.images)
+        for name, made in stage.bytes.items():
+            size = size_of(tmp_path / "run" / name)
+            assert made.value == pytest.approx(size, rel=0.2), name  # some of the images are larger
+    assert plan_pipeline(line).stages[0].units_left == 0
+
+
+def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
+    """In this process; the sample is a run that has its shards and an encoder."""
+    run = make_run(tmp_path / "rounds", units=2, unit_size=10, image_size=32)
+    run_stage(Shards(val_ratio=0.0), run, Local(workers=1))
+    encoder = Choice("micro", {"dim": 32, "depth": 1, "num_heads": 2})
+    run_stage(Pretrain(encoder=encoder, epochs=1, batch_size=8, export=False, num_workers=0), run, Local(workers=1))
+    truth = write_truth_of(tmp_path / "truth", 6)
+    stage = Evaluate(
+        encoder=str(tmp_path / "planned" / "pretrain" / "mae"),
+        test=str(truth),
+        truth=str(truth),
+        evaluators=tuple(Choice(name) for name in ("knn", "segmentation", "mask_iou")),
+    ).complete()
+    own = expected(500, [make_prompt()], [0] * 500, masks=True)
+    found = judged(stage, Run(tmp_path / "planned"), (own, own), None)
+    assert (found.train.images, found.test.images, found.truth) == (500, 6, 6)
+    sample = Sample(tmp_path, survey_pictures(str(truth)), seed=0, most=6, seconds=1.0)
+    took = measure_evaluation(stage, sample, found, 2, Meter(time.time()))
+    assert len(took.rounds) == 2
+    assert min(took.rounds) > 0
+    assert took.held > 500 * 3 * 32 * 32 * 4  # pixels, and what the encoders say of them
+    assert took.files > 1000
+    assert [part.partition(":")[0] for part in took.parts] == ["knn", "segmentation", "masks"]
+    assert "knn: 500 x 6 images" in took.basis
+    assert "segmentation: 256 x 6 images of 500 x 6, 10 of 400 steps" in took.basis
+
+
+def write_truth_of(folder: Path, count: int) -> Path:
+    """A tar of drawn images with captions, words and true masks."""
+    folder.mkdir()
+    with TarWriter(folder / "000000.tar") as tar:
+        for row in range(count):
+            generation, masks = make_generation(size=32 + 8 * (row % 2), grid=8, seed=row)
+            members = {
+                "png": encode_png(generation.image),
+                "mask.png": encode_png(masks_to_labels(masks)),
+                "txt": b"a photo of a disc",
+                "json": json.dumps({"words": ["disc"], "label": "disc"}).encode(),
+            }
+            tar.add(f"{row:04d}", members)
+    return folder
+
+
 def test_what_cannot_be_drawn_is_told_and_nothing_stays(line, temporary):
     options = (
         ("stages.generate.backbone", {"name": "diffusers", "model": "no/such-model"}),
@@ -86,7 +166,7 @@ def test_what_cannot_be_drawn_is_told_and_nothing_stays(line, temporary):
     with pytest.raises(SynthgenError, match="no/such-model") as caught:
         plan_pipeline(line, overrides=options)
     assert "\n" not in str(caught.value)
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("synthgen-*"))
 
 
 def test_the_command_counts_and_prints_json(line):

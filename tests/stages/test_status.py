@@ -22,7 +22,7 @@ from synthgen.stages import Work, Worker
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.status import Evaluation, RunStatus, Score, Tally, status
-from synthgen.status_text import render, scores
+from synthgen.status.text import render, scores
 from synthgen.tallies import Tallies, kind_of
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
@@ -275,7 +275,7 @@ def test_no_torch_is_imported(tmp_path):
     run = make_run(tmp_path / "demo")
     script = (
         "import sys\nfrom synthgen.run import Run\n"
-        "from synthgen.status import status\nfrom synthgen.status_text import render\n"
+        "from synthgen.status import status\nfrom synthgen.status.text import render\n"
         "render(status(Run.open(sys.argv[1])))\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(run.path)], check=True)

@@ -10,7 +10,7 @@ from synthgen import cli, doctor
 from synthgen.attention import kernel
 from synthgen.attention.kernel import attention_with_normaliser
 from synthgen.doctor import examine, libraries, recording
-from synthgen.doctor_text import render
+from synthgen.doctor.text import render
 from synthgen.engines.local import Local, devices_for
 from synthgen.stages.generate import Generate
 from synthgen.text import columns

@@ -13,9 +13,11 @@ from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, PromptError, StaleArtifact
 from synthgen.pipeline import read_pipeline
 from synthgen.plan import StagePlan, _estimated, plan
-from synthgen.plan_count import Counts
-from synthgen.plan_sample import TarFiles, Took, rounds_of
-from synthgen.plan_text import render
+from synthgen.plan.count import Counts
+from synthgen.plan.files import TarFiles
+from synthgen.plan.meter import Took
+from synthgen.plan.sample import rounds_of
+from synthgen.plan.text import render
 from synthgen.prompts import read_prompts, survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
@@ -169,7 +171,7 @@ def test_what_the_run_would_be_refused_for_is_told(tmp_path, stages, prompts, er
 
 def test_a_pipeline_without_images_is_refused(tmp_path):
     (tmp_path / "line.yaml").write_text(f"run: {tmp_path}\nstages: {{masks: {{}}}}\n")
-    with pytest.raises(PipelineError, match="has no stage generate"):
+    with pytest.raises(PipelineError, match="has neither generate nor attend"):
         plan_pipeline(tmp_path / "line.yaml")
 
 
@@ -237,12 +239,12 @@ def test_a_training_is_one_worker_unless_processes_share_its_steps(monkeypatch):
 
 def test_a_plan_is_told_as_text_and_as_json(tmp_path, monkeypatch):
     monkeypatch.setattr("synthgen.plan.devices_for", lambda stage: ["cpu"] * 4)
-    line = pipeline(tmp_path, {"masks": {}, "evaluate": {}})
+    line = pipeline(tmp_path, {"masks": {}, "shards": {"val_ratio": 0.5}, "pretrain": {}, "evaluate": {}})
     found = plan(read_pipeline(line), measure=False)
     told = json.loads(json.dumps(found.plain()))
-    assert [stage["stage"] for stage in told["stages"]] == ["generate", "masks", "evaluate"]
+    assert [stage["stage"] for stage in told["stages"]] == ["generate", "masks", "shards", "pretrain", "evaluate"]
     assert told["seconds"] is None
-    assert "evaluate: not estimated" in render(found)
+    assert "to be judged on" in render(found)
     counts = Counts(3, 3, 12, 12, {5: 2, 2: 1})
     whole = estimated(make_stage("masks", {}), counts, Local())
     text = render(

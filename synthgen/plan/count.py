@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, StaleArtifact
 from synthgen.pipeline import Pipeline
-from synthgen.prompts import Survey
-from synthgen.records import sample_key
+from synthgen.plan.judged import COMPARED, Judged, Looked, expected, judged, prompts_of
+from synthgen.plan.source import Pictures
+from synthgen.prompts import Survey, expand, iter_prompts
+from synthgen.records import Prompt, sample_key
 from synthgen.run import Run
 from synthgen.stages import Stage
+from synthgen.stages.attend import Attend
+from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.generate import Generate
 from synthgen.stages.masks import Masks
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards, split_of
 from synthgen.stores import located
 
-__all__ = ["NOTHING", "Counts", "count", "generate_of"]
+__all__ = ["NOTHING", "Counts", "count", "first_of"]
 
 _MOST_UNITS = 10**6  # that a key can tell apart
-_COMPARED = 100_000  # prompts, at most, that are compared with those of a run that has begun
 _DRAWN = 10**6  # images, at most, for each of which the split is drawn; of more it is what is expected
 
 
@@ -32,32 +35,34 @@ class Counts:
 
     units: int
     units_left: int
-    images: int  # that it makes or packs; of a training those that it sees, each as often as it does
+    images: int  # that it makes, packs or looks at; of a training those that it sees, each as often as it does
     images_left: int
     tars: Mapping[int, int] = field(default_factory=dict)  # images in a tar → number of such tars
     basis: str = "counted"
     train: int = 0  # images of the training split, of shards
-    batch_size: int = 0  # of a training: smaller than asked for, where there are fewer images
+    batch_size: int = 0  # of a training or an evaluation: smaller than asked for, where there are fewer images
+    judged: Judged | None = None  # of an evaluation
 
 
 NOTHING = Counts(0, 0, 0, 0)  # of a stage of which nothing is said
 
 
-def generate_of(pipeline: Pipeline) -> Generate:
-    """The stage whose prompts are counted, with every option of its backbone.
+def first_of(pipeline: Pipeline) -> Generate | Attend:
+    """The stage whose prompts or images are counted, with every option of its backbone.
 
     Raises:
         PipelineError: there is none.
     """
     for stage in pipeline.stages:
-        if isinstance(stage, Generate):
+        if isinstance(stage, Generate | Attend):
             return stage.complete()
     raise PipelineError(
-        f"{pipeline.path} has no stage generate, and a plan counts its prompts; add stages.generate, or give --prompts"
+        f"{pipeline.path} has neither generate nor attend, and a plan counts what they make; add stages.generate or "
+        "stages.attend, or give --prompts or --images"
     )
 
 
-def count(pipeline: Pipeline, survey: Survey, notes: list[str]) -> list[Counts]:
+def count(pipeline: Pipeline, survey: Survey | Pictures, notes: list[str]) -> list[Counts]:
     """What each stage has to do; remarks for a person are added to ``notes``.
 
     Raises:
@@ -91,10 +96,13 @@ class _Line:
 
     path: Path
     run: Run
-    survey: Survey
+    survey: Survey | Pictures
     notes: list[str]
+    first: Generate | Attend | None = None
     images: Counts = NOTHING
+    packing: Shards | None = None
     shards: Counts = NOTHING
+    training: Pretrain | None = None
     made: set[str] = field(default_factory=set)  # artifacts
     whole: bool = True  # every stage so far has done all
 
@@ -106,14 +114,18 @@ class _Line:
                     f"{self.path}: stages.{stage.name} reads {artifact}, which no stage before it makes and "
                     f"{self.run.path} does not hold; add the stage that makes it"
                 )
-        if isinstance(stage, Generate):
-            found = self.images = self._generate(stage)
+        if isinstance(stage, Generate | Attend):
+            self.first, self.images = stage, self._first(stage)
+            found = self.images
         elif isinstance(stage, Masks):
             found = self._left_by_marks(stage, self.images)
         elif isinstance(stage, Shards):
-            found = self.shards = self._shards(stage)
+            self.packing, self.shards = stage, self._shards(stage)
+            found = self.shards
+        elif isinstance(stage, Pretrain):
+            self.training, found = stage, self._pretrain(stage)
         else:
-            found = self._pretrain(stage) if isinstance(stage, Pretrain) else NOTHING
+            found = self._evaluate(stage) if isinstance(stage, Evaluate) else NOTHING
         self.made.update(stage.writes)
         self.whole = self.whole and not found.units_left
         return found
@@ -124,15 +136,15 @@ class _Line:
         except (MissingArtifact, ConfigError):  # there is none, or not even a run
             return False
 
-    def _generate(self, stage: Generate) -> Counts:
-        images = self.survey.count * stage.images_per_prompt
+    def _first(self, stage: Generate | Attend) -> Counts:
+        images = self.survey.count * (stage.images_per_prompt if isinstance(stage, Generate) else 1)
         images = min(images, stage.limit) if stage.limit else images
         full, rest = divmod(images, stage.unit_size)
         units = full + bool(rest)
         if units > _MOST_UNITS:
             raise ConfigError(
                 f"{images:,} images in units of {stage.unit_size} are {units:,} units, of {_MOST_UNITS:,} at most; "
-                f"set unit_size of stages.generate to {-(-images // _MOST_UNITS)} or more"
+                f"set unit_size of stages.{stage.name} to {-(-images // _MOST_UNITS)} or more"
             )
         tars = {count: number for count, number in ((stage.unit_size, full), (rest, int(rest > 0))) if number}
         return self._left_by_marks(stage, Counts(units, units, images, images, tars))
@@ -152,7 +164,7 @@ class _Line:
         """
         if not all(map(self._in_run, stage.artifacts())):
             return []
-        if isinstance(stage, Generate) and self.survey.count > _COMPARED:
+        if isinstance(stage, Generate | Attend) and self.survey.count > COMPARED:
             self._compare_settings(stage)
         else:
             self.run.check(stage)
@@ -162,8 +174,8 @@ class _Line:
         ]
         return sorted(set.intersection(*done))
 
-    def _compare_settings(self, stage: Generate) -> None:
-        """What :meth:`Run.check` does, but for the prompts, which it would have to read."""
+    def _compare_settings(self, stage: Stage) -> None:
+        """What :meth:`Run.check` does, but for the prompts or images, which it would have to read."""
         before = self.run.artifact("images")["settings"]
         changed = [name for name, value in stage.fingerprinted().items() if before.get(name) != value]
         if changed:
@@ -171,7 +183,8 @@ class _Line:
                 f"{self.run.folder('images')} was made with another {', '.join(changed)}; use the same settings, or "
                 "choose another run folder"
             )
-        self.notes.append(f"that {self.run.path} was begun with the same prompts is taken for granted: they are many")
+        what = "prompts" if isinstance(stage, Generate) else "images"
+        self.notes.append(f"that {self.run.path} was begun with the same {what} is taken for granted: they are many")
 
     def _shards(self, stage: Shards) -> Counts:
         if self.whole and self.images.images <= _DRAWN:  # then it is known which images there are
@@ -225,3 +238,39 @@ class _Line:
         found = (run.folder(stage.artifacts()[0]) / "checkpoints").glob("step-*.safetensors")
         made = [int(path.stem.removeprefix("step-")) for path in found if path.stem.removeprefix("step-").isdecimal()]
         return min(max(made, default=0), steps - 1)  # an encoder is yet to be written
+
+    def _evaluate(self, stage: Evaluate) -> Counts:
+        held = None if self.whole or not self.shards.images else self._own_shards()
+        found = judged(stage, self.run, held, self.training)
+        done = self.whole and stage.done(self.run, 0)
+        if self.whole and not done:
+            stage.prepare(self.run)
+        batch = min(stage.batch_size, max(found.train.images, found.test.images, 1))
+        left = 0 if done else found.images
+        return Counts(1, int(not done), found.images, left, basis=found.basis, batch_size=batch, judged=found)
+
+    def _own_shards(self) -> tuple[Looked, Looked]:
+        """What is known of the shards that there will be: of train, and of val."""
+        assert self.packing is not None
+        prompts, each = self._prompts()
+        images, size, masks = self.images.images, max(self.images.tars), self.packing.masks
+        train = self.shards.train
+        shown: dict[str, list[int]] = {"train": [], "val": []}
+        if each and images <= _DRAWN:
+            for number in range(images):
+                split = split_of(self.run, sample_key(*divmod(number, size)), self.packing.val_ratio)
+                shown[split].append(number % len(prompts))
+            return (
+                expected(train, prompts, shown["train"], masks=masks),
+                expected(images - train, prompts, shown["val"], masks=masks),
+            )
+        return expected(train, prompts, None, masks=masks), expected(images - train, prompts, None, masks=masks)
+
+    def _prompts(self) -> tuple[Sequence[Prompt], bool]:
+        """The prompts of the images, and whether these are all of them."""
+        if isinstance(self.survey, Pictures):
+            return prompts_of(self.survey, self.first.caption if isinstance(self.first, Attend) else ""), False
+        if self.survey.count <= COMPARED and isinstance(self.first, Generate):
+            return list(iter_prompts(self.first.prompts, self.first.template or None)), True
+        few = self.survey.prompts
+        return expand(few, self.survey.templates[:1]) if self.survey.templates else few, False

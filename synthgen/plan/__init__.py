@@ -1,14 +1,13 @@
 """What a pipeline will cost before it starts: images, units, bytes, hours and memory.
 
-Prompts are counted line by line, as ``generate`` would read them (:mod:`synthgen.plan_count`). Time, bytes and memory
-are those of a small sample that is really made (:mod:`synthgen.plan_sample`), times what there is. Every figure says
-what it stands on.
+Prompts are counted line by line, as ``generate`` would read them, images that exist as ``attend`` would
+(:mod:`synthgen.plan.count`). Time, bytes and memory are those of a small sample that is really made
+(:mod:`synthgen.plan.sample`), times what there is. Every figure says what it stands on.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
@@ -21,12 +20,17 @@ from synthgen.devices import devices_for, place
 from synthgen.engines import Engine, default_engine
 from synthgen.errors import MissingArtifact, SynthgenError
 from synthgen.pipeline import Pipeline
-from synthgen.plan_count import Counts, count, generate_of
-from synthgen.plan_sample import MEASURED, ROUNDS, SECONDS, Sample, Took, sampled
-from synthgen.prompts import Survey, expand, survey_prompts
+from synthgen.plan.count import Counts, count, first_of
+from synthgen.plan.meter import Took
+from synthgen.plan.sample import MEASURED, ROUNDS, SECONDS, Sample, sampled
+from synthgen.plan.source import Pictures, survey_pictures
+from synthgen.prompts import Survey, survey_prompts
 from synthgen.run import Run
 from synthgen.runner import EngineLike, check_engine
 from synthgen.stages import Stage
+from synthgen.stages.attend import Attend
+from synthgen.stages.evaluate import Evaluate
+from synthgen.stages.generate import Generate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stores import located
 from synthgen.stores.remote import RemotePath
@@ -34,7 +38,7 @@ from synthgen.text import size
 
 __all__ = ["Estimate", "Plan", "StagePlan", "pipeline_of", "plan"]
 
-_MUCH = 10**9  # bytes of prompts in memory that are worth a remark
+_FEW = 64  # images of a source that a sample may be made of, unless it needs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class StagePlan:
     artifacts: tuple[str, ...]
     units: int
     units_left: int
-    images: int  # that it makes or packs; of a training those that it sees, each as often as it does
+    images: int  # that it makes, packs or looks at; of a training those that it sees, each as often as it does
     images_left: int
     basis: str  # of these numbers
     seconds: Estimate | None = None  # of one worker for what is left; None: not measured
@@ -81,7 +85,7 @@ class Plan:
     run: str
     seed: int
     engine: str
-    prompts: int  # templates applied
+    prompts: int  # templates applied; 0 where the images are there already
     images: int
     stages: tuple[StagePlan, ...]
     seconds: Estimate | None  # the sum over the stages that were measured
@@ -111,29 +115,29 @@ def plan(
     """Count what a pipeline will make, and measure a sample of it. Nothing is written to its run.
 
     Args:
-        pipeline: with the stage ``generate``.
+        pipeline: with the stage ``generate`` or ``attend``.
         engine: instead of the pipeline's.
         workers: that will share the work; 0: as many as the engine would take here.
         measure: make a sample; without it there are counts alone, and no model is loaded.
         images: of the sample, at most; 0: three batches, or what can be drawn in about a minute.
 
     Raises:
-        PipelineError: it generates no images, or a stage reads what none before it makes.
+        PipelineError: it makes no images, or a stage reads what none before it makes.
         MissingArtifact, PromptError, StaleArtifact, ConfigError, MissingWeights: what the run would be refused for.
     """
-    generate = generate_of(pipeline)
+    first = first_of(pipeline)
     engines = [check_engine(stage, engine or pipeline.engine) for stage in pipeline.stages]
-    survey = survey_prompts(generate.prompts, generate.template or None)
-    notes = _prompts_in_memory(survey)
+    most = images or ROUNDS * first.batch_size * getattr(first, "window", 1)
+    survey = _survey(first, most)
+    notes: list[str] = []
     lines = [stage.complete() for stage in pipeline.stages]
     counts = count(pipeline, survey, notes)
     plans = [_counted(stage, counted) for stage, counted in zip(lines, counts, strict=True)]
-    total = counts[lines.index(generate)].images
+    total = counts[lines.index(first)].images
     device = ""
     if measure and any(counted.units_left for counted in counts):
-        most = min(images or ROUNDS * generate.batch_size, total)
-        suffix = Path(generate.prompts).suffix
-        with sampled(survey, suffix, seed=pipeline.seed, most=most, seconds=inf if images else SECONDS) as sample:
+        seconds = inf if images else SECONDS
+        with sampled(survey, seed=pipeline.seed, most=min(most, total), seconds=seconds) as sample:
             device = _measure(lines, counts, engines, sample, workers, plans)
     notes += [f"{plan.stage}: {plan.unknown}" for plan in plans if plan.unknown]
     whole = _sum(made for plan in plans for made in plan.bytes.values())
@@ -146,7 +150,7 @@ def plan(
         str(pipeline.run),
         pipeline.seed,
         _name(engines[0]),
-        survey.count,
+        0 if isinstance(survey, Pictures) else survey.count,
         total,
         tuple(plans),
         _sum(plan.seconds for plan in plans if plan.seconds),
@@ -156,6 +160,12 @@ def plan(
         device,
         tuple(notes),
     )
+
+
+def _survey(stage: Generate | Attend, most: int) -> Survey | Pictures:
+    if isinstance(stage, Attend):
+        return survey_pictures(stage.images, stage.metadata, limit=stage.limit, most=max(_FEW, most))
+    return survey_prompts(stage.prompts, stage.template or None)
 
 
 def _counted(stage: Stage, counted: Counts) -> StagePlan:
@@ -179,10 +189,8 @@ def _measure(
             break
         if stage.name not in MEASURED:
             continue
-        if isinstance(stage, Pretrain):
-            stage = replace(stage, batch_size=counted.batch_size)
         try:
-            took = sample.take(stage)
+            took = sample.take(stage, counted)
         except SynthgenError as error:
             if not device:  # not even an image
                 raise
@@ -210,7 +218,9 @@ def _estimated(plan: StagePlan, stage: Stage, counted: Counts, took: Took, engin
     slowest = counted.images_left / together if stage.collective else _busiest(counted, together)
     once = took.start_seconds if counted.units_left else 0.0
     memory = f"the peak by torch on {took.device}" if took.on_gpu else "the peak of a process beyond its start"
-    asked = getattr(stage, "batch_size", took.batch)
+    if took.held:
+        memory += f", and {size(took.held)} for the features of all images (what evaluators copy is as in the sample)"
+    asked = counted.batch_size or getattr(stage, "batch_size", took.batch)
     asked = min(asked, max(counted.tars, default=asked))  # a batch is never larger than a unit
     if took.batch < asked:
         memory += f", in batches of {took.batch}; those of the pipeline are of {asked} and will take more"
@@ -220,8 +230,8 @@ def _estimated(plan: StagePlan, stage: Stage, counted: Counts, took: Took, engin
         start_seconds=took.start_seconds,
         workers=there,
         at_best_seconds=_scaled(took.rounds, slowest, basis, once) if there else None,
-        memory=Estimate(took.memory, memory),
-        sample=took.basis,
+        memory=Estimate(took.memory + took.held, memory),
+        sample=took.sample,
     )
 
 
@@ -233,6 +243,8 @@ def _busiest(counted: Counts, workers: int) -> float:
 def _workers(stage: Stage, engine: Engine, asked: int, units: int) -> tuple[int | None, int]:
     """How many workers there will be, None where only the engine can tell; and how many of them can work at once."""
     name, asked = _name(engine), asked or getattr(engine, "workers", 0)
+    if isinstance(stage, Evaluate):  # all of it is one piece of work
+        return 1, 1
     if name == "accelerate":
         processes = asked or place().size
         return processes, processes
@@ -260,6 +272,8 @@ def _bytes(stage: Stage, counted: Counts, took: Took, sample: Sample) -> dict[st
     """What each artifact takes on disk, when all is done."""
     if isinstance(stage, Pretrain):
         return {stage.artifacts()[0]: _training_bytes(stage, counted, sample)}
+    if isinstance(stage, Evaluate):
+        return {stage.name: Estimate(took.files, "measured: the scores of the sample")}
     found = {}
     for name in stage.artifacts():
         files = sample.tar_files(name)
@@ -304,23 +318,3 @@ def _free(run: Path) -> int | None:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _prompts_in_memory(survey: Survey) -> list[str]:
-    """A remark where the prompts themselves take much: every worker of ``generate`` holds all of them."""
-    prompts = expand(survey.prompts, survey.templates[:8]) if survey.templates else list(survey.prompts)
-    each = fmean(
-        sys.getsizeof(prompt)
-        + sys.getsizeof(prompt.words)
-        + sys.getsizeof(prompt.spans)
-        + sys.getsizeof(prompt.text)
-        + sum(sys.getsizeof(word) for word in prompt.words)
-        + 56 * len(prompt.spans)
-        for prompt in prompts
-    )
-    total = round(each * survey.count)
-    if total < _MUCH:
-        return []
-    return [
-        f"every worker of generate holds all prompts in memory: about {size(total)} (extrapolated from {len(prompts)})"
-    ]

@@ -16,7 +16,8 @@ def render(found: Plan) -> str:
 
 
 def _blocks(found: Plan) -> Iterator[list[str]]:
-    yield wrap(f"{found.file}: {found.prompts:,} prompts, {found.images:,} images for {found.run} (seed {found.seed})")
+    prompts = f"{found.prompts:,} prompts, " if found.prompts else ""
+    yield wrap(f"{found.file}: {prompts}{found.images:,} images for {found.run} (seed {found.seed})")
     yield table(
         ("stage", "units", "left", "images", "left", ""),
         [(stage.stage, *_numbers(stage), stage.unknown or stage.basis) for stage in found.stages],
@@ -65,6 +66,9 @@ def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
         f"At best: with so many workers of the engine {found.engine}, if none slows another down; the start of each is "
         f"in it ({starts})."
     )
+    for stage in measured:
+        if stage.seconds and ";" in stage.seconds.basis:
+            yield from wrap(f"{stage.stage}: {stage.seconds.basis}.")
     of: dict[str, list[str]] = {}
     for stage in measured:
         if stage.memory is not None:

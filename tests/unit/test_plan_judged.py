@@ -1,0 +1,286 @@
+"""What a plan says of images that exist, and of those that an evaluation will look at."""
+
+import csv
+import json
+import tracemalloc
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from synthgen.api import plan_attend, plan_pipeline
+from synthgen.cli import app
+from synthgen.datasets import open_captioned, open_dataset
+from synthgen.errors import ConfigError, MissingArtifact, PromptError
+from synthgen.evaluators import EVALUATORS
+from synthgen.image import encode_png
+from synthgen.plan import trial
+from synthgen.plan.source import survey_pictures
+from synthgen.plan.trial import enlarged, tried
+from synthgen.run import Run
+from synthgen.stages import make_stage
+from synthgen.stages.shards import split_of
+from synthgen.stores.tar import TarWriter
+from tests.evaluation import make_labelled, make_material
+from tests.factories import make_generation
+
+PICTURE = encode_png(make_generation(size=16, grid=4)[0].image)
+
+
+def write_tars(folder, *counts, label="disc", masks=False):
+    """Tars of captioned images; every third has no label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, count in enumerate(counts):
+        with TarWriter(folder / f"{number:06d}.tar") as tar:
+            for row in range(count):
+                told = {"words": ["disc"], **({} if row % 3 == 2 else {"label": f"{label}{row % 2}"})}
+                members = {"png": PICTURE, "txt": f"a disc {row % 5}".encode(), "json": json.dumps(told).encode()}
+                if masks:
+                    members["mask.png"] = encode_png((make_generation(size=16, grid=4)[1][0] * 1).astype("uint8"))
+                tar.add(f"{number}-{row:05d}", members)
+    return folder
+
+
+def write_images(folder, names, text="a [disc] here"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(PICTURE)
+        (folder / name).with_suffix(".txt").write_text(text)
+    return folder
+
+
+def seen(pictures, folder):
+    """What ``attend`` would read of the few."""
+    pictures.write(folder)
+    samples = open_dataset(folder, masks=False)
+    return {
+        samples.key(i): (samples.captions(i), samples.marked(i), samples.label(i), samples[i].image.shape)
+        for i in range(len(samples))
+    }
+
+
+# -- images that exist
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/000001.tar"])
+def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
+    source = str(write_tars(tmp_path / "tars", 30, 50, 1)) + pattern
+    samples = open_captioned(source)
+    found = survey_pictures(source, most=8)
+    assert found.count == len(samples)
+    places = [next(i for i in range(len(samples)) if samples.key(i) == one.key) for one in found.few]
+    assert len(places) == 8
+    assert max(b - a for a, b in zip([0, *places], [*places, len(samples)], strict=True)) <= len(samples) / 4
+    wanted = {samples.key(i): (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3)) for i in places}
+    assert seen(found, tmp_path / "few") == wanted
+
+
+def test_a_limit_reads_no_further(tmp_path):
+    source = write_tars(tmp_path / "tars", 30, 50)
+    (source / "000002.tar").write_bytes(b"damaged")
+    found = survey_pictures(str(source), limit=40, most=5)
+    assert found.count == 40
+    assert {one.tar.name for one in found.few} == {"000000.tar", "000001.tar"}
+
+
+def test_equal_keys_of_two_tars_are_two_images(tmp_path):
+    for name in "ab":
+        write_tars(tmp_path / name, 2)
+        (tmp_path / name / "000000.tar").rename(tmp_path / f"{name}.tar")
+    found = survey_pictures(str(tmp_path / "?.tar"))
+    assert found.count == 4
+    found.write(tmp_path / "few")
+    assert len(open_dataset(tmp_path / "few")) == 4
+
+
+NAMES = ("cat/1.png", "cat/2.PNG", "dog/3.jpg", "dog/deep/4.webp", "5.bmp", ".hidden/6.png", "dog/.7.png", "notes.md")
+
+
+def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
+    folder = write_images(tmp_path / "images", NAMES)
+    (folder / "dog" / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "a fox", "words": ["fox"]}\n')
+    samples = open_captioned(folder)
+    found = survey_pictures(str(folder))
+    assert found.count == len(samples) == 5
+    wanted = {}
+    for i in range(5):
+        wanted[samples.key(i)] = (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3))
+    assert seen(found, tmp_path / "few") == wanted
+    assert [len(survey_pictures(str(folder), most=2).few), survey_pictures(str(folder), limit=3).count] == [2, 3]
+
+
+def test_a_table_says_which_images_count(tmp_path):
+    folder = write_images(tmp_path / "images", NAMES)
+    with open(tmp_path / "some.csv", "w", newline="") as file:
+        rows = csv.DictWriter(file, ["file_name", "text", "label"])
+        rows.writeheader()
+        rows.writerows({"file_name": name, "text": "a cat", "label": "x"} for name in (*NAMES[:3], "absent.png"))
+    found = survey_pictures(str(folder), str(tmp_path / "some.csv"))
+    assert found.count == len(open_captioned(folder, tmp_path / "some.csv")) == 3
+    assert {(one[0], one[2]) for one in seen(found, tmp_path / "few").values()} == {(("a cat",), "x")}
+
+
+def test_what_attend_would_refuse_a_plan_refuses(tmp_path):
+    folder = write_images(tmp_path / "images", NAMES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingArtifact, match="neither tars nor images"):
+        survey_pictures(str(tmp_path / "empty"))
+    with pytest.raises(MissingArtifact, match="give a tar, a pattern"):
+        survey_pictures(str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="leave --metadata out"):
+        survey_pictures(str(write_tars(tmp_path / "tars", 1)), "some.csv")
+    (folder / "metadata.jsonl").write_text('{"file_name": "absent.png", "text": "a cat"}\n')
+    with pytest.raises(PromptError, match=r"absent\.png"):
+        survey_pictures(str(folder))
+
+
+def test_counting_a_folder_holds_no_names(tmp_path):
+    for number in range(5_000):
+        (tmp_path / f"{number}.jpg").touch()
+    tracemalloc.start()
+    found = survey_pictures(str(tmp_path), most=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.count == 5_000
+    assert peak < 3e5
+
+
+def test_units_and_images_are_those_of_attend(tmp_path):
+    source = write_tars(tmp_path / "tars", 30, 50)
+    for settings in ({}, {"unit_size": 7}, {"limit": 33, "unit_size": 10}):
+        found = plan_attend(source, tmp_path / "run", measure=False, **settings)
+        stage = make_stage("attend", {"images": str(source), **settings})
+        units = stage.plan(Run(tmp_path / "run"))
+        assert (found.stages[0].units, found.images) == (len(units), sum(stage.size(None, unit) for unit in units))
+        assert found.prompts == 0
+
+
+def test_the_command_plans_images_that_exist(tmp_path):
+    folder = str(write_images(tmp_path / "images", NAMES))
+    given = ["plan", "--images", folder, "--run", str(tmp_path / "run"), "--no-measure", "--json"]
+    told = CliRunner().invoke(app, [*given, "--caption", "a {label}", "--set", "unit_size=2"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    assert (found["images"], found["stages"][0]["stage"], found["stages"][0]["units"]) == (5, "attend", 3)
+    assert not (tmp_path / "run").exists()
+    both = CliRunner().invoke(app, [*given, "--prompts", "p.txt"])
+    assert isinstance(both.exception, ConfigError)
+
+
+# -- what an evaluation looks at
+
+LINES = "a [dog] here\na [cat] and a [hat]\na [car]\na [cow]\n"
+
+
+def line(tmp_path, evaluate, first=None, **stages):
+    (tmp_path / "p.txt").write_text(LINES)
+    first = first or {"generate": {"prompts": str(tmp_path / "p.txt"), "images_per_prompt": 25, "unit_size": 7}}
+    stages = {**first, "masks": {}, "shards": {"val_ratio": 0.3}, "pretrain": {}, **stages, "evaluate": evaluate}
+    (tmp_path / "line.yaml").write_text(json.dumps({"run": str(tmp_path / "run"), "stages": stages}))
+    return plan_pipeline(tmp_path / "line.yaml", measure=False).stages[-1]
+
+
+def labelled_of_run(tmp_path):
+    keys = [(f"{number // 7:06d}{number % 7:04d}", number % 4) for number in range(100)]
+    split = {key: split_of(Run(tmp_path / "run"), key, 0.3) for key, _ in keys}
+    return [sum(split[key] == name for key, prompt in keys if prompt != 1) for name in ("train", "val")]
+
+
+def test_images_of_the_run_are_counted_before_they_are_there(tmp_path):
+    found = line(tmp_path, {})  # the second prompt marks two words, and so its images have no class
+    train, test = labelled_of_run(tmp_path)
+    assert (found.units, found.images, found.images_left) == (1, train + test, train + test)
+    assert found.basis == f"counted: {train} to learn from, {test} to be judged on"
+    assert line(tmp_path, {"evaluators": ["knn", "segmentation"]}).images == 100  # masks need no class
+    named = line(tmp_path, {"evaluators": ["retrieval"]}, pretrain={"method": "vlp"})
+    assert named.images == 100 - sum(
+        split_of(Run(tmp_path / "run"), f"{n // 7:06d}{n % 7:04d}", 0.3) == "train" for n in range(100)
+    )
+
+
+def test_images_of_other_sources_are_counted(tmp_path):
+    train, test = write_tars(tmp_path / "train", 30, 20), write_tars(tmp_path / "test", 12, masks=True)
+    found = line(tmp_path, {"train": str(train), "test": str(test), "truth": str(test)})
+    assert found.images == 20 + 14 + 8  # two of three have a label
+    assert found.basis == "counted: 34 to learn from, 8 to be judged on; at most 12 with true masks"
+    masks = line(tmp_path, {"truth": str(test), "evaluators": ["mask_iou"]})
+    assert masks.images == 12
+
+
+def test_of_large_sources_and_of_captions_the_number_is_expected(tmp_path, monkeypatch):
+    monkeypatch.setattr("synthgen.plan.judged.COMPARED", 10)
+    source = write_tars(tmp_path / "train", 90)
+    found = line(tmp_path, {"train": str(source)})
+    assert found.basis.startswith("expected: ")
+    assert found.images == pytest.approx(60 + labelled_of_run(tmp_path)[1], abs=4)
+    attend = {"attend": {"images": str(write_tars(tmp_path / "images", 60, 40)), "unit_size": 7}}
+    found = line(tmp_path, {}, first=attend)
+    assert found.basis.startswith("expected:")
+    assert found.images == pytest.approx(67, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "stages", "error", "says"),
+    [
+        ({"test": "absent.tar"}, {}, MissingArtifact, "absent.tar"),
+        ({}, {"shards": {"val_ratio": 0.0}}, ConfigError, "will have no shards/val"),
+        ({"truth": "absent"}, {}, MissingArtifact, "absent"),
+    ],
+)
+def test_what_an_evaluation_would_be_refused_for_is_told(tmp_path, evaluate, stages, error, says):
+    with pytest.raises(error, match=says):
+        line(tmp_path, evaluate, **stages)
+
+
+# -- how time grows
+
+
+@dataclass(frozen=True)
+class Fake:
+    """An evaluator whose seconds are known: so many a pair of images, a test image, and a step of a training image."""
+
+    needs = "features"
+    baselines = ()
+    max_steps: int = 500
+    pair: float = 1e-6
+    test: float = 1e-3
+    step: float = 1e-5
+
+    def seconds(self, material):
+        train, test = len(material.train.labels), len(material.test.labels)
+        return self.pair * train * test + self.test * test + self.step * train * self.max_steps
+
+
+@pytest.mark.parametrize("sizes", [(300, 200), (40_000, 900), (50_000, 30_000)])
+@pytest.mark.parametrize("fake", [Fake(step=0), Fake(pair=0, test=0), Fake(pair=0, step=0), Fake(max_steps=7)])
+def test_time_is_drawn_out_by_steps_and_images(monkeypatch, sizes, fake):
+    monkeypatch.setattr(trial, "_timed", lambda evaluator, material: evaluator.seconds(material))
+    material = replace(make_material(known=True), train_scenes=None, test_scenes=None, pairs=None)
+    taken, basis = tried(fake, material, sizes, 3, 3, 1e9)
+    whole = fake.seconds(enlarged(material, sizes, 3))
+    mixed = fake == Fake(max_steps=7) and max(sizes) > 4096  # both kinds at once: between what either would give
+    assert taken == pytest.approx([whole] * 3, rel=0.5 if mixed else 1e-9)
+    assert ("10 of at most 500 steps" in basis) == (fake.max_steps == 500)
+
+
+def test_rounds_that_cannot_be_afforded_are_the_mean_of_the_others(monkeypatch):
+    seconds = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr(trial, "_whole", lambda evaluator, material: next(seconds))
+    taken, _ = tried(Fake(), make_material(known=True), (20, 10), 3, 3, -1.0)
+    assert taken == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "segmentation", "detection", "retrieval"])
+def test_every_evaluator_takes_more_of_the_same(name):
+    if name == "detection":
+        pytest.importorskip("pycocotools")
+    options = {"steps": 2} if name in ("segmentation", "detection") else {}
+    evaluator = EVALUATORS.build(name, **options)
+    given = enlarged(make_material(known=True, train=6, test=4), (20, 14), 5)
+    assert {len(given.train.labels), len(given.train_scenes), len(given.pairs.texts)} == {20}
+    assert {len(given.test.labels), len(given.test_scenes), len(given.pairs.images)} == {14}
+    assert given.train.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert len(given.train_scenes.classes) == 6
+    assert torch.equal(given.train.features[6:12], make_labelled(6, 1, known=True).features)
+    assert evaluator.evaluate(given)
