@@ -27,6 +27,7 @@ def main() -> None:
         "shards": shards,
         "pretrain": pretrain,
         "engines": engines,
+        "prompts": prompts,
     }
     for names, table in tables.items():
         for path in sorted((FOLDER / "results").glob(f"{names}.json")):
@@ -223,6 +224,20 @@ def engines(figures: dict[str, Any]) -> Iterator[str]:
         yield f"| {about} | {pair[name]:.2f} |"
     yield f"\nA run of {large['units']:,} units: `status` in {large['status_seconds']:.1f} s, and a command that finds"
     yield f"nothing to do in {large['nothing_to_do_seconds']:.1f} s."
+
+
+def prompts(figures: dict[str, Any]) -> Iterator[str]:
+    yield f"What prompts of {figures['line_bytes']} bytes cost before the first image, beyond the libraries: the"
+    yield "command until its engine has the units, the same command again, and each worker until it can ask for its"
+    yield "first unit. `whole list` holds all prompts in each process. Seconds are of the processor.\n"
+    yield "| prompts | | command | the same again | each worker | a further unit |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    parts = ("begin", "resume", "worker")
+    for size in figures["sizes"]:
+        for name in ("block by block", "whole list"):
+            row = size[name]
+            cells = [f"{row[part]['processor_seconds']:.1f} s, {row[part]['megabytes']:.1f} MB" for part in parts]
+            yield f"| {size['prompts']:,} | {name} | {' | '.join(cells)} | {row['unit_milliseconds']:.1f} ms |"
 
 
 if __name__ == "__main__":

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
 from synthgen.untrusted import LONGEST_LINE, MOST_PROMPTS, MOST_WORDS, read_chunks, read_json, visible
 
 __all__ = [
+    "Prompts",
     "Survey",
     "expand",
     "find_words",
+    "iter_prompts",
     "parse_line",
     "read_prompts",
     "read_templates",
@@ -41,8 +42,17 @@ STOP_WORDS = frozenset(
 _SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
 _SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
 _CHUNK = 2**18  # bytes that are read at once
+_BRACKETS = re.compile(r"([\[\]])")
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
+
+
+class Prompts(Protocol):
+    """What a prompt is looked up in by its number: a list, or a run's copy of its prompts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Prompt: ...
 
 
 def read_prompts(path: str | Path, template: str | Path | None = None) -> list[Prompt]:
@@ -52,9 +62,25 @@ def read_prompts(path: str | Path, template: str | Path | None = None) -> list[P
         MissingArtifact: there is no such file.
         PromptError: it is not UTF-8, holds no prompt, or a line cannot be read; names the line.
     """
+    return list(iter_prompts(path, template))
+
+
+def iter_prompts(path: str | Path, template: str | Path | None = None) -> Iterator[Prompt]:
+    """The prompts that :func:`read_prompts` returns, one after another: there may be more than fit into memory.
+
+    With templates the file is read once to see that every line is good, and then once for each template.
+
+    Raises:
+        MissingArtifact, PromptError: as there, when the line is come to.
+    """
     path = Path(path)
-    prompts = [_parse(path, number, line) for number, line in _prompt_lines(path)]
-    return prompts if template is None else expand(prompts, read_templates(template))
+    if template is None:
+        yield from _parsed(path)
+        return
+    for _ in _parsed(path):
+        pass
+    for text in read_templates(template):
+        yield from _filled(text, _parsed(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +128,10 @@ def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise PromptError(f"{path} holds no prompt; write one a line, such as: a photo of a [dog] in a park")
 
 
+def _parsed(path: Path) -> Iterator[Prompt]:
+    return (_parse(path, number, line) for number, line in _prompt_lines(path))
+
+
 def _parse(path: Path, number: int, line: str) -> Prompt:
     try:
         return _within_bounds(_parse_json(line) if path.suffix == ".jsonl" else parse_line(line))
@@ -137,12 +167,12 @@ def parse_line(line: str) -> Prompt:
         ValueError: a bracket is not closed, or empty, or inside another.
     """
     text, words, spans, start = "", [], [], None
-    for char in line:
-        if char == "[":
+    for piece in _BRACKETS.split(line):
+        if piece == "[":
             if start is not None:
                 raise ValueError("a '[' stands inside brackets; close the first with ']'")
             start = len(text)
-        elif char == "]":
+        elif piece == "]":
             if start is None:
                 raise ValueError("a ']' has no '[' before it")
             inside = text[start:]
@@ -153,7 +183,7 @@ def parse_line(line: str) -> Prompt:
             spans.append((first, first + len(inside.strip())))
             start = None
         else:
-            text += char
+            text += piece
     if start is not None:
         raise ValueError("a '[' is not closed with ']'")
     if not words:
@@ -225,17 +255,18 @@ def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
     Raises:
         PromptError: a prompt marks no word.
     """
-    expanded = []
-    for template in templates:
-        for prompt in prompts:
-            if not prompt.words:
-                raise PromptError(f"the prompt {prompt.text!r} marks no word to put into the template {template!r}")
-            word = prompt.words[0]
-            text = _ARTICLE.sub(rf"\1{'n' if _takes_an(word) else ''}\2{{}}", template)
-            start = text.index("{}")
-            text = text.replace("{}", word)
-            expanded.append(Prompt(text, (word,), ((start, start + len(word)),), prompt.label or word))
-    return expanded
+    return [filled for template in templates for filled in _filled(template, prompts)]
+
+
+def _filled(template: str, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    for prompt in prompts:
+        if not prompt.words:
+            raise PromptError(f"the prompt {prompt.text!r} marks no word to put into the template {template!r}")
+        word = prompt.words[0]
+        text = _ARTICLE.sub(rf"\1{'n' if _takes_an(word) else ''}\2{{}}", template)
+        start = text.index("{}")
+        text = text.replace("{}", word)
+        yield Prompt(text, (word,), ((start, start + len(word)),), prompt.label or word)
 
 
 def _takes_an(word: str) -> bool:
@@ -250,7 +281,7 @@ def sample_seed(run_seed: int, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{run_seed}:{key}".encode(), digest_size=8).digest(), "big") >> 11
 
 
-def request_for(prompts: Sequence[Prompt], run_seed: int, unit: int, row: int, unit_size: int) -> Request:
+def request_for(prompts: Prompts, run_seed: int, unit: int, row: int, unit_size: int) -> Request:
     """The image of one row: image ``i = unit * unit_size + row`` shows prompt ``i mod len(prompts)``."""
     key = sample_key(unit, row)
     prompt = prompts[(unit * unit_size + row) % len(prompts)]
@@ -286,8 +317,3 @@ def _within_length(path: Path, number: int, line: str) -> str:
     if len(line) > LONGEST_LINE:
         raise PromptError(f"{path}, line {number}: it has too many characters; {LONGEST_LINE:,} are the most")
     return line
-
-
-def to_jsonl(prompts: Sequence[dict[str, Any]]) -> bytes:
-    """Prompts as the run's own copy holds them: one JSON object a line."""
-    return b"".join(json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode() + b"\n" for prompt in prompts)

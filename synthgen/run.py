@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,14 +18,15 @@ from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.redact import redact, redacted
 from synthgen.stores import listing, located, read_many
-from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes, write_json
+from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
 from synthgen.stores.whole import check_whole
+from synthgen.units import UnitWriter, checked_mark
 from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json, read_yaml
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
 
-__all__ = ["Run", "UnitWriter", "checked_mark", "digest", "versions"]
+__all__ = ["Run", "digest", "versions"]
 
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 _MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
@@ -259,18 +258,24 @@ class Run:
 
     def marks(self, artifact: str) -> dict[int, dict[str, Any]]:
         """The done marks of all units whose tars are there and as long as their marks say, read together."""
+        return dict(self.iter_marks(artifact))
+
+    def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What :meth:`marks` holds, one after another: all marks of a large run take much memory."""
         folder = self.folder(artifact)
         sizes = listing(folder)
         names = sorted(name for name in sizes if name.endswith(".json") and name[:-5].isdecimal())
-        found = {}
         for name, data in read_many(folder, names, MOST_JSON):
             try:
                 mark = checked_mark(read_json(data))
             except ValueError:
                 continue
             if sizes.get(f"{name[:-5]}.tar") == mark["bytes"]:
-                found[int(name[:-5])] = mark
-        return found
+                yield int(name[:-5]), mark
+
+    def made(self, artifact: str, fingerprint: str) -> set[int]:
+        """The units that :meth:`has` would say are there, looked for together."""
+        return {unit for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
 
     def units(self, artifact: str) -> list[int]:
         """The numbers of the units of an artifact that are done, in order.
@@ -339,86 +344,6 @@ class Run:
             except (OSError, ValueError, LookupError, TypeError):
                 found[int(unit)] = f"{path} cannot be read"
         return found
-
-
-def checked_mark(value: Any) -> dict[str, Any]:
-    """A done mark, if it is one.
-
-    Raises:
-        ValueError: it is none of synthgen's.
-    """
-    counts = ("count", "bytes")
-    if (
-        not isinstance(value, dict)
-        or not all(isinstance(value.get(name), str) for name in ("fingerprint", "sha256"))
-        or not all(isinstance(value.get(name), int) and 0 <= value[name] < 2**63 for name in counts)
-        or not all(isinstance(value.get(name, 0), int | float) for name in ("seconds", "duration"))
-        or not isinstance(notes := value.get("notes", {}), dict)
-        or not all(isinstance(count, int) for count in notes.values())
-        or not isinstance(value.get("failed", {}), dict | int)
-    ):
-        raise ValueError("it is no done mark")
-    return value
-
-
-class UnitWriter:
-    """Write one unit of an artifact: the tar, then its done mark (see :meth:`Run.write`)."""
-
-    def __init__(self, run: Run, artifact: str, unit: int) -> None:
-        self.run, self.artifact, self.unit = run, artifact, unit
-        self.notes: dict[str, int] = {}
-        self.failed: dict[str, str] = {}
-        self.about: dict[str, Any] = {}  # what else its done mark is to tell
-        self._tar = TarWriter(run.tar(artifact, unit))
-
-    def __enter__(self) -> UnitWriter:
-        self._fingerprint = self.run.artifact(self.artifact)["fingerprint"]
-        self._started = time.perf_counter()
-        self._tar.__enter__()
-        return self
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add a sample."""
-        self._tar.add(key, members)
-
-    @property
-    def count(self) -> int:
-        """Samples added so far."""
-        return self._tar.count
-
-    def note(self, remark: str, count: int = 1) -> None:
-        """Count a remark, such as "dropped masks", for ``status`` and ``view``."""
-        self.notes[remark] = self.notes.get(remark, 0) + count
-
-    def fail(self, key: str, reason: str) -> None:
-        """Leave a sample out and keep its reason in the done mark; it is counted in the notes."""
-        self.failed[key] = reason
-        self.note("failed samples")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        path = self._tar.path
-        made = kind is None and self.run.has(self.artifact, self.unit, self._fingerprint)
-        if made:  # by another worker, meanwhile: the same bytes
-            self._tar.discard()
-        elif kind is None:
-            path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of another tar
-        self._tar.__exit__(kind, error, trace)
-        if kind is None and not made:
-            mark = {
-                "count": self._tar.count,
-                "bytes": self._tar.size,
-                "sha256": self._tar.sha256,
-                "seconds": round(time.perf_counter() - self._started, 3),
-                "fingerprint": self._fingerprint,
-                "notes": self.notes,
-                **({"failed": self.failed} if self.failed else {}),
-                **self.about,
-            }
-            write_json(path.with_suffix(".json"), mark)
-        if kind is None:
-            path.with_suffix(".failed.json").unlink(missing_ok=True)
 
 
 def _yaml(value: Mapping[str, Any]) -> bytes:

@@ -6,10 +6,12 @@ import multiprocessing as mp
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
 __all__ = ["Local"]
+
+_AHEAD = 8  # units a worker that are given to the pool: a million at once would take 2 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,13 @@ def _pool(
     try:
         with ProcessPoolExecutor(count, mp_context=context, initializer=_open, initargs=initargs) as pool:
             try:
-                for future in as_completed([pool.submit(_work, unit) for unit in units]):
-                    yield future.result()
+                left = iter(units)
+                doing = {pool.submit(_work, unit) for unit in islice(left, _AHEAD * count)}
+                while doing:
+                    done, doing = wait_for(doing, return_when=FIRST_COMPLETED)
+                    for future in sorted(done, key=lambda future: future.exception() is not None):
+                        yield future.result()  # that of a lost worker last
+                    doing |= {pool.submit(_work, unit) for unit in islice(left, len(done))}
             except BrokenProcessPool:
                 return
             finally:

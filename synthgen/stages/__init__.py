@@ -81,10 +81,7 @@ class Stage(ABC):
         names = self.artifacts()
         if not names or type(self).done is not Stage.done:
             return [unit for unit in self.plan(run) if not self.done(run, unit)]
-        done = [
-            {unit for unit, mark in run.marks(name).items() if mark["fingerprint"] == run.artifact(name)["fingerprint"]}
-            for name in names
-        ]
+        done = [run.made(name, run.artifact(name)["fingerprint"]) for name in names]
         return [unit for unit in self.plan(run) if not all(unit in units for units in done)]
 
     def done(self, run: Run, unit: int) -> bool:

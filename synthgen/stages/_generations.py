@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from synthgen import codecs
 from synthgen.errors import SynthgenError
 from synthgen.records import Generation, Report
-from synthgen.run import Run, UnitWriter
+from synthgen.run import Run
+from synthgen.units import UnitWriter
 
 __all__ = ["write_unit"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from synthgen.errors import CorruptShard
-from synthgen.run import Run, checked_mark
+from synthgen.run import Run
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.whole import check_whole
+from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["check_encoder", "check_shards"]

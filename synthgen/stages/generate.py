@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,15 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from synthgen import codecs
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
-from synthgen.prompts import read_prompts, request_for, to_jsonl
-from synthgen.records import Generation, Prompt
+from synthgen.errors import MissingArtifact, StaleArtifact
+from synthgen.prompt_copy import Content, PromptCopy, content_of, keep_copy, open_copy
+from synthgen.prompts import iter_prompts, request_for
+from synthgen.records import Generation, Request
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._generations import write_unit
-from synthgen.stores.tar import write_bytes
 
 __all__ = ["Generate"]
 
@@ -63,51 +62,78 @@ class Generate(Stage):
 
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the prompt file after templates."""
-        return {"prompts": hashlib.sha256(self._copy()).hexdigest()}
+        return {"prompts": self._content().sha256}
 
     def prepare(self, run: Run) -> None:
-        """Put the run's own copy of its prompts down."""
-        write_bytes(run.path / "prompts.jsonl", self._copy())
+        """Put the run's own copy of its prompts down, which is what workers read."""
+        keep_copy(run.path, iter_prompts(*self._files()), self._content())
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(-(-self._total() // self.unit_size)))
+        return list(range(self._units(self._total(run))))
+
+    def planned(self, run: Run) -> int:
+        """How many units there are, by the run's copy of its prompts where it has one."""
+        try:
+            return self._units(self._images(len(_copy_of(run))))
+        except (MissingArtifact, StaleArtifact):
+            return super().planned(run)
 
     def size(self, run: Run, unit: int) -> int:
         """Images of one unit."""
-        return min(self.unit_size, self._total() - unit * self.unit_size)
+        return min(self.unit_size, self._total(run) - unit * self.unit_size)
+
+    def requests(self, run: Run, unit: int) -> list[Request]:
+        """The images of one unit, in order.
+
+        Raises:
+            MissingArtifact, StaleArtifact, CorruptShard: the run's copy of its prompts is not as :meth:`prepare` left
+                it.
+        """
+        prompts = _copy_of(run)
+        return [request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))]
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         """Load the backbone; then a unit is its requests in batches."""
         from synthgen.diffusion import one_thread
 
-        prompts = self._prompts()
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
         def batches(unit: int) -> Iterator[list[Generation]]:
-            requests = [
-                request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))
-            ]
+            requests = self.requests(run, unit)
             for start in range(0, len(requests), self.batch_size):
                 yield backbone.generate(requests[start : start + self.batch_size])
 
         with one_thread(worker.device):
             yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)
 
-    def _prompts(self) -> list[Prompt]:
-        files = [Path(name) for name in (self.prompts, self.template) if name]
-        return _read(tuple((str(path), path.stat().st_mtime_ns if path.exists() else 0) for path in files))
+    def _files(self) -> list[str]:
+        return [name for name in (self.prompts, self.template) if name]
 
-    def _copy(self) -> bytes:
-        return to_jsonl([codecs.prompt_to_json(prompt) for prompt in self._prompts()])
+    def _content(self) -> Content:
+        """What the prompt file holds, templates applied."""
+        paths = [Path(name) for name in self._files()]
+        return _content(tuple((str(path), path.stat().st_mtime_ns if path.exists() else 0) for path in paths))
 
-    def _total(self) -> int:
-        total = len(self._prompts()) * self.images_per_prompt
+    def _total(self, run: Run) -> int:
+        """Images in all; of a run that is worked on, by its own copy of the prompts."""
+        return self._images(len(_copy_of(run)) if "images" in run.held else self._content().count)
+
+    def _images(self, prompts: int) -> int:
+        total = prompts * self.images_per_prompt
         return min(total, self.limit) if self.limit else total
+
+    def _units(self, images: int) -> int:
+        return -(-images // self.unit_size)
+
+
+def _copy_of(run: Run) -> PromptCopy:
+    """The run's copy of the prompts that its images show."""
+    return open_copy(run.path, run.artifact("images")["inputs"].get("prompts", ""))
 
 
 @lru_cache(maxsize=2)
-def _read(files: tuple[tuple[str, int], ...]) -> list[Prompt]:
-    """Prompts by the names and dates of their files: a million lines are read once, not for every unit."""
-    return read_prompts(*(name for name, _ in files))
+def _content(files: tuple[tuple[str, int], ...]) -> Content:
+    """By the names and dates of the files: a million lines are read once, not for every question."""
+    return content_of(iter_prompts(*(name for name, _ in files)))

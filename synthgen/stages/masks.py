@@ -76,8 +76,8 @@ class Masks(Stage):
 
     def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
         """Images of each unit, from marks that are read together."""
-        marks = run.marks("images")
-        return {unit: int(marks[unit]["count"]) if unit in marks else 0 for unit in units}
+        counts = {unit: int(mark["count"]) for unit, mark in run.iter_marks("images")}
+        return {unit: counts.get(unit, 0) for unit in units}
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

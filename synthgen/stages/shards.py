@@ -24,11 +24,13 @@ from synthgen.columns import Column, unit_of
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
+from synthgen.prompt_copy import iter_lines
 from synthgen.records import Report
-from synthgen.run import Run, checked_mark, digest, versions
+from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
+from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Shards"]
@@ -220,12 +222,12 @@ def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
     Raises:
         CorruptShard: a unit is not there, or not as long as its mark says.
     """
-    marks = run.marks(artifact)
+    found = {unit: mark["sha256"] for unit, mark in run.iter_marks(artifact)}
     for unit in units:
-        if unit not in marks:
+        if unit not in found:
             path, again = run.tar(artifact, unit), f"synthgen {run.artifact(artifact)['stage']} --run {run.path}"
             raise CorruptShard(f"{path} is missing, cut off, or not the one that was made; delete it and run: {again}")
-    return digest([[unit, marks[unit]["sha256"]] for unit in units])
+    return digest([[unit, found[unit]] for unit in units])
 
 
 # -- one shard
@@ -381,9 +383,14 @@ def _classes(run: Run) -> list[str]:
     """The labels in the order of the run's prompts; none where a prompt has no label."""
     path = run.path / "prompts.jsonl"
     if path.is_file():
-        labels = [_label(line, path) for line in path.read_bytes().splitlines() if line.strip()]
+        labels = (_label(line, path) for line in iter_lines(path))
     else:
         images = Column(run, "images")
         keys = (key for unit in run.units("images") for key in run.keys("images", unit))
-        labels = [_label(images.read(key, "json")["json"], run.tar("images", unit_of(key))) for key in keys]
-    return list(dict.fromkeys(labels)) if all(labels) else []
+        labels = (_label(images.read(key, "json")["json"], run.tar("images", unit_of(key))) for key in keys)
+    found: dict[str, None] = {}
+    for label in labels:
+        if not label:
+            return []
+        found[label] = None
+    return list(found)

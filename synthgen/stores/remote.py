@@ -5,12 +5,12 @@ multipart upload that the store puts together at its end. What is read as a file
 into a local cache of bounded size first, and read from there; what is read once (marks, settings) is not kept.
 
 Requests that fail in passing are repeated: by the client (s3fs repeats each of them itself) and, with waits that grow,
-here. fsspec is imported by the first request.
+here. An address at which nobody ever answered is taken for a wrong one, and is not asked again here. fsspec is imported
+by the first request.
 """
 
 from __future__ import annotations
 
-import errno
 import inspect
 import io
 import logging
@@ -25,8 +25,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from synthgen.errors import ConfigError, MissingDependency, StorageError
-from synthgen.redact import redact
+from synthgen.errors import ConfigError, MissingDependency, StorageError, one_line
+from synthgen.stores._failures import explained, is_of_store, may_pass, nobody_is_there, says_no_bucket
 
 if TYPE_CHECKING:
     _Path = Path
@@ -46,10 +46,8 @@ _AT_ONCE = 256  # small objects that are asked for together
 _PACKAGES = {"s3": '"synthgen[s3]"', "s3a": '"synthgen[s3]"', "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 _PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs"}
 _IN_PARTS = {"s3", "s3a", "gs", "gcs"}  # whose clients take the size of the parts
-_FINAL = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # this machine's, while it writes a copy
-_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"}
 _file_systems: dict[tuple[int, str, str], Any] = {}  # process, protocol, bucket → file system
+_answered: set[tuple[int, str, str]] = set()  # those that have shown themselves once, be it by an error
 
 
 class RemotePath(_Path):
@@ -101,7 +99,7 @@ class RemotePath(_Path):
             fsspec.get_filesystem_class(self.protocol)
         except ImportError as error:
             package = _PACKAGES.get(self.protocol, "")
-            hint = f"try: pip install {package}" if package else " ".join(str(error).split())
+            hint = f"try: pip install {package}" if package else one_line(error)
             raise MissingDependency(f"{self.protocol}:// needs a library that is not installed; {hint}") from None
         except ValueError:
             raise ConfigError(
@@ -122,21 +120,22 @@ class RemotePath(_Path):
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 system = self._system()
-                return call(system, self.key(system))
+                value = call(system, self.key(system))
+                _answered.add(self._name())
+                return value
             except Exception as error:
-                if not _is_of_store(error) or getattr(error, "errno", None) in _OF_THE_DISK:
+                if not is_of_store(error):
                     raise
-                if _says_no_bucket(error):
-                    raise StorageError(
-                        f"there is no bucket {self.bucket!r} at {self.protocol}://; make it, or correct the name"
-                    ) from None
-                if isinstance(error, FileNotFoundError | FileExistsError):
+                wrong = nobody_is_there(error) and self._name() not in _answered
+                if not wrong:
+                    _answered.add(self._name())
+                if isinstance(error, FileNotFoundError | FileExistsError) and not says_no_bucket(error):
                     raise
                 late = attempt == ATTEMPTS or time.monotonic() - started > PATIENCE
-                if late or isinstance(error, _FINAL) or _lacks_credentials(error):
-                    raise StorageError(self._why(error)) from None
+                if late or wrong or not may_pass(error):
+                    raise explained(error, self) from None
                 wait = _FIRST_WAIT * 2**attempt * random.uniform(0.5, 1)
-                logger.info("%s: %s; again in %.1f s", self, _one_line(error), wait)
+                logger.info("%s: %s; again in %.1f s", self, one_line(error), wait)
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -146,7 +145,7 @@ class RemotePath(_Path):
 
     def _system(self) -> Any:
         """The file system, made once in each process. It keeps no listings: other processes write here too."""
-        name = (os.getpid(), self.protocol, self.bucket)
+        name = self._name()
         if name not in _file_systems:
             from fsspec.core import url_to_fs
 
@@ -154,19 +153,8 @@ class RemotePath(_Path):
             _file_systems[name], _ = url_to_fs(str(self), use_listings_cache=False)
         return _file_systems[name]
 
-    def _why(self, error: Exception) -> str:
-        reason = _one_line(error)
-        if _lacks_credentials(error):
-            return (
-                f"there are no credentials for {self} ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "or write them down with: aws configure"
-            )
-        if isinstance(error, PermissionError):
-            return f"the store refuses {self} ({reason}); see that the credentials are right, and may read and write it"
-        return (
-            f"the store does not answer for {self} ({reason}); see that it can be reached (AWS_ENDPOINT_URL), "
-            "then run the same command again: what is done stays done"
-        )
+    def _name(self) -> tuple[int, str, str]:
+        return os.getpid(), self.protocol, self.bucket
 
     # -- what a path tells
 
@@ -302,7 +290,7 @@ class RemotePath(_Path):
         try:
             found = system.cat(keys, on_error="return", **_in_one_request(system))
         except Exception as error:
-            if not _is_of_store(error):
+            if not is_of_store(error):
                 raise
             return {}
         return found if isinstance(found, dict) else {}
@@ -372,6 +360,7 @@ def _in_one_request(system: Any) -> dict[str, int]:
 def forget_connections() -> None:
     """Make the file systems anew when they are next needed, from the environment as it is then."""
     _file_systems.clear()
+    _answered.clear()
 
 
 def status_of(info: dict[str, Any]) -> os.stat_result:
@@ -390,21 +379,3 @@ def _changed(info: dict[str, Any]) -> Any:
         return datetime.fromisoformat(found) if isinstance(found, str) else found
     except ValueError:
         return 0
-
-
-def _is_of_store(error: Exception) -> bool:
-    """Whether an error comes from a store or the way to it, and is no mistake of ours."""
-    names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError | EOFError) or bool(names & _CLIENTS)
-
-
-def _says_no_bucket(error: Exception) -> bool:
-    return bool(re.search(r"bucket does not exist|NoSuchBucket|container does not exist", str(error)))
-
-
-def _lacks_credentials(error: Exception) -> bool:
-    return "Credential" in type(error).__name__ or type(error).__name__ == "DefaultCredentialsError"
-
-
-def _one_line(error: Exception) -> str:
-    return redact(" ".join(str(error).split())[:300]) or type(error).__name__

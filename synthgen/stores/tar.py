@@ -15,13 +15,13 @@ import os
 import re
 import tarfile
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from synthgen.errors import CorruptShard, MissingArtifact, StorageError
+from synthgen.errors import CorruptShard, MissingArtifact, StorageError, one_line
 from synthgen.stores import open_here
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
@@ -38,6 +38,7 @@ __all__ = [
     "read_tar",
     "temporary_beside",
     "write_bytes",
+    "write_chunks",
     "write_json",
 ]
 
@@ -52,15 +53,30 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     if isinstance(path, RemotePath):
         path.put(data)
-        return
-    temporary = temporary_beside(path)
-    try:
-        _write(temporary, data)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
+    else:
+        write_chunks(path, [data])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Put ``chunks``, one after another, at ``path`` at once: all of them need not fit into memory.
+
+    Raises:
+        StorageError: as for :func:`write_bytes`; or whatever ``chunks`` raises, and ``path`` stays as it is.
+    """
+    with contextlib.ExitStack() as stack:
+        remote = isinstance(path, RemotePath)
+        temporary = stack.enter_context(work_folder()) / path.name if remote else temporary_beside(path)
+        try:
+            _write(temporary, chunks)
+            if isinstance(path, RemotePath):
+                path.upload(temporary)
+            else:
+                temporary.replace(path)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
@@ -76,7 +92,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
         return path.create(data)
     temporary = temporary_beside(path)
     try:
-        _write(temporary, data)
+        _write(temporary, [data])
         try:
             os.link(temporary, path)  # fails where there is something, on network file systems as well
         except FileExistsError:
@@ -95,10 +111,10 @@ def create_bytes(path: Path, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
 
 
-def _write(temporary: Path, data: bytes) -> None:
+def _write(temporary: Path, chunks: Iterable[bytes]) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
-        file.write(data)
+        file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
 
@@ -236,7 +252,7 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}") from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
-        raise _corrupt(path, samples, " ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise _corrupt(path, samples, one_line(error)) from None
     return samples
 
 

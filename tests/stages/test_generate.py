@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from synthgen import api
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, PromptError, StaleArtifact, UnknownName
+from synthgen.prompts import read_prompts, request_for
 from synthgen.run import Run
 from synthgen.stages.generate import Generate
 
@@ -127,6 +129,44 @@ def test_limit_and_template(settings, tmp_path):
     assert [stage.size(run, unit) for unit in (0, 1)] == [4, 1]
     stage.prepare(run)
     assert (run.path / "prompts.jsonl").read_text().splitlines()[1].count("golden dog at night") == 1
+
+
+@pytest.mark.parametrize("template", ["", "a {} at night\nan old {}\n"])
+def test_workers_need_the_copy_alone(tmp_path, template):
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    (tmp_path / "t.txt").write_text(template)
+    files = {"prompts": str(tmp_path / "p.txt")} | ({"template": str(tmp_path / "t.txt")} if template else {})
+    held = read_prompts(*files.values())
+    stage = Generate(**files, images_per_prompt=5, limit=13, unit_size=4).complete()
+    run = Run.create(tmp_path / "r")
+    with run.claim(stage) as claimed:
+        stage.prepare(claimed)
+        for path in files.values():
+            Path(path).unlink()
+        assert [stage.size(claimed, unit) for unit in stage.plan(claimed)] == [4, 4, 4, 1]
+        for unit in stage.plan(claimed):  # images go round the prompts
+            expected = [request_for(held, 0, unit, row, 4) for row in range(stage.size(claimed, unit))]
+            assert stage.requests(claimed, unit) == expected
+        assert stage.planned(run) == 4  # status, which is given no claimed run
+
+
+def test_another_prompt_file_that_nobody_has_drawn_from_yet(tmp_path):
+    run, path = Run.create(tmp_path / "r"), tmp_path / "p.txt"
+    asked = []
+
+    def begin_and_stop():
+        stage = Generate(prompts=str(path)).complete()
+        with run.claim(stage) as claimed:
+            stage.prepare(claimed)
+            asked.append([request.prompt.text for request in stage.requests(claimed, 0)])
+            raise KeyboardInterrupt
+
+    for text in ("a [dog]\n", "a [cat]\na [fox]\n"):
+        path.write_text(text)
+        os.utime(path, ns=(len(asked), len(asked)))
+        with pytest.raises(KeyboardInterrupt):
+            begin_and_stop()
+    assert asked == [["a dog"], ["a cat", "a fox"]]
 
 
 def test_missing_weights_are_one_line(settings, tmp_path):

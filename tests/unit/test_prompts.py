@@ -1,7 +1,7 @@
 import pytest
 
 from synthgen.errors import MissingArtifact, PromptError
-from synthgen.prompts import expand, parse_line, read_prompts, read_templates, request_for, sample_seed
+from synthgen.prompts import expand, iter_prompts, parse_line, read_prompts, read_templates, request_for, sample_seed
 
 
 def test_brackets_mark_words_and_vanish_from_the_text():
@@ -131,3 +131,18 @@ def test_the_prompt_files_that_ship(name, count):
     prompts = read_prompts(f"prompts/{name}.txt")
     assert len(prompts) == count
     assert len({prompt.label for prompt in prompts}) == count
+
+
+def test_what_is_wrong_with_a_prompt_is_told_before_what_is_wrong_with_a_template(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("the\na [dog]\na [cat\n")  # the first marks no word, the last cannot be read
+    for template in ("a {}\n", "no place for it\n"):
+        (tmp_path / "t.txt").write_text(template)
+        with pytest.raises(PromptError, match="line 3"):
+            read_prompts(path, tmp_path / "t.txt")
+    path.write_text("a [dog]\nthe\n")
+    (tmp_path / "t.txt").write_text("a {}\nthe {}\n")
+    prompts = iter_prompts(path, tmp_path / "t.txt")
+    assert next(prompts).text == "a dog"
+    with pytest.raises(PromptError, match=r"'the' marks no word to put into the template 'a \{\}'"):
+        next(prompts)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -388,6 +389,53 @@ def test_a_server_that_is_not_there(impatient: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match=r"the store does not answer for s3://bucket/run/run.yaml") as caught:
         Run.open("s3://bucket/run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_an_address_at_which_nobody_ever_answered_is_not_asked_again(
+    impatient: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    waits: list[float] = []
+    impatient.setattr(module, "ATTEMPTS", 4)
+    impatient.setattr(module.time, "sleep", waits.append)
+    if "host" in endpoint:  # as a name server says it
+        impatient.setattr(socket, "getaddrinfo", unknown_host)
+    impatient.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match=r"s3://bucket/run/run.yaml .*AWS_ENDPOINT_URL"):
+        Run.open("s3://bucket/run")
+    assert waits == []
+
+
+def unknown_host(*arguments: object, **options: object) -> None:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize("before", ["a value", "a missing object", "nothing"])
+def test_a_store_that_has_answered_once_is_asked_again_when_it_refuses(
+    store: Store, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    forget_connections()
+    waits: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    path = located(store.url("a.json"))
+    assert isinstance(path, RemotePath)
+    if before != "nothing":
+        answers = {"a value": lambda system, key: key, "a missing object": lambda system, key: system.info(key)}
+        with suppress(FileNotFoundError):
+            path.ask(answers[before])
+    refusals = (
+        [ConnectionRefusedError("restarting")] * 2
+        if before != "nothing"
+        else [socket.gaierror(socket.EAI_AGAIN, "again")]
+    )
+
+    def restarting(system: object, key: str) -> str:
+        if refusals:
+            raise refusals.pop()
+        return "up"
+
+    assert path.ask(restarting) == "up"
+    assert len(waits) == (1 if before == "nothing" else 2)  # a name server that fails in passing is asked again too
 
 
 def test_what_a_store_says_of_secrets_is_not_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
