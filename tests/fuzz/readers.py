@@ -19,7 +19,9 @@ from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
 from synthgen.pipeline import read_pipeline
+from synthgen.prompt_copy import content_of, keep_copy, open_copy
 from synthgen.prompts import read_prompts
+from synthgen.records import Prompt
 from synthgen.run import Run
 from synthgen.status import status
 from synthgen.status.text import render
@@ -99,6 +101,19 @@ def captioned(path: Path) -> None:
         prompt_of(samples, number, "a photo of a {label}")
 
 
+def copied(path: Path) -> None:
+    """Every prompt of a run's own copy."""
+    open_copy.cache_clear()
+    kept = open_copy(path.parent, content_of(copied_prompts()).sha256)
+    for number in range(len(kept)):
+        kept[number]
+
+
+def copied_prompts() -> list[Prompt]:
+    """What that copy holds."""
+    return [make_generation(words=words)[0].request.prompt for words in (("disc",), ("disc", "square"))]
+
+
 def run(path: Path) -> None:
     """A run as ``status`` and ``view`` see it, and its next stage."""
     box = next(folder for folder in path.parents if (folder / "run.yaml").exists())
@@ -126,6 +141,8 @@ READERS = (
     Reader("captions.jsonl", "pictures/metadata.jsonl", "jsonl", captioned),
     Reader("captions.csv", "pictures/metadata.csv", "csv", captioned),
     Reader("captions.coco", "pictures/captions.json", "json", captioned),
+    Reader("prompt copy", "copy/prompts.jsonl", "jsonl", copied),
+    Reader("prompt mark", "copy/prompts.json", "json", copied),
     Reader("run.yaml", "run/run.yaml", "yaml", run),
     Reader("settings.yaml", "run/masks/settings.yaml", "yaml", run),
     Reader("done mark", "run/masks/000000.json", "json", run),
@@ -140,8 +157,9 @@ READERS = (
 
 def prepare(box: Path) -> None:
     """Fill an empty folder with a valid file for every reader, and tell the readers of them."""
-    for folder in ("in", "pictures", "encoder"):
+    for folder in ("in", "pictures", "encoder", "copy"):
         (box / folder).mkdir(parents=True)
+    keep_copy(box / "copy", prompts := copied_prompts(), content_of(prompts))
     one = make_run(box / "run", units=1, unit_size=2, image_size=16)
     for name in ("shards", "evaluate"):
         one.folder(name).mkdir()
