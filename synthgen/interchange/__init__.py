@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +19,13 @@ from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages.shards import content_of, source_of
 from synthgen.stores import located, temporaries
-from synthgen.stores.tar import read_tar, write_json
+from synthgen.stores.tar import read_tar, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
 
 _MARK = "export.json"  # written first: what the folder is, so that it is never mixed with another export
+_SOURCES = "sources.csv"  # the names that attended images had
 
 
 def export_dataset(
@@ -63,6 +66,7 @@ def export_dataset(
             notes.update({"masks": kept, "dropped masks": len(sample.masks.words) - kept})
             summary.samples += 1
             progress.advance(1)
+        _keep_sources(run, units, folder)
         writer.finish()
     finally:
         progress.stop()
@@ -95,6 +99,19 @@ def _samples(run: Run, unit: int) -> Iterator[Sample]:
             path = run.tar("masks", unit)
             raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
         yield Sample(key, request.prompt, members["png"], pixels, masks)
+
+
+def _keep_sources(run: Run, units: Sequence[int], folder: Path) -> None:
+    """Of images that existed before: the key that each has here, and its own name."""
+    if run.artifact("images")["stage"] != "attend":
+        return
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("key", "source"))
+    for unit in units:
+        for key, members in read_tar(run.tar("images", unit), names={"json"}):
+            table.writerow((key, str(codecs.decode_meta(key, members).get("source", ""))))
+    write_bytes(folder / _SOURCES, text.getvalue().encode())
 
 
 def _names(run: Run, units: Sequence[int]) -> list[str]:

@@ -130,6 +130,7 @@ def _sample(
     height, width = pixels.shape[:2]
     sample: dict[str, Any] = {
         "key": key,
+        "source": request.source,
         "text": _segments(request.prompt),
         "words": list(request.prompt.words),
         "label": request.prompt.label or "",

@@ -1,5 +1,6 @@
 """Images that exist: from their captions to masks, shards and exports, the same every time, whatever is killed."""
 
+import csv
 import hashlib
 import json
 import os
@@ -244,8 +245,13 @@ def test_a_folder_goes_all_the_way(photos, settings, tmp_path):
     api.export_dataset(run, "coco")
     images = json.loads((run.path / "export-coco/annotations/instances.json").read_text())["images"]
     assert [(image["height"], image["width"]) for image in images] == list(SHAPES)
+    assert '"source":"shapes/3"' in page.replace(" ", "")
     for form in ("yolo", "labels"):
         assert api.export_dataset(run, form).samples == 5
+    for form in ("coco", "yolo", "labels"):
+        with (run.path / f"export-{form}" / "sources.csv").open(newline="") as file:
+            named = {row["source"]: row["key"] for row in csv.DictReader(file)}
+        assert named == {meta["source"]: key for key, meta in metas.items()}
 
 
 def test_shards_of_our_own_are_images_with_captions(settings, tmp_path):
