@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
 from synthgen.prompt_copy import iter_lines
-from synthgen.records import Report
+from synthgen.records import Report, sample_key
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker
 from synthgen.stores import listing
@@ -36,6 +37,7 @@ from synthgen.untrusted import read_file, read_json
 __all__ = ["Shards"]
 
 _FOREIGN = "The images were not made here: the licence of where they come from holds for them."
+_MOST = 10_000  # samples of a unit: a key has four digits for them
 _INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wids index
 
 
@@ -45,7 +47,15 @@ class Shard:
 
     split: str  # "train" or "val"
     number: int  # from 0 in each split
-    keys: tuple[str, ...]
+    samples: array[int]  # their keys as numbers, for a worker knows all shards
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def keys(self) -> list[str]:
+        """The ten digits of each sample."""
+        return [f"{sample:010}" for sample in self.samples]
 
     @property
     def file(self) -> str:
@@ -104,7 +114,7 @@ class Shards(Stage):
         return found
 
     def layout(self, run: Run) -> Sequence[Shard]:
-        """Every shard with its keys: reads the headers of all image units, once for as long as none is added."""
+        """Every shard with its samples: reads the done marks of all image units, once for as long as none is added."""
         if "shards" in run.held:  # which names the content of all units
             return _layout(self, run, run.held["shards"]["fingerprint"])
         return _layout(self, run, digest(sorted(listing(run.folder("images")))))
@@ -123,7 +133,7 @@ class Shards(Stage):
 
     def size(self, run: Run, unit: int) -> int:
         """How many samples the shard holds."""
-        return len(self.layout(run)[unit].keys)
+        return len(self.layout(run)[unit])
 
     def todo(self, run: Run) -> list[int]:
         """The shards whose tar, parquet and commit mark are not all there with the present settings."""
@@ -139,7 +149,7 @@ class Shards(Stage):
             started = time.perf_counter()
             packer.pack(shards[unit], worker.tick)
             run.tar("shards", unit).with_suffix(".failed.json").unlink(missing_ok=True)
-            return Report(unit, len(shards[unit].keys), time.perf_counter() - started)
+            return Report(unit, len(shards[unit]), time.perf_counter() - started)
 
         yield work
 
@@ -185,25 +195,36 @@ class Shards(Stage):
 
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    units = run.units("images")
-    if stage.shuffle:
-        units.sort(key=lambda unit: _draw(run, "unit", unit))
-    keys: dict[str, list[str]] = {"train": [], "val": []}
-    for unit in units:
-        for key in run.keys("images", unit):
-            if not key.startswith(f"{unit:06d}"):
-                raise CorruptShard(f"{run.tar('images', unit)} holds sample {key}, which belongs to another unit")
-            keys[split_of(run, key, stage.val_ratio)].append(key)
+    units = {unit: _samples(run, unit, mark) for unit, mark in run.iter_marks("images")}
+    splits = {"train": array("Q"), "val": array("Q")}
+    for unit in sorted(units, key=lambda unit: _draw(run, "unit", unit) if stage.shuffle else unit):
+        for sample in units[unit]:
+            splits[split_of(run, f"{sample:010}", stage.val_ratio)].append(sample)
     shards = []
-    for split, all_of_split in keys.items():
-        for number, start in enumerate(range(0, len(all_of_split), stage.samples_per_shard)):
-            chunk = all_of_split[start : start + stage.samples_per_shard]
+    for split, samples in splits.items():
+        for number, start in enumerate(range(0, len(samples), stage.samples_per_shard)):
+            chunk = samples[start : start + stage.samples_per_shard]
             if stage.shuffle:
-                chunk.sort(key=lambda key: _draw(run, "order", key))
-            shards.append(Shard(split, number, tuple(chunk)))
+                chunk = array("Q", sorted(chunk, key=lambda sample: _draw(run, "order", f"{sample:010}")))
+            shards.append(Shard(split, number, chunk))
     if not shards:
         raise MissingArtifact(f"{run.path} has no image to pack; run: synthgen generate --run {run.path}")
     return tuple(shards)
+
+
+def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> Sequence[int]:
+    """The samples of an image unit, their keys as numbers: as many as its done mark counts, but for those that failed.
+
+    Raises:
+        CorruptShard: they are more than a unit can hold.
+    """
+    failed = mark.get("failed")
+    failed = failed if isinstance(failed, dict) else {}
+    first, count = int(sample_key(unit, 0)), mark["count"] + len(failed)
+    if count > _MOST:
+        path, again = run.tar("images", unit), f"synthgen {run.artifact('images')['stage']} --run {run.path}"
+        raise CorruptShard(f"the done mark of {path} tells of {count} samples; delete both and run: {again}")
+    return [sample for sample in range(first, first + count) if f"{sample:010}" not in failed]
 
 
 def split_of(run: Run, key: str, val_ratio: float) -> str:

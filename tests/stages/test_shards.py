@@ -26,7 +26,7 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
-from synthgen.stores.tar import read_tar
+from synthgen.stores.tar import TarWriter, read_tar
 from tests.factories import Drawn, TrueMasks, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +226,28 @@ def test_order_is_mixed_and_without_shuffle_that_of_the_keys(source: Path, tmp_p
     mixed = list(samples(pack(copy(source, tmp_path / "mixed"), val_ratio=0.0)))
     assert plain == sorted(plain) == sorted(mixed) != mixed
     assert len({key[:6] for key in mixed[:10]}) == 1  # a shard holds neighbouring units: each is read once
+
+
+def test_images_that_failed_are_in_no_shard(run: Run) -> None:
+    """The done mark knows them: the tars are not read for the layout."""
+    unit = run.tar("images", 0)
+    samples = list(read_tar(unit))
+    with TarWriter(unit) as tar:
+        for key, members in samples[:1] + samples[2:]:
+            tar.add(key, members)
+    mark = json.loads(unit.with_suffix(".json").read_text())
+    mark |= {"count": tar.count, "bytes": tar.size, "sha256": tar.sha256, "failed": {samples[1][0]: "black"}}
+    unit.with_suffix(".json").write_text(json.dumps(mark))
+    packed = sorted(key for shard in Shards().layout(run) for key in shard.keys)
+    assert packed == [key for unit in run.units("images") for key in run.keys("images", unit)]
+    assert samples[1][0] not in packed
+
+
+def test_a_mark_that_counts_too_many_samples_is_refused(run: Run) -> None:
+    mark = run.tar("images", 1).with_suffix(".json")
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"count": 2**62}))
+    with pytest.raises(CorruptShard, match=r"000001.tar tells of 4611686018427387904 samples; delete both"):
+        Shards().layout(run)
 
 
 def test_no_val_folder_without_val_samples(run: Run) -> None:
