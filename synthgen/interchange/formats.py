@@ -22,7 +22,8 @@ from synthgen.interchange.polygons import compress_counts, join_corners, outline
 from synthgen.mask_shape import box, describe_masks, split
 from synthgen.records import Prompt, WordMasks
 from synthgen.run import Run
-from synthgen.stages.shards import Shards, source_of, split_of
+from synthgen.stages._layout import split_of
+from synthgen.stages.shards import Shards, source_of
 from synthgen.stores.tar import write_bytes
 from synthgen.untrusted import visible
 

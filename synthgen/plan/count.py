@@ -15,12 +15,13 @@ from synthgen.prompts import Survey, expand, iter_prompts
 from synthgen.records import Prompt, sample_key
 from synthgen.run import Run
 from synthgen.stages import Stage
+from synthgen.stages._layout import split_of
 from synthgen.stages.attend import Attend
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.generate import Generate
 from synthgen.stages.masks import Masks
 from synthgen.stages.pretrain import Pretrain
-from synthgen.stages.shards import Shards, split_of
+from synthgen.stages.shards import Shards
 from synthgen.stores import located
 
 __all__ = ["NOTHING", "Counts", "count", "first_of"]

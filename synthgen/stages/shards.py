@@ -6,11 +6,9 @@ import functools
 import io
 import json
 import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,41 +24,19 @@ from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
 from synthgen.prompt_copy import iter_lines
-from synthgen.records import Report, sample_key
+from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker
+from synthgen.stages._layout import Shard, lay_out
 from synthgen.stores import listing
-from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
+from synthgen.stores.tar import TarWriter, read_tar, storage_error, write_bytes, write_json
 from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Shards"]
 
 _FOREIGN = "The images were not made here: the licence of where they come from holds for them."
-_MOST = 10_000  # samples of a unit: a key has four digits for them
 _INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wids index
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of the plan: what it holds, in order."""
-
-    split: str  # "train" or "val"
-    number: int  # from 0 in each split
-    samples: array[int]  # their keys as numbers, for a worker knows all shards
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def keys(self) -> list[str]:
-        """The ten digits of each sample."""
-        return [f"{sample:010}" for sample in self.samples]
-
-    @property
-    def file(self) -> str:
-        """The path of the tar under the shards folder."""
-        return f"{self.split}/{self.number:06d}.tar"
 
 
 @dataclass(frozen=True)
@@ -190,51 +166,9 @@ class Shards(Stage):
         }
 
 
-# -- the layout
-
-
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    units = {unit: _samples(run, unit, mark) for unit, mark in run.iter_marks("images")}
-    splits = {"train": array("Q"), "val": array("Q")}
-    for unit in sorted(units, key=lambda unit: _draw(run, "unit", unit) if stage.shuffle else unit):
-        for sample in units[unit]:
-            splits[split_of(run, f"{sample:010}", stage.val_ratio)].append(sample)
-    shards = []
-    for split, samples in splits.items():
-        for number, start in enumerate(range(0, len(samples), stage.samples_per_shard)):
-            chunk = samples[start : start + stage.samples_per_shard]
-            if stage.shuffle:
-                chunk = array("Q", sorted(chunk, key=lambda sample: _draw(run, "order", f"{sample:010}")))
-            shards.append(Shard(split, number, chunk))
-    if not shards:
-        raise MissingArtifact(f"{run.path} has no image to pack; run: synthgen generate --run {run.path}")
-    return tuple(shards)
-
-
-def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> Sequence[int]:
-    """The samples of an image unit, their keys as numbers: as many as its done mark counts, but for those that failed.
-
-    Raises:
-        CorruptShard: they are more than a unit can hold.
-    """
-    failed = mark.get("failed")
-    failed = failed if isinstance(failed, dict) else {}
-    first, count = int(sample_key(unit, 0)), mark["count"] + len(failed)
-    if count > _MOST:
-        path, again = run.tar("images", unit), f"synthgen {run.artifact('images')['stage']} --run {run.path}"
-        raise CorruptShard(f"the done mark of {path} tells of {count} samples; delete both and run: {again}")
-    return [sample for sample in range(first, first + count) if f"{sample:010}" not in failed]
-
-
-def split_of(run: Run, key: str, val_ratio: float) -> str:
-    """The split of a sample: "val" for a share of ``val_ratio`` of all, else "train"."""
-    return "val" if _draw(run, "split", key) < val_ratio * 2**64 else "train"
-
-
-def _draw(run: Run, purpose: str, name: str | int) -> int:
-    """A number in [0, 2**64) that depends on the run's seed, the purpose and the name, whatever the numpy version."""
-    return int.from_bytes(blake2b(f"{run.seed}:{purpose}:{name}".encode(), digest_size=8).digest(), "big")
+    return lay_out(run, stage.samples_per_shard, val_ratio=stage.val_ratio, shuffle=stage.shuffle)
 
 
 def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
@@ -406,9 +340,8 @@ def _classes(run: Run) -> list[str]:
     if path.is_file():
         labels = (_label(line, path) for line in iter_lines(path))
     else:
-        images = Column(run, "images")
-        keys = (key for unit in run.units("images") for key in run.keys("images", unit))
-        labels = (_label(images.read(key, "json")["json"], run.tar("images", unit_of(key))) for key in keys)
+        tars = (run.tar("images", unit) for unit in run.units("images"))
+        labels = (_label(members.get("json", b""), tar) for tar in tars for _, members in read_tar(tar, {"json"}))
     found: dict[str, None] = {}
     for label in labels:
         if not label:

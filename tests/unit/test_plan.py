@@ -21,7 +21,7 @@ from synthgen.plan.text import render
 from synthgen.prompts import read_prompts, survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
-from synthgen.stages.shards import split_of
+from synthgen.stages._layout import split_of
 from synthgen.stores.tar import TarWriter
 
 LINES = "\ufeff# a comment\r\n\r\na [dog] outside\r\n \u3000 \x1f\n  a [cat]  \n#no\n a photo of a [big bus]\n\x0b\n[x]"

@@ -20,7 +20,7 @@ from synthgen.plan.source import survey_pictures
 from synthgen.plan.trial import enlarged, tried
 from synthgen.run import Run
 from synthgen.stages import make_stage
-from synthgen.stages.shards import split_of
+from synthgen.stages._layout import split_of
 from synthgen.stores.tar import TarWriter
 from tests.evaluation import make_labelled, make_material
 from tests.factories import make_generation
