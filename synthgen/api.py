@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from synthgen.config import build
 from synthgen.records import Generation, WordMasks
@@ -29,9 +29,8 @@ __all__ = [
     "generate",
     "make_stage",
     "masks",
-    "plan_attend",
-    "plan_generate",
     "plan_pipeline",
+    "plan_stage",
     "pretrain",
     "run_pipeline",
     "samples",
@@ -133,8 +132,8 @@ def plan_pipeline(
     return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
 
 
-def plan_generate(
-    prompts: str | Path,
+def plan_stage(
+    stage: Literal["generate", "attend"],
     run: str | Path,
     *,
     engine: EngineLike = None,
@@ -143,25 +142,8 @@ def plan_generate(
     sample: int = 0,
     **settings: Any,
 ) -> Plan:
-    """What ``generate`` with these settings will cost; see :func:`plan_pipeline`."""
+    """What that stage alone with these settings will cost; see :func:`plan_pipeline`."""
     from synthgen.plan import pipeline_of, plan
 
-    pipeline = pipeline_of(make_stage("generate", {"prompts": str(prompts), **settings}), run)
-    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
-
-
-def plan_attend(
-    images: str | Path,
-    run: str | Path,
-    *,
-    engine: EngineLike = None,
-    workers: int = 0,
-    measure: bool = True,
-    sample: int = 0,
-    **settings: Any,
-) -> Plan:
-    """What ``attend`` with these settings will cost; see :func:`plan_pipeline`."""
-    from synthgen.plan import pipeline_of, plan
-
-    pipeline = pipeline_of(make_stage("attend", {"images": str(images), **settings}), run)
+    pipeline = pipeline_of(make_stage(stage, settings), run)
     return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)

@@ -254,14 +254,14 @@ def plan(
     from synthgen.plan.text import render
 
     options: dict[str, Any] = {"engine": engine, "workers": workers, "measure": measure, "sample": sample}
-    part = part_of("diffusers" if model else "tiny", {"model": model})
+    given: dict[str, Any] = {"backbone": part_of("diffusers" if model else "tiny", {"model": model})}
     if file and not any((prompts, images, metadata, caption, model)):
         found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), **options)
     elif prompts and not any((file, images, metadata, caption)):
-        found = api.plan_generate(prompts, run, **options, **with_set({"backbone": part}, settings))
+        found = api.plan_stage("generate", run, **options, **with_set(given | {"prompts": prompts}, settings))
     elif images and not any((file, prompts)):
-        given = {"backbone": part, "metadata": metadata, "caption": caption}
-        found = api.plan_attend(images, run, **options, **with_set(given, settings))
+        given |= {"images": images, "metadata": metadata, "caption": caption}
+        found = api.plan_stage("attend", run, **options, **with_set(given, settings))
     else:
         raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))

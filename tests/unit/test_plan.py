@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from synthgen.api import plan_generate, plan_pipeline
+from synthgen.api import plan_pipeline, plan_stage
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, PromptError, StaleArtifact
@@ -93,7 +93,7 @@ def test_images_and_units_are_those_of_generate(tmp_path, settings, template):
     prompts = write(tmp_path / "p.txt", LINES)
     if template:
         settings = settings | {"template": str(write(tmp_path / "t.txt", template))}
-    found = plan_generate(prompts, tmp_path / "run", measure=False, **settings)
+    found = plan_stage("generate", tmp_path / "run", measure=False, prompts=str(prompts), **settings)
     stage = make_stage("generate", {"prompts": str(prompts), **settings})
     run = Run(tmp_path / "run")
     units = stage.plan(run)

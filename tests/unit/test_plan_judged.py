@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from synthgen.api import plan_attend, plan_pipeline
+from synthgen.api import plan_pipeline, plan_stage
 from synthgen.cli import app
 from synthgen.datasets import open_captioned, open_dataset
 from synthgen.errors import ConfigError, MissingArtifact, PromptError
@@ -149,7 +149,7 @@ def test_counting_a_folder_holds_no_names(tmp_path):
 def test_units_and_images_are_those_of_attend(tmp_path):
     source = write_tars(tmp_path / "tars", 30, 50)
     for settings in ({}, {"unit_size": 7}, {"limit": 33, "unit_size": 10}):
-        found = plan_attend(source, tmp_path / "run", measure=False, **settings)
+        found = plan_stage("attend", tmp_path / "run", measure=False, images=str(source), **settings)
         stage = make_stage("attend", {"images": str(source), **settings})
         units = stage.plan(Run(tmp_path / "run"))
         assert (found.stages[0].units, found.images) == (len(units), sum(stage.size(None, unit) for unit in units))
