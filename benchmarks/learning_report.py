@@ -24,16 +24,16 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]  # arm → task → one a s
 TEXT = """# Do free attention masks help an encoder?
 
 Free-ATM's claim is that the masks which a diffusion model's attention gives for nothing repair the three common ways
-to pretrain on generated images. This page tries it on the model that ships with synthgen: {images:,} images of
-[familiar.txt](../prompts/familiar.txt) (32 objects, one to three an image), {masks:,} of them with masks by
-AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training **without** masks, one **guided** by
-them, and a control whose masks have the same area and shape **elsewhere** in the image. `vlp` is guided in two ways:
-objects are matched to their words (`region_weight`, ours), or texts say where an object is (`position_share`, after
-Free-ATM). What each way is stands in [methods.md](methods.md). Masks elsewhere still tell `vlp` which words an image
-has: what the control gains there is owed to the words, and what guided has beyond it to the places. All trainings of
-a method see the same images equally often ({samples} samples) in batches of {batch}, with {seeds} seeds; the encoder
-is {dim} wide and {depth} deep, on {size} pixels. It is a small model, small images and a short training: what holds
-here need not hold at scale, and no figure here is one of the paper's.
+to pretrain on generated images. This page tries it on the model that ships with synthgen, with the weights that it
+had at the commit below: {images:,} images of [familiar.txt](../prompts/familiar.txt) (32 objects, one to three an
+image), {masks:,} of them with masks by AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training
+**without** masks, one **guided** by them, and a control whose masks have the same area and shape **elsewhere** in the
+image. `vlp` is guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an
+object is (`position_share`, after Free-ATM). What each way is stands in [methods.md](methods.md). Masks elsewhere
+still tell `vlp` which words an image has: what the control gains there is owed to the words, and what guided has
+beyond it to the places. All trainings of a method see the same images equally often ({samples} samples) in batches of
+{batch}, with {seeds} seeds; the encoder is {dim} wide and {depth} deep, on {size} pixels. It is a small model, small
+images and a short training: what holds here need not hold at scale, and no figure here is one of the paper's.
 
 Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
 trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings:
