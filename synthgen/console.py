@@ -33,9 +33,9 @@ def tell(summary: Summary) -> str:
 
 
 def say(summary: Summary) -> None:
-    """Print that line; of several processes each says which it is."""
+    """Print that line at once, so that in a file it comes before later errors; each of several processes says which."""
     here = place()
-    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary))
+    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary), flush=True)
 
 
 def say_scores(run: Run) -> None:

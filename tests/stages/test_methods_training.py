@@ -254,7 +254,7 @@ def test_no_texts_are_told(run, tmp_path):
 
 def test_some_texts_will_do_and_are_counted(run, tmp_path):
     half = [members(number, (), txt=b"a disc" if number % 2 else None, **{"mask.png": None}) for number in range(16)]
-    folder = train(run, write(tmp_path / "half.tar", half), "vlp", samples_seen=16, options={"position_share": 0.0})
+    folder = train(run, write(tmp_path / "half.tar", half), "vlp", samples_seen=16, options={"region_weight": 0.0})
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(record["with_text"] for record in records) / 2 == pytest.approx(0.5)
 
@@ -300,7 +300,7 @@ def test_own_tokenizer_is_taken_and_a_wrong_one_is_told(run, data, tmp_path):
 
 
 def test_guided_on_the_command_line_is_the_methods_own_setting():
-    assert method_of("vlp", guided=True) == {"name": "vlp", "position_share": 1.0}
+    assert method_of("vlp", guided=True) == {"name": "vlp", "region_weight": 1.0}
     assert method_of("vlp", guided=False) == {"name": "vlp"}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
         method_of("contrastiv", guided=True)
