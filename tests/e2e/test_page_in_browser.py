@@ -247,6 +247,14 @@ def test_what_was_measured_of_a_mask_is_in_the_larger_view(page: Page, tmp_path)
 
 def test_search_class_and_order(page: Page, run: Run) -> None:
     page.open(run)
+    assert [fact.text.rpartition(" ")[0] for fact in page.all(".facts > *")] == [
+        "images",
+        "masks",
+        "words",
+        "seed",
+        "synthgen",
+    ]
+    assert page.text(".facts").count("0") == 3  # of the seed and of the version: a count of nothing is not told
 
     def keys():
         return [card.get_attribute("data-key") for card in page.all(".card") if card.is_displayed()]
