@@ -522,6 +522,19 @@ def test_the_sentence_says_where_the_word_is_after_crop_and_flip():
     assert {1, 3} <= said  # mirrored ones among them
 
 
+def test_texts_that_say_where_need_masks_and_reach_the_encoder():
+    """The other guidance of vlp, which ``--guided`` does not stand for."""
+    method, batch = build("vlp", position_share=1.0), make_batch()
+    method(batch, 0.5).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in method.encoder.named_parameters())
+    assert method.uses_masks
+    bare = [dataclasses.replace(sample, words=(), labels=None) for sample in make_samples(3)]
+    with pytest.raises(ConfigError, match="no mask in the 3 samples"):
+        method.check(bare)
+    plain = build("vlp")
+    assert method(without_masks(batch), 0.5).loss.item() == plain(without_masks(batch), 0.5).loss.item()
+
+
 def test_a_text_that_names_a_side_is_not_mirrored():
     view = build("vlp").views()
     labels = np.zeros((32, 32), np.uint8)

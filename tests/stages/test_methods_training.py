@@ -161,8 +161,9 @@ def train_apart(run: Run, trainings: list[dict], *launcher: str) -> None:
 def test_two_processes_give_the_losses_of_one(run, data):
     """``accelerate launch`` on two CPU processes, the same step: equal up to the order of sums, here 1e-4."""
     trainings = []
+    more = {"contrastive": {"queue": 10}, "vlp": {"position_share": 0.5}}
     for name in NAMES:
-        options = {"queue": 10} if name == "contrastive" else {}
+        options = more.get(name, {})
         train(run, data, name, options=options)
         method = {"name": name, **METHODS.load(name).guided, **options}
         trainings.append(SMALL | {"method": method, "data": [data], "label": f"{name}-both"})
