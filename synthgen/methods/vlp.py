@@ -51,10 +51,10 @@ class VLP(Method):
     ``min_area`` of the view or more. The block is that of the middle of the mask's box after crop and flip, on a grid
     of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked.
 
-    With ``region_weight`` above 0 that many times ITC between objects and words is added: v is then the vector of the
-    mean of the patch tokens under a word's mask, u that of the word alone as a text. A word counts where its mask
-    covers half a patch, the first ``max_regions`` such words of an image. What is known of the paper and what is our
-    choice: docs/methods.md.
+    With ``region_weight`` above 0 that many times ITC between objects and words is added: u is then the vector of the
+    word alone as a text, v that of the mean of the patch tokens under its mask, and for as many rows again that of the
+    mean of them all. A word counts where its mask covers half a patch, the first ``max_regions`` such words of an
+    image. What is known of the paper and what is our choice: docs/methods.md.
     """
 
     guided: ClassVar = {"region_weight": 1.0}
@@ -177,25 +177,26 @@ class VLP(Method):
     def name_regions(
         self, batch: Batch, image: Float[Tensor, "b n d"], scale: Float[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """ITC between what lies under each mask and the mask's word; how often the nearest word is the right one."""
+        """ITC of what lies under each mask, and of the whole image, with its word; how often masks find theirs."""
         found = regions((batch,), self.encoder.config.patch_size, self.max_regions)
         spelled = {number_of(word): word for words in batch.words for word in words}
         numbers, place = torch.unique(found.words, return_inverse=True)  # each word is read once
         tokens, real = (
             part.to(image.device) for part in self.tokenizer([spelled.get(n, "") for n in numbers.tolist()])
         )
-        v = F.normalize(self.image_head(pool(image, *found.shares)), dim=2).float()  # b k e
-        u = F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1).float()[place]
-        present = found.present.flatten()
-        everywhere = gather(found.present).flatten()
-        fits = (found.words.flatten()[:, None] == gather(found.words).flatten()) & everywhere
+        under_mask, everywhere = found.shares[0], torch.ones_like(found.shares[0])
+        v = F.normalize(self.image_head(pool(image, torch.cat([under_mask, everywhere], 1))), dim=2).float()  # b 2k e
+        u = F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1).float()[place.repeat(1, 2)]
+        words, there = found.words.repeat(1, 2), found.present.repeat(1, 2)
+        present, usable = there.flatten(), gather(there).flatten()
+        fits = (words.flatten()[:, None] == gather(words).flatten()) & usable
         to_words, to_regions = (
-            (ours.flatten(0, 1) @ gather(theirs).flatten(0, 1).T / scale).masked_fill(~everywhere, FAR)
+            (ours.flatten(0, 1) @ gather(theirs).flatten(0, 1).T / scale).masked_fill(~usable, FAR)
             for ours, theirs in ((v, u), (u, v))
         )
         loss = (self.contrast(to_words, fits, present) + self.contrast(to_regions, fits, present)) / 2
-        right = fits.gather(1, to_words.argmax(1, keepdim=True)).squeeze(1) & present
-        return loss, right.sum() / present.sum().clamp(min=1)
+        right = fits.gather(1, to_words.argmax(1, keepdim=True)).view_as(there)[:, : self.max_regions] & found.present
+        return loss, right.sum() / found.present.sum().clamp(min=1)
 
     def contrast(
         self, logits: Float[Tensor, "b B"], fits: Bool[Tensor, "b B"], told: Bool[Tensor, " b"]

@@ -580,13 +580,13 @@ def test_vlp_loss_is_its_formula():
 
 
 def test_naming_regions_is_the_contrast_between_objects_and_words():
-    """Means of patches under masks against words read alone; equal words share a target, faint ones do not count."""
+    """Means of patches, under masks and of all, against words alone; equal words share a target, faint ones none."""
     method = build("vlp", region_weight=1.0, max_regions=2)
     batch = make_batch(6)
     batch.masks[1, 0] = False  # nothing of the first disc is left
     batch.masks[1, 0, 0, :4] = True  # but a quarter of a patch
     metrics = method(batch, 0.0).metrics
-    unit, regions, words = torch.nn.functional.normalize, [], []
+    unit, regions, wholes, words = torch.nn.functional.normalize, [], [], []
     with torch.no_grad():
         tokens = method.encoder(batch.images)[:, 1:].view(6, 8, 8, -1)
         for image, own in enumerate(batch.words):
@@ -595,17 +595,19 @@ def test_naming_regions_is_the_contrast_between_objects_and_words():
                 if shares.sum() >= 0.5:
                     mean = (shares[..., None] * tokens[image]).sum((0, 1)) / shares.sum()
                     regions.append(unit(method.image_head(mean), dim=0))
+                    wholes.append(unit(method.image_head(tokens[image].mean((0, 1))), dim=0))
                     words.append(word)
         read = {w: unit(method.text_head(method.text(*method.tokenizer([w]))[0, 0]), dim=0) for w in set(words)}
     named = [read[word] for word in words]
     assert 6 < len(words) < 9
     total = 0.0
-    for near, far in ((regions, named), (named, regions)):
-        for i, word in enumerate(words):
+    seen, said, meant = regions + wholes, named * 2, words * 2
+    for near, far in ((seen, said), (said, seen)):
+        for i, word in enumerate(meant):
             chances = torch.stack([near[i] @ other / 0.07 for other in far]).softmax(0)
-            fits = [chance for chance, other in zip(chances, words, strict=True) if other == word]
+            fits = [chance for chance, other in zip(chances, meant, strict=True) if other == word]
             total -= sum(float(chance.log()) for chance in fits) / len(fits) / 2
-    assert metrics["regions"].item() == pytest.approx(total / len(words), rel=1e-4)
+    assert metrics["regions"].item() == pytest.approx(total / len(meant), rel=1e-4)
     nearest = [words[int(torch.stack([region @ other for other in named]).argmax())] for region in regions]
     right = np.mean([one == other for one, other in zip(nearest, words, strict=True)])
     assert metrics["named"].item() == pytest.approx(right)
