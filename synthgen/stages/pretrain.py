@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Pretrain"]
 
 _PRECISIONS = ("no", "bf16", "fp16")
+_MASKS = ("own", "elsewhere", "scattered")
 _LOOKED_AT = 32  # samples, evenly spread, that a method may see before it says that the data will do
 
 
@@ -75,7 +76,7 @@ class Pretrain(Stage):
     seed: int = 0  # beside the run's seed: another start, order and views on the same shards
     label: str = ""
     data: tuple[str, ...] = ()  # tars, patterns, folders; instead of the run's own shards
-    masks: Literal["own", "elsewhere"] = "own"  # elsewhere: a control, masks as large at a place that is not theirs
+    masks: Literal["own", "elsewhere", "scattered"] = "own"  # the others are controls: synthgen.elsewhere
     save_every: int = free(200)  # steps
     log_every: int = free(10)  # steps
     snapshots: int = free(0)  # so many times, evenly apart, the encoder as it is goes to snapshots/step-<steps>/
@@ -92,8 +93,8 @@ class Pretrain(Stage):
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.snapshots < 0:
             raise ValueError(f"snapshots must be 0 or more, not {self.snapshots}")
-        if self.masks not in ("own", "elsewhere"):
-            raise ValueError(f"masks must be own or elsewhere, not {self.masks!r}")
+        if self.masks not in _MASKS:
+            raise ValueError(f"masks must be one of {', '.join(_MASKS)}, not {self.masks!r}")
         if self.samples_seen < 0:
             raise ValueError(f"samples_seen must be 1 or more (or 0, to count epochs), not {self.samples_seen}")
         if not 0 <= self.base_learning_rate < float("inf"):
@@ -191,10 +192,10 @@ class Pretrain(Stage):
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
         from synthgen.datasets import open_dataset
-        from synthgen.elsewhere import MasksElsewhere
+        from synthgen.elsewhere import CONTROLS, MasksChanged
 
         samples = open_dataset(*self.sources(run), masks=masks)
-        return MasksElsewhere(samples) if self.masks == "elsewhere" else samples
+        return samples if self.masks == "own" else MasksChanged(samples, CONTROLS[self.masks])
 
     def order(self, run: Run, length: int) -> Order:
         """Which samples come when. A batch is never larger than the set.

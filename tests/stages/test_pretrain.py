@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import signal
@@ -299,13 +300,15 @@ def test_snapshots_are_taken_on_the_way(run: Run) -> None:
     assert not all(torch.equal(first[name], end[name]) for name in end)
 
 
-def test_masks_elsewhere_guide_otherwise(run: Run) -> None:
+def test_control_masks_guide_otherwise(run: Run) -> None:
     method = Choice("mae", {"foreground_share": 1.0, "foreground_share_start": 1.0})
-    for masks in ("own", "elsewhere"):
+    kinds = ("own", "elsewhere", "scattered")
+    for masks in kinds:
         run_stage(Pretrain(**SMALL, method=method, masks=masks, label=masks), run, ONE)
-    own, elsewhere = (load_encoder(run.folder(f"pretrain/{masks}")).state_dict() for masks in ("own", "elsewhere"))
-    assert not all(torch.equal(own[name], elsewhere[name]) for name in own)
-    with pytest.raises(ValueError, match="own or elsewhere"):
+    weights = [load_encoder(run.folder(f"pretrain/{masks}")).state_dict() for masks in kinds]
+    for one, other in itertools.combinations(weights, 2):
+        assert not all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="one of own, elsewhere, scattered"):
         Pretrain(masks="away")  # type: ignore[arg-type]
 
 

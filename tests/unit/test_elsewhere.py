@@ -1,9 +1,10 @@
-"""The control: masks that keep their area and lose their place."""
+"""The controls: masks that keep their area and lose their place."""
 
 import numpy as np
+import pytest
 
 from synthgen.datasets import open_dataset
-from synthgen.elsewhere import MasksElsewhere, moved
+from synthgen.elsewhere import CONTROLS, MasksChanged, moved, scattered
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.shards import Shards
@@ -21,11 +22,23 @@ def test_areas_stay_and_places_change() -> None:
     assert not np.array_equal(moved(labels, "0000000001"), moved(labels, "0000000002"))
 
 
-def test_samples_are_the_same_but_for_their_masks(tmp_path) -> None:
+def test_scattered_pixels_have_no_place() -> None:
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:32, :32], labels[40:56, 8:24] = 1, 2
+    there = scattered(labels, "0000000001")
+    assert np.array_equal(np.bincount(there.ravel()), np.bincount(labels.ravel()))
+    quarters = (there == 1).reshape(2, 32, 2, 32).mean(axis=(1, 3))
+    assert np.abs(quarters - 0.25).max() < 0.06  # one in four everywhere: three standard deviations are 0.04
+    assert np.array_equal(there, scattered(labels, "0000000001"))
+    assert not np.array_equal(there, scattered(labels, "0000000002"))
+
+
+@pytest.mark.parametrize("masks", sorted(CONTROLS))
+def test_samples_are_the_same_but_for_their_masks(tmp_path, masks) -> None:
     run: Run = make_run(tmp_path / "run", units=1, unit_size=6, image_size=32)
     run_stage(Shards(val_ratio=0.0), run, "local")
     samples = open_dataset(run.folder("shards") / "train")
-    control = MasksElsewhere(samples)
+    control = MasksChanged(samples, CONTROLS[masks])
     assert len(control) == len(samples)
     assert control.has_masks()
     for number in range(len(samples)):
@@ -39,4 +52,4 @@ def test_samples_are_the_same_but_for_their_masks(tmp_path) -> None:
         )
         assert not np.array_equal(own.labels, other.labels)
     bare = open_dataset(run.folder("shards") / "train", masks=False)
-    assert MasksElsewhere(bare)[0].labels is None
+    assert MasksChanged(bare, CONTROLS[masks])[0].labels is None
