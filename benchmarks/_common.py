@@ -18,7 +18,9 @@ __all__ = ["machine", "rounds", "write_result"]
 FOLDER = Path(__file__).resolve().parent
 
 
-def rounds(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def rounds(
+    contenders: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each contender in each of ``repeats`` rounds, after one round that is not counted.
 
     In a round each runs once, every round beginning with the next one, so that a machine that slows down, or another
@@ -31,9 +33,9 @@ def rounds(contenders: dict[str, Callable[[], None]], repeats: int) -> dict[str,
     for turn in range(repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

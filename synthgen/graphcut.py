@@ -8,26 +8,60 @@ with every price in one unit (nats, where unaries are surprises) and no weight b
 exact, being a minimum s-t cut (Greig, Porteous and Seheult, 1989). More labels: alpha-expansion (Boykov, Veksler and
 Zabih, 2001), in which each move is such a cut; where no move is left and no unary is negative, the result costs at most
 twice the minimum.
+
+Prices are rounded to whole numbers of a small unit once; from there on all is exact. Of all cheapest divisions in two a
+cut gives the one that lies inside all others, which is the same whatever maximum flow was found. So the solvers agree
+to the last pixel: SciPy's maximum flow, and where numba is installed a compiled one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int32
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Num
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-__all__ = ["Edges", "cut", "ends", "energy", "expand", "grid_edges"]
+__all__ = ["Edges", "MaximumFlow", "Solver", "cut", "ends", "energy", "expand", "fastest", "grid_edges"]
 
 #: A window of a grid.
 Slices = tuple[slice, slice]
 
-#: SciPy's flows are int32. The whole flow is kept near 2^29, so that a capacity plus a flow stays below 2^31.
-_FULL = 2.0**29
+#: SciPy's flows are int32: all edges of a pixel together stay near this many units, and twice as much below 2^31.
+_DEAREST = 2.0**29
+#: A pixel that is certain hangs on its side by this many units, more than all of its edges are worth.
+HELD = 2**40
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Pairs of pixels, made ready for one minimum cut after another."""
+
+    def __init__(self, size: int, first: Int32[np.ndarray, " pairs"], second: Int32[np.ndarray, " pairs"]) -> None: ...
+
+    def cut(self, gain: Int64[np.ndarray, " n"], capacity: Int64[np.ndarray, " pairs"]) -> Bool[np.ndarray, " n"]:
+        """The pixels on the source's side: the least of the cheapest sets.
+
+        Args:
+            gain: what pixel i saves on that side; it hangs on the source by as much, or where negative on the sink.
+            capacity: the price of each pair that is parted, not negative.
+        """
+        ...
+
+
+@functools.cache
+def fastest() -> type[Solver]:
+    """The compiled solver where numba is there (and fits the NumPy that is), else SciPy's; both give the same cut."""
+    try:
+        from synthgen.maxflow import SearchTree
+    except ImportError:
+        return MaximumFlow
+    return SearchTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +97,32 @@ def ends(shape: tuple[int, int], offset: tuple[int, int]) -> tuple[Slices, Slice
     return (slice(y, y + rows), slice(x, x + columns)), (slice(y + dy, y + dy + rows), slice(x + dx, x + dx + columns))
 
 
-def grid_edges(shape: tuple[int, int], neighbours: Iterable[tuple[tuple[int, int], Float[np.ndarray, "h w"]]]) -> Edges:
+def grid_edges(
+    shape: tuple[int, int],
+    neighbours: Iterable[tuple[tuple[int, int], Float[np.ndarray, "h w"]]],
+    *,
+    free: Bool[np.ndarray, "h w"] | None = None,
+) -> Edges:
     """The pairs of pixels that lie an offset apart: ``weight[y, x]`` prices (y, x) with (y + dy, x + dx).
 
-    Pairs that leave the grid or cost nothing are left out.
+    Pairs that leave the grid or cost nothing are left out, and where ``free`` is given those of which no pixel is free.
 
     Raises:
         ValueError: a weight is negative or not finite, which no cut can minimise.
     """
     index = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
-    parts = [Edges(index[:0].ravel(), index[:0].ravel(), np.empty(0))]
+    firsts, seconds, weights = [index[:0, 0]], [index[:0, 0]], [np.empty(0)]
     for offset, weight in neighbours:
         here, there = ends(shape, offset)
-        price = np.asarray(weight, dtype=np.float64)[here].ravel()
-        parts.append(Edges(index[here].ravel(), index[there].ravel(), price))
-    first, second, weights = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "second", "weight")
-    )
-    if not np.all(np.isfinite(weights)) or np.any(weights < 0):
+        price = weight[here]
+        chosen = np.flatnonzero(price if free is None else (price != 0) & (free[here] | free[there]))
+        firsts.append(index[here].take(chosen))
+        seconds.append(index[there].take(chosen))
+        weights.append(price.take(chosen))
+    prices = np.concatenate(weights, dtype=np.float64)
+    if not (prices.min(initial=0) >= 0 and prices.max(initial=0) < math.inf):
         raise ValueError("the price of an edge must be finite and not negative")
-    return Edges(first, second, weights).where(weights > 0)
+    return Edges(np.concatenate(firsts), np.concatenate(seconds), prices)
 
 
 def energy(unaries: Float[np.ndarray, "labels *grid"], edges: Edges, labels: Int[np.ndarray, "*grid"]) -> float:
@@ -99,11 +139,11 @@ def cut(
     *,
     free: Bool[np.ndarray, "h w"] | None = None,
     held: Bool[np.ndarray, "h w"] | None = None,
+    solver: type[Solver] | None = None,
 ) -> Bool[np.ndarray, "h w"]:
     """The cheapest division of the pixels in two, exact up to rounding each price.
 
-    A price is rounded to a power of two between 2^-29 and 2^-28 of the whole flow (the cost of the answer, beyond what
-    every answer costs, is at most that flow); whole numbers of nats are kept as they are.
+    A price is rounded to a power of two, at most 2^-28 of the dearest edge times the most edges of a pixel.
 
     Where several divisions cost the same, the one that lies inside all the others; so the result depends on the
     arguments alone and not on the order in which a solver works.
@@ -114,13 +154,15 @@ def cut(
         edges: the price of each pair of which one is inside and one outside.
         free: the pixels to decide, all by default. The others are as ``held`` says, and only free pixels are solved.
         held: the pixels that are inside for certain, where not free; none by default.
+        solver: what finds the cut, by default the fastest; it changes no pixel.
 
     Raises:
         ValueError: a price is not finite.
     """
     prices = np.stack([outside.ravel(), inside.ravel()])
     labels = np.zeros(inside.size, dtype=np.intp) if held is None else held.ravel().astype(np.intp)
-    return _solve(prices, edges, labels, free, max_rounds=1).reshape(inside.shape).astype(bool)
+    chosen = None if free is None else free.ravel()
+    return _solve(prices, edges, labels, chosen, 1, solver).reshape(inside.shape).astype(bool)
 
 
 def expand(
@@ -130,6 +172,7 @@ def expand(
     free: Bool[np.ndarray, "h w"] | None = None,
     start: Int[np.ndarray, "h w"] | None = None,
     max_rounds: int = 5,
+    solver: type[Solver] | None = None,
 ) -> Int[np.ndarray, "h w"]:
     """A cheap labelling by alpha-expansion: each label in turn takes the pixels that lower the energy most.
 
@@ -141,126 +184,147 @@ def expand(
         free: the pixels to decide, all by default; the others keep their label of ``start``.
         start: the labels to begin with, by default each pixel's cheapest.
         max_rounds: rounds over all labels.
+        solver: what finds the cuts, by default the fastest; it changes no pixel.
+
+    Raises:
+        ValueError: a price is not finite.
     """
     labels = np.argmin(unaries, axis=0) if start is None else start
-    prices = unaries.reshape(len(unaries), -1)
-    return _solve(prices, edges, labels.ravel().astype(np.intp), free, max_rounds).reshape(labels.shape)
+    prices, chosen = unaries.reshape(len(unaries), -1), None if free is None else free.ravel()
+    return _solve(prices, edges, labels.ravel().astype(np.intp), chosen, max_rounds, solver).reshape(labels.shape)
 
 
 def _solve(
     prices: Float[np.ndarray, "labels n"],
     edges: Edges,
     labels: Int[np.ndarray, " n"],
-    free: Bool[np.ndarray, "h w"] | None,
+    free: Bool[np.ndarray, " n"] | None,
     max_rounds: int,
+    solver: type[Solver] | None,
 ) -> Int[np.ndarray, " n"]:
-    """Cut or expand, over the free pixels alone."""
+    """Cut or expand, over the free pixels and those that an edge joins to them."""
+    if not np.all(np.isfinite(prices)):
+        raise ValueError("the price of a pixel must be finite")
+    if len(prices) < 2:
+        return labels
+    if free is None:
+        return _divide_or_expand(prices, edges, labels, None, max_rounds, solver)
+    inner = free.copy()
+    inner[edges.first] = inner[edges.second] = True
+    pixels = np.flatnonzero(inner)
+    number = np.empty(free.size, dtype=np.int32)
+    number[pixels] = np.arange(pixels.size, dtype=np.int32)
+    small = Edges(number.take(edges.first), number.take(edges.second), edges.weight)
     result = labels.copy()
-    chosen = slice(None) if free is None else free.ravel()
-    if free is not None:
-        prices, edges = _fold(prices, edges, free.ravel(), labels)
-    if len(prices) == 2:
-        result[chosen] = _divide(np.subtract(prices[0], prices[1], dtype=np.float64), edges)
-    elif len(prices) > 2:
-        result[chosen] = _expand(prices, edges, labels[chosen], max_rounds)
+    result[pixels] = _divide_or_expand(
+        prices.take(pixels, axis=1), small, labels.take(pixels), ~free.take(pixels), max_rounds, solver
+    )
     return result
 
 
-def _expand(
-    prices: Float[np.ndarray, "labels n"], edges: Edges, labels: Int[np.ndarray, " n"], max_rounds: int
+def _divide_or_expand(
+    prices: Float[np.ndarray, "labels n"],
+    edges: Edges,
+    labels: Int[np.ndarray, " n"],
+    held: Bool[np.ndarray, " n"] | None,
+    max_rounds: int,
+    solver: type[Solver] | None,
 ) -> Int[np.ndarray, " n"]:
-    count = len(prices)
-    cost = energy(prices, edges, labels)
-    stuck = 0  # moves in a row that changed nothing
+    """One cut for two labels, else alpha-expansion. The pairs are made ready once; a cut writes prices alone."""
+    whole, half = _rounded(prices, edges, held)
+    pairs = (solver or fastest())(labels.size, edges.first, edges.second)
+    if len(prices) == 2:
+        gain = whole[0] - whole[1]
+        if held is not None:
+            gain[held] = np.where(labels[held] == 1, HELD, -HELD)
+        return pairs.cut(gain, 2 * half).astype(labels.dtype)
+    labels, count = labels.copy(), len(prices)
+    stuck = 0  # moves in a row that changed nothing; a move that only costs the same changes nothing
     for label in [*range(1, count), 0] * max_rounds:
-        moved = _move(prices, edges, labels, label)
-        lower = energy(prices, edges, moved)
-        if lower < cost:  # rounding inside the cut may make it a little dearer, never let that in
-            labels, cost, stuck = moved, lower, 0
-        else:
-            stuck += 1
+        taken = _move(whole, edges, half, labels, held, label, pairs)
+        labels[taken] = label
+        stuck = 0 if taken.any() else stuck + 1
         if stuck == count:
             break
     return labels
 
 
+def _rounded(
+    prices: Float[np.ndarray, "labels n"], edges: Edges, held: Bool[np.ndarray, " n"] | None
+) -> tuple[Int64[np.ndarray, "labels n"], Int64[np.ndarray, " edges"]]:
+    """Prices above each pixel's least, and half of each edge's price, in one small unit; nothing is rounded after this.
+
+    The unit is a power of two, so that whole prices keep their ties.
+    """
+    above = (prices - prices.min(axis=0)).astype(np.float64)
+    weight = edges.weight
+    if held is None:  # dearer than any change of all pixels is never cut, so capping there changes no minimum
+        weight = np.minimum(weight, 2 * above.max(axis=0, initial=0).sum())
+    most = np.bincount(edges.first).max(initial=0) + np.bincount(edges.second).max(initial=0)  # edges of a pixel
+    dearest = most * weight.max(initial=0) or above.max(initial=0)
+    scale = 2.0 ** math.floor(math.log2(_DEAREST / max(dearest, 1e-200)))
+    whole = np.rint(np.minimum(above * scale, HELD / 2)).astype(np.int64)
+    return whole, np.rint(weight * (scale / 2)).astype(np.int64)
+
+
 def _move(
-    prices: Float[np.ndarray, "labels n"], edges: Edges, labels: Int[np.ndarray, " n"], label: int
-) -> Int[np.ndarray, " n"]:
-    """The best labelling in which every pixel keeps its label or takes ``label``.
+    prices: Int64[np.ndarray, "labels n"],
+    edges: Edges,
+    half: Int64[np.ndarray, " edges"],
+    labels: Int[np.ndarray, " n"],
+    held: Bool[np.ndarray, " n"] | None,
+    label: int,
+    pairs: Solver,
+) -> Bool[np.ndarray, " n"]:
+    """The pixels that should change to ``label``, which is the best for all that may keep their label or take this one.
 
     A pair of other, different labels costs w unless both ends change. That is an edge of w / 2 and w / 2 off the
     price of changing either end, so the move remains a cut with edges that look the same from both ends.
     """
-    first, second = labels[edges.first], labels[edges.second]
-    apart = (first != second) & (first != label) & (second != label)
-    half = edges.weight[apart] / 2
-    relief = _sums(edges.first[apart], half, labels.size) + _sums(edges.second[apart], half, labels.size)
-    softer = replace(edges, weight=np.where(apart, edges.weight / 2, edges.weight))
-    other = labels != label
-    two = np.stack([prices[labels, np.arange(labels.size)], prices[label] - relief])
-    two, softer = _fold(two, softer, other, np.ones_like(labels))
-    moved = labels.copy()
-    moved[np.flatnonzero(other)[_divide(two[0] - two[1], softer)]] = label
-    return moved
+    first, second = labels.take(edges.first), labels.take(edges.second)
+    apart = np.flatnonzero((first != second) & (first != label) & (second != label))
+    relief = half.take(apart)
+    capacity = 2 * half
+    capacity[apart] = relief
+    gain = prices.take(labels * labels.size + np.arange(labels.size)) - prices[label]
+    gain += _sums(edges.first.take(apart), relief, labels.size).astype(np.int64)
+    gain += _sums(edges.second.take(apart), relief, labels.size).astype(np.int64)
+    if held is not None:
+        gain[held] = -HELD
+    has_it = labels == label
+    gain[has_it] = HELD
+    taken: Bool[np.ndarray, " n"] = pairs.cut(gain, capacity) & ~has_it
+    return taken
 
 
-def _sums(where: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], size: int) -> Float64[np.ndarray, " size"]:
+def _sums(where: Int[np.ndarray, " n"], values: Num[np.ndarray, " n"], size: int) -> Float64[np.ndarray, " size"]:
     """The sum of the values that fall on each place."""
-    return np.bincount(where, weights=values, minlength=size).astype(
-        np.float64
-    )  # counts, where there is nothing to add
+    counts = np.bincount(where, weights=values, minlength=size)
+    return counts.astype(np.float64, copy=False)  # counts, where there is nothing to add
 
 
-def _fold(
-    prices: Float[np.ndarray, "labels n"],
-    edges: Edges,
-    free: Bool[np.ndarray, " n"],
-    labels: Int[np.ndarray, " n"],
-) -> tuple[Float64[np.ndarray, "labels m"], Edges]:
-    """The same problem over the free pixels alone, prices less a constant.
+class MaximumFlow:
+    """Minimum cuts by SciPy's maximum flow: what the source still reaches after it."""
 
-    What an edge to a held pixel costs with any other label is taken off the price of that pixel's label.
-    """
-    first, second = free[edges.first], free[edges.second]
-    into, out = first & ~second, second & ~first
-    mine = np.concatenate([edges.first[into], edges.second[out]])
-    theirs = labels[np.concatenate([edges.second[into], edges.first[out]])]
-    weight = np.concatenate([edges.weight[into], edges.weight[out]])
-    relief = _sums(theirs * free.size + mine, weight, prices.size).reshape(prices.shape)
-    number = np.cumsum(free, dtype=np.int32) - np.int32(1)
-    kept = edges.where(first & second)
-    inner = replace(kept, first=number[kept.first], second=number[kept.second])
-    return prices[:, free] - relief[:, free], inner
+    def __init__(self, size: int, first: Int32[np.ndarray, " pairs"], second: Int32[np.ndarray, " pairs"]) -> None:
+        self.size, self.first, self.second = size, first, second
 
-
-def _divide(net: Float64[np.ndarray, " n"], edges: Edges) -> Bool[np.ndarray, " n"]:
-    """The minimum cut: pixel i hangs on the source by ``net[i]`` where that is positive, else on the sink."""
-    if not np.all(np.isfinite(net)):
-        raise ValueError("the price of a pixel must be finite")
-    graph, source = _network(net, edges)
-    flow = maximum_flow(graph, source, source + 1, method="dinic").flow
-    residual = graph - flow  # holds no zeros: SciPy leaves them out of a difference
-    reached = np.zeros(source + 2, dtype=bool)
-    reached[breadth_first_order(residual, source, return_predecessors=False)] = True
-    return reached[:source]
-
-
-def _network(net: Float64[np.ndarray, " n"], edges: Edges) -> tuple[csr_array, int]:
-    """The capacities as SciPy wants them, int32: nodes are the pixels, then source, then sink."""
-    size = net.size
-    gain, loss = np.maximum(net, 0), np.maximum(-net, 0)
-    whole = min(gain.sum(), loss.sum())  # no flow is larger
-    largest = max(gain.max(initial=0), loss.max(initial=0), edges.weight.max(initial=0))
-    scale = 2.0 ** math.floor(math.log2(_FULL / max(whole or largest, 1e-30)))  # a power of two: equal sums stay equal
-    pixels = np.arange(size, dtype=np.int32)
-    source, sink = np.full(size, size, dtype=np.int32), np.full(size, size + 1, dtype=np.int32)
-    tails = np.concatenate([source, pixels, edges.first, edges.second])
-    heads = np.concatenate([pixels, sink, edges.second, edges.first])
-    capacity = np.concatenate([gain, loss, edges.weight, edges.weight])
-    some = capacity > 0
-    shape = (size + 2, size + 2)
-    graph = csr_array((capacity[some] * scale, (tails[some], heads[some])), shape=shape)  # adds up equal pairs
-    # Dearer than cutting everything is never cut, so capping there changes no minimum and keeps the sums small.
-    graph.data = np.rint(np.minimum(graph.data, 1.5 * _FULL)).astype(np.int32)
-    return graph, size
+    def cut(self, gain: Int64[np.ndarray, " n"], capacity: Int64[np.ndarray, " pairs"]) -> Bool[np.ndarray, " n"]:
+        """See ``Solver``."""
+        size, pixels = self.size, np.arange(self.size, dtype=np.int32)
+        edges = _sums(self.first, capacity, size) + _sums(self.second, capacity, size)
+        most = edges.astype(np.int64) + 1  # more than can flow on
+        hang, weight = np.clip(gain, -most, most).astype(np.int32), capacity.astype(np.int32)
+        source, sink = size, size + 1
+        node = np.where(gain >= HELD, source, np.where(gain <= -HELD, sink, pixels)).astype(np.int32)
+        first, second = node.take(self.first), node.take(self.second)
+        tails = np.concatenate([np.where(hang > 0, np.int32(source), node), first, second])
+        heads = np.concatenate([np.where(hang > 0, node, np.int32(sink)), second, first])
+        limits = np.concatenate([np.abs(hang), weight, weight])
+        some = np.flatnonzero((limits > 0) & (tails != heads))
+        graph = csr_array((limits.take(some), (tails.take(some), heads.take(some))), shape=(size + 2, size + 2))
+        residual = graph - maximum_flow(graph, source, sink, method="dinic").flow  # SciPy leaves zeros out of it
+        reached = np.zeros(size + 2, dtype=bool)
+        reached[breadth_first_order(residual, source, return_predecessors=False)] = True
+        side: Bool[np.ndarray, " n"] = reached[:size] | (gain >= HELD)
+        return side

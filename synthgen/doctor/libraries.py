@@ -12,6 +12,7 @@ __all__ = ["Extra", "extras", "has_libraries"]
 
 _ADDS = {
     "tensorboard": "training curves: synthgen pretrain --set trackers=[tensorboard]",
+    "fast": "AttentionCut several times as fast, the same masks",
     "lora": "LoRA weights: --set backbone.lora=...",
     "dev": "tests, lint and types",
 }

@@ -39,7 +39,7 @@ def walk(
     size = len(flat)
     tails, heads = np.concatenate([links.first, links.second]), np.concatenate([links.second, links.first])
     matrix = csr_array((np.concatenate([links.weight, links.weight]), (tails, heads)), shape=(size, size))
-    total = matrix.sum(axis=1)[:, None]
+    total = matrix @ np.ones((size, 1))
     for _ in range(num_steps):
         near = np.divide(matrix @ flat, total, out=flat.copy(), where=total > 0)
         flat = (1 - spread) * flat + spread * near

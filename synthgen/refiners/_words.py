@@ -57,8 +57,22 @@ def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32
     layers = layers.astype(np.float32)
     if layers.shape[1:] == size:
         return layers
+    if size[0] >= layers.shape[1] and size[1] >= layers.shape[2]:
+        return _between(_between(layers, 2, size[1]), 1, size[0])
     images = [Image.fromarray(layer).resize((size[1], size[0]), Image.Resampling.BILINEAR) for layer in layers]
     return np.stack([np.asarray(image) for image in images])
+
+
+def _between(layers: Float32[np.ndarray, "n h w"], axis: int, size: int) -> Float32[np.ndarray, "n H W"]:
+    """Linear between the centres of cells along one axis, and level beyond the outermost: ``size`` values, no fewer."""
+    last = layers.shape[axis] - 1
+    place = np.clip((np.arange(size) + 0.5) * (last + 1) / size - 0.5, 0, last)
+    before = place.astype(np.intp)
+    after = np.minimum(before + 1, last)
+    part = (place - before).astype(np.float32).reshape(-1, *[1] * (2 - axis))
+    low = layers.take(before, axis)
+    result: Float32[np.ndarray, "n H W"] = low + part * (layers.take(after, axis) - low)
+    return result
 
 
 def level_of(method: str, level: float) -> float | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
-from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
+from scipy.ndimage import gaussian_filter1d
 
-from synthgen.graphcut import Edges, ends, expand, grid_edges
+from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges
 from synthgen.records import Maps
 from synthgen.refiners._affinity import affinity_edges, walk
 from synthgen.refiners._words import resize, scaled, side_means
@@ -22,6 +22,7 @@ __all__ = ["AttentionCut"]
 NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: Colours are counted in this many bins a channel, blurred by PALETTE_BLUR bins, each label with UNSEEN of its own.
 PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.7, 1e-5
+PALETTE_KERNEL = gaussian_filter1d(np.eye(PALETTE_BINS), PALETTE_BLUR, mode="constant")
 #: ``smoothness`` is the price of an edge where a cell of the maps is this many pixels wide.
 USUAL_CELL = 8
 
@@ -56,6 +57,8 @@ class AttentionCut:
     ``max_size`` are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map is flat
     gets an empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
     """
+
+    solver: ClassVar[type[Solver] | None] = None  # the fastest there is; it changes no mask
 
     num_steps: int = 2  # steps of the walk along self-attention
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
@@ -117,117 +120,120 @@ class AttentionCut:
         share = np.exp(odds - odds.max(axis=0))
         return self.above_floor(share / share.sum(axis=0))
 
-    def above_floor(self, share: Float[np.ndarray, "labels h w"]) -> Float64[np.ndarray, "labels h w"]:
+    def above_floor(self, share: Float[np.ndarray, "labels h w"]) -> Float[np.ndarray, "labels h w"]:
         """Mix in as much of an even vote as keeps every label at the floor or above."""
         floor = min(self.floor, 0.5 / len(share))
-        above: Float64[np.ndarray, "labels h w"] = floor + (1 - len(share) * floor) * share.astype(np.float64)
+        above: Float[np.ndarray, "labels h w"] = floor + (1 - len(share) * floor) * share
         return above
 
     def cut_cells(
         self, image: UInt8[np.ndarray, "H W 3"], likely: Float64[np.ndarray, "labels h w"], links: Edges
     ) -> Int[np.ndarray, "h w"]:
         """Labels of the maps' cells: the first of the two cuts."""
-        near = (
-            (offset, self.coherence + self.color * same) for offset, same in contrast(colors(image, likely[0].shape))
-        )
-        edges = links.times(self.affinity) + grid_edges(likely[0].shape, over_distance(near))
         start = likely.argmax(axis=0)
+        near = (
+            (offset, (self.coherence + self.color * same) / math.hypot(*offset))
+            for offset, same in contrast(colors(image, start.shape))
+        )
+        edges = links.times(self.affinity) + grid_edges(start.shape, near)
         free = np.ones(start.shape, dtype=bool)
         for label in reversed(range(len(likely))):  # the background last: it keeps its cell even from a word
             rest = np.delete(likely, label, axis=0).max(axis=0)
             best = np.unravel_index(np.argmax(likely[label] - rest), start.shape)
             start[best], free[best] = label, False
-        return expand(-np.log(likely), edges, free=free, start=start)
+        return expand(-np.log(likely), edges, free=free, start=start, solver=self.solver)
 
     def cut_pixels(
         self,
         image: UInt8[np.ndarray, "H W 3"],
-        likely: Float64[np.ndarray, "labels h w"],
+        likely: Float[np.ndarray, "labels h w"],
         cells: Int[np.ndarray, "h w"],
     ) -> Int[np.ndarray, "H W"]:
         """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
-        labels, model = cells, likely
+        labels, model, floored = cells, likely, self.above_floor(likely)
+        share = floored
         for size in finer((image.shape[0], image.shape[1]), cells.shape, self.max_size):
+            if labels is not cells:
+                model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
             labels = enlarged(labels, len(likely), size)
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
-            reach = round(self.band * cell) if model is likely else self.reach
-            share = self.above_floor(resize(likely, size))
-            labels = self.cut_band(colors(image, size), share, resize(model, size), labels, cell, max(1, reach))
-            model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
+            free = near_border(labels, max(1, round(self.band * cell)) if model is likely else self.reach)
+            share = resize(floored, size)
+            if free.any():
+                prices, edges = self.energy_of(colors(image, size), share, resize(model, size), cell, free)
+                labels = expand(prices, edges, free=free, start=labels, max_rounds=self.max_rounds, solver=self.solver)
         return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
-
-    def cut_band(
-        self,
-        seen: Float64[np.ndarray, "h w 3"],
-        share: Float64[np.ndarray, "labels h w"],
-        model: Float[np.ndarray, "labels h w"],
-        labels: Int[np.ndarray, "h w"],
-        cell: float,
-        reach: int,
-    ) -> Int[np.ndarray, "h w"]:
-        """Labels of one grid's pixels, those further than ``reach`` from the outline as they are."""
-        free = near_border(labels, reach)
-        if not free.any():
-            return labels
-        prices, edges = self.energy_of(seen, share, model, cell)
-        return expand(prices, edges, free=free, start=labels, max_rounds=self.max_rounds)
 
     def energy_of(
         self,
-        seen: Float64[np.ndarray, "h w 3"],
-        share: Float64[np.ndarray, "labels h w"],
-        model: Float[np.ndarray, "labels h w"],
+        seen: UInt8[np.ndarray, "h w 3"],
+        share: Float32[np.ndarray, "labels h w"],
+        model: Float32[np.ndarray, "labels h w"],
         cell: float,
-    ) -> tuple[Float64[np.ndarray, "labels h w"], Edges]:
-        """U and w of a grid of pixels, whose colours are counted with weight ``model``; a cell is ``cell`` of them."""
-        prices = -np.log(share) - self.palette * np.log(palette_share(seen, model))
-        near = ((offset, self.smoothness * cell / USUAL_CELL * same) for offset, same in contrast(seen))
-        return prices, grid_edges(share[0].shape, over_distance(near))
+        free: Bool[np.ndarray, "h w"] | None = None,
+    ) -> tuple[Float32[np.ndarray, "labels h w"], Edges]:
+        """U and w of a grid of pixels, whose colours are counted with weight ``model``; a cell is ``cell`` of them.
+
+        U is in float32, as the shares are. Pairs of which neither pixel is ``free`` are left out.
+        """
+        prices = self.palette * palette_surprise(seen, model) - np.log(share)
+        price = self.smoothness * cell / USUAL_CELL
+        near = ((offset, price / math.hypot(*offset) * same) for offset, same in contrast(seen))
+        return prices, grid_edges(share[0].shape, near, free=free)
 
 
-def contrast(
-    seen: Float64[np.ndarray, "h w 3"],
-) -> list[tuple[tuple[int, int], Float64[np.ndarray, "h w"]]]:
+def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]:
     """How alike neighbours are in colour, in (0, 1], by offset: exp(-beta |difference|^2), beta as in GrabCut."""
     shape = seen.shape[:2]
+    channels = seen.transpose(2, 0, 1).astype(np.float32, order="C")  # whole numbers: squares and sums are exact
     differences, count = [], 0
     for offset in NEAR:
         here, there = ends(shape, offset)
-        difference = np.zeros(shape)
-        difference[here] = np.square(seen[here] - seen[there]).sum(axis=2)
+        squares = np.square(channels[:, *here] - channels[:, *there])
+        difference = np.zeros(shape, dtype=np.float32)
+        difference[here] = squares.sum(axis=0)
         differences.append(difference)
-        count += difference[here].size
-    mean = sum(difference.sum() for difference in differences) / max(count, 1)
+        count += squares[0].size
+    mean = sum(float(difference.sum(dtype=np.float64)) for difference in differences) / max(count, 1)
     beta = 1 / (2 * mean) if mean > 0 else 0.0  # an image of one colour has no contrast
     return [(offset, np.exp(-beta * difference)) for offset, difference in zip(NEAR, differences, strict=True)]
 
 
-def palette_share(
-    seen: Float64[np.ndarray, "h w 3"], share: Float[np.ndarray, "labels h w"]
-) -> Float64[np.ndarray, "labels h w"]:
-    """The share of each label in a pixel's colour: histograms weighted by ``share``, each of sum 1, compared."""
-    index = np.minimum((seen * PALETTE_BINS).astype(np.intp), PALETTE_BINS - 1)
-    color = (index[..., 0] * PALETTE_BINS + index[..., 1]) * PALETTE_BINS + index[..., 2]
+def palette_surprise(
+    seen: UInt8[np.ndarray, "h w 3"], model: Float32[np.ndarray, "labels h w"]
+) -> Float32[np.ndarray, "labels h w"]:
+    """-log Q: histograms of colours weighted by ``model``, each of sum 1, compared bin by bin."""
+    places = np.array([PALETTE_BINS**2, PALETTE_BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
+    color = ((seen // (256 // PALETTE_BINS)).astype(np.float32) @ places).astype(np.intp)
     bins = (PALETTE_BINS,) * 3
-    votes = []
-    for one in share:
-        counts = np.bincount(color.ravel(), weights=one.ravel(), minlength=PALETTE_BINS**3).reshape(bins)
-        smooth = gaussian_filter(counts, PALETTE_BLUR, mode="constant").ravel()
-        votes.append((smooth / smooth.sum())[color] + UNSEEN)
-    part: Float64[np.ndarray, "labels h w"] = np.stack(votes) / np.sum(votes, axis=0)
-    return part
-
-
-def over_distance(
-    weights: Iterable[tuple[tuple[int, int], Float64[np.ndarray, "h w"]]],
-) -> list[tuple[tuple[int, int], Float64[np.ndarray, "h w"]]]:
-    return [(offset, weight / math.hypot(*offset)) for offset, weight in weights]
+    counts = [np.bincount(color.ravel(), weights=one.ravel(), minlength=PALETTE_BINS**3).reshape(bins) for one in model]
+    smooth: Float64[np.ndarray, "labels r g b"] = np.stack(counts, dtype=np.float64)
+    for _ in bins:  # along one axis after the other
+        smooth = (smooth @ PALETTE_KERNEL).transpose(0, 3, 1, 2)
+    votes = smooth.reshape(len(model), -1)
+    votes = votes / votes.sum(axis=1, keepdims=True) + UNSEEN
+    surprise = -np.log(votes / votes.sum(axis=0)).astype(np.float32)  # of each bin
+    return np.asarray(surprise.take(color, axis=1))
 
 
 def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
     """Where another label is at most ``reach`` pixels away, rows and columns each."""
-    span = 2 * reach + 1
-    near: Bool[np.ndarray, "h w"] = maximum_filter(labels, span) != minimum_filter(labels, span)
+    near = np.zeros(labels.shape, dtype=bool)
+    for offset in NEAR:
+        here, there = ends(labels.shape, offset)
+        differs = labels[here] != labels[there]
+        near[here] |= differs
+        near[there] |= differs
+    wide = 1
+    while wide < reach:  # reaching ``step`` further on both sides leaves no gap while that is at most 2 wide - 1
+        step = min(2 * wide - 1, reach - wide)
+        for axis in (0, 1):
+            here, there = ends(labels.shape, (step, 0) if axis == 0 else (0, step))
+            wider = near.copy()
+            wider[here] |= near[there]
+            wider[there] |= near[here]
+            near = wider
+        wide += step
     return near
 
 
@@ -236,11 +242,11 @@ def one_hot(labels: Int[np.ndarray, "h w"], count: int) -> Float32[np.ndarray, "
     return hot
 
 
-def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> Float64[np.ndarray, "h w 3"]:
-    """The image on a grid of ``size`` (height, width), each cell the mean of its pixels, in [0, 1]."""
-    if image.shape[:2] != size:
-        image = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX))
-    return image.astype(np.float64) / 255
+def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image on a grid of ``size`` (height, width), each cell the mean of its pixels."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX))
 
 
 def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
@@ -258,4 +264,6 @@ def enlarged(labels: Int[np.ndarray, "h w"], count: int, size: tuple[int, int]) 
     """Labels on another grid; where they meet, the one with the larger share."""
     if labels.shape == size:
         return labels
+    if (2 * labels.shape[0], 2 * labels.shape[1]) == size:  # each pixel has 9/16 of its own cell, or more
+        return labels.repeat(2, axis=0).repeat(2, axis=1)
     return np.asarray(resize(one_hot(labels, count), size).argmax(axis=0))

@@ -1,14 +1,16 @@
-"""The cut against brute force on grids of up to twelve pixels, and what must hold on any grid."""
+"""The cut against brute force on grids of up to twelve pixels, and what must hold on any grid and of any solver."""
 
 from __future__ import annotations
 
 import itertools
 import pickle
+import sys
 
 import numpy as np
 import pytest
 
-from synthgen.graphcut import Edges, cut, ends, energy, expand, grid_edges
+from synthgen import graphcut
+from synthgen.graphcut import Edges, MaximumFlow, cut, ends, energy, expand, fastest, grid_edges
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 1), (-1, 2), (2, -3))
 SHAPES = ((2, 3), (3, 2), (1, 5), (3, 3), (2, 4), (3, 4))
@@ -65,8 +67,9 @@ def test_cut_is_the_minimum_of_a_thousand_random_problems(block):
     shapes = [(height, width) for height in range(1, 13) for width in range(1, 12 // height + 1)]
     for seed in range(100 * block, 100 * (block + 1)):
         unaries, edges = random_problem(seed, shapes[seed % len(shapes)])
-        found = cut(unaries[1], unaries[0], edges).astype(int)
-        assert energy(unaries, edges, found) == pytest.approx(least_of_two(unaries, edges), abs=1e-6)
+        found, same = (cut(unaries[1], unaries[0], edges, solver=solver) for solver in (MaximumFlow, fastest()))
+        assert energy(unaries, edges, found.astype(int)) == pytest.approx(least_of_two(unaries, edges), abs=1e-6)
+        assert (found == same).all()
 
 
 def test_cut_takes_the_smallest_of_equals():
@@ -74,7 +77,7 @@ def test_cut_takes_the_smallest_of_equals():
         rng = np.random.default_rng(seed)
         unaries = rng.integers(0, 3, (2, 3, 3)).astype(float)  # whole prices: many ties
         edges = grid_edges((3, 3), [(offset, rng.integers(0, 3, (3, 3)).astype(float)) for offset in OFFSETS[:4]])
-        found = cut(unaries[1], unaries[0], edges)
+        found = cut(unaries[1], unaries[0], edges, solver=(MaximumFlow, fastest())[seed % 2])
         best = least(unaries, edges)
         equals = [each for each in all_labellings((3, 3)) if energy(unaries, edges, each) < best + 1e-9]
         assert energy(unaries, edges, found.astype(int)) == pytest.approx(best, abs=1e-6)
@@ -170,6 +173,73 @@ def test_expand_keeps_what_is_not_free():
         found = expand(unaries, edges, free=free, start=start)
         assert (found == start)[~free].all()
         assert energy(unaries, edges, found) <= energy(unaries, edges, start)
+
+
+def hard_problem(seed):
+    """A grid of any shape with ties, pixels on their own, prices below zero or far apart, and edges of any length."""
+    rng = np.random.default_rng(seed)
+    labels, height, width = rng.integers(2, 5), *rng.integers(1, 15, 2)
+    shape = (int(height), int(width))
+    unaries = rng.normal(0, 2, (labels, *shape))
+    weights = [(offset, rng.random(shape) * rng.integers(0, 2, shape)) for offset in OFFSETS if rng.random() < 0.5]
+    if seed % 3 == 1:  # whole prices
+        unaries, weights = np.rint(unaries), [(offset, np.rint(3 * weight)) for offset, weight in weights]
+    if seed % 3 == 2:  # from a billionth to a billion
+        unaries = unaries * 10.0 ** rng.integers(-9, 9, shape)
+        weights = [(offset, weight * 10.0 ** rng.integers(-9, 9, shape)) for offset, weight in weights]
+    return unaries, grid_edges(shape, [*weights, *weights[:1]])  # some pairs twice
+
+
+def test_solvers_give_the_same_cut():
+    pytest.importorskip("numba")
+    assert fastest() is not MaximumFlow
+    changed = 0
+    for seed in range(90):
+        unaries, edges = hard_problem(seed)
+        rng = np.random.default_rng(1000 + seed)
+        free, start = (rng.random(unaries.shape[1:]) < share for share in (0.7, 0.5))
+        for options in ({}, {"free": free, "start": start.astype(int)}):
+            found, same = (expand(unaries, edges, solver=solver, **options) for solver in (MaximumFlow, fastest()))
+            assert (found == same).all(), seed
+            changed += (found != unaries.argmin(axis=0)).any()
+        held, same = (
+            cut(unaries[0], unaries[1], edges, free=free, held=start, solver=solver)
+            for solver in (MaximumFlow, fastest())
+        )
+        assert (held == same).all(), seed
+    assert changed > 90  # not every pixel took its cheapest label
+
+
+def test_solvers_agree_where_much_must_flow_far():
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(0)
+    shape = (60, 60)
+    edges = grid_edges(shape, [(offset, rng.gamma(0.5, size=shape)) for offset in OFFSETS[:4]])
+    ends_apart = np.zeros(shape)
+    ends_apart[:, 0], ends_apart[:, -1] = 50, -50
+    found, same = (cut(-ends_apart, ends_apart, edges, solver=solver) for solver in (MaximumFlow, fastest()))
+    assert found[:, 0].any()
+    assert not found[:, -1].all()
+    assert (found == same).all()
+
+
+@pytest.mark.parametrize("missing", ["numba", "synthgen.maxflow"])
+def test_without_numba_scipy_cuts(monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "synthgen.maxflow", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delattr("synthgen.maxflow", raising=False)
+    assert graphcut.fastest.__wrapped__() is MaximumFlow
+
+
+def test_compiles_where_nothing_can_be_kept(monkeypatch):
+    caching = pytest.importorskip("numba.core.caching")
+    from synthgen.maxflow import compiled
+
+    def double(number):
+        return 2 * number
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert compiled(double)(21) == 42
 
 
 def test_expand_with_one_label():

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors"},
     {"records", "tiny.__init__"},
     {"config", "devices", "image", "log", "mask_shape", "stores", "text", "untrusted"},
-    {"registry", "codecs", "prompts", "prompt_copy", "run", "units", "graphcut"},
+    {"registry", "codecs", "prompts", "prompt_copy", "run", "units", "graphcut", "maxflow"},
     {"columns", "captions", "tallies"},
     {"stages.__init__"},
     {"attention", "models", "augment", "datasets", "elsewhere", "loader", "diffusion", "export"},

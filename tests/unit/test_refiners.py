@@ -6,16 +6,20 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from synthgen.config import Choice
 from synthgen.errors import MissingDependency
+from synthgen.graphcut import MaximumFlow
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import REFINERS
-from synthgen.refiners._words import otsu_level, side_means
-from synthgen.refiners.attentioncut import finer
+from synthgen.refiners._words import otsu_level, resize, side_means
+from synthgen.refiners.attentioncut import AttentionCut, enlarged, finer, near_border
 from synthgen.refiners.grabcut import GrabCut
 from synthgen.refiners.propagation import Propagation
 from synthgen.refiners.threshold import Threshold
+from tests.factories import make_generation
 
 
 def half_seen(affinity):
@@ -103,3 +107,43 @@ def test_side_means_divide_at_otsu():
 )
 def test_the_grids_go_from_the_maps_to_the_image(size, cells, max_size, grids):
     assert finer(size, cells, max_size) == grids
+
+
+class Plain(AttentionCut):
+    """AttentionCut as it is where numba is not installed."""
+
+    solver = MaximumFlow
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 75)])
+def test_the_same_masks_without_numba(size):
+    pytest.importorskip("numba")
+    for seed in range(4):
+        generation, _ = make_generation(words=("disc", "box", "ring")[: 1 + seed % 3], seed=seed)
+        image = np.asarray(Image.fromarray(generation.image).resize(size))
+        fast, plain = (refiner.refine(image, generation.maps) for refiner in (AttentionCut(), Plain()))
+        assert fast.any()
+        assert (fast == plain).all()
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3, 4, 6, 9, 24])
+def test_near_border_is_where_the_labels_around_differ(reach):
+    rng = np.random.default_rng(reach)
+    labels = np.kron(rng.integers(0, 3, (3, 4)), np.ones((11, 9), int))
+    labels[rng.integers(33, size=2), rng.integers(36, size=2)] = 3
+    around = 2 * reach + 1
+    assert (near_border(labels, reach) == (maximum_filter(labels, around) != minimum_filter(labels, around))).all()
+    assert not near_border(np.ones((5, 1), int), reach).any()
+
+
+def test_labels_twice_as_large_are_those_of_the_larger_share():
+    labels = np.random.default_rng(0).integers(0, 4, (9, 13))
+    shares = resize((labels == np.arange(4)[:, None, None]).astype(np.float32), (18, 26))
+    assert (enlarged(labels, 4, (18, 26)) == shares.argmax(axis=0)).all()
+
+
+@pytest.mark.parametrize("size", [(5, 7), (10, 14), (13, 7), (40, 33), (5, 30)])
+def test_resize_enlarges_as_pillow_does(size):
+    layers = np.random.default_rng(0).random((2, 5, 7), dtype=np.float32)
+    pillow = [np.asarray(Image.fromarray(one).resize(size[::-1], Image.Resampling.BILINEAR)) for one in layers]
+    assert resize(layers, size) == pytest.approx(np.stack(pillow), abs=1e-6)
