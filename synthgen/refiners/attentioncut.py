@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
+from scipy.special import expit, softmax
 
 from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges
 from synthgen.records import Maps
@@ -23,6 +24,8 @@ NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: Colours are counted in this many bins a channel, blurred by PALETTE_BLUR bins, each label with UNSEEN of its own.
 PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.7, 1e-5
 PALETTE_KERNEL = gaussian_filter1d(np.eye(PALETTE_BINS), PALETTE_BLUR, mode="constant")
+#: Every word looks at least so much at every cell, in multiples of its highest.
+FAINT = 1e-6
 #: ``smoothness`` is the price of an edge where a cell of the maps is this many pixels wide.
 USUAL_CELL = 8
 
@@ -39,15 +42,19 @@ class AttentionCut:
 
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
         t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's level: calibrated per image
-        P   = softmax over (0, z_1, z_2, ...),  z_v = (F_v - clip(t_v, min_level, max_level)) / softness
+        G_v = F_v of ``object_steps`` steps with ``object_spread``, over its sum: the word's attention, object by object
+        P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - clip(t_v, min_level, max_level)) / softness)
+        P_0 = 1 - sum_v P_v
         U   = -log P
         w   = affinity A_ij + [neighbours] (coherence + color B_ij) / distance
 
-    A is what self-attention along ``AFFINITY_OFFSETS`` has above uniform, over the most that i gives anyone, averaged
-    with the same of j; S is A with rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i
-    - c_j|^2) as in GrabCut. Each word keeps the cell that speaks most for it, and so does the background; hence no cut
-    takes all or nothing. Then on pixels, each grid twice as fine as the one before, up to the image's own; free is a
-    band around the outline so far, ``band`` cells to each side on the first of these grids and ``reach`` pixels later:
+    So F says whether a cell is a word's, and G which word's it can be: an object whose parts draw different words goes
+    to the one that looks at it most, for all that this word looks at. A is what self-attention along
+    ``AFFINITY_OFFSETS`` has above uniform, over the most that i gives anyone, averaged with the same of j; S is A with
+    rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. Each word
+    keeps the cell that speaks most for it, and so does the background; hence no cut takes all or nothing. Then on
+    pixels, each grid twice as fine as the one before, up to the image's own; free is a band around the outline so far,
+    ``band`` cells to each side on the first of these grids and ``reach`` pixels later:
 
         U   = -log P - palette log Q,  Q_l = share of label l in a pixel's colour
         w   = smoothness (cell / 8 px) B_ij / distance
@@ -66,6 +73,9 @@ class AttentionCut:
     min_level: float = 0.15  # bounds for that, in [0, 1]
     max_level: float = 0.5
     softness: float = 0.08  # difference of scaled attention that is worth one nat
+    object_steps: int = 8  # steps of the walk that tells which word's an object is
+    object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
+    rivalry: float = 8.0  # how much a word that looks at an object more than the others has of it
     floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     coherence: float = 0.05  # nats for parting two neighbouring cells, whatever their colours
@@ -79,10 +89,11 @@ class AttentionCut:
     max_size: int = 128  # pixels on the long side of the finest cut
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "affinity", "coherence", "color", "palette", "smoothness", "band"):
+        weights = ("affinity", "coherence", "color", "palette", "smoothness", "band", "rivalry")
+        for name in ("num_steps", "object_steps", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative or infinite, but is {getattr(self, name)}")
-        for name in ("spread", "level", "trust"):
+        for name in ("spread", "object_spread", "level", "trust"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if not 0 <= self.min_level <= self.max_level <= 1:
@@ -107,18 +118,29 @@ class AttentionCut:
         told = np.flatnonzero(attention.any(axis=(1, 2)))  # the words whose maps are not flat
         if told.size:
             links = affinity_edges(maps.affinity)
-            likely = self.probabilities(walk(attention[told], links, self.num_steps, self.spread))
+            likely = self.probabilities(attention[told], links)
             labels = self.cut_pixels(image, likely, self.cut_cells(image, likely, links))
             masks[told] = labels == np.arange(1, told.size + 1)[:, None, None]
         return masks
 
-    def probabilities(self, attention: Float64[np.ndarray, "words h w"]) -> Float64[np.ndarray, "labels h w"]:
+    def probabilities(
+        self, attention: Float64[np.ndarray, "words h w"], links: Edges
+    ) -> Float64[np.ndarray, "labels h w"]:
         """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
-        means = np.array([side_means(one) for one in attention])
+        near = walk(attention, links, self.num_steps, self.spread)
+        means = np.array([side_means(one) for one in near])
         levels = np.clip(means @ (1 - self.level, self.level), self.min_level, self.max_level)
-        odds = np.concatenate([np.zeros_like(attention[:1]), (attention - levels[:, None, None]) / self.softness])
-        share = np.exp(odds - odds.max(axis=0))
-        return self.above_floor(share / share.sum(axis=0))
+        whether = expit((near - levels[:, None, None]) / self.softness)
+        share = whether if len(attention) == 1 else whether * self.rivals(attention, links)
+        return self.above_floor(np.concatenate([1 - share.sum(axis=0, keepdims=True), share]))
+
+    def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Edges) -> Float64[np.ndarray, "words h w"]:
+        """Which word's a cell can be, sum 1: G of the class docstring, compared."""
+        far = walk(attention, links, self.object_steps, self.object_spread) + FAINT
+        which: Float64[np.ndarray, "words h w"] = softmax(
+            self.rivalry * np.log(far / far.sum(axis=(1, 2), keepdims=True)), axis=0
+        )
+        return which
 
     def above_floor(self, share: Float[np.ndarray, "labels h w"]) -> Float[np.ndarray, "labels h w"]:
         """Mix in as much of an even vote as keeps every label at the floor or above."""

@@ -204,6 +204,8 @@ def test_unknown_options_are_refused(refiner):
         ("attentioncut", {"spread": 1.1}, "spread"),
         ("attentioncut", {"min_level": 0.7}, "min_level"),
         ("attentioncut", {"softness": 0.0}, "softness"),
+        ("attentioncut", {"rivalry": -1.0}, "rivalry"),
+        ("attentioncut", {"object_spread": 1.5}, "object_spread"),
         ("attentioncut", {"floor": 0.0}, "floor"),
         ("attentioncut", {"floor": 0.5}, "floor"),
         ("attentioncut", {"max_size": 4}, "max_size"),

@@ -55,6 +55,30 @@ def test_propagation_without_steps_is_the_threshold():
     assert (Propagation(num_steps=0).refine(image, maps) == Threshold().refine(image, maps)).all()
 
 
+def test_an_object_whose_parts_draw_different_words_goes_to_one():
+    """Two squares on noise; one word looks at the rims of both, the other at their insides, more at the second's."""
+    size, grid = 96, 12
+    left, right = np.zeros((2, grid, grid), bool)
+    left[3:9, 1:5] = right[3:9, 7:11] = True
+    inside = (left | right) & np.isin(np.arange(grid), (2, 3, 8, 9))
+    rims = (left | right) & ~inside
+    weights = np.full((2, grid, grid), 0.05)
+    weights[0][rims & left], weights[0][rims & right] = 1.0, 0.8
+    weights[1][inside & left], weights[1][inside & right] = 0.7, 1.0
+    affinity = np.zeros((len(AFFINITY_OFFSETS), grid, grid))
+    thing = left + 2 * right
+    for edge, (dy, dx) in enumerate(AFFINITY_OFFSETS):
+        affinity[edge] = np.where(thing == np.roll(thing, (-dy, -dx), axis=(0, 1)), 5.0, 0.0)
+    seen = (left | right).repeat(8, axis=0).repeat(8, axis=1)
+    image = np.where(seen[..., None], 200, 40) + np.random.default_rng(0).integers(0, 20, (size, size, 3))
+    maps = Maps(("rim", "inside"), weights.astype(np.float16), affinity.astype(np.float16))
+    first, second = AttentionCut().refine(image.astype(np.uint8), maps)
+    assert (first == left.repeat(8, axis=0).repeat(8, axis=1)).mean() > 0.98
+    assert (second == right.repeat(8, axis=0).repeat(8, axis=1)).mean() > 0.98
+    torn, _ = AttentionCut(object_steps=0).refine(image.astype(np.uint8), maps)
+    assert (torn & right.repeat(8, axis=0).repeat(8, axis=1)).sum() > 300, "cell by cell the first has of both"
+
+
 @pytest.mark.parametrize("options", [{"num_steps": -1}, {"spread": 1.5}, {"level": 1.0}])
 def test_propagation_refuses_what_makes_no_sense(options):
     with pytest.raises(ValueError, match=next(iter(options))):
