@@ -3,10 +3,11 @@
 ``python benchmarks/pretrain.py`` writes ``results/pretrain.json``; with ``--compile`` it adds a case that takes some
 minutes more. A round is one step each: forward, backward, and the fused AdamW that both use by default on a CPU. Both
 have the same encoder, decoder, loss and number of hidden patches (a test holds that the losses are equal), read one
-batch as synthgen's loader lays it out, use torch's fused attention, and run on the CPU with the threads that
-OMP_NUM_THREADS says, or on a GPU where there is one. ``guided`` is synthgen with masks that say which patches to hide
-first. In a case with ``bf16`` both run under autocast; with ``compiled`` the transformer blocks of both go through
-``torch.compile``, one by one.
+batch as synthgen's loader lays it out, and run on the CPU with the threads that OMP_NUM_THREADS says, or on a GPU where
+there is one. ``transformers`` takes torch's fused attention, its default; ``transformers, eager`` writes attention out,
+which is the faster of the two on a CPU in bfloat16, where synthgen writes it out unasked. ``guided`` is synthgen with
+masks that say which patches to hide first. In a case with ``bf16`` all run under autocast; with ``compiled`` the
+transformer blocks go through ``torch.compile``, one by one, and what is eager is left out.
 
 Seconds are those of the processor on a CPU, which other programs disturb less, and of the clock on a GPU.
 
@@ -102,8 +103,9 @@ def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = 
     encoder, size, _, dim, depth = CASES[case]
     config = encoder_config(encoder, size)
     batch = batch.to(DEVICE)
-    twin: Any = ViTMAEForPreTraining(
-        ViTMAEConfig(
+
+    def theirs(attention: str) -> Step:
+        config_of_twin = ViTMAEConfig(
             hidden_size=config.dim,
             num_hidden_layers=config.depth,
             num_attention_heads=config.num_heads,
@@ -115,8 +117,10 @@ def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = 
             decoder_num_attention_heads=dim // 32,
             decoder_intermediate_size=4 * dim,
             norm_pix_loss=True,
+            attn_implementation=attention,
         )
-    ).to(DEVICE)
+        twin: Any = ViTMAEForPreTraining(config_of_twin).to(DEVICE)
+        return trainer(twin, lambda: twin(batch.images).loss, bf16=bf16, compiled=compiled)
 
     def ours(share: float) -> Step:
         options = {"foreground_share": share, "decoder_dim": dim, "decoder_depth": depth}
@@ -126,10 +130,12 @@ def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = 
     steps = {
         "synthgen": ours(0.0),
         "synthgen, guided": ours(0.5),
-        "transformers": trainer(twin, lambda: twin(batch.images).loss, bf16=bf16, compiled=compiled),
+        "transformers": theirs("sdpa"),
     }
     if compiled:  # each contender compiles for minutes, and guidance is not in the blocks
         del steps["synthgen, guided"]
+    else:
+        steps["transformers, eager"] = theirs("eager")
     return steps
 
 
@@ -161,14 +167,20 @@ def measure(case: str, tar: Path, *, bf16: bool = False, compiled: bool = False)
     rounds({name: clock.step for name, clock in clocks.items()}, REPEATS)
     seconds = {name: clock.seconds[1:] for name, clock in clocks.items()}  # the first is to warm up
     rates = {name: round(count / statistics.median(times), 1) for name, times in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(seconds["synthgen"], seconds["transformers"], strict=True)]
+    ratios = {
+        name: [theirs / ours for ours, theirs in zip(seconds["synthgen"], seconds[name], strict=True)]
+        for name in trained
+        if name.startswith("transformers")
+    }
     figures = {
         "batch": count,
         "images_per_second": {name: rates[name] for name in trained},
         "best_images_per_second": {name: round(count / min(seconds[name]), 1) for name in trained},
-        "synthgen_over_transformers": round(statistics.median(ratios), 3),  # median of the rounds' ratios
-        "quartiles": [round(value, 3) for value in statistics.quantiles(ratios, n=4)[::2]],
+        "synthgen_over_transformers": round(statistics.median(ratios["transformers"]), 3),  # of the rounds' ratios
+        "quartiles": [round(value, 3) for value in statistics.quantiles(ratios["transformers"], n=4)[::2]],
     }
+    if not compiled:
+        figures["synthgen_over_eager"] = round(statistics.median(ratios["transformers, eager"]), 3)
     if not (bf16 or compiled):
         figures["loader_images_per_second"] = {name: rates[name] for name in makers}
         figures["loader_over_training"] = {name: round(rates[name] / rates["synthgen"], 2) for name in makers}

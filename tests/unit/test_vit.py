@@ -12,7 +12,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
 from synthgen.export import export_encoder, to_transformers
 from synthgen.models.decoder import PixelDecoder
-from synthgen.models.layers import Block, CrossBlock, patchify, restore, sincos_positions, take, unpatchify
+from synthgen.models.layers import Block, CrossBlock, attend, patchify, restore, sincos_positions, take, unpatchify
 from synthgen.models.vit import SIZES, EncoderConfig, VisionTransformer, encoder_config, load_encoder, save_encoder
 
 CONFIG = EncoderConfig(image_size=32, patch_size=8, dim=64, depth=2, num_heads=4)
@@ -106,6 +106,23 @@ def test_a_block_leaves_out_what_nobody_asks_for():
         for given in ((None, None), (change, None), (None, real)):
             assert torch.allclose(block(x, *given, only=only), block(x, *given)[:, only], atol=1e-6)
         assert torch.allclose(cross(x, context, real, only), cross(x, context, real)[:, only], atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_the_fused_one(monkeypatch, masked):
+    """In bfloat16 on a CPU, training does without the fused kernel and gives what it gives in double precision."""
+    fused, asked = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: asked.append(x) or fused(*x))
+    q, k, v = torch.randn(3, 2, 4, 9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen = (torch.arange(9) < torch.tensor([[9], [6]]))[:, None, None] if masked else None
+    half, exact = ([x.to(kind).requires_grad_() for x in (q[:, :, 2:], k, v)] for kind in (q.dtype, torch.double))
+    found, wanted = attend(*half, seen), attend(*exact, seen)
+    assert len(asked) == 1  # in double precision
+    ours, theirs = (torch.autograd.grad(y.sin().sum(), x) for y, x in ((found, half), (wanted, exact)))
+    for one, other in zip((found, *ours), (wanted, *theirs), strict=True):
+        assert torch.allclose(one.double(), other, atol=0.03)
+    attend(*(x.detach() for x in half), seen)
+    assert len(asked) == 2  # where nothing is learned
 
 
 def test_names_are_timms(encoder):
