@@ -2,9 +2,9 @@
 
 ``python benchmarks/masks_speed.py`` draws scenes with known masks, gives all contenders the same maps, lets them take
 turns on one core, and writes ``results/masks_speed.json``. All times are the processor's, so that other work on the
-machine weighs on none. "whole" is what AttentionCut would be without its grids and bands: the energy of its last grid
-through SciPy's maximum flow on the full grid, from the same labels of the cells. Compiling is in none of the rates:
-``compile_seconds`` is what it takes once on a machine.
+machine weighs on none. "whole" is what AttentionCut would be without its bands: the same energy through SciPy's maximum
+flow on the full grid, from the same labels of the cells. Compiling is in none of the rates: ``compile_seconds`` is what
+it takes once on a machine.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ class Whole(Plain):
         labels = enlarged(cells, len(likely), size)
         share = resize(self.above_floor(likely), size)
         prices, edges = self.energy_of(colors(image, size), share, share, math.sqrt(labels.size / cells.size))
-        return enlarged(
-            expand(prices, edges, start=labels, solver=self.solver), len(likely), (image.shape[0], image.shape[1])
-        )
+        labels = expand(prices, edges, start=labels, max_rounds=self.max_rounds, solver=self.solver)
+        return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
 
 
 NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours

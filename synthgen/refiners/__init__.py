@@ -21,4 +21,4 @@ class Refiner(Protocol):
         ...
 
 
-REFINERS: Family[Refiner] = Family(__name__)
+REFINERS: Family[Refiner] = Family(__name__, "masks.refine")

@@ -26,7 +26,7 @@ PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.7, 1e-5
 PALETTE_KERNEL = gaussian_filter1d(np.eye(PALETTE_BINS), PALETTE_BLUR, mode="constant")
 #: Every word looks at least so much at every cell, in multiples of its highest.
 FAINT = 1e-6
-#: ``smoothness`` is the price of an edge where a cell of the maps is this many pixels wide.
+#: Pixels in a cell's side where ``smoothness`` is the price of an edge, and at most on the first grid of pixels.
 USUAL_CELL = 8
 
 
@@ -53,8 +53,9 @@ class AttentionCut:
     ``AFFINITY_OFFSETS`` has above uniform, over the most that i gives anyone, averaged with the same of j; S is A with
     rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. Each word
     keeps the cell that speaks most for it, and so does the background; hence no cut takes all or nothing. Then on
-    pixels, each grid twice as fine as the one before, up to the image's own; free is a band around the outline so far,
-    ``band`` cells to each side on the first of these grids and ``reach`` pixels later:
+    pixels: the image's own, and where a cell would be more than 8 of them wide first on coarser ones, each grid twice
+    as fine as the one before. Free is a band around the outline so far, ``band`` cells to each side on the first of
+    these grids and ``reach`` pixels on later ones:
 
         U   = -log P - palette log Q,  Q_l = share of label l in a pixel's colour
         w   = smoothness (cell / 8 px) B_ij / distance
@@ -71,7 +72,7 @@ class AttentionCut:
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
     level: float = 0.35  # where word and background are as likely, on the way from the low side's mean to the high's
     min_level: float = 0.15  # bounds for that, in [0, 1]
-    max_level: float = 0.5
+    max_level: float = 0.5  # its upper bound
     softness: float = 0.08  # difference of scaled attention that is worth one nat
     object_steps: int = 8  # steps of the walk that tells which word's an object is
     object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
@@ -80,12 +81,12 @@ class AttentionCut:
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     coherence: float = 0.05  # nats for parting two neighbouring cells, whatever their colours
     color: float = 0.4  # nats more where their colours are equal
-    band: float = 3.0  # half the width of the band on the first grid of pixels, in cells of the maps
+    band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
     palette: float = 2.0  # weight of the colours' own vote; 0 asks contrast alone
-    smoothness: float = 6.5  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the finer grids after the first, in their pixels
     trust: float = 0.3  # share of the labels so far in what the colours are counted by, on those grids
-    max_rounds: int = 2  # of alpha-expansion, on each grid of pixels
+    max_rounds: int = 1  # of alpha-expansion, on each grid of pixels
     max_size: int = 128  # pixels on the long side of the finest cut
 
     def __post_init__(self) -> None:
@@ -272,12 +273,13 @@ def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> UInt8[np
 
 
 def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
-    """The grids between the maps' and the image's (height, width), each twice as fine as the one before.
+    """The grids of pixels (height, width), each twice as fine as the one before.
 
-    The last is the image's own, or where that is longer, it at ``max_size``.
+    The first has cells of at most USUAL_CELL pixels; the last is the image's own, or where that is longer, it at
+    ``max_size``.
     """
     most = min(max_size, max(size))
-    halvings = max(0, math.ceil(math.log2(most / max(cells))) - 1)
+    halvings = max(0, math.ceil(math.log2(most / max(cells) / USUAL_CELL)))
     sides = [most / 2**k for k in range(halvings, -1, -1)]
     return [(max(1, round(size[0] * side / max(size))), max(1, round(size[1] * side / max(size)))) for side in sides]
 

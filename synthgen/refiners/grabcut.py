@@ -31,9 +31,9 @@ class GrabCut:
     and cuts each word by itself: the baseline of what colour can do. A flat map gives an empty mask.
     """
 
-    inside: float = 0.85
-    outside: float = 0.1
-    num_iterations: int = 5
+    inside: float = 0.85  # at this level of scaled attention and above, object for certain
+    outside: float = 0.1  # at this one and below, background
+    num_iterations: int = 5  # of GrabCut
 
     def __post_init__(self) -> None:
         if not 0 <= self.outside < self.inside <= 1:

@@ -28,7 +28,7 @@ class Propagation:
     grid. A flat map gives an empty mask.
     """
 
-    num_steps: int = 4
+    num_steps: int = 4  # of the walk
     spread: float = 0.5  # share of a step that comes from other cells, in [0, 1]
     method: Literal["otsu", "fixed"] = "otsu"  # otsu: the level that best divides the word's cells in two
     level: float = 0.5  # the level of method "fixed", in [0, 1) of the scaled result
