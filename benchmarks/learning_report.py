@@ -37,11 +37,12 @@ an image), {masks:,} of them with masks by AttentionCut. For each of `mae`, `con
 **without** masks, one **guided** by them, and a control whose masks have the same area and shape **elsewhere** in the
 image. `vlp` is guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an
 object is (`position_share`, after Free-ATM). What each way is stands in [methods.md](methods.md). Masks elsewhere
-still tell `vlp` which words an image has, and words alone teach much. Therefore the guided form stands beside a second
-plain one, which is told the same words by the same loss and no place: the pixels of its masks are thrown over the
-image one by one (`masks: scattered`). All trainings of a method see the same images equally often ({samples} samples) in batches of
-{batch}, with {seeds} seeds; the encoder is {dim} wide and {depth} deep, on {size} pixels. It is a small model, small
-images and a short training: what holds here need not hold at scale, and no figure here is one of the paper's.
+still tell `vlp` which words an image has, and words alone teach much. Therefore the guided form stands beside a
+second plain one, which is told the same words by the same loss and no place: the pixels of its masks are thrown over
+the image one by one (`masks: scattered`). All trainings of a method see the same images equally often ({samples}
+samples) in batches of {batch}, with {seeds} seeds; the encoder is {dim} wide and {depth} deep, on {size} pixels. It
+is a small model, small images and a short training: what holds here need not hold at scale, and no figure here is one
+of the paper's.
 
 Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
 trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings:

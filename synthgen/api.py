@@ -8,15 +8,18 @@ Stages deal their units out to processes, so a script that calls them keeps its 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from synthgen.config import build
+from synthgen.entries import laid_over
+from synthgen.errors import MissingArtifact
 from synthgen.records import Generation, WordMasks
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, run_stage
-from synthgen.stages import make_stage
+from synthgen.stages import STAGES, make_stage
 
 if TYPE_CHECKING:
     from synthgen.pipeline import Override
@@ -34,6 +37,7 @@ __all__ = [
     "pretrain",
     "run_pipeline",
     "samples",
+    "settings_to_go_on",
     "shards",
     "view",
 ]
@@ -67,6 +71,35 @@ def pretrain(run: Run, *, engine: EngineLike = None, progress: Progress | None =
 def evaluate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
     """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`."""
     return _stage("evaluate", run, engine, progress, settings)
+
+
+def settings_to_go_on(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a command stands for: those its folder was begun with, and what is ``given`` in their place.
+
+    What it was begun with counts where something was made with it, or where nothing is given. The functions of this
+    module do not ask for it, and pipeline files do not either: they say everything themselves.
+
+    Raises:
+        MissingArtifact: a setting is needed that has no default, and the folder has not been begun.
+    """
+    contract = STAGES.load(stage)
+    folder = contract.folder_of(given)
+    begun = run.begun(folder)
+    asked = any(value not in ("", None) for value in given.values())
+    known = {item.name: item for item in dataclasses.fields(contract)}
+    if begun is None or begun["stage"] != stage or (asked and not run.holds(folder)):
+        for name, item in known.items():
+            if item.default is dataclasses.MISSING and name not in given:
+                raise MissingArtifact(
+                    f"{run.path} has no {name} of {stage} yet; give some with: "
+                    f"synthgen {stage} --{name} PATH --run {run.path}"
+                )
+        return dict(given)
+    before = {name: value for name, value in begun["settings"].items() if name in known}
+    settings = laid_over(before, given)
+    if "label" in given and contract.folder_of(settings | {"label": before.get("label", "")}) == folder:
+        settings["label"] = before.get("label", "")  # the folder has that name anyway
+    return settings
 
 
 def _stage(name: str, run: Run, engine: EngineLike, progress: Progress | None, settings: Mapping[str, Any]) -> Summary:

@@ -25,7 +25,7 @@ MASK_COLUMNS = (
 _SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → what Hugging Face calls it
 _MEMBERS = {
     "txt": "the prompt, UTF-8",
-    "json": "key, prompt, words and where they stand, label, seed, source, size, backbone, model, warnings",
+    "json": "key, prompt, words and where they stand, label, seed, source, size, backbone, model, licence, warnings",
     "mask.png": "8-bit grey, as large as the image: k where the k-th of `words` is, 0 background; `masks` in the json "
     "holds value, confidence, box, separate objects and more of each",
     "cls": "the number of the label in `classes` of dataset.json",
@@ -150,6 +150,7 @@ def parquet_bytes(rows: Sequence[Mapping[str, Any]], *, masks: bool) -> bytes:
         "height": number,
         "backbone": text,
         "model": text,
+        "licence": text,
         "warnings": text,
     }
     if masks:
@@ -205,7 +206,7 @@ def _json_features(*, masks: bool) -> list[dict[str, Any]]:
     lists: list[dict[str, Any]] = [{"name": "words", "list": "string"}, {"name": "spans", "list": {"list": "int64"}}]
     fields = plain("string", "key", "prompt") + lists + plain("string", "label")
     fields += plain("int64", "seed") + plain("string", "source") + plain("int64", "width", "height")
-    fields += plain("string", "backbone", "model", "warnings")
+    fields += plain("string", "backbone", "model", "licence", "warnings")
     if masks:
         box, area = {"name": "box", "list": "int64"}, {"name": "area", "dtype": "float64"}
         mask = plain("string", "word") + plain("int64", "value") + plain("float64", "score", "confidence")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from synthgen.options import (
     RunOption,
     SetOption,
     WorkersOption,
+    chosen_of,
     engine_of,
     method_of,
     pairs_of,
@@ -51,7 +53,7 @@ app = typer.Typer(
 
 @app.command()
 def generate(
-    prompts: Annotated[str, typer.Option(help="Prompt file (.txt or .jsonl).")],
+    prompts: Annotated[str, typer.Option(help="Prompt file (.txt or .jsonl).  [default: the run's own copy]")] = "",
     run: RunOption = LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
     template: Annotated[str | None, typer.Option(help="File of templates for the marked words.")] = None,
@@ -69,17 +71,20 @@ def generate(
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
     options = {"model": model, "num_steps": steps, "guidance_scale": guidance}
-    part = part_of(backbone or ("diffusers" if model else "tiny"), options)
+    part = part_of(backbone or ("diffusers" if model else None), options)
     given = {
-        "prompts": prompts, "template": template, "images_per_prompt": images_per_prompt, "limit": limit,
+        "prompts": prompts, "template": template or "", "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
-    _stage("generate", _create(run, seed), given, settings, engine_of(engine, workers, address))
+    with _created(run, seed) as opened:
+        _stage("generate", opened, given, settings, engine_of(engine, workers, address))
 
 
 @app.command()
 def attend(
-    images: Annotated[str, typer.Option(help="Folder of images; or WebDataset tars: a file, a pattern or a folder.")],
+    images: Annotated[
+        str | None, typer.Option(help="Folder of images or tars, or a tar.  [default: the run's]")
+    ] = None,
     run: RunOption = LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
     metadata: MetadataOption = None,
@@ -101,18 +106,21 @@ def attend(
     settings: SetOption = None,
 ) -> None:
     """Record where the words of captions look in images that exist."""
-    part = part_of(backbone or ("diffusers" if model else "tiny"), {"model": model})
+    part = part_of(backbone or ("diffusers" if model else None), {"model": model})
     given = {
         "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
         "inversion_steps": inversion_steps, "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
-    _stage("attend", _create(run, seed), given, settings, engine_of(engine, workers, address))
+    with _created(run, seed) as opened:
+        _stage("attend", opened, given, settings, engine_of(engine, workers, address))
 
 
 @app.command()
 def masks(
     run: RunOption = LATEST,
-    refine: Annotated[str | None, typer.Option(help="threshold, attentioncut.  [default: threshold]")] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="threshold, propagation, grabcut, attentioncut.  [default: threshold]")
+    ] = None,
     attentioncut: Annotated[bool, typer.Option("--attentioncut", help="Short for --refine attentioncut.")] = False,
     min_area: Annotated[float | None, typer.Option(help="Smaller masks are dropped, as a share of the image.")] = None,
     engine: EngineOption = None,
@@ -123,7 +131,7 @@ def masks(
     """Turn where each word looked into masks the size of the image."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
-    part = part_of("attentioncut" if attentioncut else refine or "threshold", {})
+    part = part_of("attentioncut" if attentioncut else refine, {})
     _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, engine_of(engine, workers, address))
 
 
@@ -148,7 +156,7 @@ def shards(
 @app.command()
 def pretrain(
     run: RunOption = LATEST,
-    method: Annotated[str, typer.Option(help="mae, contrastive, vlp, umd.")] = "mae",
+    method: Annotated[str | None, typer.Option(help="mae, contrastive, vlp, umd.  [default: mae]")] = None,
     guided: Annotated[bool, typer.Option("--guided", help="Let the word masks guide the method.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the shards.  [default: 20]")] = None,
     samples_seen: Annotated[int | None, typer.Option(help="Images in all, instead of epochs.")] = None,
@@ -157,16 +165,13 @@ def pretrain(
     label: Annotated[str | None, typer.Option(help="Folder name under pretrain/.  [default: the method]")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Train an encoder on the run's shards (made first where they are missing)."""
+    """Train an encoder on the run's shards (made if missing). Several GPUs: accelerate launch -m synthgen pretrain."""
     opened = _open(run)
-    own = "data" not in pairs_of(settings)
-    if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end: with its own settings
-        begun = opened.manifest()["artifacts"].get("shards", {})
-        _stage("shards", opened, begun.get("settings", {}), None)
-    given = {
-        "method": method_of(method, guided), "epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size,
-        "encoder": encoder, "label": label or (f"{method}-guided" if guided else None),
-    }  # fmt: skip
+    given = {"epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size, "encoder": encoder}
+    given |= method_of(method, guided, label)
+    own = not chosen_of(opened, "pretrain", given, settings)[1].get("data")
+    if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end
+        _stage("shards", opened, {}, None)
     _stage("pretrain", opened, given, settings)
 
 
@@ -216,10 +221,9 @@ def run_file(
 
     pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
+        print(f"run: {pipeline.run}")
         for stage in pipeline.stages:
-            print(
-                f"{stage.name}: {', '.join(stage.reads) or 'prompts'} -> {pipeline.run}/{', '.join(stage.artifacts())}"
-            )
+            print(f"{stage.name}: {', '.join(stage.told())} -> {', '.join(stage.artifacts() or stage.writes)}")
         return
     chosen, of_file = engine_of(engine, workers, address), pipeline.engine.dump()
     if not engine or engine == of_file["name"]:
@@ -334,24 +338,22 @@ def doctor(
 
 @app.command()
 def schema(
-    stage: Annotated[str, typer.Argument(help="One of the stages, such as masks.")],
+    of: Annotated[str, typer.Argument(help="A stage (masks), or a part of it (masks.refine=attentioncut).")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema.")] = False,
 ) -> None:
-    """Print the settings of a stage as JSON schema."""
-    import json
+    """List the settings of a stage, the parts there are, or the options of one."""
+    from synthgen.schema import listing
 
-    from synthgen.config import settings_schema
-    from synthgen.stages import STAGES
-
-    print(json.dumps(settings_schema(STAGES.load(stage)), indent=2))
+    print(listing(of, as_json=as_json))
 
 
 # -- what the commands share
 
 
-def _create(path: Path, seed: int | None) -> Run:
+def _created(path: Path, seed: int | None) -> AbstractContextManager[Run]:
     from synthgen.run import Run
 
-    return Run.create(path, seed=seed)
+    return Run.created(path, seed=seed)
 
 
 def _open(path: Path) -> Run:
@@ -364,13 +366,11 @@ def _stage(
     name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> None:
     from synthgen import api
-    from synthgen.config import Choice
     from synthgen.console import progress, say
-    from synthgen.engines import default_engine
 
-    settings = with_set({**given, "engine": {"name": default_engine(), **(engine or {})}}, extra)
+    chosen, settings = chosen_of(run, name, given, extra, engine)
     call: Callable[..., Summary] = getattr(api, name)
-    say(call(run, progress=progress(), **settings | {"engine": Choice.of(settings["engine"])}))
+    say(call(run, progress=progress(), engine=chosen, **settings))
 
 
 def main() -> None:

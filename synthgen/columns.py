@@ -45,7 +45,7 @@ class Column:
         return values
 
     def _again(self) -> str:
-        return f"delete it and run: synthgen {self.run.artifact(self.artifact)['stage']} --run {self.run.path}"
+        return f"delete it and run: {self.run.remedy(self.artifact)}"
 
 
 def unit_of(key: str) -> int:

@@ -97,19 +97,22 @@ def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozen
     )
 
 
-def settings_schema(target: Callable[..., Any]) -> dict[str, Any]:
-    """The JSON schema of the arguments of ``target``, for editors and people."""
-    schema = settings_model(target).model_json_schema()
-    for name, parameter in inspect.signature(target).parameters.items():
-        if isinstance(parameter.default, Choice):
-            schema["properties"][name]["default"] = parameter.default.dump()
-    return schema
-
-
 def check(
-    target: Callable[..., Any], options: Mapping[str, Any], *, where: str, given: frozenset[str] = frozenset()
+    target: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    where: str,
+    given: frozenset[str] = frozenset(),
+    listed: str = "",
 ) -> dict[str, Any]:
     """The arguments of ``target`` with ``options`` put in, each of the right kind.
+
+    Args:
+        target: a class or function.
+        options: by name.
+        where: how an error names ``target``.
+        given: arguments that are no options.
+        listed: where ``synthgen schema`` lists the options, for the error.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong kind; says which, and names the nearest known one.
@@ -128,17 +131,18 @@ def check(
     try:
         checked = model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where, list(model.model_fields))) from None
+        see = f"; see: synthgen schema {listed}" if listed else ""
+        raise ConfigError(_explain(error, where, list(model.model_fields)) + see) from None
     return {name: getattr(checked, name) for name in model.model_fields}
 
 
-def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, **given: Any) -> T:
+def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, listed: str = "", **given: Any) -> T:
     """Check ``options`` against the signature of ``target`` (see :func:`check`) and call it.
 
     Raises:
         ConfigError: an option is unknown, missing or of the wrong kind, or ``target`` refuses its value.
     """
-    values = check(target, options, where=where, given=frozenset(given))
+    values = check(target, options, where=where, given=frozenset(given), listed=listed)
     try:
         return target(**values, **given)
     except ValueError as error:  # a part refuses values that have the right type

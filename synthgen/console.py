@@ -23,9 +23,10 @@ def tell(summary: Summary) -> str:
     """One line about what a stage did."""
     done = summary.units - summary.done_before
     if not done:
-        return f"{summary.stage}: nothing to do, all {summary.units} units were done"
+        many = f"all {summary.units} units were" if summary.units != 1 else "the one unit was"
+        return f"{summary.stage}: nothing to do, {many} done"
     rate = summary.samples / summary.seconds if summary.seconds else 0.0
-    parts = [f"{summary.samples} samples in {duration(summary.seconds)} ({rate:.1f}/s)"]
+    parts = [f"{summary.samples} sample{'s' * (summary.samples != 1)} in {duration(summary.seconds)} ({rate:.1f}/s)"]
     if summary.done_before:
         parts.append(f"{summary.done_before} of {summary.units} units were done before")
     parts += [f"{count} {remark}" for remark, count in summary.notes.items() if count]

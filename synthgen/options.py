@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from synthgen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from synthgen.config import Choice
+    from synthgen.run import Run
 
 __all__ = [
     "LATEST",
@@ -20,6 +24,7 @@ __all__ = [
     "RunOption",
     "SetOption",
     "WorkersOption",
+    "chosen_of",
     "engine_of",
     "method_of",
     "pairs_of",
@@ -40,7 +45,7 @@ WorkersOption = Annotated[
     int, typer.Option(help="Processes, or actors of Ray; 0: one for every GPU, or core where there is none.")
 ]
 AddressOption = Annotated[
-    str | None, typer.Option(help="Ray cluster to join, such as ray://head:10001.  [default: RAY_ADDRESS, or one here]")
+    str | None, typer.Option(help="Ray cluster to join, such as head:6379.  [default: RAY_ADDRESS, or one here]")
 ]
 BackboneOption = Annotated[
     str | None, typer.Option(help="tiny (ships with synthgen), diffusers.  [default: tiny; diffusers with --model]")
@@ -62,18 +67,20 @@ CaptionOption = Annotated[
 LATEST = Path("runs/latest")
 
 
-def method_of(name: str, guided: bool) -> dict[str, Any]:
-    """A method by its name; guided, with what that means for it."""
+def method_of(name: str | None, guided: bool, label: str | None) -> dict[str, Any]:
+    """A method and the folder of its training; guided, with what that means for it, in a folder of its own."""
     if not guided:
-        return {"name": name}
+        return {"method": name, "label": label}
     from synthgen.methods import METHODS
 
-    return {"name": name, **METHODS.load(name).guided}
+    name = name or "mae"
+    return {"method": {"name": name, **METHODS.load(name).guided}, "label": label or f"{name}-guided"}
 
 
-def part_of(part: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A part by its name, with the options that were given."""
-    return {"name": part, **{key: value for key, value in options.items() if value is not None}}
+def part_of(part: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
+    """A part by its name, with the options that were given; options alone are those of the part that is there."""
+    given = {"name": part, **options}
+    return {key: value for key, value in given.items() if value is not None} or None
 
 
 def pairs_of(settings: list[str] | None) -> dict[str, Any]:
@@ -113,3 +120,16 @@ def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
         else:
             settings[part] = value
     return settings
+
+
+def chosen_of(
+    run: Run, stage: str, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
+) -> tuple[Choice, dict[str, Any]]:
+    """The engine of a stage, and its settings: see :func:`synthgen.api.settings_to_go_on`."""
+    from synthgen.api import settings_to_go_on
+    from synthgen.config import Choice
+    from synthgen.engines import default_engine
+
+    settings = with_set({**given, "engine": {"name": default_engine(), **(engine or {})}}, extra)
+    chosen = Choice.of(settings.pop("engine"))
+    return chosen, settings_to_go_on(run, stage, settings)

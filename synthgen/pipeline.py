@@ -57,9 +57,9 @@ class Pipeline:
             ConfigError: the engine cannot run one of the stages; nothing has run.
         """
         engines = [check_engine(stage, engine or self.engine) for stage in self.stages]
-        run = Run.create(self.run, seed=self.seed)
-        for stage, made in zip(self.stages, engines, strict=True):
-            yield run_stage(stage, run, made, progress)
+        with Run.created(self.run, seed=self.seed) as run:
+            for stage, made in zip(self.stages, engines, strict=True):
+                yield run_stage(stage, run, made, progress)
 
 
 def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipeline:

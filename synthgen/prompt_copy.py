@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from synthgen.stores.tar import write_chunks, write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import MOST_BYTES, read_file, read_json
 
-__all__ = ["Content", "PromptCopy", "content_of", "iter_lines", "keep_copy", "open_copy"]
+__all__ = ["Content", "PromptCopy", "check_copy", "content_of", "iter_lines", "keep_copy", "open_copy"]
 
 _EVERY = 256  # lines of a block: what is read for one prompt
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
@@ -67,6 +68,23 @@ def keep_copy(folder: Path, prompts: Iterable[Prompt], content: Content) -> None
     write_json(mark, asdict(content))
 
 
+def check_copy(folder: Path, sha256: str) -> None:
+    """See that the copy in a run's folder is there, whole, and has this sha256.
+
+    Raises:
+        MissingArtifact, StaleArtifact: as for :func:`open_copy`.
+        CorruptShard: it is cut off, or a byte of it is wrong.
+    """
+    path, mark = _paths(folder)
+    content = _marked(mark)
+    if content is None:
+        raise MissingArtifact(f"{path} is not finished; {_anew(folder)}")
+    if content.sha256 != sha256:
+        raise StaleArtifact(f"{path} has been given other prompts; choose another --run folder")
+    if not _is_whole(path, content):
+        raise CorruptShard(f"{path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
+
+
 @lru_cache(maxsize=4)
 def open_copy(folder: Path, sha256: str) -> PromptCopy:
     """The copy in a run's folder that has this sha256; opened once in each process.
@@ -78,7 +96,7 @@ def open_copy(folder: Path, sha256: str) -> PromptCopy:
     path, mark = _paths(folder)
     content = _marked(mark)
     if content is None:
-        raise MissingArtifact(f"{path} is not finished; run the command that made {folder} again")
+        raise MissingArtifact(f"{path} is not finished; {_anew(folder)}")
     if content.sha256 != sha256:
         raise StaleArtifact(f"{path} has been given other prompts; choose another --run folder")
     return PromptCopy(path, content)
@@ -125,7 +143,7 @@ class PromptCopy:
             raise self._corrupt(str(error)) from None
 
     def _corrupt(self, why: str) -> CorruptShard:
-        return CorruptShard(f"{self.path}: {why}; run the same command again, which writes it anew")
+        return CorruptShard(f"{self.path}: {why}; {_anew(self.path.parent)}")
 
 
 def iter_lines(path: Path) -> Iterator[bytes]:
@@ -175,6 +193,10 @@ def _lines_of(prompts: Iterable[Prompt], content: Content) -> Iterator[bytes]:
 
 def _line(prompt: Prompt) -> bytes:
     return _ENCODER.encode(codecs.prompt_to_json(prompt)).encode() + b"\n"
+
+
+def _anew(folder: Path) -> str:
+    return f"to write it anew, run: synthgen generate --prompts FILE --run {shlex.quote(str(folder))}"
 
 
 def _paths(folder: Path) -> tuple[Path, Path]:

@@ -1,26 +1,31 @@
-"""Finding parts: the folder is the registry, and a part's name is its file's name."""
+"""Finding parts: the folder is the registry, and a part's name is its file's name.
+
+Other packages add parts by entry points: the group is that folder's package, such as ``synthgen.refiners``.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from synthgen.config import Choice, build, check
-from synthgen.errors import MissingDependency, UnknownName
+from synthgen.errors import ConfigError, MissingDependency, UnknownName, one_line
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Family(Generic[T]):
-    """All parts of one kind: the modules of ``package``, each with the one name of its ``__all__``.
+    """All parts of one kind: the modules of ``package``, each with the one name of its ``__all__``, and entry points.
 
     ``Family("synthgen.refiners").build(Choice("threshold"))`` imports that module alone.
     """
 
     package: str
+    setting: str = ""  # that names a part of it, such as "masks.refine"
 
     @property
     def kind(self) -> str:
@@ -29,8 +34,7 @@ class Family(Generic[T]):
 
     def names(self) -> list[str]:
         """The names of all parts, sorted; imports none of them."""
-        paths = importlib.import_module(self.package).__path__
-        return sorted(module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
+        return sorted(self._modules() | set(entry_points(group=self.package).names))
 
     def load(self, name: str) -> type[T]:
         """The class of one part.
@@ -38,20 +42,40 @@ class Family(Generic[T]):
         Raises:
             UnknownName: there is no such part.
             MissingDependency: its module needs a library that is not installed.
+            ConfigError: several packages have one of this name, or it is not where its package says.
         """
-        if name not in self.names():
+        own, others = name in self._modules(), [*entry_points(group=self.package, name=name)]
+        packages = ["synthgen"] * own + [point.dist.name if point.dist else point.value for point in others]
+        if not packages:
             raise UnknownName.among(self.kind, name, self.names())
+        if len(packages) > 1:
+            raise ConfigError(
+                f"the {self.kind} {name!r} is in several packages ({', '.join(packages)}); keep one of them"
+            )
+        part: type[T]
         try:
-            module = importlib.import_module(f"{self.package}.{name}")
+            if others:
+                part = others[0].load()
+            else:
+                module = importlib.import_module(f"{self.package}.{name}")
+                (public,) = module.__all__
+                part = getattr(module, public)
         except ModuleNotFoundError as error:
             if error.name and error.name.partition(".")[0] == "synthgen":
                 raise
             raise MissingDependency(
                 f"the {self.kind} {name!r} needs the library {error.name!r}; install it with: pip install {error.name}"
             ) from None
-        (public,) = module.__all__
-        part: type[T] = getattr(module, public)
+        except (ImportError, AttributeError) as error:
+            if own:
+                raise
+            raise ConfigError(f"the {self.kind} {name!r} of {packages[0]} does not load: {one_line(error)}") from None
         return part
+
+    def _modules(self) -> set[str]:
+        """The names of the parts in the package's own folder."""
+        paths = importlib.import_module(self.package).__path__
+        return {module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")}
 
     def complete(self, choice: Choice | str, *given: str) -> Choice:
         """``choice`` with every option it leaves open at its default; ``given`` are not options. Makes no part.
@@ -60,8 +84,8 @@ class Family(Generic[T]):
             UnknownName, ConfigError, MissingDependency: as for :meth:`build`.
         """
         choice = Choice.of(choice)
-        where = f"{self.kind} {choice.name}"
-        return Choice(choice.name, check(self.load(choice.name), choice.options, where=where, given=frozenset(given)))
+        part, said = self.load(choice.name), self._said(choice.name)
+        return Choice(choice.name, check(part, choice.options, given=frozenset(given), **said))
 
     def build(self, choice: Choice | str, **given: Any) -> T:
         """Make the part that ``choice`` names, its options checked against its signature.
@@ -70,4 +94,8 @@ class Family(Generic[T]):
             ConfigError: an option is unknown, missing or of the wrong kind.
         """
         choice = Choice.of(choice)
-        return build(self.load(choice.name), choice.options, where=f"{self.kind} {choice.name}", **given)
+        return build(self.load(choice.name), choice.options, **self._said(choice.name), **given)
+
+    def _said(self, name: str) -> dict[str, str]:
+        """How an error names a part, and where its options are listed."""
+        return {"where": f"{self.kind} {name}", "listed": f"{self.setting}={name}" if self.setting else ""}

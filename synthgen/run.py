@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from synthgen.entries import FAILED, SETTINGS, as_yaml, changes, checked_entry, made_in, read_entry
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.redact import redact, redacted
@@ -21,7 +21,7 @@ from synthgen.stores import listing, located, read_many
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
 from synthgen.stores.whole import check_whole
 from synthgen.units import UnitWriter, checked_mark
-from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json, read_yaml
+from synthgen.untrusted import MOST_JSON, read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
@@ -30,7 +30,6 @@ __all__ = ["Run", "digest", "versions"]
 
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 _MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
-_SETTINGS = "settings.yaml"  # in an artifact's folder: what it is made with
 
 
 def digest(value: Any) -> str:
@@ -73,18 +72,34 @@ class Run:
         """
         run = cls(located(path), seed or 0)
         file = run.path / "run.yaml"
-        if not file.exists() and create_bytes(file, _yaml({"seed": run.seed})):
+        if not file.exists() and create_bytes(file, as_yaml({"seed": run.seed})):
             return run
         before = cls.open(path)
         if seed is None or seed == before.seed:
             return before
         if not before.manifest()["artifacts"]:  # nothing has been made with the old one
-            write_bytes(file, _yaml({"seed": seed}))
+            write_bytes(file, as_yaml({"seed": seed}))
             begun = list(before.manifest()["artifacts"].values())
             if not begun:
                 return run
-            write_bytes(file, _yaml({"seed": begun[0].get("seed", before.seed)}))  # by another command, just now
+            write_bytes(file, as_yaml({"seed": begun[0].get("seed", before.seed)}))  # by another command, just now
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
+
+    @classmethod
+    @contextmanager
+    def created(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
+        """:meth:`create`, taken back if the block fails and nothing came into a run that was not there before."""
+        folder = located(path)
+        there = folder.exists()
+        run = cls.create(path, seed=seed)
+        try:
+            yield run
+        except BaseException:
+            with suppress(OSError):  # somebody else has just begun in it, or taken it back
+                if not there and [entry.name for entry in folder.iterdir()] == ["run.yaml"]:
+                    (folder / "run.yaml").unlink()
+                    folder.rmdir()
+            raise
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -107,17 +122,17 @@ class Run:
         """The run's seed, and for each of its ``artifacts`` what :meth:`artifact` says, in the order of the stages."""
         run = self._run_yaml()
         artifacts = dict(run["artifacts"])
-        for path in (*self.path.glob(f"*/{_SETTINGS}"), *self.path.glob(f"*/*/{_SETTINGS}")):
-            if (entry := _load(path, "fingerprint", str)) is not None:
+        for path in (*self.path.glob(f"*/{SETTINGS}"), *self.path.glob(f"*/*/{SETTINGS}")):
+            if (entry := read_entry(path, "fingerprint", str)) is not None:
                 artifacts[path.parent.relative_to(self.path).as_posix()] = entry
         for name, entry in artifacts.items():
-            _checked_entry(entry, self.folder(str(name)) / _SETTINGS)
+            checked_entry(entry, self.folder(str(name)) / SETTINGS)
         places = {name: place for place, name in enumerate(_MADE_BY)}
         names = sorted(artifacts, key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
         return run | {"artifacts": {name: artifacts[name] for name in names}}
 
     def _run_yaml(self) -> dict[str, Any]:
-        value = _load(self.path / "run.yaml", "seed", int)
+        value = read_entry(self.path / "run.yaml", "seed", int)
         if value is None:
             raise ConfigError(f"{self.path}/run.yaml is gone; restore it or start a new run")
         if not isinstance(value.setdefault("artifacts", {}), dict):  # older runs note all artifacts here
@@ -125,9 +140,9 @@ class Run:
         return value
 
     def _entry(self, name: str) -> dict[str, Any] | None:
-        path = self.folder(name) / _SETTINGS
-        entry = _load(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
-        return None if entry is None else _checked_entry(entry, path)
+        path = self.folder(name) / SETTINGS
+        entry = read_entry(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
+        return None if entry is None else checked_entry(entry, path)
 
     def artifact(self, name: str) -> dict[str, Any]:
         """What an artifact is made with: stage, settings, inputs, fingerprint, versions.
@@ -138,8 +153,21 @@ class Run:
         entry = self.held[name] if name in self.held else self._entry(name)
         if entry is None:
             stage = _MADE_BY.get(name.partition("/")[0], name)
-            raise MissingArtifact(f"{self.path} has no {name} yet; first run: synthgen {stage} --run {self.path}")
+            first = f"synthgen {stage} {'--prompts FILE ' if stage == 'generate' else ''}--run {self.path}"
+            raise MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
         return entry
+
+    def begun(self, name: str) -> dict[str, Any] | None:
+        """What an artifact is made with, as :meth:`artifact` tells it, or None where no stage has begun with it."""
+        return self._entry(name)
+
+    def remedy(self, name: str) -> str:
+        """The command that makes what an artifact lacks, with the settings that it was begun with."""
+        stage, _, label = name.partition("/")
+        entry = self.held.get(name) or self._entry(name)
+        stage = str(entry["stage"]) if entry else _MADE_BY.get(stage, stage)
+        label = f"--label {shlex.quote(label)} " if label else ""
+        return f"synthgen {stage} {label}--run {shlex.quote(str(self.path))}"
 
     def check(self, stage: Stage) -> dict[str, Any]:
         """See that the inputs of ``stage`` are there and that what it made before had these settings.
@@ -156,9 +184,9 @@ class Run:
         fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
         for name in stage.artifacts():
             before = self._entry(name)
-            if before is not None and before["fingerprint"] != fingerprint and self._holds_anything(name):
+            if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
                 self._refuse(name, before, settings, inputs)
-        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.settings(), "inputs": inputs}
+        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.noted(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 
     @contextmanager
@@ -166,7 +194,8 @@ class Run:
         """Note what ``stage`` works with (see :meth:`note`), and yield the run as it is to be worked on.
 
         That run holds on to what was noted, whatever others do to the folders meanwhile. What was noted of folders that
-        nothing came into is taken back when the block fails, so that a mistake may be mended with other settings.
+        nothing came into is taken back when the block fails, so that a mistake may be mended with other settings; where
+        units failed it stays beside their notes, for :mod:`synthgen.status`, until other settings take its place.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
@@ -178,8 +207,8 @@ class Run:
             yield replace(self, held={name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())})
         except BaseException:
             for name in noted:
-                if not self._holds_anything(name, beside_settings=True):
-                    (self.folder(name) / _SETTINGS).unlink(missing_ok=True)
+                if not self.holds(name) and not self._failure_notes(name):
+                    (self.folder(name) / SETTINGS).unlink(missing_ok=True)
                     with suppress(OSError):  # the half written file of somebody else is in it
                         self.folder(name).rmdir()
             raise
@@ -188,7 +217,7 @@ class Run:
         """Put settings, inputs and versions of ``stage`` into the folders of its artifacts, after :meth:`check`.
 
         Returns:
-            The artifacts that had none. Of several commands that begin at once the first decides.
+            The artifacts that had none of these. Of several commands that begin at once the first decides.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
@@ -199,33 +228,42 @@ class Run:
             kept = self._entry(name)
             if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
                 continue
-            path, data = self.folder(name) / _SETTINGS, _yaml(entry | {"versions": versions()})
+            path, data = self.folder(name) / SETTINGS, as_yaml(entry | {"versions": versions()})
             if create_bytes(path, data):
                 new.append(name)
-            else:
-                self.check(stage)  # another command may have been first
-                write_bytes(path, data)  # the same fingerprint: what differs changes no result
+                continue
+            self.check(stage)  # another command may have been first
+            write_bytes(path, data)
+            if kept is not None and kept["fingerprint"] != entry["fingerprint"]:  # all that these made were failures
+                for failure in self._failure_notes(name):
+                    failure.unlink(missing_ok=True)
+                new.append(name)
         return new
 
-    def _holds_anything(self, name: str, *, beside_settings: bool = False) -> bool:
-        folder = self.path / name
-        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        return any(not one.startswith(".") and not (beside_settings and one == _SETTINGS) for one in names)
+    def holds(self, name: str) -> bool:
+        """Whether anything was made of an artifact, or is being made: its settings, logs and failures are nothing."""
+        return any(True for _ in made_in(self.folder(name)))
+
+    def _is_free(self, name: str) -> bool:
+        """Whether other settings may take the place of those in a folder: nothing is there, or all of it failed."""
+        begun = (self.folder(name) / SETTINGS).is_file()  # maybe by a command that is just about to make something
+        return not self.holds(name) and (not begun or bool(self._failure_notes(name)))
+
+    def _failure_notes(self, name: str) -> list[Path]:
+        return sorted(self.folder(name).glob(f"*{FAILED}"))
 
     def _refuse(self, name: str, before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-            return [key for key in {**old, **new} if old.get(key) != new.get(key)]
-
-        old = before["settings"]
-        changes = [
-            f"{key} is {settings.get(key)!r} and was {old.get(key)!r}"
-            for key in differing({key: value for key, value in old.items() if key in settings}, settings)
+        old = {key: value for key, value in before["settings"].items() if key in settings}
+        told = [*changes(old, settings)]
+        told += [
+            f"its input {key!r} has changed"
+            for key in {**before["inputs"], **inputs}
+            if before["inputs"].get(key) != inputs.get(key)
         ]
-        changes += [f"its input {key!r} has changed" for key in differing(before["inputs"], inputs)]
         folder = self.path / name
         elsewhere = "another --label" if name.startswith("pretrain/") else "another --run folder"
         raise StaleArtifact(
-            f"{folder} was made differently: {'; '.join(changes) or 'by another stage'}; "
+            f"{folder} was made differently: {'; '.join(told) or 'by another stage'}; "
             f"use the same settings, choose {elsewhere}, or delete {folder} to make it anew"
         )
 
@@ -287,10 +325,7 @@ class Run:
         marks = self.folder(artifact).glob("[0-9]*.json")
         found = sorted(int(path.stem) for path in marks if path.stem.isdigit())
         if not found:
-            stage = _MADE_BY.get(artifact, artifact)
-            raise MissingArtifact(
-                f"{self.path} has no finished {artifact} yet; run: synthgen {stage} --run {self.path}"
-            )
+            raise MissingArtifact(f"{self.path} has no finished {artifact} yet; run: {self.remedy(artifact)}")
         return found
 
     def write(self, artifact: str, unit: int) -> UnitWriter:
@@ -310,12 +345,14 @@ class Run:
         """See that a unit has the sha256 that its done mark tells. One that is cut off says more when it is read.
 
         Raises:
+            MissingArtifact: it is not there.
             CorruptShard: it has another.
         """
-        mark = self.mark(artifact, unit)
+        mark, path = self.mark(artifact, unit), self.tar(artifact, unit)
         if mark is not None and self.has(artifact, unit, mark["fingerprint"]):
-            stage = self.artifact(artifact)["stage"]
-            check_whole(self.tar(artifact, unit), mark["sha256"], f"synthgen {stage} --run {self.path}")
+            check_whole(path, mark["sha256"], self.remedy(artifact))
+        elif not path.is_file():
+            raise MissingArtifact(f"there is no file {path}; run: {self.remedy(artifact)}")
 
     def keys(self, artifact: str, unit: int) -> list[str]:
         """The keys of a unit in order."""
@@ -324,18 +361,18 @@ class Run:
     def fail(self, stage: Stage, report: Report) -> None:
         """Note why a unit failed, beside where its tar would be; a later success takes the note away."""
         for name in stage.artifacts():
-            path = self.tar(name, report.unit).with_suffix(".failed.json")
+            path = self.tar(name, report.unit).with_suffix(FAILED)
             write_json(path, {"unit": report.unit, "error": redact(report.error), "trace": redact(report.trace)})
 
     def forgive(self, stage: Stage, unit: int) -> None:
         """Take away the note of a failure: the unit is done."""
         for name in stage.artifacts():
-            self.tar(name, unit).with_suffix(".failed.json").unlink(missing_ok=True)
+            self.tar(name, unit).with_suffix(FAILED).unlink(missing_ok=True)
 
     def failures(self, artifact: str) -> dict[int, str]:
         """The units of an artifact that failed when they were last tried, each with its reason."""
         found = {}
-        for path in sorted(self.folder(artifact).glob("*.failed.json")):
+        for path in self._failure_notes(artifact):
             unit = path.name.partition(".")[0]
             if not (unit.isascii() and unit.isdecimal()):  # not one of ours
                 continue
@@ -344,41 +381,3 @@ class Run:
             except (OSError, ValueError, LookupError, TypeError):
                 found[int(unit)] = f"{path} cannot be read"
         return found
-
-
-def _yaml(value: Mapping[str, Any]) -> bytes:
-    plain = json.loads(json.dumps(value))  # no object twice, so that YAML needs no anchors
-    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)).encode()
-
-
-def _checked_entry(entry: Any, path: Path) -> dict[str, Any]:
-    """What is noted of an artifact, if it is what :meth:`Run.note` writes.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    kinds = {"stage": str, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict}
-    given: dict[str, Any] = {"versions": {}} | entry if isinstance(entry, dict) else {}
-    wrong = [name for name, kind in kinds.items() if not isinstance(given.get(name), kind)]
-    if wrong:
-        raise ConfigError(f"{path} is no run's: it has no {wrong[0]} of the right kind; restore it or start a new run")
-    checked: dict[str, Any] = entry
-    return checked
-
-
-def _load(path: Path, key: str, kind: type) -> dict[str, Any] | None:
-    """The mapping of a YAML file, or None where there is no such file.
-
-    Raises:
-        ConfigError: it is not YAML, or does not hold a ``kind`` under ``key``.
-    """
-    try:
-        value = read_yaml(read_file(path).decode(), most=MOST_BYTES)  # names of a million files may stand in it
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML ({reason}); restore it or start a new run") from None
-    if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-        raise ConfigError(f"{path} is no run's: it has no {key} of the right kind; restore it or start a new run")
-    return value

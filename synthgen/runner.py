@@ -111,8 +111,9 @@ def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
         failed.remove(report)
     if failed:
         first = failed[0]
+        many = f"{len(failed)} of {len(plan)} units" if len(plan) > 1 else "its one unit"
         raise UnitsFailed(
-            f"{stage.name}: {len(failed)} of {len(plan)} units failed; unit {first.unit:06d}: {first.error}; "
+            f"{stage.name}: {many} failed; unit {first.unit:06d}: {first.error}; "
             f"run the same command again to retry only those, or see: synthgen status {run.path}"
         )
     stage.finish(run)

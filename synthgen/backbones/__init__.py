@@ -47,4 +47,4 @@ class Backbone(Protocol):
         ...
 
 
-BACKBONES: Family[Backbone] = Family(__name__)
+BACKBONES: Family[Backbone] = Family(__name__, "generate.backbone")

@@ -30,20 +30,20 @@ class Diffusers:
     def __init__(
         self,
         *,
-        model: str = "sd15",
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        model: str = "sd15",  # short name, folder or hub id
+        num_steps: int | None = None,  # of denoising; None: what is usual for the family
+        guidance_scale: float | None = None,  # 1 is none; None: what is usual for the family
+        negative_prompt: str = "",  # what the images should not show
         height: int | None = None,  # pixels; None: what the model was trained at
-        width: int | None = None,
-        dtype: DType = "float32",
-        variant: str = "",
-        scheduler: str = "",
-        lora: str = "",
-        textual_inversion: str = "",
+        width: int | None = None,  # as height
+        dtype: DType = "float32",  # of the weights and of what is computed
+        variant: str = "",  # of the weights' files, such as "fp16"
+        scheduler: str = "",  # a class of diffusers instead of the model's own, such as DPMSolverMultistepScheduler
+        lora: str = "",  # folder, file or hub id of LoRA weights
+        textual_inversion: str = "",  # file or hub id of learned embeddings
         without: tuple[str, ...] = (),  # parts that are not loaded, such as text_encoder_3 and tokenizer_3
         safety_checker: bool = False,  # ask the model's own about each image; its verdict is a warning of the sample
-        offload: bool = False,
+        offload: bool = False,  # keep on the GPU only the part that computes: slower, for large models on small GPUs
         layers: tuple[str, ...] = (),  # beginnings of the names of the attention layers that are recorded
         skip_steps: float | None = None,  # the share of the steps, the noisiest ones, that are not recorded
         device: str = "cpu",

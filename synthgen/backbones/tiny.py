@@ -22,9 +22,9 @@ class Tiny(StableDiffusion):
     def __init__(
         self,
         *,
-        num_steps: int = tiny.DEFAULT_STEPS,
-        guidance_scale: float = tiny.DEFAULT_GUIDANCE,
-        negative_prompt: str = "",
+        num_steps: int = tiny.DEFAULT_STEPS,  # of denoising
+        guidance_scale: float = tiny.DEFAULT_GUIDANCE,  # 1 is none
+        negative_prompt: str = "",  # what the images should not show
         device: str = "cpu",
     ) -> None:
         if num_steps < 1:

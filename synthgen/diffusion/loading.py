@@ -37,6 +37,7 @@ SHORT_NAMES: dict[str, str] = {  # for a model's hub id
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
 }
 
+_INDEX = "model_index.json"
 _LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last: where diffusers keeps the safety checker
 _PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
@@ -78,6 +79,7 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
 
     Raises:
         MissingWeights: they are not on this machine and cannot be fetched.
+        UnknownName: the model is neither a folder nor a hub id, and no short name is that.
         ConfigError: the model is of another family, or has no such scheduler.
         MissingDependency: LoRA weights need a library that is not installed.
     """
@@ -128,19 +130,17 @@ def pipeline_class(model: str) -> str:
     """The name of the class that a folder's or a hub id's ``model_index.json`` asks for.
 
     Raises:
-        MissingWeights: there is no such file, here or on the hub.
+        MissingWeights, UnknownName: there is no such file, here or on the hub.
     """
     return str(_index(model).get("_class_name", "model without a class"))
 
 
 def _index(model: str) -> dict[str, Any]:
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
     try:
-        if Path(model).is_dir():
-            index = read_json(read_file(Path(model) / DiffusionPipeline.config_name))
-        else:
-            index = DiffusionPipeline.load_config(model)
+        path = Path(model) / _INDEX if Path(model).is_dir() else Path(hf_hub_download(model, _INDEX))
+        index = read_json(read_file(path))
     except (OSError, ValueError) as error:
         raise _missing(model, error) from None
     if not isinstance(index, dict):
@@ -184,8 +184,11 @@ def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
     return [name for name, value in parts.items() if any(value) or not saved]
 
 
-def _missing(model: str, error: Exception) -> MissingWeights:
-    kind = "folder" if Path(model).exists() else "folder or model id"
+def _missing(model: str, error: Exception) -> MissingWeights | UnknownName:
+    there = Path(model).exists()
+    if "/" not in model and not there:  # neither a hub id nor a folder
+        return UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
+    kind = "folder" if there else "folder or model id"
     return MissingWeights(
         f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {one_line(error)}; download it first, "
         f"for example with: hf download {model}, and check that it has safetensors weights"

@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: Family[Engine] = Family(__name__)
+ENGINES: Family[Engine] = Family(__name__, "engine")
 
 
 def default_engine() -> str:

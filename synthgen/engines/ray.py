@@ -42,10 +42,10 @@ class Ray:
     collective: ClassVar = False
 
     workers: int = 0  # at most; 0: as many as the cluster has room for
-    address: str = ""
+    address: str = ""  # of the cluster, such as head:6379; RAY_ADDRESS, or one here, where it is empty
     cpus: float = 1.0  # of each worker
     gpus: float = -1.0  # of each worker of a stage that can use them; -1: 1 where the cluster has any
-    retries: int = 3
+    retries: int = 3  # of a unit whose worker was lost
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -138,7 +138,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: Family[Evaluator] = Family(__name__)
+EVALUATORS: Family[Evaluator] = Family(__name__, "evaluate.evaluators")
 
 
 def named(choices: Sequence[Choice]) -> dict[str, Choice]:

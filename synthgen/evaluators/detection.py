@@ -59,13 +59,13 @@ class Detection:
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
     width: int = 64  # of the head
-    min_score: float = 0.05
+    min_score: float = 0.05  # boxes that score less are dropped
     nms: float = 0.6  # IoU
-    seeds: int = 3
-    steps: int = 300
-    batch_size: int = 16
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.01
+    seeds: int = 3  # trainings, of which the score is the mean
+    steps: int = 300  # of a training
+    batch_size: int = 16  # images a step
+    learning_rate: float = 5e-3  # of the head
+    weight_decay: float = 0.01  # of the head
 
     def __post_init__(self) -> None:
         if min(self.width, self.seeds, self.steps, self.batch_size) < 1 or not self.learning_rate > 0:

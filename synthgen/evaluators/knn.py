@@ -26,8 +26,8 @@ class KNN:
     needs: ClassVar[Need] = "features"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
-    k: int = 20
-    temperature: float = 0.07
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # of the votes: lower counts the nearest more
 
     def __post_init__(self) -> None:
         if self.k < 1 or not self.temperature > 0:

@@ -29,8 +29,8 @@ class LinearProbe:
     needs: ClassVar[Need] = "features"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
 
-    l2: float = 0.0
-    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    l2: float = 0.0  # strength of the penalty; 0: the best of strengths
+    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # that are tried
     max_steps: int = 200  # of LBFGS
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Retrieval:
     needs: ClassVar[Need] = "pairs"
     baselines: ClassVar[tuple[Baseline, ...]] = ()
 
-    ranks: tuple[int, ...] = (1, 5, 10)
+    ranks: tuple[int, ...] = (1, 5, 10)  # K of recall at K
 
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 1:

@@ -36,12 +36,12 @@ class Segmentation:
 
     decoder: bool = True  # train the decoder as well
     width: int = 64  # of the decoder
-    seeds: int = 3
-    steps: int = 400
-    batch_size: int = 16
+    seeds: int = 3  # trainings, of which the score is the mean
+    steps: int = 400  # of a training
+    batch_size: int = 16  # images a step
     learning_rate: float = 0.1  # of the linear head, whose problem is convex
-    decoder_learning_rate: float = 5e-3
-    weight_decay: float = 0.01
+    decoder_learning_rate: float = 5e-3  # of the decoder
+    weight_decay: float = 0.01  # of both
 
     def __post_init__(self) -> None:
         if min(self.width, self.seeds, self.steps, self.batch_size) < 1:

@@ -80,4 +80,4 @@ class Method(nn.Module, ABC):
         """Write what is worth keeping beside the encoder. Nothing by default."""
 
 
-METHODS: Family[Method] = Family(__name__)
+METHODS: Family[Method] = Family(__name__, "pretrain.method")

@@ -56,15 +56,15 @@ class Contrastive(Method):
         self,
         encoder: VisionTransformer,
         *,
-        instance_share: float = 0.0,
-        max_words: int = 3,
-        same_word_negatives: bool = False,
-        temperature: float = 0.2,
-        momentum: float = 0.99,
-        queue: int = 0,
-        projection_dim: int = 256,
-        hidden_dim: int = 0,
-        jitter: float = 0.4,
+        instance_share: float = 0.0,  # of the loss, what comes from objects under masks; 0: images alone
+        max_words: int = 3,  # objects of an image, at most
+        same_word_negatives: bool = False,  # whether the same word in another image is a negative
+        temperature: float = 0.2,  # T: lower looks more at the nearest negatives
+        momentum: float = 0.99,  # of the teacher, at the beginning
+        queue: int = 0,  # earlier keys that are negatives too
+        projection_dim: int = 256,  # length of the vectors that are compared
+        hidden_dim: int = 0,  # of the projectors; 0: four times the encoder's width, at most 4096
+        jitter: float = 0.4,  # strength of the changes of colour, in [0, 1)
     ) -> None:
         super().__init__()
         if not 0 <= instance_share <= 1:

@@ -44,12 +44,12 @@ class MAE(Method):
         self,
         encoder: VisionTransformer,
         *,
-        mask_ratio: float = 0.75,
-        foreground_share: float = 0.0,
-        foreground_share_start: float = 0.0,
-        norm_pixels: bool = True,
-        decoder_dim: int = 0,
-        decoder_depth: int = 0,
+        mask_ratio: float = 0.75,  # share of the patches that is hidden
+        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
+        foreground_share_start: float = 0.0,  # the same at the training's beginning
+        norm_pixels: bool = True,  # patches are rebuilt less their mean, over their deviation
+        decoder_dim: int = 0,  # 0: by the encoder's size
+        decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
         config = encoder.config

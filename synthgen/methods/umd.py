@@ -50,12 +50,12 @@ class UMD(Method):
         self,
         encoder: VisionTransformer,
         *,
-        clean_share: float = 0.5,
-        clean_mask_ratio: float = 0.75,
-        noisy_mask_ratio: float = 0.375,
-        foreground_share: float = 0.0,
-        foreground_share_start: float = 0.0,
-        decoder_depth: int = 0,
+        clean_share: float = 0.5,  # share of the images that is not noised
+        clean_mask_ratio: float = 0.75,  # share of a clean image's patches that is hidden
+        noisy_mask_ratio: float = 0.375,  # the same of a noised image
+        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
+        foreground_share_start: float = 0.0,  # the same at the training's beginning
+        decoder_depth: int = 0,  # 0: a third of the encoder's
     ) -> None:
         super().__init__()
         if not 0 <= clean_share < 1:

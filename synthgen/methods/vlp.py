@@ -64,18 +64,18 @@ class VLP(Method):
         self,
         encoder: VisionTransformer,
         *,
-        position_share: float = 0.0,
-        blocks: int = 3,
-        min_area: float = 0.001,
-        region_weight: float = 0.0,
-        max_regions: int = 3,
-        text_depth: int = 0,
-        reader_depth: int = 0,
-        embed_dim: int = 256,
-        max_words: int = 22,
-        max_tokens: int = 48,
-        temperature: float = 0.07,
-        tokenizer: str = "",
+        position_share: float = 0.0,  # share of the texts that say where an object is
+        blocks: int = 3,  # rows, and columns, of the grid that those texts count in
+        min_area: float = 0.001,  # of such an object's mask, as a share of the view
+        region_weight: float = 0.0,  # of the loss that matches objects under masks to their words; 0: none
+        max_regions: int = 3,  # objects of an image, at most
+        text_depth: int = 0,  # blocks of the text tower; 0: half the encoder's
+        reader_depth: int = 0,  # blocks of what looks at image and text; 0: half the encoder's
+        embed_dim: int = 256,  # length of the vectors that are compared
+        max_words: int = 22,  # words of a text that are read, at most
+        max_tokens: int = 48,  # of a text
+        temperature: float = 0.07,  # where the learned one begins
+        tokenizer: str = "",  # tokenizer.json, or a folder with one; that of the shipped model where it is empty
     ) -> None:
         super().__init__()
         for name, share in (("position_share", position_share), ("min_area", min_area)):

@@ -68,6 +68,10 @@ class Stage(ABC):
     def prepare(self, run: Run) -> None:
         """Called once before the units, when inputs and settings have been checked."""
 
+    def told(self) -> tuple[str, ...]:
+        """What the stage works from, for people: artifacts of its run, and what it was given beside them."""
+        return self.reads
+
     @abstractmethod
     def plan(self, run: Run) -> list[int]:
         """The numbers of the units there are, done or not. Cheap and deterministic."""
@@ -109,6 +113,15 @@ class Stage(ABC):
         plain: dict[str, Any] = redacted(dump(self))
         return plain
 
+    def noted(self, run: Run) -> dict[str, Any]:
+        """The settings as they are written down in ``run``."""
+        return self.settings()
+
+    @classmethod
+    def folder_of(cls, settings: Mapping[str, Any]) -> str:
+        """The artifact whose settings a command with these settings goes on with."""
+        return cls.writes[0]
+
     def fingerprinted(self) -> dict[str, Any]:
         """The settings that the result depends on."""
         kept = {item.name for item in dataclasses.fields(self) if not item.metadata.get("free")}
@@ -124,4 +137,4 @@ def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
     Raises:
         UnknownName, ConfigError: there is no such stage or setting; names the nearest.
     """
-    return build(STAGES.load(name), settings, where=f"stages.{name}")
+    return build(STAGES.load(name), settings, where=f"stages.{name}", listed=name)

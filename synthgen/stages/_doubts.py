@@ -21,10 +21,10 @@ def doubts(sources: Mapping[str, Source]) -> list[str]:
             found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
     known, asked = list(sources["train"].labels.values()), list(sources["test"].labels.values())
     if len(asked) < 100:
-        found.append(f"{len(asked)} test images are few: the intervals are wide")
+        found.append(f"few test images ({len(asked)}): the intervals are wide")
     if unseen := sorted(set(asked) - set(known)):
         count = sum(label in unseen for label in asked)
-        found.append(f"{count} test images are of classes that training lacks: {_list(unseen)}; they count wrong")
+        found.append(f"classes that training lacks: {_list(unseen)}; their test images ({count}) count wrong")
     if len(set(known)) == 1:
         found.append("there is one class only: every score is as good as that says")
     return found
@@ -40,12 +40,12 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
                 f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
             )
     if len(found["test"].keys) < 100:
-        told.append(f"{len(found['test'].keys)} test images with masks are few: the intervals are wide")
+        told.append(f"few test images with masks ({len(found['test'].keys)}): the intervals are wide")
     if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
         boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
         told.append(
-            f"{boxes} masks of test images are of {len(unseen)} classes that training lacks: {_list(unseen)}; "
-            "they count as not found"
+            f"classes that training lacks ({len(unseen)}): {_list(unseen)}; "
+            f"their masks in test images ({boxes}) count as not found"
         )
     return told
 

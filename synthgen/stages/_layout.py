@@ -73,8 +73,10 @@ def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> array[int]:
     failed = failed if isinstance(failed, dict) else {}
     first, count = int(sample_key(unit, 0)), mark["count"] + len(failed)
     if count > _MOST:
-        path, again = run.tar("images", unit), f"synthgen {run.artifact('images')['stage']} --run {run.path}"
-        raise CorruptShard(f"the done mark of {path} tells of {count} samples; delete both and run: {again}")
+        path = run.tar("images", unit)
+        raise CorruptShard(
+            f"the done mark of {path} tells of {count} samples; delete both and run: {run.remedy('images')}"
+        )
     return array("Q", (sample for sample in range(first, first + count) if f"{sample:010}" not in failed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from synthgen.errors import CorruptShard
@@ -21,7 +22,7 @@ def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> No
     Raises:
         MissingArtifact, CorruptShard: one is not there, or is not as it was written.
     """
-    folder, again = run.folder("shards") / split, f"synthgen shards --run {run.path}"
+    folder, again = run.folder("shards") / split, run.remedy("shards")
     if isinstance(folder, RemotePath):
         return
     for path in sorted(folder.glob("*_stats.json"))[rank::world_size]:
@@ -42,4 +43,7 @@ def check_encoder(folder: Path) -> None:
         sha256 = str(read_json(read_file(folder / "done.json"), finite=False)["sha256"])
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # an encoder from elsewhere
         return
-    check_whole(folder / "encoder.safetensors", sha256, "synthgen pretrain, with the same settings")
+    again = "synthgen pretrain, with the same settings"
+    if folder.parent.name == "pretrain":
+        again = f"synthgen pretrain --label {shlex.quote(folder.name)} --run {shlex.quote(str(folder.parent.parent))}"
+    check_whole(folder / "encoder.safetensors", sha256, again)

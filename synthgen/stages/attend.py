@@ -80,6 +80,10 @@ class Attend(Stage):
         if any(mark in plain for mark in "{}") or (plain != self.caption and any(mark in plain for mark in "[]")):
             raise ValueError(f"caption must be as 'a photo of a {{label}}' or 'a [dog] outside', not {self.caption!r}")
 
+    def told(self) -> tuple[str, ...]:
+        """The images."""
+        return (self.images,)
+
     def complete(self) -> Attend:
         """With every option of the backbone."""
         return replace(self, backbone=BACKBONES.complete(self.backbone, "device"))

@@ -77,6 +77,13 @@ class Evaluate(Stage):
         if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain file name, not {self.label!r}")
 
+    def told(self) -> tuple[str, ...]:
+        """Encoder, images and masks, as far as the settings tell."""
+        masks = (self.predicted or "masks", self.truth) if self.truth else ()
+        if self.evaluators and all(Choice.of(one).name == "mask_iou" for one in self.evaluators):
+            return masks
+        return tuple(dict.fromkeys((self.encoder or "pretrain", self.train or "shards", self.test or "shards", *masks)))
+
     def complete(self) -> Self:
         """The same with every option of the evaluators spelled out."""
         from synthgen.evaluators import EVALUATORS

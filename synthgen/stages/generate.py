@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
 from synthgen.errors import MissingArtifact, StaleArtifact
-from synthgen.prompt_copy import Content, PromptCopy, content_of, keep_copy, open_copy
+from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, keep_copy, open_copy
 from synthgen.prompts import iter_prompts, request_for
 from synthgen.records import Generation, Request
 from synthgen.run import Run
@@ -35,7 +35,7 @@ class Generate(Stage):
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
 
-    prompts: str = field(metadata={"free": True})  # a file; its content counts, not its name
+    prompts: str = field(metadata={"free": True})  # a file; its content counts, not its name; "": the run's own copy
     template: str = free("")  # a file of templates, or none
     images_per_prompt: int = 1
     limit: int = 0  # at most so many images; 0: all
@@ -56,17 +56,40 @@ class Generate(Stage):
                     f"{name} must be at least {least}{f' and at most {most}' if most else ''}, not {value}"
                 )
 
+        if self.template and not self.prompts:
+            raise ValueError("a template is put over a prompt file; give prompts as well")
+
+    def told(self) -> tuple[str, ...]:
+        """The files of prompts and templates."""
+        return tuple(self._files()) or ("prompts",)
+
     def complete(self) -> Generate:
         """With every option of the backbone."""
         return replace(self, backbone=BACKBONES.complete(self.backbone, "device"))
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The content of the prompt file after templates."""
-        return {"prompts": self._content().sha256}
+        """The content of the prompt file after templates, or of the run's own copy.
+
+        Raises:
+            MissingArtifact: the run has none yet.
+        """
+        return {"prompts": self._content().sha256 if self.prompts else _begun(run)["inputs"]["prompts"]}
+
+    def noted(self, run: Run) -> dict[str, Any]:
+        """The settings; a run that goes on with its own prompts keeps the names of the files that those came from."""
+        before = {} if self.prompts else _begun(run)["settings"]
+        return self.settings() | {name: before[name] for name in ("prompts", "template") if name in before}
 
     def prepare(self, run: Run) -> None:
-        """Put the run's own copy of its prompts down, which is what workers read."""
-        keep_copy(run.path, iter_prompts(*self._files()), self._content())
+        """Put the run's own copy of its prompts down, which is what workers read; or see that it is whole.
+
+        Raises:
+            MissingArtifact, CorruptShard: it is not; names the command that writes it anew.
+        """
+        if self.prompts:
+            keep_copy(run.path, iter_prompts(*self._files()), self._content())
+        else:
+            check_copy(run.path, run.artifact("images")["inputs"]["prompts"])
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
@@ -118,7 +141,8 @@ class Generate(Stage):
 
     def _total(self, run: Run) -> int:
         """Images in all; of a run that is worked on, by its own copy of the prompts."""
-        return self._images(len(_copy_of(run)) if "images" in run.held else self._content().count)
+        own = "images" in run.held or not self.prompts
+        return self._images(len(_copy_of(run)) if own else self._content().count)
 
     def _images(self, prompts: int) -> int:
         total = prompts * self.images_per_prompt
@@ -126,6 +150,20 @@ class Generate(Stage):
 
     def _units(self, images: int) -> int:
         return -(-images // self.unit_size)
+
+
+def _begun(run: Run) -> dict[str, Any]:
+    """What is noted of the images that the run was begun with.
+
+    Raises:
+        MissingArtifact: nothing is, or they are not made from prompts.
+    """
+    entry = run.begun("images")
+    if entry is None or "prompts" not in entry["inputs"]:
+        raise MissingArtifact(
+            f"{run.path} has no prompts yet; give some with: synthgen generate --prompts FILE --run {run.path}"
+        )
+    return entry
 
 
 def _copy_of(run: Run) -> PromptCopy:

@@ -66,7 +66,7 @@ class Masks(Stage):
         """The units that have both images and maps."""
         units = sorted(set(run.units("images")) & set(run.units("maps")))
         if not units:
-            raise MissingArtifact(f"{run.path} has no finished unit; run: synthgen generate --run {run.path}")
+            raise MissingArtifact(f"{run.path} has no finished unit; run: {run.remedy('images')}")
         return units
 
     def size(self, run: Run, unit: int) -> int:
@@ -179,7 +179,7 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
         if key != other:
             raise CorruptShard(
                 f"{run.tar('images', unit)} and {run.tar('maps', unit)} hold different samples ({key} and {other}); "
-                "delete both and run synthgen generate again"
+                f"delete both and run: {run.remedy('images')}"
             )
         try:
             yield codecs.decode_generation(key, image, maps)

@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from synthgen.config import Choice
+from synthgen.config import Choice, build
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.records import Report
 from synthgen.run import Run, versions
@@ -116,6 +116,16 @@ class Pretrain(Stage):
     def artifacts(self) -> tuple[str, ...]:
         """One folder a training."""
         return (f"pretrain/{self.folder_name}",)
+
+    @classmethod
+    def folder_of(cls, settings: Mapping[str, Any]) -> str:
+        """That of the label, or of the method."""
+        (name,) = build(cls, settings, where=f"stages.{cls.name}").artifacts()
+        return name
+
+    def told(self) -> tuple[str, ...]:
+        """The run's shards, or ``data``."""
+        return self.data or self.reads
 
     def complete(self) -> Pretrain:
         """With every option of the method."""

@@ -84,7 +84,7 @@ class Shards(Stage):
             if missing:
                 raise MissingArtifact(
                     f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
-                    f"run: synthgen masks --run {run.path}, or leave masks out with --set masks=false"
+                    f"run: {run.remedy('masks')}, or leave masks out with --set masks=false"
                 )
             found["units of masks"] = content_of(run, "masks", units)
         return found
@@ -180,8 +180,10 @@ def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
     found = {unit: mark["sha256"] for unit, mark in run.iter_marks(artifact)}
     for unit in units:
         if unit not in found:
-            path, again = run.tar(artifact, unit), f"synthgen {run.artifact(artifact)['stage']} --run {run.path}"
-            raise CorruptShard(f"{path} is missing, cut off, or not the one that was made; delete it and run: {again}")
+            raise CorruptShard(
+                f"{run.tar(artifact, unit)} is missing, cut off, or not the one that was made; "
+                f"delete it and run: {run.remedy(artifact)}"
+            )
     return digest([[unit, found[unit]] for unit in units])
 
 
@@ -254,8 +256,10 @@ class Packer:
         if "masks" in columns:
             masks = codecs.decode_masks(key, columns["masks"].read(key))
             if masks.words != prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
-                path = self.run.tar("masks", unit_of(key))
-                raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
+                raise CorruptShard(
+                    f"the masks of sample {key} do not fit its image; "
+                    f"delete {self.run.tar('masks', unit_of(key))} and run: {self.run.remedy('masks')}"
+                )
             members["mask.png"] = encode_png(codecs.masks_to_labels(masks.values))
             meta["masks"] = described = describe_masks(masks, instances=self.stage.instances)
             row |= {f"mask_{name}": [mask[name] for mask in described] for name in MASK_COLUMNS}

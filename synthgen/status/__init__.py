@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from synthgen.errors import CorruptShard, SynthgenError
 from synthgen.run import Run
 from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
@@ -29,6 +31,7 @@ __all__ = [
     "status",
 ]
 
+_UNIT = re.compile(r"\b(images|maps|masks)/(\d{6})\.tar\b")
 _ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
 
 
@@ -108,7 +111,11 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence
                 what = "goes on from its last checkpoint"
             elif artifact.failures:
                 what = f"retries the {f'{left} units' if left > 1 else 'unit'} that failed"
-            return f"run synthgen {artifact.stage} again with the same settings ({where}): it {what}"
+            again = run.remedy(artifact.name)
+            if found := _damaged(run, artifact):
+                name, path = found
+                return f"{path} is damaged: delete it, make it again with {run.remedy(name)}, then run {again}"
+            return f"{again}, with the settings that it was begun with: it {what}"
     made = {artifact.stage for artifact in artifacts if artifact.done}
     done = {"generate" if stage == "attend" else stage for stage in made} | ({"evaluate"} if evaluations else set())
     last = max((_ORDER.index(stage) for stage in done if stage in _ORDER), default=-1)
@@ -116,3 +123,16 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence
         return f"all stages are done; look at them: synthgen view {shlex.quote(str(run.path))}"
     options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(_ORDER[last + 1], "")
     return f"synthgen {_ORDER[last + 1]} {options}{where}"
+
+
+def _damaged(run: Run, artifact: ArtifactStatus) -> tuple[str, Path] | None:
+    """What a unit failed on, if it is a damaged file that another stage made, and nobody has mended it since."""
+    for reason in artifact.failures.values():
+        for name, unit in _UNIT.findall(reason) if reason.startswith(CorruptShard.__name__) else ():
+            try:
+                run.verify(name, int(unit))
+            except CorruptShard:
+                return name, run.tar(name, int(unit))
+            except (SynthgenError, OSError):  # it is gone, which the advice for its own stage is about
+                continue
+    return None

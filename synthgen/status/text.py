@@ -97,9 +97,11 @@ def _score_block(evaluations: Sequence[Evaluation]) -> list[str]:
                 else ""
             )
             rows.append((evaluation.name, score.of, score.evaluator, name, f"{value:.4g}", bounds, ", ".join(rest)))
-    doubts = [
-        line for evaluation in evaluations for warning in evaluation.warnings for line in wrap(f"note: {warning}")
-    ]
+    told: dict[str, list[str]] = {}  # by warning, the evaluations that have it
+    for evaluation in evaluations:
+        for warning in evaluation.warnings:
+            told.setdefault(warning, []).append(evaluation.name)
+    doubts = [line for warning, names in told.items() for line in wrap(f"note on {', '.join(names)}: {warning}")]
     return (
         table(("evaluate", "of", "by", "score", "value", "95 %", "also"), rows, right=(4,)) + doubts if rows else doubts
     )

@@ -14,13 +14,13 @@ LINES = ["a photo of a [dog]", "a photo of a [dog] and a [cat]", "nothing"]
 
 @pytest.fixture(scope="module")
 def options(stable_diffusion):
-    """What each backbone needs to be built here, quick to run."""
+    """What a backbone is built with here, where its defaults are slow or need weights."""
     return {"tiny": {"num_steps": 2}, "diffusers": {"num_steps": 2, "model": str(stable_diffusion)}}
 
 
 @pytest.fixture(scope="module", params=BACKBONES.names())
 def backbone(request, options):
-    return BACKBONES.build(Choice(request.param, options[request.param]))
+    return BACKBONES.build(Choice(request.param, options.get(request.param, {})))
 
 
 def requests():
@@ -59,7 +59,10 @@ def test_another_seed_gives_another_image(backbone):
 def test_recording_changes_no_pixel(backbone):
     asked = requests()
     texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
-    plain, _ = getattr(backbone, "family", backbone).sample(texts, seeds, [], recorded=False)
+    sampler = getattr(backbone, "family", backbone)
+    if not hasattr(sampler, "sample"):
+        pytest.skip("it cannot make an image without recording")
+    plain, _ = sampler.sample(texts, seeds, [], recorded=False)
     for image, generation in zip(plain, backbone.generate(asked), strict=True):
         np.testing.assert_array_equal(image, generation.image)
 

@@ -179,7 +179,15 @@ def test_datasets_loads_the_folder(shards: Path, load_dataset: Any, streaming: b
     for split, name in (("train", "train"), ("validation", "val")):
         dataset = load_dataset(str(shards), split=split, streaming=streaming)
         assert dataset.features["cls"].names == ["disc", "square"]
-        check_rows(list(dataset), split_size(shards, name))
+        rows = list(dataset)
+        check_rows(rows, split_size(shards, name))
+        stored = [
+            json.loads(members["json"])
+            for path in sorted(shards.glob(f"{name}/*.tar"))
+            for _, members in read_tar(path)
+        ]
+        assert [row["json"] for row in rows] == stored  # a key that the card does not list would be dropped
+        assert all("licence" in row["json"]["licence"] for row in rows)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

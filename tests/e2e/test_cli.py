@@ -7,6 +7,10 @@ import sys
 import pytest
 
 from synthgen.cli import app
+from synthgen.console import tell
+from synthgen.refiners.attentioncut import AttentionCut
+from synthgen.runner import Summary
+from synthgen.status import status
 from tests.factories import make_run
 
 
@@ -61,6 +65,9 @@ def test_every_command_and_part_appears_in_the_docs():
     [
         (["generat"], "Did you mean 'generate'"),
         (["generate", "--promps", "x"], "--prompts"),
+        (["generate", "--run", "r"], "r has no prompts yet; give some with: synthgen generate --prompts FILE --run r"),
+        (["generate", "--template", "t.txt", "--run", "r"], "give prompts as well"),
+        (["attend", "--run", "r"], "give some with: synthgen attend --images PATH --run r"),
         (["generate", "--prompts", "absent.txt", "--run", "r"], "there is no prompt file absent.txt"),
         (["generate", "--prompts", "p.txt", "--backbone", "tyny", "--run", "r"], "did you mean 'tiny'"),
         (["generate", "--prompts", "p.txt", "--set", "unit_siz=4", "--run", "r"], "did you mean 'unit_size'"),
@@ -88,6 +95,7 @@ def test_what_cannot_be_done_is_told_in_one_line(tmp_path, arguments, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("seed: 0\nartifacts: {}\n")
     assert says in one_line(synthgen(*arguments, cwd=tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "empty"}  # no run was begun
 
 
 def test_masks_status_and_view_of_a_run(tmp_path):
@@ -97,13 +105,59 @@ def test_masks_status_and_view_of_a_run(tmp_path):
     assert told.stdout.startswith("masks: 12 samples in")
     told = synthgen("masks", "--attentioncut", "--run", tmp_path / "r")
     assert told.stdout == "masks: nothing to do, all 2 units were done\n"
-    assert "refine is" in one_line(synthgen("masks", "--run", tmp_path / "r"))
+    told = synthgen("masks", "--run", tmp_path / "r")  # with the settings that the masks were begun with
+    assert told.stdout == "masks: nothing to do, all 2 units were done\n"
+    refused = one_line(synthgen("masks", "--refine", "threshold", "--run", tmp_path / "r"))
+    assert "made differently: refine is 'threshold' and was 'attentioncut'; use the same settings" in refused
+    refused = one_line(synthgen("masks", "--set", "refine.smoothness=3.5", "--run", tmp_path / "r"))
+    assert f"made differently: refine.smoothness is 3.5 and was {AttentionCut().smoothness}; use" in refused
     told = synthgen("status", tmp_path / "r")
     assert told.returncode == 0
     assert "masks" in told.stdout
     told = synthgen("view", tmp_path / "r")
     assert told.stdout == f"page: {tmp_path / 'r' / 'view.html'}\n"
     assert (tmp_path / "r" / "view.html").stat().st_size > 10_000
+
+
+def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "run: runs/x\n"
+        "stages: {generate: {prompts: p.txt}, masks: {}, shards: {}, pretrain: {method: vlp}, evaluate: {}}"
+    )
+    assert synthgen("run", "p.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines() == [
+        "run: runs/x",
+        "generate: p.txt -> images, maps",
+        "masks: images, maps -> masks",
+        "shards: images, masks -> shards",
+        "pretrain: shards -> pretrain/vlp",
+        "evaluate: pretrain, shards -> evaluate",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
+    told = one_line(synthgen("run", "p.yaml", cwd=tmp_path))
+    assert "there is no prompt file p.txt" in told
+    assert not (tmp_path / "runs" / "x").exists()
+
+
+def test_a_wrong_byte_is_mended_as_the_messages_say(tmp_path):
+    run = make_run(tmp_path / "a run", masks=False)
+    path = run.tar("images", 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    again = f"synthgen generate --run '{run.path}'"
+    told = one_line(synthgen("masks", "--run", run.path, "--workers", "1"), code=3)
+    assert f"{path} is cut off, or a byte of it is wrong" in told
+    assert f"delete it and run: {again}" in told
+    advice = status(run).advice
+    assert advice == (
+        f"{path} is damaged: delete it, make it again with {again}, then run synthgen masks --run '{run.path}'"
+    )
+    path.unlink()
+    told = one_line(synthgen("masks", "--run", run.path, "--workers", "1"), code=3)
+    assert f"there is no file {path}; run: {again}" in told
+    assert status(run).advice.startswith(f"{again}, with the settings that it was begun with")
+    path.write_bytes(whole)
+    assert "it retries the unit that failed" in status(run).advice
+    assert synthgen("masks", "--run", run.path, "--workers", "1").returncode == 0
 
 
 def test_failed_units_end_with_code_three(tmp_path):
@@ -116,6 +170,11 @@ def test_failed_units_end_with_code_three(tmp_path):
     assert run.mark("masks", 0) is not None
 
 
+def test_one_unit_is_told_as_one():
+    assert tell(Summary("masks", units=1, done_before=1)) == "masks: nothing to do, the one unit was done"
+    assert tell(Summary("masks", units=1, samples=1, seconds=2.0)).startswith("masks: 1 sample in ")
+
+
 def test_the_bare_command_shows_its_help():
     told = synthgen()
     assert told.returncode == 0
@@ -123,8 +182,14 @@ def test_the_bare_command_shows_its_help():
     assert not told.stderr
 
 
+def test_schema_lists_settings_and_options():
+    assert "\nmin_area        number  0.005      share of the image\n" in synthgen("schema", "masks").stdout
+    assert "\nthreshold     Attention above a level.\n" in synthgen("schema", "masks.refine").stdout
+    assert "\nmethod  otsu, fixed  otsu     otsu: the level" in synthgen("schema", "masks.refine=threshold").stdout
+
+
 def test_schema_is_json():
-    told = synthgen("schema", "masks")
+    told = synthgen("schema", "masks", "--json")
     settings = {"refine", "min_area", "max_area", "min_contrast", "max_peak", "min_confidence"}
     assert set(json.loads(told.stdout)["properties"]) == settings
     assert json.loads(told.stdout)["properties"]["refine"]["default"] == {"name": "threshold"}

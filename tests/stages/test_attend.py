@@ -297,6 +297,10 @@ def test_kill_in_the_middle_then_the_same_command(settings, photos, tmp_path):
     api.attend(whole, engine=HERE, unit_size=1, **given)
     assert sums(Run.open(run), "images", "maps") == sums(whole, "images", "maps")
     assert len(sums(whole, "images")) == 4
+    whole.tar("maps", 2).unlink()
+    nothing_but = [sys.executable, "-m", "synthgen", "attend", "--workers", "1", "--run", str(whole.path)]
+    assert "3 of 4 units were done" in subprocess.run(nothing_but, capture_output=True, text=True, check=True).stdout
+    assert sums(Run.open(run), "images", "maps") == sums(whole, "images", "maps")
 
 
 # -- what is refused

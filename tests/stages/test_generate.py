@@ -1,5 +1,7 @@
 import hashlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 from synthgen import api
+from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, PromptError, StaleArtifact, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError, StaleArtifact, UnknownName
 from synthgen.prompts import read_prompts, request_for
 from synthgen.run import Run
 from synthgen.stages.generate import Generate
@@ -95,6 +98,74 @@ def test_changed_prompts_are_refused_by_name(finished, settings, tmp_path):
     moved = tmp_path / "moved.txt"
     moved.write_text(PROMPTS)  # another name for the same prompts is no change
     assert api.generate(finished, engine=Local(workers=1), **{**settings, "prompts": str(moved)}).samples == 0
+
+
+def command(*arguments):
+    """What a command says when it is well."""
+    told = subprocess.run([sys.executable, "-m", "synthgen", *map(str, arguments)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+@pytest.fixture
+def kept(finished, tmp_path):
+    """The finished run, after its prompt file is gone."""
+    shutil.copytree(finished.path, tmp_path / "kept")
+    for name in ("images", "maps"):
+        path = tmp_path / "kept" / name / "settings.yaml"
+        path.write_text(re.sub(r"prompts: /.*", "prompts: gone.txt", path.read_text()))
+    return Run.open(tmp_path / "kept")
+
+
+def test_nothing_but_the_run_goes_on_with_its_own_prompts_and_settings(finished, kept):
+    kept.tar("images", 1).unlink()
+    assert "2 of 3 units were done before" in command("generate", "--run", kept.path, "--workers", "1")
+    assert sums(kept, "images", "maps") == sums(finished, "images", "maps")
+    for name in ("images", "maps"):
+        assert kept.artifact(name)["settings"] == finished.artifact(name)["settings"] | {"prompts": "gone.txt"}
+    kept.tar("maps", 2).unlink()
+    command("generate", "--run", kept.path, "--batch-size", "3", "--set", "backbone.num_steps=2", "--workers", "1")
+    assert kept.artifact("maps")["settings"]["batch_size"] == 3  # of what is given the rest is laid over
+    assert kept.artifact("maps")["settings"]["images_per_prompt"] == 3
+
+
+def test_what_differs_is_refused_without_prompts_too(kept):
+    given = settings_to_go_on(kept, "generate", {"prompts": "", "template": "", "backbone": {"num_steps": 3}})
+    with pytest.raises(StaleArtifact, match=r"made differently: backbone.num_steps is 3 and was 2; use"):
+        api.generate(kept, engine=Local(workers=1), **given)
+
+
+@pytest.mark.parametrize("damage", ["cut", "byte", "gone", "no mark"])
+def test_a_copy_that_is_not_whole_is_not_gone_on_with(kept, tmp_path, damage):
+    path = kept.path / "prompts.jsonl"
+    data = path.read_bytes()
+    if damage in ("cut", "byte"):
+        path.write_bytes(data[:-4] if damage == "cut" else data[:9] + b"X" + data[10:])
+    else:
+        (path if damage == "gone" else path.with_suffix(".json")).unlink()
+    with pytest.raises((CorruptShard, MissingArtifact), match="synthgen generate --prompts FILE --run"):
+        api.generate(kept, engine=Local(workers=1), **settings_to_go_on(kept, "generate", {"prompts": ""}))
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    given = settings_to_go_on(kept, "generate", {"prompts": str(tmp_path / "p.txt")})
+    assert api.generate(kept, engine=Local(workers=1), **given).samples == 0
+    assert path.read_bytes() == data
+
+
+def test_a_run_in_a_store_goes_on_with_its_own_prompts(settings, tmp_path):
+    run = Run.create(f"memory://{tmp_path.name}/r")
+    api.generate(run, engine=Local(workers=1), **settings | {"limit": 2, "unit_size": 1})
+    before = sums(run, "images", "maps")
+    run.tar("images", 1).unlink()
+    given = settings_to_go_on(run, "generate", {"prompts": ""})
+    assert api.generate(run, engine=Local(workers=1), **given).samples == 1
+    assert sums(run, "images", "maps") == before
+
+
+def test_a_run_without_prompts_says_how_to_give_some(tmp_path):
+    with pytest.raises(MissingArtifact, match=r"has no prompts yet; give some with: synthgen generate --prompts FILE"):
+        api.generate(Run.create(tmp_path / "r"), prompts="")
+    with pytest.raises(ConfigError, match="give prompts as well"):
+        api.generate(Run.create(tmp_path / "r"), prompts="", template="t.txt")
 
 
 def test_a_changed_option_of_the_backbone_is_refused(finished, settings):

@@ -196,7 +196,9 @@ def test_shards_training_and_scores_are_included(tmp_path):
     assert state.advice.startswith("all stages are done")
     text = render(state)
     assert "0.400 to 0.600" in text
-    assert "note: few images" in text
+    assert "note on mae: few images" in text
+    (run.path / "evaluate" / "other.json").write_text(json.dumps(evaluation | {"warnings": ["few images", "no mask"]}))
+    assert scores(run)[-2:] == ["note on mae, other: few images", "note on other: no mask"]
     assert scores(run)[0].split()[:3] == ["evaluate", "of", "by"]
     assert scores(Run.create(tmp_path / "other")) == []
 

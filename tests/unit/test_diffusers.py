@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,21 @@ def test_a_model_of_a_family_that_is_not_known_says_which_are(tmp_path: Path) ->
 def test_weights_that_are_not_here_say_how_to_get_them(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingWeights, match="hf download"):
-        Diffusers(model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # huggingface_hub warns of options that it dropped
+        with pytest.raises(MissingWeights, match="hf download"):
+            Diffusers(model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("flux", "did you mean 'flux-dev'?"), ("sd2.1", "there are: flux-dev, flux-schnell, sd-turbo")]
+)
+def test_a_short_name_that_is_none_says_the_nearest(name: str, says: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        Diffusers(model=name)
+    assert f"unknown model {name!r}" in str(caught.value)
+    assert says in str(caught.value)
+    assert "hf download" not in str(caught.value)
 
 
 def test_a_folder_without_safetensors_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:

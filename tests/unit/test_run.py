@@ -2,15 +2,21 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import yaml
 
+from synthgen.api import settings_to_go_on
+from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.entries import changes, laid_over
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages import make_stage
+from synthgen.stages.pretrain import Pretrain
 from synthgen.stores.tar import create_bytes, is_abandoned, temporary_beside
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -142,6 +148,121 @@ def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(
         interrupted()
     assert [path.name for path in run.path.iterdir()] == ["run.yaml"]
     run_stage(Drawn(unit_size=7), run, Local(workers=1))
+
+
+@dataclass(frozen=True)
+class Failing(Drawn):
+    """Fails on units from ``first`` on."""
+
+    first: int = 0
+
+    @contextmanager
+    def open(self, run, worker):
+        with super().open(run, worker) as good:
+
+            def work(unit):
+                if unit >= self.first:
+                    raise ValueError("the pencil broke")
+                return good(unit)
+
+            yield work
+
+
+def test_where_all_units_failed_other_settings_may_be_given(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed, match="2 of 2 units failed"):
+        run_stage(Failing(), run, Local(workers=1))
+    assert not run.holds("images")
+    assert list(run.failures("images")) == [0, 1]
+    assert run.artifact("images")["settings"]["unit_size"] == 6  # for ``status``
+    with pytest.raises(UnitsFailed, match="its one unit failed; unit 000000"):
+        run_stage(Failing(units=1, unit_size=5), run, Local(workers=1))
+    assert list(run.failures("images")) == [0]  # those of the other settings are gone
+    with pytest.raises(UnitsFailed, match="1 of 2 units failed"):
+        run_stage(Failing(unit_size=4, first=1), run, Local(workers=1))
+    with pytest.raises(StaleArtifact, match="unit_size is 5 and was 4"):  # one unit is made
+        run_stage(Failing(unit_size=5, first=1), run, Local(workers=1))
+
+
+def test_settings_stay_while_somebody_writes_with_them(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed):
+        run_stage(Failing(), run, Local(workers=1))
+    writing = temporary_beside(run.tar("maps", 0))
+    writing.touch()
+    with pytest.raises(StaleArtifact, match="unit_size is 5 and was 6"):
+        run.check(Failing(unit_size=5))
+    writing.unlink()
+    (run.folder("images") / "metrics.jsonl").touch()  # a log
+    run.check(Failing(unit_size=5))
+
+
+def test_of_a_part_only_the_options_that_differ_are_told():
+    old = {"refine": {"name": "cut", "smoothness": 2.0, "floor": 0.1}, "min_area": 0.5, "gone": 1}
+    new = {"refine": {"name": "cut", "smoothness": 3.0, "floor": 0.1}, "min_area": 0.5, "come": [1]}
+    assert list(changes(old, new)) == [
+        "refine.smoothness is 3.0 and was 2.0",
+        "gone is not set and was 1",
+        "come is [1] and was not set",
+    ]
+    assert list(changes(old, old | {"refine": {"name": "plain"}})) == ["refine is 'plain' and was 'cut'"]
+
+
+def test_given_settings_are_laid_over_those_before():
+    before = {"refine": {"name": "cut", "smoothness": 2.0, "floor": 0.1}, "min_area": 0.5}
+    assert laid_over(before, {}) == before
+    assert laid_over(before, {"refine": "cut"}) == before
+    assert laid_over(before, {"refine": {"floor": 0.2}})["refine"] == {"name": "cut", "smoothness": 2.0, "floor": 0.2}
+    assert laid_over(before, {"refine": {"name": "plain", "level": 1}, "min_area": 0}) == {
+        "refine": {"name": "plain", "level": 1},
+        "min_area": 0,
+    }
+
+
+def test_a_run_that_a_failing_command_made_is_taken_back(tmp_path):
+    def failing(folder):
+        with Run.created(folder) as run:
+            assert run.path.is_dir()
+            raise MissingArtifact("no prompts")
+
+    (tmp_path / "mine").mkdir()
+    Run.create(tmp_path / "old")
+    for name in ("new", "mine", "old"):
+        with pytest.raises(MissingArtifact, match="no prompts"):
+            failing(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "old"}
+    assert Run.open(tmp_path / "old").seed == 0
+
+
+def trained(run, folder, **settings):
+    """A folder of a training that goes on."""
+    entry = {"stage": "pretrain", "settings": Pretrain(**settings).settings(), "inputs": {}, "fingerprint": "f"}
+    (run.folder(folder) / "checkpoints").mkdir(parents=True)
+    (run.folder(folder) / "checkpoints" / "step-1.safetensors").touch()
+    (run.folder(folder) / "settings.yaml").write_text(yaml.safe_dump(entry))
+    return entry["settings"]
+
+
+def test_a_training_goes_on_with_the_settings_of_its_folder(tmp_path):
+    run = Run.create(tmp_path / "r")
+    plain = trained(run, "pretrain/mae", epochs=3, data=("a.tar",))
+    named = trained(run, "pretrain/second", method=Choice("vlp", {"region_weight": 2.0}), label="second")
+    assert settings_to_go_on(run, "pretrain", {}) == plain
+    assert settings_to_go_on(run, "pretrain", {"label": "mae"}) == plain  # its name, and not another label
+    assert settings_to_go_on(run, "pretrain", {"method": "mae", "batch_size": 8}) == plain | {"batch_size": 8}
+    assert settings_to_go_on(run, "pretrain", {"label": "second"}) == named
+    assert settings_to_go_on(run, "pretrain", {"method": "umd", "epochs": 2}) == {"method": "umd", "epochs": 2}
+    other = settings_to_go_on(run, "pretrain", {"label": "mae", "method": "vlp"})  # to be refused, in that folder
+    assert make_stage("pretrain", other).artifacts() == ("pretrain/mae",)
+    assert run.remedy("pretrain/second") == f"synthgen pretrain --label second --run {run.path}"
+
+
+def test_settings_with_which_nothing_was_made_are_not_gone_on_with(tmp_path):
+    run = Run.create(tmp_path / "r")
+    trained(run, "pretrain/mae", epochs=3)
+    (run.folder("pretrain/mae") / "checkpoints" / "step-1.safetensors").unlink()
+    assert settings_to_go_on(run, "pretrain", {"batch_size": 8}) == {"batch_size": 8}
+    assert settings_to_go_on(run, "pretrain", {})["epochs"] == 3  # nothing but the run is given
 
 
 def test_a_claim_holds_on_to_what_it_began_with(tmp_path):

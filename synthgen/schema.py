@@ -1,0 +1,223 @@
+"""What settings there are, of stages and of the parts that they name: for people, and as JSON schema for editors."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from synthgen.config import Choice, dump, settings_model
+from synthgen.errors import UnknownName
+from synthgen.registry import Family
+from synthgen.stages import STAGES
+from synthgen.text import WIDTH, columns, table, wrap
+
+__all__ = ["listing", "remarks", "settings_schema"]
+
+#: By the setting that names a part: its family, and which arguments are no options because the stage gives them.
+_PARTS: dict[str, tuple[Family[Any], tuple[str, ...]]] = {
+    "attend.backbone": (Family("synthgen.backbones"), ("device",)),
+    "generate.backbone": (Family("synthgen.backbones"), ("device",)),
+    "masks.refine": (Family("synthgen.refiners"), ()),
+    "pretrain.method": (Family("synthgen.methods"), ("encoder",)),
+    "evaluate.evaluators": (Family("synthgen.evaluators"), ()),
+    "engine": (Family("synthgen.engines"), ()),
+}
+_NO_REMARK = re.compile(r"(type|noqa|fmt|pragma|mypy)\b")  # comments for tools
+
+
+def listing(path: str = "", *, as_json: bool = False) -> str:
+    """The settings at a path, as a text or as JSON schema.
+
+    Args:
+        path: a stage (``masks``); a setting of it that names a part (``masks.refine``; ``engine`` is one of all
+            stages), for the parts there are; that with a part (``masks.refine=attentioncut``), for its options; or
+            nothing, for what can be asked.
+
+    Raises:
+        UnknownName: there is no such stage, setting or part.
+        MissingDependency: the part needs a library that is not installed.
+    """
+    place, equals, part = path.partition("=")
+    if not path:
+        found, lines = _everything(), _tell_everything()
+    elif place in _PARTS and not equals:
+        found, lines = _choice(_PARTS[place][0]), _tell_parts(place)
+    elif equals or "." in place:
+        if place not in _PARTS:
+            raise UnknownName.among("setting that names a part", place, _PARTS)
+        family, given = _PARTS[place]
+        target = family.load(part)
+        found, lines = settings_schema(target, given=given), _tell_settings(path, target, given)
+    else:
+        stage = STAGES.load(place)
+        found, lines = settings_schema(stage, stage=place), _tell_settings(place, stage)
+    return json.dumps(found, indent=2) if as_json else "\n".join(lines)
+
+
+def settings_schema(target: Callable[..., Any], *, given: Sequence[str] = (), stage: str = "") -> dict[str, Any]:
+    """The JSON schema of the arguments of ``target``, without those that the caller gives itself."""
+    schema = settings_model(target, given=frozenset(given)).model_json_schema()
+    schema["description"] = _readable(inspect.getdoc(target) or "")
+    parameters, told = inspect.signature(target).parameters, remarks(target)
+    for name, found in schema["properties"].items():
+        default = parameters[name].default
+        if isinstance(default, Choice):
+            found["default"] = default.dump()
+        if names := _names(f"{stage}.{name}"):
+            word, mapping = found.get("items", found)["anyOf"]
+            word["enum"] = mapping["properties"]["name"]["enum"] = names
+        if name in told:
+            found["description"] = told[name]
+    return schema
+
+
+def remarks(target: Callable[..., Any]) -> dict[str, str]:
+    """What the source says of each argument of ``target``: the comment behind it.
+
+    Of a class these are the fields of a dataclass or the arguments of its constructor, those of its parents included.
+    Without source (a build that ships none) there are none.
+    """
+    found: dict[str, str] = {}
+    for part in reversed(inspect.getmro(target)) if isinstance(target, type) else (target,):
+        if part.__module__.partition(".")[0] not in ("builtins", "torch"):
+            try:
+                source = textwrap.dedent(inspect.getsource(part))
+            except (OSError, TypeError):
+                continue
+            found |= _comments(source)
+    return {name: found[name] for name in inspect.signature(target).parameters if name in found}
+
+
+def _comments(source: str) -> dict[str, str]:
+    """By name of a field or argument the comment that ends its line."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    (top,) = ast.parse(source).body
+    ends: dict[str, int | None] = {}
+    for node in [top, *getattr(top, "body", [])]:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            ends[node.target.id] = node.end_lineno
+        elif isinstance(node, ast.FunctionDef) and (node is top or node.name == "__init__"):
+            ends |= {arg.arg: arg.end_lineno for arg in (*node.args.args, *node.args.kwonlyargs)}
+    told = {name: comments.get(line or 0, "") for name, line in ends.items()}
+    return {name: _readable(remark) for name, remark in told.items() if remark and not _NO_REMARK.match(remark)}
+
+
+def _readable(text: str) -> str:
+    """A comment or docstring without its markup."""
+    return re.sub(r":\w+:`~?([^`]+)`|``([^`]+)``", lambda found: found[1] or found[2], text)
+
+
+# -- what there is
+
+
+def _names(path: str) -> list[str]:
+    """The parts that a setting may name; none for other settings."""
+    return _PARTS[path][0].names() if path in _PARTS else []
+
+
+def _everything() -> dict[str, Any]:
+    return {"stages": STAGES.names(), "parts": {path: _names(path) for path in _PARTS}}
+
+
+def _choice(family: Family[Any]) -> dict[str, Any]:
+    """The JSON schema of a part's name."""
+    parts = [{"const": name, "description": _summary(family, name)} for name in family.names()]
+    return {"title": family.kind, "type": "string", "oneOf": parts}
+
+
+def _summary(family: Family[Any], name: str) -> str:
+    """The first line of a part's module, which is not imported for that."""
+    spec = importlib.util.find_spec(f"{family.package}.{name}")
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return ""
+    doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return _readable(doc.partition("\n\n")[0].replace("\n", " "))
+
+
+# -- for people
+
+
+def _tell_everything() -> Iterator[str]:
+    yield from _table(("stage", "what it does"), [(name, _summary(STAGES, name)) for name in STAGES.names()])
+    yield ""
+    yield from _table(("setting that names a part", "parts"), [(path, ", ".join(_names(path))) for path in _PARTS])
+    yield ""
+    yield "see: synthgen schema STAGE, SETTING or SETTING=PART, such as masks, masks.refine, masks.refine=threshold"
+
+
+def _tell_parts(path: str) -> Iterator[str]:
+    family = _PARTS[path][0]
+    yield from _table((path, "what it is"), [(name, _summary(family, name)) for name in family.names()])
+    yield ""
+    yield f"options of one: synthgen schema {path}={family.names()[0]}"
+
+
+def _tell_settings(path: str, target: Callable[..., Any], given: Sequence[str] = ()) -> Iterator[str]:
+    summary, _, more = _readable(inspect.getdoc(target) or "").partition("\n\n")
+    yield from wrap(f"{path}: {summary}")
+    yield ""
+    told, hints = remarks(target), typing.get_type_hints(_signed(target), vars(inspect.getmodule(target) or types))
+    rows = []
+    for name, field in settings_model(target, given=frozenset(given)).model_fields.items():
+        note = told.get(name, "")
+        if names := _names(f"{path}.{name}"):
+            note = "; ".join([*filter(None, [note]), ", ".join(names)])
+        default = "required" if field.is_required() else _value(field.default)
+        rows.append((name, _kind(hints.get(name, Any)), default, note))
+    if rows:
+        yield from _table(("setting" if "=" not in path else "option", "kind", "default", "what it is"), rows)
+    else:
+        yield "It has no options."
+    for name in (name for name, *_ in rows if _names(f"{path}.{name}")):
+        yield ""
+        yield f"options of a part: synthgen schema {path}.{name}={_names(f'{path}.{name}')[0]}"
+    if more:
+        yield ""
+        yield from more.splitlines()
+
+
+def _signed(target: Callable[..., Any]) -> Callable[..., Any]:
+    return typing.cast("Callable[..., Any]", target.__init__) if isinstance(target, type) else target  # type: ignore[misc]
+
+
+def _value(value: Any) -> str:
+    """A default as it would stand in YAML."""
+    if isinstance(value, Choice):
+        return value.name if not value.options else json.dumps(value.dump())
+    return value if isinstance(value, str) and value else json.dumps(dump(value))
+
+
+def _kind(hint: Any) -> str:
+    """A type in few words."""
+    if hint is Choice:
+        return "part"
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(str(value) for value in inside)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if one is types.NoneType else _kind(one) for one in inside)
+    if origin is tuple:
+        return f"list of {_kind(inside[0])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true, false"}.get(hint, str(hint))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose last column goes on below, where a page is too narrow for it."""
+    used = sum(min(28, max(columns(row[index]) for row in (head, *rows))) + 2 for index in range(len(head) - 1))
+    lines: list[tuple[str, ...]] = []
+    for *cells, last in rows:
+        first, *others = textwrap.wrap(last, WIDTH - used, break_on_hyphens=False) or [""]
+        lines += [(*cells, first), *(("",) * len(cells) + (other,) for other in others)]
+    return table(head, lines)
