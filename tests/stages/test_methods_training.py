@@ -301,7 +301,9 @@ def test_own_tokenizer_is_taken_and_a_wrong_one_is_told(run, data, tmp_path):
 
 
 def test_guided_on_the_command_line_is_the_methods_own_setting():
-    assert method_of("vlp", guided=True) == {"name": "vlp", "region_weight": 1.0}
-    assert method_of("vlp", guided=False) == {"name": "vlp"}
+    told = {"method": {"name": "vlp", "region_weight": 1.0}, "label": "vlp-guided"}
+    assert method_of("vlp", guided=True, label=None) == told
+    assert method_of("vlp", guided=True, label="mine") == told | {"label": "mine"}
+    assert method_of("vlp", guided=False, label=None) == {"method": "vlp", "label": None}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
-        method_of("contrastiv", guided=True)
+        method_of("contrastiv", guided=True, label=None)
