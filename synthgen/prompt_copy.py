@@ -75,14 +75,9 @@ def check_copy(folder: Path, sha256: str) -> None:
         MissingArtifact, StaleArtifact: as for :func:`open_copy`.
         CorruptShard: it is cut off, or a byte of it is wrong.
     """
-    path, mark = _paths(folder)
-    content = _marked(mark)
-    if content is None:
-        raise MissingArtifact(f"{path} is not finished; {_anew(folder)}")
-    if content.sha256 != sha256:
-        raise StaleArtifact(f"{path} has been given other prompts; choose another --run folder")
-    if not _is_whole(path, content):
-        raise CorruptShard(f"{path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
+    copy = _found(folder, sha256)
+    if not _is_whole(copy.path, copy.content):
+        raise CorruptShard(f"{copy.path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
 
 
 @lru_cache(maxsize=4)
@@ -93,6 +88,11 @@ def open_copy(folder: Path, sha256: str) -> PromptCopy:
         MissingArtifact: there is none, or it is not finished.
         StaleArtifact: it is of other prompts.
     """
+    return _found(folder, sha256)
+
+
+def _found(folder: Path, sha256: str) -> PromptCopy:
+    """As :func:`open_copy`, by what its mark says now."""
     path, mark = _paths(folder)
     content = _marked(mark)
     if content is None:
