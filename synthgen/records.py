@@ -78,7 +78,7 @@ class Report:
     seconds: float = 0.0
     error: str = ""  # empty: done
     trace: str = ""  # where an error that nobody foresaw came from
-    notes: dict[str, int] = field(default_factory=dict)  # counted remarks, such as {"dropped masks": 3}
+    notes: dict[str, int] = field(default_factory=dict)  # counted remarks, such as {"dropped": 3}
 
 
 def sample_key(unit: int, row: int) -> str:

@@ -61,7 +61,7 @@ class UnitWriter:
         return self._tar.count
 
     def note(self, remark: str, count: int = 1) -> None:
-        """Count a remark, such as "dropped masks", for ``status`` and ``view``."""
+        """Count a remark, such as "dropped", for ``status`` and ``view``."""
         self.notes[remark] = self.notes.get(remark, 0) + count
 
     def fail(self, key: str, reason: str) -> None:

@@ -63,7 +63,7 @@ def export_dataset(
         for sample in (sample for unit in todo for sample in _samples(run, unit)):
             writer.add(sample)
             kept = int(sample.masks.values.any(axis=(1, 2)).sum())
-            notes.update({"masks": kept, "dropped masks": len(sample.masks.words) - kept})
+            notes.update({"masks": kept, "dropped": len(sample.masks.words) - kept})
             summary.samples += 1
             progress.advance(1)
         _keep_sources(run, units, folder)

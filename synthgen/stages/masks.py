@@ -91,7 +91,7 @@ class Masks(Stage):
                     found = self.mask(refiner, plain, generation)
                     masks.add(generation.request.key, codecs.encode_masks(found))
                     masks.note("masks", sum(not reason for reason in found.dropped))
-                    masks.note("dropped masks", sum(bool(reason) for reason in found.dropped))
+                    masks.note("dropped", sum(bool(reason) for reason in found.dropped))
                     prompt, lost = generation.request.prompt, words_cut_off(generation.warnings)
                     masks.note("words cut off", len(lost))
                     reasons = [*found.dropped, *[CUT_OFF] * len(lost)]

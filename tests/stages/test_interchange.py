@@ -419,7 +419,7 @@ def test_the_same_word_twice_is_annotated_twice(tmp_path: Path) -> None:
 def test_an_image_without_masks_stays(tmp_path: Path) -> None:
     run = make_own(tmp_path / "run", [("0000000000", ("dog",)), ("0000000001", ())], dropped=("dog",))
     summary = export_dataset(run, "coco")
-    assert (summary.notes["masks"], summary.notes["dropped masks"]) == (0, 1)
+    assert (summary.notes["masks"], summary.notes["dropped"]) == (0, 1)
     export_dataset(run, "yolo", val_ratio=0.0)
     export_dataset(run, "labels")
     whole = json.loads((run.path / "export-coco/annotations/instances.json").read_text())

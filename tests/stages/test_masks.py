@@ -190,7 +190,7 @@ def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_pa
     assert (by_word["hat"].samples, by_word["hat"].masks, by_word["hat"].dropped) == (6, 0, {"cut off": 6})
     assert sum(tally.masks for tally in state.words) == 16 - 6
     notes = next(one.notes for one in state.artifacts if one.name == "masks")
-    assert notes == {"masks": 10, "dropped masks": 6, "words cut off": 6}
+    assert notes == {"masks": 10, "dropped": 6, "words cut off": 6}
     assert state.plain()["dropped"] == kinds
     json.dumps(state.plain(), allow_nan=False)
 

@@ -50,7 +50,7 @@ class Picky(TrueMasks):
                         dropped = tuple(reason if word == "square" else "" for word in value.words)
                         kept = value.values & [[[not one]] for one in dropped]
                         masks.add(key, codecs.encode_masks(WordMasks(value.words, kept, value.scores, dropped)))
-                        masks.note("dropped masks", sum(map(bool, dropped)))
+                        masks.note("dropped", sum(map(bool, dropped)))
                 return Report(unit, len(found))
 
             yield work
@@ -118,7 +118,7 @@ def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
     squares = {"less than 0.50%": 4}
     assert state.words == (Tally("disc", 4, 4, {}), Tally("square", 4, 0, squares))
     assert state.labels == (Tally("disc", 4, 4, {"less than 0.50%": 2}), Tally("square", 2, 0, {"less than 0.50%": 2}))
-    assert by_name(state)["masks"].notes == {"dropped masks": 4}
+    assert by_name(state)["masks"].notes == {"dropped": 4}
     assert "4 less than 0.50%" in render(state)
     assert "masks: 4 kept, 4 dropped (4 less than 0.50%)" in render(state)
     assert state.dropped == squares
