@@ -77,7 +77,7 @@ def attend(
     q: Float[Tensor, "b h m w"],
     k: Float[Tensor, "b h n w"],
     v: Float[Tensor, "b h n w"],
-    seen: Bool[Tensor, "b 1 1 n"] | None = None,
+    seen: Bool[Tensor, "#b 1 #m n"] | None = None,
 ) -> Float[Tensor, "b h m w"]:
     """softmax(q k^T / sqrt(w)) v, over the tokens that may be ``seen``.
 

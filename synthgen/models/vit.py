@@ -129,14 +129,20 @@ class VisionTransformer(nn.Module):
 
         ``changes``, one a block, are those of :class:`~synthgen.models.layers.Modulation`.
         """
-        positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
-        x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x.to(cls.dtype)], dim=1)
+        x = self.embed(patches, places)
         for number, block in enumerate(self.blocks):
             x = block(x, None if changes is None else changes[number])
         y: Tensor = self.norm(x)
         return y
+
+    def embed(
+        self, patches: Float[Tensor, "b v p"], places: Int[Tensor, "b v"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """What the first block sees: the class token, then the patches, each with its position."""
+        positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
+        x = self.patch_embed(patches) + positions
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls, x.to(cls.dtype)], dim=1)
 
     def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
         """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
