@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import CLIPTokenizer
 
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
-from synthgen.tiny.compositor import Compositor, Names
+from synthgen.tiny.compositor import LAYOUTS, Compositor, Names
 from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
 from synthgen.tiny.losses import Autoencoding, Denoising, WrittenOutAttention, halved, noise_like
 from synthgen.tiny.score import attention_iou, pixels
@@ -36,6 +36,7 @@ SEED = 2026
 DROPPED = 0.1  # share of captions that are left empty, for guidance
 PADDING_HIDDEN = 0.7  # share of captions whose end and padding tokens the U-Net does not see: words must do without
 HELD_OUT = 256  # composites that the logged figures are of
+SHARES = (0.40, 0.36, 0.08, 0.08, 0.08)  # of the layouts that the U-Net learns: several objects are harder than one
 VOCAB_SIZE = 4096  # at most; enough for every word of the captions
 CHUNK = 16  # batches that are composed together
 DRAWS = 8  # steps' batches that are drawn from the bank of latents for each one that is composed
@@ -173,13 +174,13 @@ def train_unet(job: Job) -> None:
     if job.preset.compile:
         model.compile()
     compositor = Compositor(job.data, names, device=job.preset.device)
+    layouts = [replace(layout, share=share) for layout, share in zip(LAYOUTS, SHARES, strict=True)]
     bank, empty = Bank(job.preset.bank), tokenize(tokenizer, [""]).to(device)
     held = list(held_out(job.data, HELD_OUT // 2))
 
     def compose(number: int) -> None:
-        composites = compositor.draw(
-            settings.batch_size * CHUNK, torch.Generator().manual_seed(rank_seed(SEED, 2, number))
-        )
+        first = torch.Generator().manual_seed(rank_seed(SEED, 2, number))
+        composites = compositor.draw(settings.batch_size * CHUNK, first, layouts)
         with torch.no_grad(), halved(device):
             x = pixels(composites.images).contiguous(memory_format=torch.channels_last)
             latents = (
