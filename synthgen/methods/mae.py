@@ -12,7 +12,7 @@ from torch import Tensor
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
-from synthgen.models.decoder import PixelDecoder
+from synthgen.methods._pixels import pixel_decoder, pixel_target
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
 from synthgen.models.vit import VisionTransformer
@@ -52,15 +52,10 @@ class MAE(Method):
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
-        config = encoder.config
-        self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.num_visible = check_ratio("mask_ratio", mask_ratio, encoder.config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
         self.encoder = encoder
-        self.decoder = PixelDecoder(
-            encoder,
-            dim=decoder_dim or max(32, min(512, config.dim) // 32 * 32),
-            depth=decoder_depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
-        )
+        self.decoder = pixel_decoder(encoder, decoder_dim, decoder_depth)
         self.norm_pixels = norm_pixels
 
     @property
@@ -75,7 +70,7 @@ class MAE(Method):
         visible, hidden = self.split(batch.seeds, foreground, progress)
         features = self.encoder.encode(take(patches, visible), visible)  # b v+1 d
         predicted = self.decoder(features, visible, hidden)  # b h p
-        loss = F.mse_loss(predicted.float(), self.target(take(patches, hidden)))
+        loss = F.mse_loss(predicted.float(), pixel_target(take(patches, hidden), norm=self.norm_pixels))
         metrics: dict[str, Tensor] = {}
         if self.uses_masks:
             total = foreground.sum().clamp(min=1e-6)
@@ -93,14 +88,6 @@ class MAE(Method):
     ) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
         """Which patches stay visible and which are hidden."""
         return self.hiding.split(uniform(seeds, foreground.shape[1]), foreground, self.num_visible, progress)
-
-    def target(self, patches: Float[Tensor, "b h p"]) -> Float[Tensor, "b h p"]:
-        """What the decoder should say (MAE's code: unbiased variance, 1e-6 added to it)."""
-        if not self.norm_pixels:
-            return patches
-        size = patches.shape[2]
-        unbiased = 1 - 1 / size  # a layer norm divides by the biased deviation
-        return F.layer_norm(patches, (size,), patches.new_full((size,), unbiased**0.5), eps=1e-6 * unbiased)
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, progress: float = 0.0) -> tuple[Float[Tensor, "b 3 H W"], Bool[Tensor, "b n"]]:

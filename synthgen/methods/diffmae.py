@@ -1,0 +1,184 @@
+"""Denoise hidden patches, given the visible ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synthgen.loader import Batch
+from synthgen.methods import Method, StepOutput
+from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._pixels import pixel_target
+from synthgen.models.draws import normal, uniform
+from synthgen.models.layers import patchify, restore, take, unpatchify
+from synthgen.models.masked_denoiser import DecoderKind, MaskedDenoiser
+from synthgen.models.vit import VisionTransformer
+
+__all__ = ["DiffMAE"]
+
+#: Streams of a sample's draws.
+LOT, TIME, NOISE, SAMPLING = range(4)
+
+TIMES = 1000  # time 0 is the clean image, time 1000 nearly pure noise
+
+
+class DiffMAE(Method):
+    """Diffusion as masked autoencoding: hide patches, denoise them given the visible ones (Wei et al., 2023).
+
+    x_t  = sqrt(a_t) x + sqrt(1 - a_t) noise            x: a hidden patch; t even in 1..1000, one for all of an image
+    a_t  = product over s = 1..t of (1 - b_s^rho)       b: from 0.0001 to 0.02 in equal steps
+    loss = mean over hidden patches of the mean over pixels of (D(x_t, t, E(visible)) - x)^2
+
+    The encoder E sees clean visible patches, and no time: it is the plain ViT, at the cost of ``mae``. The decoder D is
+    told the time and sees the noised patches instead of mask tokens. ``rho`` below 1 is noisier than DDPM; where no
+    signal is left, the task is that of ``mae``. With ``norm_target`` the x of the loss, not that of x_t, is less its
+    own mean and over its own standard deviation.
+
+    With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``. That is our own
+    combination; the paper has no masks of words.
+    """
+
+    guided: ClassVar = {"foreground_share": 0.5}
+
+    log_signal: Tensor
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        mask_ratio: float = 0.75,  # share of the patches that is hidden
+        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
+        foreground_share_start: float = 0.0,  # the same at the training's beginning
+        rho: float = 0.8,  # exponent of the noise's variances; lower is noisier, 1 is DDPM's schedule
+        norm_target: bool = False,  # patches are told less their mean, over their deviation; no sampling then
+        decoder: DecoderKind = "cross-self",  # what noised patches see: visible ones and themselves; those alone; joint
+        u_links: bool = True,  # later decoder blocks look at earlier encoder blocks, else all at the last; not of joint
+        decoder_dim: int = 0,  # 0: by the encoder's size
+        decoder_depth: int = 0,  # 0: by the encoder's size
+    ) -> None:
+        super().__init__()
+        if not 0 < rho < math.inf:
+            raise ValueError(f"rho must be above 0, and 1 for DDPM's schedule, not {rho}")
+        config = encoder.config
+        self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.hiding = Hiding(foreground_share, foreground_share_start)
+        self.norm_target = norm_target
+        self.encoder = encoder
+        self.decoder = MaskedDenoiser(
+            encoder,
+            kind=decoder,
+            dim=decoder_dim or max(32, min(512, config.dim) // 32 * 32),
+            depth=decoder_depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
+            u_links=u_links,
+        )
+        self.register_buffer("log_signal", schedule(rho), persistent=False)
+
+    @property
+    def uses_masks(self) -> bool:
+        """Masks matter where they guide the hiding."""
+        return self.hiding.guided
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """The error of the hidden patches, with each image at a time of its own."""
+        size, seeds = self.encoder.config.patch_size, batch.seeds
+        patches = patchify(batch.images, size)  # b n p
+        guided = self.uses_masks and batch.masks.shape[1]
+        foreground = coverage(batch.masks, size) if guided else patches.new_zeros(patches.shape[:2])
+        lot = uniform(seeds, patches.shape[1], stream=LOT)
+        visible, hidden = self.hiding.split(lot, foreground, self.num_visible, progress)
+        x, times = take(patches, hidden), self.times(seeds)
+        noised = self.noised(x, normal(seeds, *x.shape[1:], stream=NOISE), times)
+        predicted = self.decoder(noised, times, hidden, self.read(patches, visible))
+        errors = ((predicted.float() - pixel_target(x, norm=self.norm_target)) ** 2).mean((1, 2))  # b
+        signal = self.log_signal[times].exp()
+        metrics = {
+            "error_less_noise": _weighted(errors.detach(), signal),
+            "error_more_noise": _weighted(errors.detach(), 1 - signal),
+        }
+        if self.uses_masks:
+            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
+        return StepOutput(errors.mean(), metrics)
+
+    def times(self, seeds: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """A time for each image, even in 1..1000."""
+        return (uniform(seeds, stream=TIME) * TIMES).long() + 1
+
+    def noised(
+        self, x: Float[Tensor, "b h p"], noise: Float[Tensor, "b h p"], times: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b h p"]:
+        """Patches at their image's time."""
+        log = self.log_signal[times][:, None, None]
+        return (log / 2).exp() * x + (-log.expm1()).sqrt() * noise
+
+    def read(self, patches: Float[Tensor, "b n p"], visible: Int[Tensor, "b v"]) -> list[Tensor]:
+        """What the decoder asks of the visible patches: one pass of the encoder, for any number of times."""
+        x = self.encoder.embed(take(patches, visible), visible)
+        layers = [x := block(x) for block in self.encoder.blocks]
+        layers[-1] = self.encoder.norm(x)
+        return self.decoder.read(layers, visible)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        images: Float[Tensor, "b 3 H W"],
+        hidden: Int[Tensor, "b h"],
+        seeds: Int[Tensor, " b"],
+        num_steps: int = 100,
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Inpaint: the images with the patches at ``hidden`` drawn anew, all others as they came, to the bit.
+
+        Images are normalised as in batches, and so is what comes back. Each step draws from DDPM's posterior between
+        two times, given the decoder's clean patches, cut to what pixels can be; 1 step gives those of time 1000.
+
+        Raises:
+            ValueError: the places or the steps are not to be had, or the decoder has learned ``norm_target``.
+        """
+        config, device = self.encoder.config, self.log_signal.device
+        images, hidden, seeds = images.to(device), hidden.to(device), seeds.to(device)
+        patches = patchify(images, config.patch_size)
+        num_patches, num_hidden = patches.shape[1], hidden.shape[1]
+        if self.norm_target:
+            raise ValueError("norm_target leaves no mean and deviation to draw with; train with norm_target: false")
+        if not 1 <= num_steps <= TIMES:
+            raise ValueError(f"num_steps must be between 1 and {TIMES}, not {num_steps}")
+        places = set(range(num_patches))
+        if not num_hidden or not all(len(places.intersection(row)) == num_hidden for row in hidden.tolist()):
+            raise ValueError(f"hidden must name one or more places from 0 to {num_patches - 1}, each once an image")
+        shown = torch.ones_like(patches[:, :, 0]).scatter(1, hidden, 0)
+        visible = shown.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_hidden]
+        mean, std = torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
+        low, high = (((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0))  # as a patch: r c 3
+        memory = self.read(patches, visible)
+        shape = num_hidden, patches.shape[2]
+        x = normal(seeds, *shape, stream=SAMPLING)
+        times = [TIMES * left // num_steps for left in range(num_steps, -1, -1)]
+        for number, (now, then) in enumerate(itertools.pairwise(times), start=1):
+            said = self.decoder(x, torch.full_like(seeds, now), hidden, memory)
+            x, deviation = self.posterior(x, said.float().clamp(low, high), now, then)
+            if then:
+                x = x + deviation * normal(seeds, *shape, stream=SAMPLING + number)
+        return unpatchify(restore(take(patches, visible), x, visible, hidden), config.patch_size)
+
+    def posterior(
+        self, x: Float[Tensor, "b h p"], clean: Float[Tensor, "b h p"], now: int, then: int
+    ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, ""]]:
+        """Mean and deviation of what x of time ``now`` was at the earlier time ``then`` (DDPM, equations 6 and 7)."""
+        since = self.log_signal[now] - self.log_signal[then]
+        gone, noise, before = (-log.expm1() for log in (since, self.log_signal[now], self.log_signal[then]))
+        mean = (self.log_signal[then] / 2).exp() * gone / noise * clean + (since / 2).exp() * before / noise * x
+        return mean, (before / noise * gone).sqrt()
+
+
+def schedule(rho: float) -> Float[Tensor, " times"]:
+    """log a_t for t = 0..1000: as logarithms, since for low ``rho`` the last ones are too small for numbers."""
+    rates = torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64) ** rho
+    return torch.cat([torch.zeros(1), torch.log1p(-rates).cumsum(0).float()])
+
+
+def _weighted(errors: Float[Tensor, " b"], weights: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    return (errors * weights).sum() / weights.sum().clamp(min=1e-12)

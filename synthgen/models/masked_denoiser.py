@@ -1,0 +1,118 @@
+"""A decoder that denoises hidden patches given the visible ones: used in pretraining, thrown away after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synthgen.models.layers import EVERY, Attention, Block, Mlp, TimeEmbedding, attend, initialize, sincos_positions
+from synthgen.models.vit import VisionTransformer
+
+__all__ = ["DecoderKind", "MaskedDenoiser"]
+
+DecoderKind = Literal["cross-self", "cross", "joint"]
+
+
+class _LinkedBlock(nn.Module):
+    """A pre-norm transformer block: self-attention where it is wanted, a look at a layer of the encoder, the MLP."""
+
+    def __init__(self, dim: int, num_heads: int, *, self_attention: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.own = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)) if self_attention else None
+        self.norm_cross = nn.LayerNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Float[Tensor, "b h d"], kv: Float[Tensor, "b t c"]) -> Float[Tensor, "b h d"]:
+        """Each part is added to its input; ``kv`` are keys and values, side by side, of the encoder's tokens."""
+        if self.own is not None:
+            x = x + self.own(x)
+        parts = self.q(self.norm_cross(x)), *kv.chunk(2, dim=2)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
+
+
+class MaskedDenoiser(nn.Module):
+    """Clean pixels of hidden patches from their noised ones and the features of visible ones (DiffMAE's decoders).
+
+    cross-self: noised patches look at each other, then at the visible ones
+    cross:      they look at the visible ones alone
+    joint:      noised and visible patches all look at all, as in MAE
+
+    In the first two, block 1 looks at the encoder's last layer, and with ``u_links`` each further one at an earlier
+    layer, at equal distances: of 4 blocks for an encoder of 12, at layers 12, 9, 6 and 3. What is asked of visible
+    patches does not depend on noise or time, so :meth:`read` works it out once for any number of steps.
+    """
+
+    positions: Tensor
+
+    def __init__(self, encoder: VisionTransformer, *, kind: DecoderKind, dim: int, depth: int, u_links: bool) -> None:
+        super().__init__()
+        if dim < 32 or dim % 32:
+            raise ValueError(f"decoder_dim must be a multiple of 32 (the width of a head), not {dim}")
+        if depth < 1:
+            raise ValueError(f"decoder_depth must be 1 or more, or 0 to go by the encoder's size, not {depth}")
+        config, heads = encoder.config, dim // 32
+        last = config.depth
+        self.joint = kind == "joint"
+        self.embed = nn.Linear(3 * config.patch_size**2, dim)
+        self.time = TimeEmbedding(dim)
+        self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
+        if self.joint:
+            self.links = [last]
+            self.readers = nn.ModuleList([nn.Linear(config.dim, dim)])
+            self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        else:
+            own = kind == "cross-self"
+            self.links = [last - last * number // depth if u_links else last for number in range(depth)]
+            self.readers = nn.ModuleList(
+                nn.Sequential(
+                    nn.Identity() if link == last else nn.LayerNorm(config.dim, eps=1e-6),  # the encoder has its own
+                    nn.Linear(config.dim, 2 * dim),
+                )
+                for link in self.links
+            )
+            self.blocks = nn.ModuleList(_LinkedBlock(dim, heads, self_attention=own) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predict = nn.Linear(dim, 3 * config.patch_size**2)
+        self.apply(initialize)
+
+    def read(self, layers: Sequence[Float[Tensor, "b t d"]], visible: Int[Tensor, "b v"]) -> list[Tensor]:
+        """What is asked of visible patches: for each block keys and values, for ``joint`` the tokens themselves.
+
+        ``layers`` are what each block of the encoder gives, the class token first, and the last one normalised.
+        """
+        memory: list[Tensor] = [read(layers[link - 1]) for read, link in zip(self.readers, self.links, strict=True)]
+        if self.joint:
+            (seen,) = memory
+            return [torch.cat([seen[:, :1], seen[:, 1:] + self.positions[0, 1:][visible]], dim=1)]
+        return memory
+
+    def forward(
+        self,
+        noised: Float[Tensor, "b h p"],
+        times: Int[Tensor, " b"],
+        hidden: Int[Tensor, "b h"],
+        memory: Sequence[Tensor],
+    ) -> Float[Tensor, "b h p"]:
+        """The clean patches, in the order of ``hidden``; ``memory`` is what :meth:`read` gave."""
+        x: Tensor = self.embed(noised) + self.positions[0, 1:][hidden] + self.time(times)[:, None]
+        if self.joint:
+            (seen,) = memory
+            x, last = torch.cat([seen, x], dim=1), self.blocks[-1]
+            for block in self.blocks:  # in the last one only hidden patches look
+                x = block(x, only=slice(seen.shape[1], None) if block is last else EVERY)
+        else:
+            for block, kv in zip(self.blocks, memory, strict=True):
+                x = block(x, kv)
+        pixels: Tensor = self.predict(self.norm(x))
+        return pixels

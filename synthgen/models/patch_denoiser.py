@@ -1,0 +1,42 @@
+"""A decoder that cleans one patch at a time: used in pretraining, thrown away after it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from synthgen.models.layers import Block, TimeEmbedding, initialize
+from synthgen.models.vit import VisionTransformer
+
+__all__ = ["PatchDenoiser"]
+
+
+class PatchDenoiser(nn.Module):
+    """Clean patches from noised ones, each from its own and from what its context says (DARL: one transformer block).
+
+    A noised patch and its context are a sequence of two tokens, so that no patch sees another's noised copy. Only the
+    patch's token looks, as only that is asked. With ``tell_gamma`` it also knows its gamma, in steps of 1/1000.
+    """
+
+    def __init__(self, encoder: VisionTransformer, *, tell_gamma: bool) -> None:
+        super().__init__()
+        dim, size = encoder.config.dim, 3 * encoder.config.patch_size**2
+        self.context = nn.Linear(dim, dim)
+        self.embed = nn.Linear(size, dim)
+        self.block = Block(dim, encoder.config.num_heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predict = nn.Linear(dim, size)
+        self.apply(initialize)
+        self.level = TimeEmbedding(dim) if tell_gamma else None
+
+    def forward(
+        self, noised: Float[Tensor, "b n p"], context: Float[Tensor, "b n d"], gamma: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b n p"]:
+        """The clean patches; ``gamma`` is the signal's share of each noised one's power, from 0 to 1."""
+        own = self.embed(noised)
+        if self.level is not None:
+            own = own + self.level((1000 * gamma).round().long().flatten()).view_as(own)
+        pairs = torch.stack([self.context(context), own], dim=2).flatten(0, 1)  # (b n) 2 d
+        pixels: Tensor = self.predict(self.norm(self.block(pairs, only=slice(1, None))))
+        return pixels.view_as(noised)
