@@ -1,0 +1,233 @@
+"""Denoise images with half of their patches hidden."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synthgen.augment import Augment
+from synthgen.loader import Batch
+from synthgen.methods import Method, StepOutput
+from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.models.draws import normal, uniform
+from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
+from synthgen.models.narrow_decoder import NarrowDecoder
+from synthgen.models.vit import VisionTransformer, save_encoder
+
+__all__ = ["MaskDiT"]
+
+#: Streams of a sample's draws.
+LOT, LEVEL, NOISE, SAMPLING = range(4)
+
+SIGMA_DATA = 0.5  # deviation of the pixels that are denoised
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the sampler's noise levels
+
+
+class MaskDiT(Method):
+    """Masked diffusion transformer: denoise what is visible, rebuild what is not (Zheng et al., 2024; its code).
+
+    y        = x + sigma noise, with ln sigma ~ N(noise_mean, noise_std^2); ``mask_ratio`` of the patches is hidden
+    D        = c_skip y + c_out F(c_in y at the visible patches, c_noise), for all patches                  (EDM)
+    c_skip   = s^2 / (sigma^2 + s^2), c_out = sigma s / sqrt(sigma^2 + s^2), c_in = 1 / sqrt(sigma^2 + s^2)
+    denoise  = mean over visible patches of (sigma^2 + s^2) / (sigma s)^2 (D - x)^2
+    rebuild  = mean over hidden patches of (D - norm(y))^2
+    loss     = mean over images of denoise + ``rebuild_weight`` rebuild
+
+    x are the encoder's normalised pixels times s = 0.5, the deviation EDM expects; norm takes from a patch its mean and
+    divides by its deviation. F is the encoder on visible patches, then a narrow decoder on all places; c_noise =
+    ln(sigma) / 4 changes every block (adaLN). Over the last ``tuning_share`` of the training nothing is hidden (or
+    ever less, with ``tuning`` "cosine"), and denoise alone remains: EDM's loss.
+
+    What sigma changes in the encoder is scaled by c_in sigma, the share of noise in what it sees. So it goes to nothing
+    with the noise, and the plain ViT on a clean image is the limit of the denoiser at sigma 0. That is our own.
+
+    An average of the weights follows the training; it draws the images, and its encoder is left in ``average/``.
+
+    With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``. That is our own
+    combination; the paper has no masks of words.
+    """
+
+    guided: ClassVar = {"foreground_share": 0.5}
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        mask_ratio: float = 0.5,  # share of the patches that is hidden
+        tuning_share: float = 0.1,  # last share of the training, for tuning
+        tuning: Literal["unmasked", "cosine"] = "unmasked",  # hide nothing, or from mask_ratio down to nothing by cos^4
+        rebuild_weight: float = 0.1,  # of the error of hidden patches
+        noise_mean: float = -1.2,  # of the logarithm of sigma
+        noise_std: float = 1.2,  # of the same
+        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
+        foreground_share_start: float = 0.0,  # the same at the training's beginning
+        ema_decay: float = 0.999,  # of the averaged weights; lower over the first steps
+        decoder_dim: int = 0,  # 0: half the encoder's, but 128 to 512
+        decoder_depth: int = 0,  # 0: a third of the encoder's
+    ) -> None:
+        super().__init__()
+        config = encoder.config
+        if mask_ratio:
+            check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        for name, share in (("tuning_share", tuning_share), ("ema_decay", ema_decay)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
+        if not 0 <= rebuild_weight < math.inf:
+            raise ValueError(f"rebuild_weight must be 0 or more, not {rebuild_weight}")
+        if not (noise_std >= 0 and abs(noise_mean) + 5.3 * noise_std <= 12):  # no draw lies further out
+            raise ValueError(
+                f"noise_mean {noise_mean} and noise_std {noise_std} must keep ln sigma between -12 and 12; "
+                "the paper has -1.2 and 1.2"
+            )
+        self.mask_ratio, self.tuning_share, self.tuning = mask_ratio, tuning_share, tuning
+        self.hiding = Hiding(foreground_share, foreground_share_start)
+        self.rebuild_weight, self.noise_mean, self.noise_std = rebuild_weight, noise_mean, noise_std
+        self.encoder = encoder
+        self.time = TimeEmbedding(config.dim)
+        self.changes = nn.ModuleList(Modulation(config.dim) for _ in range(config.depth))
+        self.decoder = NarrowDecoder(
+            encoder,
+            dim=decoder_dim or min(512, max(128, config.dim // 2 // 32 * 32)),
+            depth=decoder_depth or max(1, config.depth // 3),
+        )
+        self.average = copy.deepcopy(self).requires_grad_(False)
+        self.ema_decay = ema_decay
+        self.register_buffer("steps", torch.zeros(()))
+
+    @property
+    def uses_masks(self) -> bool:
+        """Masks matter where they guide the hiding."""
+        return self.hiding.guided
+
+    def views(self) -> Augment:
+        """A flip, as in the paper's code, of the middle square."""
+        return Augment(size=self.encoder.config.image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """The error of visible patches, and a little of that of hidden ones."""
+        x = SIGMA_DATA * patchify(batch.images, self.encoder.config.patch_size)  # b n p
+        sigma = self.levels(batch.seeds)
+        y = x + sigma[:, None, None] * normal(batch.seeds, *x.shape[1:], stream=NOISE)
+        visible, hidden = self.split(batch, progress)
+        denoised = self.denoise(y, sigma, visible, hidden)
+        weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+        loss = (weight * ((denoised[:, : visible.shape[1]] - take(x, visible)) ** 2).mean((1, 2))).mean()
+        metrics = {"denoise": loss.detach()}
+        if hidden.shape[1]:
+            rebuild = ((denoised[:, visible.shape[1] :] - standardised(take(y, hidden))) ** 2).mean()
+            loss = loss + self.rebuild_weight * rebuild
+            metrics["rebuild"] = rebuild.detach()
+        return StepOutput(loss, metrics)
+
+    def levels(self, seeds: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The noise level of each image, sigma."""
+        return (self.noise_mean + self.noise_std * normal(seeds, stream=LEVEL)).exp()
+
+    def hidden_ratio(self, progress: float) -> float:
+        """The share of the patches that is hidden when ``progress`` of the training is over."""
+        begin = 1 - self.tuning_share
+        if progress < begin or not self.tuning_share:
+            return self.mask_ratio
+        if self.tuning == "unmasked":
+            return 0.0
+        return self.mask_ratio * math.cos(math.pi / 2 * (progress - begin) / self.tuning_share) ** 4
+
+    def split(self, batch: Batch, progress: float) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
+        """Which patches stay visible and which are hidden."""
+        config = self.encoder.config
+        num_patches = config.grid**2
+        num_visible = int(num_patches * (1 - self.hidden_ratio(progress)))
+        if num_visible == num_patches:
+            return self.whole(len(batch))
+        lot = uniform(batch.seeds, num_patches, stream=LOT)
+        masked = self.uses_masks and batch.masks.shape[1]
+        foreground = coverage(batch.masks, config.patch_size) if masked else torch.zeros_like(lot)
+        return self.hiding.split(lot, foreground, num_visible, progress)
+
+    def whole(self, count: int) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
+        """All patches visible, in their order."""
+        visible = torch.arange(self.encoder.config.grid**2, device=self.encoder.cls_token.device).expand(count, -1)
+        return visible, visible[:, :0]
+
+    def denoise(
+        self,
+        y: Float[Tensor, "b n p"],
+        sigma: Float[Tensor, " b"],
+        visible: Int[Tensor, "b v"],
+        hidden: Int[Tensor, "b h"],
+    ) -> Float[Tensor, "b n p"]:
+        """D: the patches without their noise, first the visible ones, then the hidden ones."""
+        sigma = sigma[:, None, None]
+        variance = sigma**2 + SIGMA_DATA**2
+        answers = self.answer(y, sigma, visible, hidden).float()
+        y = take(y, torch.cat([visible, hidden], dim=1))
+        return SIGMA_DATA**2 / variance * y + sigma * SIGMA_DATA * variance.rsqrt() * answers
+
+    def answer(
+        self,
+        y: Float[Tensor, "b n p"],
+        sigma: Float[Tensor, "b 1 1"],
+        visible: Int[Tensor, "b v"],
+        hidden: Int[Tensor, "b h"],
+    ) -> Float[Tensor, "b n p"]:
+        """F, in the same order: it sees nothing of hidden patches."""
+        scale = (sigma**2 + SIGMA_DATA**2).rsqrt()
+        time = self.time((1000 * sigma[:, 0, 0].log() / 4).round().long())
+        changes = [scale * sigma * change(time) for change in self.changes]
+        features = self.encoder.encode(scale * take(y, visible), visible, changes)
+        answers: Tensor = self.decoder(features, visible, hidden, time)
+        return answers
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """The average follows: it forgets at ``ema_decay`` a step, and faster while few steps are done."""
+        self.steps += 1
+        rate = 1 - ((1 + self.steps) / (10 + self.steps)).clamp(max=self.ema_decay)
+        own = dict(self.named_parameters())
+        for name, slow in self.average.named_parameters():
+            slow.lerp_(own[name], rate)
+
+    def export(self, folder: Path) -> None:
+        """The averaged encoder, as a folder of its own."""
+        save_encoder(self.average.encoder, folder / "average")
+
+    @torch.no_grad()
+    def sample(self, seeds: Int[Tensor, " b"], num_steps: int = 40) -> Float[Tensor, "b 3 H W"]:
+        """New images in [0, 1], one a seed, by the averaged weights: EDM's Heun sampler without churn, nothing hidden.
+
+        ``num_steps`` noise levels from 80 to 0.002, then 0; each but the last asks the network twice.
+        """
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be 2 or more, not {num_steps}")
+        config, device = self.encoder.config, self.steps.device
+        seeds = seeds.to(device)
+        places = self.whole(len(seeds))
+
+        def slope(y: Tensor, sigma: float) -> Tensor:
+            level = torch.full((len(y),), sigma, device=device)
+            return (y - self.average.denoise(y, level, *places)) / sigma
+
+        high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+        levels = [*((high + (low - high) * number / (num_steps - 1)) ** RHO for number in range(num_steps)), 0.0]
+        y = levels[0] * normal(seeds, config.grid**2, 3 * config.patch_size**2, stream=SAMPLING)
+        for sigma, after in itertools.pairwise(levels):
+            first = slope(y, sigma)
+            euler = y + (after - sigma) * first
+            y = y + (after - sigma) * (first + slope(euler, after)) / 2 if after else euler
+        mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (config.mean, config.std))
+        return (unpatchify(y / SIGMA_DATA, config.patch_size) * std + mean).clamp(0, 1)
+
+
+def standardised(patches: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
+    """Each patch less its mean, over its deviation (unbiased variance, 1e-6 added)."""
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
