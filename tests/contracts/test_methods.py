@@ -156,7 +156,7 @@ def test_every_guided_method_asks_for_masks(name):
     build(name).check(bare)
 
 
-@pytest.mark.parametrize("name", ["mae", "umd"])
+@pytest.mark.parametrize("name", ["mae", "umd", "diffmae", "maskdit", "automae", "mapet", "darl", "drl"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_step_is_that_of_its_halves(name, guided):
     """Draws belong to the samples: however a step is cut, the mean loss is the same."""

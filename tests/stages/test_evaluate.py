@@ -14,14 +14,17 @@ from PIL import Image
 from synthgen import codecs
 from synthgen.api import make_stage
 from synthgen.config import Choice
+from synthgen.datasets import open_dataset
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
-from synthgen.image import encode_png
+from synthgen.evaluators import EVALUATORS
+from synthgen.image import encode_png, resize
 from synthgen.models.dual import DualEncoder, save_dual_encoder
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages import Worker
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
@@ -330,3 +333,95 @@ def test_images_in_a_folder_have_texts_beside_them(run, tmp_path):
     run_stage(Evaluate(test=str(images), evaluators=(Choice("retrieval"),)), run, ONE)
     numbers = result(run, "mae-told")["scores"]["mae"]["retrieval"]
     assert (numbers["images"], numbers["texts"]) == (3, 3)
+
+
+# -- a diffusion model's own activations
+
+
+def test_a_generator_stands_beside_the_encoder(run, stable_diffusion):
+    generator = Choice(str(stable_diffusion))
+    run_stage(Evaluate(generator=generator, generator_timesteps=(40, 80)), run, ONE)
+    found = result(run, "mae-generator")
+    assert {row: set(values) for row, values in found["scores"].items()} == {
+        "mae": {"knn", "linear_probe"},
+        "generator": {"knn", "linear_probe"},
+        "random encoder": {"knn", "linear_probe"},
+        "pixels": {"knn"},
+    }
+    numbers = found["scores"]["generator"]["knn"]
+    assert 0 <= numbers["low"] <= numbers["accuracy"] <= numbers["high"] <= 1
+    read = {"timesteps": [40, 80], "blocks": ["up_blocks.1.attentions.0"], "image_size": 32}
+    assert found["generator"] == read
+    settings = found["settings"]["generator"]
+    assert (settings["name"], settings["model"]) == ("diffusers", str(stable_diffusion))
+    assert run_stage(Evaluate(generator=generator, generator_timesteps=(40, 80)), run, ONE).done_before == 1
+    other = Evaluate(generator=generator, generator_timesteps=(40, 80), generator_blocks=("mid_block",))
+    with pytest.raises(StaleArtifact, match=r"changed: generator_blocks\)"):
+        run_stage(other, run, ONE)
+    run_stage(Evaluate(), run, ONE)
+    assert result(run)["scores"]["mae"] == found["scores"]["mae"]
+    assert not any(name.startswith("generator") for name in result(run)["settings"])  # as before there were generators
+
+
+def test_each_image_is_seen_by_the_generator_at_its_own_size_and_by_its_key(run, stable_diffusion):
+    """Also where loader processes read it, in batches, beside an encoder of another size."""
+    stage = Evaluate(generator=Choice(str(stable_diffusion), {"height": 64, "width": 48}), batch_size=2, num_workers=1)
+    asked = [EVALUATORS.build("knn"), EVALUATORS.build("segmentation")]
+    extractor = stage.extractor(run, run.folder("pretrain") / "mae", Worker(), asked)
+    samples, numbers = open_dataset(str(run.folder("shards") / "train"), masks=True), (4, 0, 7)
+    found = extractor.extract(samples, numbers, (4, 7), lambda count: None)
+    images = np.stack([resize(samples[number].image, (48, 48)) for number in numbers])
+    reader = extractor.generator
+    assert reader is not None
+    read = reader.read(torch.from_numpy(images), [samples.key(number) for number in numbers], 8)
+    torch.testing.assert_close(found.features["generator"], read.pooled, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.patches["generator"], read.patches[[0, 2]], atol=1e-2, rtol=1e-2)
+
+
+def test_a_generator_needs_no_encoder(run, stable_diffusion):
+    """The grid is then that of its finest block: 16 x 16 of 32 pixels."""
+    shutil.rmtree(run.folder("pretrain"))
+    asked = {"generator": str(stable_diffusion), "generator_blocks": ["mid_block", "up_blocks.2.attentions.0"]}
+    run_stage(make_stage("evaluate", asked), run, ONE)
+    found = result(run, "generator")
+    assert set(found["scores"]) == {"generator", "pixels"}
+    assert "there is only the generator" in found["skipped"]["retrieval"]
+    assert "encoder" not in found["inputs"]
+    run_stage(make_stage("evaluate", {**asked, "evaluators": DENSE[:1], "label": "dense"}), run, ONE)
+    dense = result(run, "dense")
+    assert 0 <= dense["scores"]["generator"]["segmentation"]["miou"] <= 1
+    images = dense["train"]["images_with_masks"] + dense["test"]["images_with_masks"]
+    assert dense["patch_memory_mb"] == round(images * 2 * (256 * (32 + 16 + 3 * 2 * 2) + 32 * 32) / 1e6, 1)
+    with pytest.raises(ConfigError, match="needs an encoder with a text tower"):
+        run_stage(make_stage("evaluate", {**asked, "evaluators": ["retrieval"], "label": "texts"}), run, ONE)
+
+
+def test_a_generator_has_patches_on_the_grid_of_the_encoder(run, stable_diffusion):
+    add_text_tower(run.folder("pretrain") / "mae")
+    asked = {"generator": {"name": "diffusers", "model": str(stable_diffusion)}, "label": "dense"}
+    run_stage(make_stage("evaluate", {**asked, "evaluators": [*DENSE[:1], "retrieval"]}), run, ONE)
+    found = result(run, "dense")
+    assert {row: set(values) for row, values in found["scores"].items()} == {
+        "mae": {"segmentation", "retrieval"},
+        **{row: {"segmentation"} for row in ("generator", "random encoder", "pixels")},
+    }
+    images = found["train"]["images_with_masks"] + found["test"]["images_with_masks"]
+    assert found["patch_memory_mb"] == round(images * 2 * (64 * (2 * 32 + 16 + 48) + 32 * 32) / 1e6, 1)
+    run_stage(make_stage("evaluate", {**asked, "evaluators": ["retrieval"], "label": "texts"}), run, ONE)
+    assert set(result(run, "texts")["scores"]) == {"mae"}
+    assert "the generator has no row: retrieval can say nothing of it" in result(run, "texts")["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"generator": "tiny", "generator_blocks": ["up_block"]}, r"unknown block of UNet2DConditionModel 'up_block'"),
+        ({"generator": "tiny", "generator_timesteps": []}, "generator_timesteps must be one or more of 0 to 999"),
+        ({"generator": "tiny", "generator_timesteps": [1000]}, "generator_timesteps must be one or more of 0 to 999"),
+        ({"generator": "tinny"}, "unknown model 'tinny'; .*a folder or a hub id will do too"),
+        ({"generator": {"name": "tiny", "dtype": "float16"}}, "backbone tiny.dtype: unknown setting"),
+    ],
+)
+def test_a_generator_that_cannot_be_read_is_told(run, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        run_stage(make_stage("evaluate", settings), run, ONE)

@@ -181,21 +181,6 @@ def test_the_loss_is_its_formula():
     )
 
 
-@pytest.mark.parametrize("prior", ["rectangles", "masks"])
-def test_the_step_is_that_of_its_halves(prior):
-    method, whole = build(prior=prior), make_batch(8)
-
-    def part(rows):
-        tensors = {name: getattr(whole, name)[rows] for name in ("images", "masks", "present", "seeds")}
-        names = {
-            name: tuple(getattr(whole, name)[row] for row in rows) for name in ("keys", "texts", "words", "labels")
-        }
-        return dataclasses.replace(whole, **tensors, **names)
-
-    halves = [method(part(rows), 0.7).loss.item() for rows in ([0, 1, 4, 6], [2, 3, 5, 7])]
-    assert method(whole, 0.7).loss.item() == pytest.approx(sum(halves) / 2, rel=1e-5)
-
-
 # -- what a proposal is to look like
 
 

@@ -131,13 +131,6 @@ def test_hardly_any_noise_is_easy_and_time_1000_leaves_nothing(batch):
     assert ends[1] < 0.5 * ends[1000]
 
 
-@pytest.mark.parametrize("foreground_share", [0.0, 0.5])
-def test_the_step_is_that_of_its_halves(foreground_share):
-    method, whole = build(foreground_share=foreground_share), make_batch(6)
-    halves = [method(part(whole, slice(first, None, 2)), 0.7).loss.item() for first in (0, 1)]
-    assert method(whole, 0.7).loss.item() == pytest.approx(sum(halves) / 2, rel=1e-5)
-
-
 def part(batch, rows):
     values = {item.name: getattr(batch, item.name) for item in dataclasses.fields(batch) if item.name != "second"}
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items()})

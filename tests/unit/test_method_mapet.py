@@ -220,16 +220,6 @@ def test_the_loss_is_its_formula_with_tokens_by_place():
     assert len(shares) > 6
 
 
-def test_the_step_is_that_of_its_halves():
-    method, batch = build(foreground_share=0.5), make_batch(8)
-    whole = method(batch, 0.7).loss.item()
-    halves = [
-        method(dataclasses.replace(make_batch(4), images=batch.images[rows], seeds=batch.seeds[rows]), 0.7).loss.item()
-        for rows in (slice(0, 8, 2), slice(1, 8, 2))
-    ]
-    assert whole == pytest.approx(sum(halves) / 2, rel=1e-5)
-
-
 def test_pixels_are_whitened_and_only_the_first_batch_decides():
     method, batch = build(), make_batch(64)
     batch = dataclasses.replace(batch, images=0.5 * batch.images + 3.0)
