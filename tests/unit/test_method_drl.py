@@ -64,7 +64,7 @@ def without_code(module, arguments):
 @pytest.fixture(scope="module")
 def told():
     """Trained on flat images."""
-    return train(build(**LEARNING), 50, lambda step: flat(32, step))
+    return train(build(**LEARNING), 40, lambda step: flat(32, step))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def untold():
     """The same, with a score network that is not told the code."""
     method = build(**LEARNING)
     method.score.register_forward_pre_hook(without_code)
-    return train(method, 50, lambda step: flat(32, step))
+    return train(method, 40, lambda step: flat(32, step))
 
 
 # -- the objective
@@ -109,7 +109,6 @@ def test_noise_levels_follow_their_law():
         sigma = build(sigma_law=law).sigmas(seeds)
         assert [(sigma < level).float().mean().item() for level in (0.1, 0.5, 1, 5)] == pytest.approx(shares, abs=0.01)
         assert 0.01 <= sigma.min() < sigma.max() <= 50
-    assert build(sigma_law="uniform").sigmas(seeds).lt(1).float().mean() < 0.025
     assert set(build(sigma_min=5.0, sigma_max=5.0).sigmas(seeds[:9]).tolist()) == {5.0}
 
 
@@ -197,14 +196,14 @@ def test_the_code_helps_at_every_level(told, untold, sigma):
     with torch.no_grad():
         codes, _ = told.code(told.encoder.features(batch.images), torch.full((128,), sigma))
         own = error(told, batch, sigma, codes)
-        assert own < 0.95 * error(told, batch, sigma, codes.roll(1, 0))
-        assert own < 0.95 * error(told, batch, sigma, 0 * codes)
+        assert own < 0.8 * error(told, batch, sigma, codes.roll(1, 0))
+        assert own < 0.8 * error(told, batch, sigma, 0 * codes)
         assert own < 0.97 * error(untold, batch, sigma, codes)
 
 
 def test_the_gain_is_recorded(told, untold):
     batch = flat(64, 778)
-    assert told(batch, 1.0).metrics["code_gain"] > 0.02
+    assert told(batch, 1.0).metrics["code_gain"] > 0.05
     assert abs(untold(batch, 1.0).metrics["code_gain"]) < 1e-5
     assert abs(told(flat(1, 779), 1.0).metrics["code_gain"]) < 1e-5  # no other image
 
@@ -220,7 +219,7 @@ def test_noise_and_the_code_give_the_image_back(told):
             colours = (noise + 2 * told.score(noise, sigma, code)).mean((2, 3))
             pairs = torch.stack([colours.flatten(), batch.images[:, :, 0, 0].flatten()])
             likeness.append(torch.corrcoef(pairs)[0, 1])
-    assert likeness[0] > 0.5
+    assert likeness[0] > 0.7
     assert abs(likeness[1]) < 0.2
 
 
@@ -231,7 +230,7 @@ def test_images_are_drawn_from_codes(told):
     assert 0 <= drawn.min() < drawn.max() <= 1
     mean, std = torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std)
     true = (batch.images[:, :, 0, 0] * std + mean).clamp(0, 1)
-    assert torch.corrcoef(torch.stack([drawn.mean((2, 3)).flatten(), true.flatten()]))[0, 1] > 0.4
+    assert torch.corrcoef(torch.stack([drawn.mean((2, 3)).flatten(), true.flatten()]))[0, 1] > 0.7
     assert torch.equal(told.redraw(batch.images, batch.seeds, num_steps=5), drawn)
     with pytest.raises(ValueError, match="1 or more"):
         told.redraw(batch.images, batch.seeds, num_steps=0)
