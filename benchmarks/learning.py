@@ -3,7 +3,8 @@
 Runs ``pipelines/free-atm-tiny.yaml`` with several seeds, evaluates each encoder on held-out composites whose labels,
 masks and captions are exact, and on photos where there are some, and writes ``results/learning.json``; then
 ``learning_report.py`` writes ``docs/results.md``. Stop it at any moment; it goes on where it stopped. DATA is what
-``synthgen.tiny.fetch`` prepared.
+``synthgen.tiny.fetch`` prepared. With ``--pipeline pipelines/methods-tiny.yaml --name methods`` it compares all methods
+that learn from images alone, and writes ``results/methods.json``.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="what synthgen.tiny.fetch prepared")
     parser.add_argument("--pipeline", type=Path, default=ROOT / "pipelines" / "free-atm-tiny.yaml")
+    parser.add_argument("--name", default="learning", help="of the file of results")
     parser.add_argument("--photos", type=Path, help="folder with caltech25-train.tar, caltech25-test.tar, coco159.tar")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="trainings at the same time, one thread each")
@@ -84,8 +86,9 @@ def main() -> None:
         list(line.select(last="shards").execute(engine=Local(workers=args.workers)))
         truth = write_truth(args.data, line, args.truth)
         work(jobs(line, tests(truth, args.photos), args.seeds), args.workers)
-    write_result("learning", figures(line, args.seeds))
-    write_report(ROOT)
+    write_result(args.name, figures(line, args.seeds))
+    if args.name == "learning":
+        write_report(ROOT)
 
 
 # -- what is judged on

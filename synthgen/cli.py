@@ -156,7 +156,9 @@ def shards(
 @app.command()
 def pretrain(
     run: RunOption = LATEST,
-    method: Annotated[str | None, typer.Option(help="mae, contrastive, vlp, umd.  [default: mae]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="mae, vlp, ...: see synthgen schema pretrain.method.  [default: mae]")
+    ] = None,
     guided: Annotated[bool, typer.Option("--guided", help="Let the word masks guide the method.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the shards.  [default: 20]")] = None,
     samples_seen: Annotated[int | None, typer.Option(help="Images in all, instead of epochs.")] = None,
@@ -186,6 +188,9 @@ def evaluate(
     train: Annotated[str | None, typer.Option(help="Shards or image folder to learn from.")] = None,
     test: Annotated[str | None, typer.Option(help="Shards or image folder to be judged on.")] = None,
     truth: Annotated[str | None, typer.Option(help="Tar or folder of true masks, for mask IoU.")] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="Also judge a diffusion model's activations: tiny, short name, folder or hub id.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Name of the scores.  [default: encoder and test set]")] = None,
     settings: SetOption = None,
 ) -> None:
@@ -194,7 +199,8 @@ def evaluate(
 
     opened = _open(run)
     given = {
-        "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth, "label": label,
+        "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth,
+        "generator": generator, "label": label,
     }  # fmt: skip
     _stage("evaluate", opened, given, settings)
     say_scores(opened)

@@ -226,11 +226,15 @@ class DiffusionBackbone(ABC):
                 if inversion_steps:
                     self.invert(latents, look, inversion_steps, recorder)
                 else:
-                    draws = [torch.randn(latents.shape[1:], generator=_generator(one.seed)) for one in requests]
-                    noise = torch.stack(draws).to(device)
+                    noise = self.noise([request.seed for request in requests], latents)
                     for timestep in timesteps:
                         look(self.noised(latents, noise, timestep), timestep)
         return recorder
+
+    def noise(self, seeds: Sequence[int], latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """One draw for each image, on the CPU from its own seed."""
+        draws = [torch.randn(latents.shape[1:], generator=_generator(seed)) for seed in seeds]
+        return torch.stack(draws).to(latents.device)
 
     def seer(self, texts: Sequence[str], latents: Tensor) -> Look:
         """:meth:`looker` for latents of any type: they keep theirs, so that halves lose nothing from step to step."""

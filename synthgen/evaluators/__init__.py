@@ -15,10 +15,23 @@ from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.registry import Family
 
-__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Scenes", "named"]
+__all__ = [
+    "EVALUATORS",
+    "Baseline",
+    "Evaluator",
+    "Labelled",
+    "Material",
+    "Need",
+    "Pairs",
+    "Row",
+    "Scenes",
+    "judges",
+    "named",
+]
 
 Need = Literal["features", "patches", "pairs", "masks"]
 Baseline = Literal["random", "pixels"]
+Row = Literal["encoder", "generator", "random", "pixels"]  # of the table
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float16, Float32, Int16
+from jaxtyping import Float, Float16, Float32, Int16, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from synthgen.augment import CenterCrop
 from synthgen.datasets import ImageDataset, NamedBox, Sample
+from synthgen.diffusion.features import Activations, FeatureReader
 from synthgen.evaluators import Labelled, Need, Pairs, Scenes
 from synthgen.models.dual import DualEncoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 
-__all__ = ["BACKGROUND", "Extracted", "Extractor", "joined_classes", "labelled", "paired", "patch_bytes", "scenes"]
+__all__ = ["BACKGROUND", "Extracted", "Extractor", "joined_classes", "labelled", "paired", "scenes"]
 
 BACKGROUND = "background"
 _PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
@@ -33,13 +35,17 @@ class _Row:
 
     view: Sample
     boxes: Boxes
+    drawn: UInt8[np.ndarray, "s s 3"] | None = None  # the same square at the size of the generator's own images
 
 
 class _Rows(Dataset[_Row]):
     """Samples cut to their middle square, with the boxes that the cut leaves."""
 
-    def __init__(self, samples: ImageDataset, numbers: Sequence[int], size: int, *, masks: bool) -> None:
+    def __init__(
+        self, samples: ImageDataset, numbers: Sequence[int], size: int, *, masks: bool, drawn_size: int = 0
+    ) -> None:
         self.samples, self.numbers, self.size, self.masks = samples, numbers, size, masks
+        self.drawn_size = drawn_size  # 0: there is no generator
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -48,11 +54,12 @@ class _Rows(Dataset[_Row]):
         number = self.numbers[index]
         sample = self.samples[number]
         view = CenterCrop(size=self.size)(sample)
+        drawn = CenterCrop(size=self.drawn_size)(replace(sample, labels=None)).image if self.drawn_size else None
         if not self.masks or view.labels is None:
-            return _Row(view, ())
+            return _Row(view, (), drawn)
         given = self.samples.boxes(number)
         height, width = sample.image.shape[:2]
-        return _Row(view, cut_boxes(given, height, width, self.size) if given else boxes_of_masks(view))
+        return _Row(view, cut_boxes(given, height, width, self.size) if given else boxes_of_masks(view), drawn)
 
 
 def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:
@@ -107,16 +114,43 @@ class Extracted:
     embeddings: Float32[Tensor, "n e"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """How images are looked at: cut to a square of pixels, in square patches, pixels as (pixels - mean) / std."""
+
+    image_size: int
+    patch_size: int
+    mean: tuple[float, ...] = EncoderConfig.mean
+    std: tuple[float, ...] = EncoderConfig.std
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One batch, and what became of it."""
+
+    images: Float[Tensor, "b 3 S S"]
+    tokens: dict[str, Float[Tensor, "b _ _"]]  # of each network, the class token first
+    generator: Activations | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
     """Takes from images what ``needs`` say, each image decoded once and seen once by each network.
 
-    The middle square of an image is resized to the encoder's size. Rows of the result are those of ``networks``, and
-    ``pixels``: as features the image at 32 pixels or fewer, as patch features a patch's colours on a grid of 4 x 4.
+    The middle square of an image is resized to the encoder's size, and for a generator to that of its own images. Rows
+    of the result are those of ``networks``, ``generator``, and ``pixels``: as features the image at 32 pixels or fewer,
+    as patch features a patch's colours on a grid of 4 x 4. The generator's are its activations averaged over space, and
+    resized to the encoder's grid.
     """
 
-    networks: Mapping[str, VisionTransformer]  # of one shape
+    networks: Mapping[str, VisionTransformer]  # of one shape; none where a generator stands alone
     needs: frozenset[Need]
+    generator: FeatureReader | None = None
     dual: DualEncoder | None = None
     pool: str = "mean"
     by_label: bool = False  # the class of a masked pixel is the image's label, not the word
@@ -124,67 +158,89 @@ class Extractor:
     num_workers: int = 0
     device: str = "cpu"
 
+    @cached_property
+    def view(self) -> View:
+        """That of the networks; of a generator alone its own size and grid."""
+        for network in self.networks.values():
+            config = network.config
+            return View(config.image_size, config.patch_size, config.mean, config.std)
+        assert self.generator is not None
+        side, (_, rows, columns) = self.generator.image_size, self.generator.shape
+        return View(side, next(size for size in range(side // min(rows, columns), side + 1) if side % size == 0))
+
     @property
-    def config(self) -> EncoderConfig:
-        """The shape of the networks."""
-        return next(iter(self.networks.values())).config
+    def patch_bytes(self) -> int:
+        """What one image's patch features take in memory, with its truth: float16, and int16 for each pixel."""
+        view, width = self.view, sum(network.config.dim for network in self.networks.values())
+        if self.generator is not None:
+            width += self.generator.shape[0]
+        cell = min(_PIXEL_CELL, view.patch_size)
+        return 2 * (view.grid**2 * (width + 3 * cell**2) + view.image_size**2)
 
     def extract(
         self, samples: ImageDataset, numbers: Sequence[int], masked: Sequence[int], tick: Callable[[int], None]
     ) -> Extracted:
         """What the images ``numbers`` give; patch features are kept of those that are among ``masked``."""
-        config, wanted = self.config, set(masked)
-        rows = _Rows(samples, numbers, config.image_size, masks=bool(wanted))
+        view, wanted = self.view, set(masked)
+        drawn_size = self.generator.image_size if self.generator else 0
+        rows = _Rows(samples, numbers, view.image_size, masks=bool(wanted), drawn_size=drawn_size)
         batches = DataLoader(
             rows,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=_Collate(config.mean, config.std),
+            collate_fn=_Collate(view.mean, view.std),
         )
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
             for images, batch in batches:
-                images = images.to(self.device)
-                tokens = {name: network(images) for name, network in self.networks.items()}
+                seen = self._look(images.to(self.device), batch)
                 if "features" in self.needs:
-                    self._keep_features(found, images, tokens, start, len(numbers))
+                    self._keep_features(found, seen, start, len(numbers))
                 if self.dual is not None:
-                    found.embeddings = _put(found.embeddings, self.dual.embed_images(images), start, len(numbers))
+                    found.embeddings = _put(found.embeddings, self.dual.embed_images(seen.images), start, len(numbers))
                 chosen = [
                     row
                     for row, item in enumerate(batch)
                     if numbers[start + row] in wanted and item.view.labels is not None and self._classed(item.view)
                 ]
                 if chosen:
-                    self._keep_patches(found, images, tokens, [batch[row] for row in chosen], chosen, kept, len(wanted))
+                    self._keep_patches(found, seen, [batch[row] for row in chosen], chosen, kept, len(wanted))
                 start, kept = start + len(batch), kept + len(chosen)
                 tick(len(batch))
         found.patches = {name: patches[:kept] for name, patches in found.patches.items()}
         found.pixels = None if found.pixels is None else found.pixels[:kept]
         return found
 
-    def _keep_features(
-        self, found: Extracted, images: Tensor, tokens: Mapping[str, Tensor], start: int, length: int
-    ) -> None:
-        pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in tokens.items()}
-        pooled["pixels"] = F.adaptive_avg_pool2d(images, min(32, self.config.image_size)).flatten(1)
+    def _look(self, images: Tensor, batch: Sequence[_Row]) -> _Seen:
+        activations = None
+        if self.generator is not None:
+            drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
+            activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid)
+        return _Seen(images, {name: network(images) for name, network in self.networks.items()}, activations)
+
+    def _keep_features(self, found: Extracted, seen: _Seen, start: int, length: int) -> None:
+        pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in seen.tokens.items()}
+        if seen.generator is not None:
+            pooled["generator"] = seen.generator.pooled
+        pooled["pixels"] = F.adaptive_avg_pool2d(seen.images, min(32, self.view.image_size)).flatten(1)
         for name, features in pooled.items():
             found.features[name] = _put(found.features.get(name), features, start, length)
 
     def _keep_patches(
         self,
         found: Extracted,
-        images: Tensor,
-        tokens: Mapping[str, Tensor],
+        seen: _Seen,
         batch: Sequence[_Row],
         chosen: Sequence[int],
         start: int,
         length: int,
     ) -> None:
-        grid = self.config.grid
-        maps = {name: x[chosen, 1:].transpose(1, 2).reshape(len(chosen), -1, grid, grid) for name, x in tokens.items()}
-        cell = min(_PIXEL_CELL, self.config.patch_size)
-        maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(images[chosen], grid * cell), cell)
+        grid = self.view.grid
+        maps = {name: x[chosen, 1:].mT.reshape(len(chosen), -1, grid, grid) for name, x in seen.tokens.items()}
+        if seen.generator is not None:
+            maps["generator"] = seen.generator.patches[chosen]
+        cell = min(_PIXEL_CELL, self.view.patch_size)
+        maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(seen.images[chosen], grid * cell), cell)
         for name, patches in maps.items():
             found.patches[name] = _put(found.patches.get(name), patches.half(), start, length)
         pixels = torch.from_numpy(np.stack([self._pixels(found.names, row.view) for row in batch]))
@@ -212,12 +268,6 @@ class Extractor:
                 numbers[number] = names.setdefault(self._name(view, word), len(names) + 1)
         pixels: Int16[np.ndarray, "S S"] = numbers[view.labels]
         return pixels
-
-
-def patch_bytes(config: EncoderConfig, num_networks: int) -> int:
-    """What one image's patch features take in memory, with its truth: float16, and int16 for each pixel."""
-    cell = min(_PIXEL_CELL, config.patch_size)
-    return 2 * (config.grid**2 * (config.dim * num_networks + 3 * cell**2) + config.image_size**2)
 
 
 def joined_classes(train: Extracted, test: Extracted) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -23,11 +23,11 @@ from synthgen.plan.judged import Judged, Looked
 from synthgen.plan.meter import Meter, Took
 from synthgen.run import Run
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source, looked_at
+from synthgen.stages._judged import Source, judges, looked_at
 from synthgen.stores import located
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Material, Need
+    from synthgen.evaluators import Evaluator, Material, Need, Row
     from synthgen.plan.sample import Sample
     from synthgen.stages.evaluate import Evaluate
 
@@ -48,7 +48,7 @@ def measure_evaluation(stage: Evaluate, sample: Sample, judged: Judged, rounds: 
     folder = Path(tempfile.mkdtemp(dir=sample.folder))  # of this evaluation: there may be several
     sides = _sides(sample, judged, folder)
     asked, stage = stage, replace(stage, verify=False)
-    if judged.encoder:
+    if judged.test.images:
         stage = replace(sides.shown_to(stage, folder / "first", _FIRST), encoder=_encoder(sample, judged))
     if judged.few_truth:
         judged.few_truth.write(folder / "truth")
@@ -57,7 +57,7 @@ def measure_evaluation(stage: Evaluate, sample: Sample, judged: Judged, rounds: 
     meter.work(short, run)
     files = _written(short.path(run), short, replace(asked, encoder=judged.encoder))
     parts, totals, samples, batch, held = list[str](), [0.0] * rounds, 0, 1, 0
-    if judged.encoder:
+    if judged.test.images:
         looking = _Looking(stage, run, sides, judged, device, folder, sample.seconds)
         totals, samples, batch, held = looking.take(rounds, parts)
         held = held if device == "cpu" else 0  # features lie in main memory, which is not what is told of a GPU
@@ -105,7 +105,9 @@ def _sides(sample: Sample, judged: Judged, folder: Path) -> _Sides:
 
 
 def _encoder(sample: Sample, judged: Judged) -> str:
-    """The folder of the encoder, or of that of the same shape which was trained on the sample."""
+    """The folder of the encoder, or of that of the same shape which was trained on the sample; none for a generator."""
+    if not judged.encoder:
+        return ""
     if (located(judged.encoder) / "encoder.safetensors").is_file():
         return judged.encoder
     trained = sample.run("rounds").folder("pretrain") / Path(judged.encoder).name
@@ -142,7 +144,7 @@ def _seconds_of_masks(stage: Evaluate, run: Run) -> float:
 
 @dataclass(frozen=True)
 class _Looking:
-    """What judging an encoder takes."""
+    """What judging an encoder, or a generator, takes."""
 
     stage: Evaluate
     run: Run
@@ -167,7 +169,7 @@ class _Looking:
         totals, material, samples = self._seen(replace(more, batch_size=batch), evaluators, rounds)
         sizes = self._sizes(material)
         for name, evaluator in evaluators.items():
-            kinds = [kind for kind in material if kind == "encoder" or kind in evaluator.baselines]
+            kinds = [kind for kind in material if judges(evaluator, kind)]
             affordable = self.seconds / len(evaluators) / len(kinds)
             basis = ""
             for kind in kinds:
@@ -193,19 +195,17 @@ class _Looking:
 
     def _seen(
         self, stage: Evaluate, evaluators: Mapping[str, Evaluator], rounds: int
-    ) -> tuple[list[float], dict[str, Material], int]:
+    ) -> tuple[list[float], dict[Row, Material], int]:
         """Seconds in which all images are read and seen, in each round; what was seen of the sample, and its images."""
         from synthgen.stages._material import gathered
 
-        needs = frozenset(one.needs for one in evaluators.values())
-        kinds = ["encoder", *sorted({kind for one in evaluators.values() for kind in one.baselines})]
-        kinds = kinds if stage.baselines else kinds[:1]
-        folder = located(stage.encoder)
-        extractor = stage.extractor(self.run, folder, Worker(device=self.device), needs, with_random="random" in kinds)
+        folder = located(stage.encoder) if stage.encoder else None
+        kinds = stage.rows(folder, evaluators.values()).values()
+        extractor = stage.extractor(self.run, folder, Worker(device=self.device), evaluators.values())
         started = time.perf_counter()
         names = ("train", "test") if self.sides.train else ("test",)
         sources = {name: Source(name, getattr(stage, name)) for name in names}
-        counts = {name: len(looked_at(source, needs)) for name, source in sources.items()}
+        counts = {name: len(looked_at(source, extractor.needs)) for name, source in sources.items()}
         ends = [(0, time.perf_counter())]
 
         def tick(count: int) -> None:
@@ -227,7 +227,7 @@ class _Looking:
             totals = [total + seconds for total in totals]
         return totals, material, whole
 
-    def _sizes(self, material: Mapping[str, Material]) -> dict[Need, tuple[tuple[int, int], int]]:
+    def _sizes(self, material: Mapping[Row, Material]) -> dict[Need, tuple[tuple[int, int], int]]:
         """For each need the images to learn from and to be judged on (of pairs texts and images), and the classes."""
         train, test = self.judged.train, self.judged.test
         each = sum(_patch_bytes(given) for given in material.values())

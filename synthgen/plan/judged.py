@@ -49,17 +49,18 @@ class Judged:
     test: Looked
     truth: int = 0  # images with true masks
     few_truth: Pictures | None = None
-    encoder: str = ""  # the folder in the run, or elsewhere; none where only masks are judged
+    encoder: str = ""  # the folder in the run, or elsewhere; none where only masks are judged, or a generator alone
 
     @property
     def images(self) -> int:
-        """Images that the encoder sees; where there is none, those whose masks are judged."""
-        return self.train.images + self.test.images if self.encoder else self.truth
+        """Images that an encoder or a generator sees; where there is none, those whose masks are judged."""
+        return self.train.images + self.test.images or self.truth
 
     @property
     def basis(self) -> str:
         """How exact the number is."""
-        parts = [f"{self.train.images:,} to learn from, {self.test.images:,} to be judged on"] * bool(self.encoder)
+        seen = bool(self.test.images)
+        parts = [f"{self.train.images:,} to learn from, {self.test.images:,} to be judged on"] * seen
         parts += [f"at most {self.truth:,} with true masks"] * bool(self.truth)
         return f"{'counted' if self.train.exact and self.test.exact else 'expected'}: {'; '.join(parts)}"
 
@@ -123,11 +124,12 @@ def judged(stage: Evaluate, run: Run, own: tuple[Looked, Looked] | None, trainin
     if training and not stage.encoder:
         stage = replace(stage, encoder=str(run.folder(*training.artifacts())))
     needs = {evaluator.needs for evaluator in stage.wanted(run).values()}
-    encoder = "" if needs == {"masks"} else stage.encoder or str(stage.encoder_folder(run))
-    if "pairs" in needs and not stage.evaluators and not _has_texts(encoder, training):
+    images = stage.judges_images(run)
+    encoder = stage.encoder or str(stage.encoder_folder(run) or "") if images else ""
+    if "pairs" in needs and not stage.evaluators and not (encoder and _has_texts(encoder, training)):
         needs.discard("pairs")
     train, test = Looked(), Looked()
-    if encoder:
+    if images:
         learned = bool(needs & {"features", "patches"})
         train = _side(stage, run, "train", needs, own and own[0]) if learned else train
         test = _side(stage, run, "test", needs, own and own[1])

@@ -6,30 +6,30 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from synthgen.evaluators import Material
-from synthgen.evaluators._extraction import Extracted, Extractor, joined_classes, labelled, paired, patch_bytes, scenes
+from synthgen.evaluators import Material, Row
+from synthgen.evaluators._extraction import Extracted, Extractor, joined_classes, labelled, paired, scenes
 from synthgen.stages._doubts import doubts, doubts_of_masks
 from synthgen.stages._judged import Source, looked_at, thinned
 
 __all__ = ["gathered"]
 
-Parts = dict[str, dict[str, Any]]  # of the material of each kind of row
+Parts = dict[Row, dict[str, Any]]  # of the material of each kind of row
 
 
 def gathered(
     sources: Mapping[str, Source],
     extractor: Extractor,
-    kinds: Collection[str],
+    kinds: Collection[Row],
     patch_memory: float,
     tick: Callable[[int], None],
     result: dict[str, Any],
-) -> dict[str, Material]:
+) -> dict[Row, Material]:
     """The material of each kind of row: those of the extractor's networks, and ``pixels``.
 
     What was found, and what is doubtful about it, goes into ``result``.
     """
     needs = extractor.needs
-    each = patch_bytes(extractor.config, len(extractor.networks))
+    each = extractor.patch_bytes if "patches" in needs else 0
     masked = thinned(sources, each, patch_memory, result) if "patches" in needs else {}
     numbers = {name: looked_at(source, needs) for name, source in sources.items()}
     found: dict[str, Extracted] = {}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
+from synthgen.stages._judged import Lacking, Source, judges, looked_at, masks_of_run, open_source
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._written import check_encoder, check_shards
 from synthgen.stores import located
@@ -23,7 +24,8 @@ from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Baseline, Evaluator, Need
+    from synthgen.diffusion.features import FeatureReader
+    from synthgen.evaluators import Baseline, Evaluator, Need, Row
     from synthgen.evaluators._extraction import Extractor
 
 __all__ = ["Evaluate"]
@@ -37,9 +39,10 @@ class Evaluate(Stage):
     """Ask what an encoder learned, and how good masks are where the truth is known.
 
     ``evaluate/<label>.json`` gets the scores. Two rows stand beside the encoder's own, without which a score says
-    nothing: a ``random encoder`` of the same shape, and the ``pixels`` themselves. What makes a score doubtful (few
-    images, classes that training does not know) is told under ``warnings``, and under ``skipped`` why an evaluator
-    that nobody asked for by name was left out.
+    nothing: a ``random encoder`` of the same shape, and the ``pixels`` themselves. With ``generator`` there is a row
+    of a diffusion model's own activations, which needs no encoder beside it. What makes a score doubtful (few images,
+    classes that training does not know) is told under ``warnings``, and under ``skipped`` why an evaluator that nobody
+    asked for by name was left out.
     """
 
     name: ClassVar = "evaluate"
@@ -56,11 +59,14 @@ class Evaluate(Stage):
     evaluators: tuple[
         Choice, ...
     ] = ()  # none: knn, linear_probe, retrieval if it can be, mask_iou where truth is given
+    generator: Choice | None = None  # also judge a diffusion model: tiny, a short name, folder or hub id
+    generator_timesteps: tuple[int, ...] = (50,)  # 0 to 999: how noised it sees the images, once at each
+    generator_blocks: tuple[str, ...] = ()  # of its network, whose activations are the features; none: the middle one
     pool: str = "mean"  # of the patch tokens, or cls
     mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
     patch_memory: float = 2.0  # GB for patch features; with more images fewer are taken, evenly apart
     baselines: bool = True  # rows of a random encoder and of the pixels beside it
-    label: str = ""  # name of the file; the encoder's folder, with the names of ``test`` and ``truth``
+    label: str = ""  # name of the file; the encoder's folder, generator, the names of ``test`` and ``truth``
     batch_size: int = free(128)
     verify: bool = free(True)  # read the run's shards once before, and see that they are as they were written
     num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
@@ -70,6 +76,8 @@ class Evaluate(Stage):
             raise ValueError(f"pool must be mean or cls, not {self.pool!r}")
         if self.mask_classes not in ("words", "label"):
             raise ValueError(f"mask_classes must be words or label, not {self.mask_classes!r}")
+        if not self.generator_timesteps or not all(0 <= timestep < 1000 for timestep in self.generator_timesteps):
+            raise ValueError(f"generator_timesteps must be one or more of 0 to 999, not {self.generator_timesteps}")
         if not self.patch_memory > 0:
             raise ValueError(f"patch_memory must be above 0, not {self.patch_memory}")
         if self.batch_size < 1:
@@ -85,10 +93,17 @@ class Evaluate(Stage):
         return tuple(dict.fromkeys((self.encoder or "pretrain", self.train or "shards", self.test or "shards", *masks)))
 
     def complete(self) -> Self:
-        """The same with every option of the evaluators spelled out."""
+        """The same with every option of the evaluators and of the generator spelled out."""
         from synthgen.evaluators import EVALUATORS
 
-        return replace(self, evaluators=tuple(EVALUATORS.complete(choice) for choice in self.evaluators))
+        generator = self.generator and BACKBONES.complete(_backbone(self.generator), "device")
+        evaluators = tuple(EVALUATORS.complete(choice) for choice in self.evaluators)
+        return replace(self, evaluators=evaluators, generator=generator)
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The settings that the scores depend on: where there is no generator, none of how it is read."""
+        settings = super().fingerprinted()
+        return {name: value for name, value in settings.items() if self.generator or not name.startswith("generator")}
 
     # -- what there is to do
 
@@ -107,7 +122,7 @@ class Evaluate(Stage):
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
-            of_encoder = not self.truth or self.encoder or _newest(run) is not None
+            of_encoder = not self.truth or self.encoder or self.generator or _newest(run) is not None
             names = (*(_BY_DEFAULT if of_encoder else ()), *(("mask_iou",) if self.truth else ()))
             choices = [Choice(name) for name in names]
         return {name: EVALUATORS.build(choice) for name, choice in named(choices).items()}
@@ -146,7 +161,9 @@ class Evaluate(Stage):
             return
         folder, sources = self.encoder_folder(run), self.sources(run)
         if need == "pairs":
-            if folder is not None and not (folder / "text.safetensors").is_file():
+            if folder is None:
+                raise Lacking(f"{name} needs an encoder with a text tower, and there is only the generator")
+            if not (folder / "text.safetensors").is_file():
                 raise Lacking(
                     f"{name} needs a text tower, and {folder} has none; train one with: synthgen pretrain --method vlp"
                 )
@@ -165,15 +182,21 @@ class Evaluate(Stage):
                     "their names must agree"
                 )
 
+    def judges_images(self, run: Run) -> bool:
+        """Whether it is asked what images give, and not only how good masks are."""
+        return any(evaluator.needs != "masks" for evaluator in self.wanted(run).values())
+
     def encoder_folder(self, run: Run) -> Path | None:
-        """The encoder to judge; None where only masks are.
+        """The encoder to judge; None where only masks are, or a generator where there is no encoder.
 
         Raises:
             MissingArtifact: there is none.
         """
-        if all(evaluator.needs == "masks" for evaluator in self.wanted(run).values()):
+        if not self.judges_images(run):
             return None
         folder = located(self.encoder) if self.encoder else _newest(run)
+        if folder is None and self.generator:
+            return None
         if folder is None:
             raise MissingArtifact(
                 f"{run.path} has no finished encoder; first run: synthgen pretrain --run {run.path}, or give --encoder"
@@ -211,6 +234,7 @@ class Evaluate(Stage):
             found["encoder"] = sha256_of(folder / "encoder.safetensors")
             if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
                 found["text tower"] = sha256_of(folder / "text.safetensors")
+        if self.judges_images(run):
             for name, source in self.sources(run).items():
                 found[name] = digest(list(source_inputs(source.path).values()))
         if self.truth:
@@ -223,12 +247,15 @@ class Evaluate(Stage):
 
     def path(self, run: Run) -> Path:
         """The file that gets the scores."""
-        folder = self.encoder_folder(run)
+        folder, images = self.encoder_folder(run), self.judges_images(run)
         label = self.label
         if not label:
-            label = "masks" if folder is None else folder.resolve().name
-            label += f"-{Path(self.test).stem}" if self.test else ""
-            label += f"-{Path(self.truth).stem}" if self.truth and folder is not None else ""
+            parts = [folder.resolve().name] if folder else []
+            parts += ["generator"] if self.generator and images else []
+            parts = parts or ["masks"]
+            parts += [Path(self.test).stem] if self.test else []
+            parts += [Path(self.truth).stem] if self.truth and images else []
+            label = "-".join(parts)
         return run.folder("evaluate") / f"{label}.json"
 
     def fingerprint(self, run: Run) -> str:
@@ -265,7 +292,7 @@ class Evaluate(Stage):
 
     def size(self, run: Run, unit: int) -> int:
         """Images to look at."""
-        if self.encoder_folder(run) is None:
+        if not self.judges_images(run):
             return 1
         needs = frozenset(evaluator.needs for evaluator in self.chosen(run)[0].values())
         return max(1, sum(len(looked_at(source, needs)) for source in self.sources(run).values()))
@@ -281,13 +308,13 @@ class Evaluate(Stage):
             evaluators, skipped = self.chosen(run)
             result: dict[str, Any] = {"scores": {}, "warnings": [], "skipped": skipped}
             folder = self.encoder_folder(run)
-            of_encoder = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
-            if self.verify and folder is not None:
+            of_images = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
+            if self.verify and of_images:
                 self.check_written(run, folder)
-            if folder is not None and of_encoder:
+            if of_images:
                 with telling_lost_readers():
-                    self.judge_encoder(run, folder, worker, of_encoder, result)
-            if len(of_encoder) < len(evaluators):
+                    self.judge_images(run, folder, worker, of_images, result)
+            if len(of_images) < len(evaluators):
                 self.judge_masks(run, evaluators, result)
             result |= {
                 "settings": self.fingerprinted(),
@@ -302,63 +329,88 @@ class Evaluate(Stage):
 
         yield work
 
-    def check_written(self, run: Run, folder: Path) -> None:
+    def check_written(self, run: Run, folder: Path | None) -> None:
         """See that the encoder, and what shards of the run are looked at, are as they were written.
 
         Raises:
             CorruptShard: one is not.
         """
-        check_encoder(folder)
+        if folder is not None:
+            check_encoder(folder)
         for source in self.sources(run).values():
             if not getattr(self, source.name):
                 check_shards(run, "train" if source.name == "train" else "val")
 
-    def judge_encoder(
-        self, run: Run, folder: Path, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
+    def judge_images(
+        self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
-        """Scores of the encoder, of a random one, and of the pixels."""
+        """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
         from synthgen.stages._material import gathered
 
-        needs = frozenset(evaluator.needs for evaluator in evaluators.values())
-        rows = {folder.resolve().name: "encoder"}
-        if self.baselines:
-            asked = {kind for one in evaluators.values() for kind in one.baselines}
-            rows |= {row: kind for row, kind in _BASELINES.items() if kind in asked}
-        extractor = self.extractor(run, folder, worker, needs, with_random="random" in rows.values())
+        rows = self.rows(folder, evaluators.values())
+        extractor = self.extractor(run, folder, worker, evaluators.values())
+        if reader := extractor.generator:
+            read = {"timesteps": reader.timesteps, "blocks": reader.blocks, "image_size": reader.image_size}
+            result["generator"] = read
+        elif self.generator:
+            result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
         material = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
-                if kind == "encoder" or kind in evaluator.baselines:
+                if judges(evaluator, kind):
                     worker.describe(f"{name} of {row}")
                     result["scores"][row][name] = evaluator.evaluate(material[kind])
-        result["encoder"] = str(folder)
+        if folder is not None:
+            result["encoder"] = str(folder)
 
-    def extractor(
-        self, run: Run, folder: Path, worker: Worker, needs: frozenset[Need], *, with_random: bool
-    ) -> Extractor:
-        """What takes features from images: the encoder, its text tower where texts are needed, and a random encoder."""
+    def rows(self, folder: Path | None, evaluators: Collection[Evaluator]) -> dict[str, Row]:
+        """What each row of the table is of, those that some evaluator can judge."""
+        rows: dict[str, Row] = {folder.resolve().name: "encoder"} if folder else {}
+        rows |= {"generator": "generator"} if self.generator else {}
+        rows |= _BASELINES if self.baselines else {}
+        return {
+            row: kind
+            for row, kind in rows.items()
+            if any(judges(one, kind) for one in evaluators) and (folder or kind != "random")
+        }
+
+    def extractor(self, run: Run, folder: Path | None, worker: Worker, evaluators: Collection[Evaluator]) -> Extractor:
+        """What takes features from images: the networks of the rows, and a text tower where texts are needed."""
         from synthgen.evaluators._extraction import Extractor
         from synthgen.loader import workers_for
         from synthgen.models.dual import load_dual_encoder
         from synthgen.models.vit import VisionTransformer, load_encoder
         from synthgen.train.loop import seed_everything
 
-        encoder = load_encoder(folder)
-        networks = {"encoder": encoder.to(worker.device)}
-        if with_random:
+        needs, kinds = frozenset(one.needs for one in evaluators), self.rows(folder, evaluators).values()
+        networks = {"encoder": load_encoder(folder).to(worker.device)} if folder else {}
+        if "random" in kinds:
             seed_everything(run.seed)
-            networks["random"] = VisionTransformer(encoder.config).eval().to(worker.device)
+            networks["random"] = VisionTransformer(networks["encoder"].config).eval().to(worker.device)
         return Extractor(
             networks=networks,
             needs=needs,
-            dual=load_dual_encoder(folder).to(worker.device) if "pairs" in needs else None,
+            generator=self.reader(run, worker) if "generator" in kinds else None,
+            dual=load_dual_encoder(folder).to(worker.device) if folder and "pairs" in needs else None,
             pool=self.pool,
             by_label=self.mask_classes == "label",
             batch_size=self.batch_size,
             num_workers=workers_for(self.num_workers),
             device=worker.device,
         )
+
+    def reader(self, run: Run, worker: Worker) -> FeatureReader:
+        """What reads the generator's activations.
+
+        Raises:
+            ConfigError: its network has no such block; lists those it has.
+        """
+        from synthgen.diffusion.features import FeatureReader
+
+        assert self.generator is not None
+        backbone = BACKBONES.build(_backbone(self.generator), device=worker.device)
+        return FeatureReader(backbone, timesteps=self.generator_timesteps, blocks=self.generator_blocks, seed=run.seed)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
@@ -379,6 +431,13 @@ class Evaluate(Stage):
             for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }
+
+
+def _backbone(choice: Choice) -> Choice:
+    """A backbone by its name; any other name is that of a model of ``diffusers``."""
+    if choice.name in BACKBONES.names():
+        return choice
+    return Choice("diffusers", {"model": choice.name, **choice.options})
 
 
 def _newest(run: Run) -> Path | None:
