@@ -37,8 +37,8 @@ from synthgen.tiny.classifier import Classifier
 from synthgen.tiny.compositor import LAYOUTS, Compositor, Names
 from synthgen.tiny.truth import BATCH, SEED, held_out
 
-STEPS = (4, 6, 8, 10, 12, 16, 25)
-GUIDANCE = (2.0, 3.0, 5.0)
+STEPS = (4, 8, 12, 16, 25)
+GUIDANCE = (2.0, 3.0, 4.0, 5.0)
 NUM_PAIRS = 128
 CHUNK = 16  # images a batch
 ROWS = 1000  # images of one run of keys
