@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import coverage
-from synthgen.methods._pixels import pixel_target
+from synthgen.methods._pixels import pixel_range, pixel_target, to_pixels
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Block, attend, patchify, unpatchify
 from synthgen.models.patch_denoiser import PatchDenoiser
@@ -134,8 +134,7 @@ class DARL(Method):
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
         config, device = self.encoder.config, self.encoder.cls_token.device
         seeds, size = seeds.to(device), 3 * config.patch_size**2
-        mean, std = torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
-        low, high = (((bound - mean) / std).repeat(size // 3) for bound in (0.0, 1.0))  # channel is a patch's last axis
+        low, high = pixel_range(config, device)
         patches: list[Tensor] = []
         past: list[Tensor] = []
         for place in range(config.grid**2):
@@ -143,8 +142,7 @@ class DARL(Method):
             context, past = self.read(before, past)
             noise = normal(seeds, num_steps + 1, size, stream=SAMPLING + place)
             patches.append(self.draw(context, noise, low, high))
-        images = unpatchify(torch.cat(patches, dim=1), config.patch_size)
-        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        return to_pixels(unpatchify(torch.cat(patches, dim=1), config.patch_size), config)
 
     def draw(
         self, context: Float[Tensor, "b 1 d"], noise: Float[Tensor, "b s p"], low: Tensor, high: Tensor

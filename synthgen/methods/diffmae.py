@@ -13,7 +13,7 @@ from torch import Tensor
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
-from synthgen.methods._pixels import pixel_target
+from synthgen.methods._pixels import pixel_range, pixel_target
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
 from synthgen.models.masked_denoiser import DecoderKind, MaskedDenoiser
@@ -151,8 +151,7 @@ class DiffMAE(Method):
             raise ValueError(f"hidden must name one or more places from 0 to {num_patches - 1}, each once an image")
         shown = torch.ones_like(patches[:, :, 0]).scatter(1, hidden, 0)
         visible = shown.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_hidden]
-        mean, std = torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
-        low, high = (((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0))  # as a patch: r c 3
+        low, high = pixel_range(config, device)
         memory = self.read(patches, visible)
         shape = num_hidden, patches.shape[2]
         x = normal(seeds, *shape, stream=SAMPLING)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from synthgen.augment import Augment
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._pixels import to_pixels
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, initialize
 from synthgen.models.score import LevelEmbedding, ScoreNetwork
@@ -165,7 +166,7 @@ class DRL(Method):
         """
         if num_steps < 1:
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
-        config, device = self.encoder.config, images.device
+        device = images.device
         features = self.encoder.features(images)
         t = torch.arange(num_steps, 0, -1, device=device) / num_steps
         levels = self.sigma_min * (self.sigma_max / self.sigma_min) ** t
@@ -174,5 +175,4 @@ class DRL(Method):
             sigma = now.expand(len(images))
             code, _ = self.code(features, sigma)
             x = x + (now - after) * self.score(x, sigma, code)
-        mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (config.mean, config.std))
-        return (x * std + mean).clamp(0, 1)
+        return to_pixels(x, self.encoder.config)

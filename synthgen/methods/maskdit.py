@@ -16,6 +16,7 @@ from synthgen.augment import Augment
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._pixels import pixel_target, to_pixels
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
 from synthgen.models.narrow_decoder import NarrowDecoder
@@ -123,7 +124,7 @@ class MaskDiT(Method):
         loss = (weight * ((denoised[:, : visible.shape[1]] - take(x, visible)) ** 2).mean((1, 2))).mean()
         metrics = {"denoise": loss.detach()}
         if hidden.shape[1]:
-            rebuild = ((denoised[:, visible.shape[1] :] - standardised(take(y, hidden))) ** 2).mean()
+            rebuild = ((denoised[:, visible.shape[1] :] - pixel_target(take(y, hidden), norm=True)) ** 2).mean()
             loss = loss + self.rebuild_weight * rebuild
             metrics["rebuild"] = rebuild.detach()
         return StepOutput(loss, metrics)
@@ -223,11 +224,4 @@ class MaskDiT(Method):
             first = slope(y, sigma)
             euler = y + (after - sigma) * first
             y = y + (after - sigma) * (first + slope(euler, after)) / 2 if after else euler
-        mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (config.mean, config.std))
-        return (unpatchify(y / SIGMA_DATA, config.patch_size) * std + mean).clamp(0, 1)
-
-
-def standardised(patches: Float[Tensor, "b m p"]) -> Float[Tensor, "b m p"]:
-    """Each patch less its mean, over its deviation (unbiased variance, 1e-6 added)."""
-    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+        return to_pixels(unpatchify(y / SIGMA_DATA, config.patch_size), config)

@@ -13,6 +13,7 @@ from synthgen.augment import Augment
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._pixels import pixel_range, to_pixels
 from synthgen.models.decoder import NoiseDecoder
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
@@ -147,8 +148,7 @@ class UMD(Method):
         config, device = self.encoder.config, self.levels.device
         seeds = seeds.to(device)
         b, n, p = len(seeds), config.grid**2, 3 * config.patch_size**2
-        mean, std = torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
-        low, high = (((bound - mean) / std).repeat(p // 3) for bound in (0.0, 1.0))  # channel is a patch's last axis
+        low, high = pixel_range(config, device)
         visible = torch.arange(n, device=device).expand(b, -1)
         hidden = visible[:, :0]
         stride = TIMES // num_steps
@@ -165,8 +165,7 @@ class UMD(Method):
             sigma = ((1 - before) / (1 - a) * (1 - a / before)).sqrt()
             fresh = normal(seeds, n, p, stream=SAMPLING + 1 + number)
             x = before.sqrt() * clean + (1 - before - sigma**2).clamp(min=0).sqrt() * noise + sigma * fresh
-        images = unpatchify(clean, config.patch_size)
-        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        return to_pixels(unpatchify(clean, config.patch_size), config)
 
 
 def cosine_schedule(count: int) -> Float[Tensor, " count"]:
