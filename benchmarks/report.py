@@ -205,8 +205,8 @@ def methods(figures: dict[str, Any]) -> Iterator[str]:
     settings, encoder = next(iter(figures["settings"].values())), figures["encoder"]
     shape = f"{encoder['dim']} wide and {encoder['depth']} deep, on {encoder['image_size']} pixels"
     samples, images = settings["samples_seen"], figures["images"]
-    yield f"Every method that learns from images alone, plain / guided by the masks: one seed, {samples:,} samples out of"
-    yield f"{images:,} images of the shipped model (by earlier weights), an encoder {shape}. It is a short"
+    yield f"Every method that learns from images alone, plain / guided by the masks: one seed, {samples:,} samples out"
+    yield f"of {images:,} images of the shipped model (by earlier weights), an encoder {shape}. It is a short"
     yield "training of a small network: where a method stands here says little of where it stands at scale, and a few"
     yield "hundredths are the luck of the seed. Composites are held out; photos are of Caltech-101; `knn` and"
     yield "`linear_probe` are accuracies, `segmentation` is a mean IoU.\n"
