@@ -8,6 +8,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -188,9 +189,7 @@ def evaluate(
     train: Annotated[str | None, typer.Option(help="Shards or image folder to learn from.")] = None,
     test: Annotated[str | None, typer.Option(help="Shards or image folder to be judged on.")] = None,
     truth: Annotated[str | None, typer.Option(help="Tar or folder of true masks, for mask IoU.")] = None,
-    generator: Annotated[
-        str | None, typer.Option(help="Also judge a diffusion model's activations: tiny, short name, folder or hub id.")
-    ] = None,
+    generator: Annotated[str | None, typer.Option(help="Also judge this model's activations.")] = None,
     label: Annotated[str | None, typer.Option(help="Name of the scores.  [default: encoder and test set]")] = None,
     settings: SetOption = None,
 ) -> None:
@@ -258,8 +257,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a pipeline will cost before it starts: images, units, bytes, hours and memory."""
-    import json
-
     from synthgen import api
     from synthgen.plan.text import render
 
@@ -283,8 +280,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every class and word in it.")] = False,
 ) -> None:
     """Say what is done, what failed and why, and what to do next."""
-    import json
-
     from synthgen.status import status as look
     from synthgen.status.text import render
 
@@ -329,8 +324,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether this machine will work, and how well."""
-    import json
-
     from synthgen.doctor import examine
     from synthgen.doctor.text import render
 

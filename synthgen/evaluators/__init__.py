@@ -15,19 +15,7 @@ from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.registry import Family
 
-__all__ = [
-    "EVALUATORS",
-    "Baseline",
-    "Evaluator",
-    "Labelled",
-    "Material",
-    "Need",
-    "Pairs",
-    "Row",
-    "Scenes",
-    "judges",
-    "named",
-]
+__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Row", "Scenes", "named"]
 
 Need = Literal["features", "patches", "pairs", "masks"]
 Baseline = Literal["random", "pixels"]

@@ -23,7 +23,8 @@ from synthgen.plan.judged import Judged, Looked
 from synthgen.plan.meter import Meter, Took
 from synthgen.run import Run
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source, judges, looked_at
+from synthgen.stages._judged import Source, looked_at
+from synthgen.stages._rows import extractor_of, judges, rows_of
 from synthgen.stores import located
 
 if TYPE_CHECKING:
@@ -200,8 +201,8 @@ class _Looking:
         from synthgen.stages._material import gathered
 
         folder = located(stage.encoder) if stage.encoder else None
-        kinds = stage.rows(folder, evaluators.values()).values()
-        extractor = stage.extractor(self.run, folder, Worker(device=self.device), evaluators.values())
+        kinds = rows_of(stage, folder, evaluators.values()).values()
+        extractor = extractor_of(stage, self.run, folder, Worker(device=self.device), evaluators.values())
         started = time.perf_counter()
         names = ("train", "test") if self.sides.train else ("test",)
         sources = {name: Source(name, getattr(stage, name)) for name in names}

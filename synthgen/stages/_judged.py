@@ -14,9 +14,9 @@ from synthgen.stores.tar import read_tar
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
-    from synthgen.evaluators import Evaluator, Need, Row
+    from synthgen.evaluators import Need
 
-__all__ = ["Lacking", "Source", "judges", "looked_at", "masks_of_run", "open_source", "spread_out", "thinned"]
+__all__ = ["Lacking", "Source", "looked_at", "masks_of_run", "open_source", "spread_out", "thinned"]
 
 
 class Lacking(ConfigError):
@@ -106,13 +106,6 @@ def open_source(name: str, path: str) -> Source:
 @lru_cache(maxsize=4)
 def _opened(name: str, path: str, stamp: str) -> Source:
     return Source(name, path)
-
-
-def judges(evaluator: Evaluator, row: Row) -> bool:
-    """Whether an evaluator has something to say of a row: of a generator, what needs no texts."""
-    if row == "generator":
-        return evaluator.needs in ("features", "patches")
-    return row == "encoder" or row in evaluator.baselines
 
 
 def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:

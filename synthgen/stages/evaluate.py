@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,9 @@ from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, judges, looked_at, masks_of_run, open_source
+from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
 from synthgen.stages._readers import telling_lost_readers
+from synthgen.stages._rows import backbone_of, extractor_of, judges, rows_of
 from synthgen.stages._written import check_encoder, check_shards
 from synthgen.stores import located
 from synthgen.stores.tar import write_json
@@ -24,14 +25,11 @@ from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
 
 if TYPE_CHECKING:
-    from synthgen.diffusion.features import FeatureReader
-    from synthgen.evaluators import Baseline, Evaluator, Need, Row
-    from synthgen.evaluators._extraction import Extractor
+    from synthgen.evaluators import Evaluator, Need
 
 __all__ = ["Evaluate"]
 
 _BY_DEFAULT = ("knn", "linear_probe", "retrieval")  # of an encoder: what costs seconds
-_BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Evaluate(Stage):
         """The same with every option of the evaluators and of the generator spelled out."""
         from synthgen.evaluators import EVALUATORS
 
-        generator = self.generator and BACKBONES.complete(_backbone(self.generator), "device")
+        generator = self.generator and BACKBONES.complete(backbone_of(self.generator), "device")
         evaluators = tuple(EVALUATORS.complete(choice) for choice in self.evaluators)
         return replace(self, evaluators=evaluators, generator=generator)
 
@@ -347,8 +345,8 @@ class Evaluate(Stage):
         """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
         from synthgen.stages._material import gathered
 
-        rows = self.rows(folder, evaluators.values())
-        extractor = self.extractor(run, folder, worker, evaluators.values())
+        rows = rows_of(self, folder, evaluators.values())
+        extractor = extractor_of(self, run, folder, worker, evaluators.values())
         if reader := extractor.generator:
             read = {"timesteps": reader.timesteps, "blocks": reader.blocks, "image_size": reader.image_size}
             result["generator"] = read
@@ -363,54 +361,6 @@ class Evaluate(Stage):
                     result["scores"][row][name] = evaluator.evaluate(material[kind])
         if folder is not None:
             result["encoder"] = str(folder)
-
-    def rows(self, folder: Path | None, evaluators: Collection[Evaluator]) -> dict[str, Row]:
-        """What each row of the table is of, those that some evaluator can judge."""
-        rows: dict[str, Row] = {folder.resolve().name: "encoder"} if folder else {}
-        rows |= {"generator": "generator"} if self.generator else {}
-        rows |= _BASELINES if self.baselines else {}
-        return {
-            row: kind
-            for row, kind in rows.items()
-            if any(judges(one, kind) for one in evaluators) and (folder or kind != "random")
-        }
-
-    def extractor(self, run: Run, folder: Path | None, worker: Worker, evaluators: Collection[Evaluator]) -> Extractor:
-        """What takes features from images: the networks of the rows, and a text tower where texts are needed."""
-        from synthgen.evaluators._extraction import Extractor
-        from synthgen.loader import workers_for
-        from synthgen.models.dual import load_dual_encoder
-        from synthgen.models.vit import VisionTransformer, load_encoder
-        from synthgen.train.loop import seed_everything
-
-        needs, kinds = frozenset(one.needs for one in evaluators), self.rows(folder, evaluators).values()
-        networks = {"encoder": load_encoder(folder).to(worker.device)} if folder else {}
-        if "random" in kinds:
-            seed_everything(run.seed)
-            networks["random"] = VisionTransformer(networks["encoder"].config).eval().to(worker.device)
-        return Extractor(
-            networks=networks,
-            needs=needs,
-            generator=self.reader(run, worker) if "generator" in kinds else None,
-            dual=load_dual_encoder(folder).to(worker.device) if folder and "pairs" in needs else None,
-            pool=self.pool,
-            by_label=self.mask_classes == "label",
-            batch_size=self.batch_size,
-            num_workers=workers_for(self.num_workers),
-            device=worker.device,
-        )
-
-    def reader(self, run: Run, worker: Worker) -> FeatureReader:
-        """What reads the generator's activations.
-
-        Raises:
-            ConfigError: its network has no such block; lists those it has.
-        """
-        from synthgen.diffusion.features import FeatureReader
-
-        assert self.generator is not None
-        backbone = BACKBONES.build(_backbone(self.generator), device=worker.device)
-        return FeatureReader(backbone, timesteps=self.generator_timesteps, blocks=self.generator_blocks, seed=run.seed)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
@@ -431,13 +381,6 @@ class Evaluate(Stage):
             for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }
-
-
-def _backbone(choice: Choice) -> Choice:
-    """A backbone by its name; any other name is that of a model of ``diffusers``."""
-    if choice.name in BACKBONES.names():
-        return choice
-    return Choice("diffusers", {"model": choice.name, **choice.options})
 
 
 def _newest(run: Run) -> Path | None:

@@ -25,6 +25,7 @@ from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
+from synthgen.stages._rows import extractor_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
@@ -367,7 +368,7 @@ def test_each_image_is_seen_by_the_generator_at_its_own_size_and_by_its_key(run,
     """Also where loader processes read it, in batches, beside an encoder of another size."""
     stage = Evaluate(generator=Choice(str(stable_diffusion), {"height": 64, "width": 48}), batch_size=2, num_workers=1)
     asked = [EVALUATORS.build("knn"), EVALUATORS.build("segmentation")]
-    extractor = stage.extractor(run, run.folder("pretrain") / "mae", Worker(), asked)
+    extractor = extractor_of(stage, run, run.folder("pretrain") / "mae", Worker(), asked)
     samples, numbers = open_dataset(str(run.folder("shards") / "train"), masks=True), (4, 0, 7)
     found = extractor.extract(samples, numbers, (4, 7), lambda count: None)
     images = np.stack([resize(samples[number].image, (48, 48)) for number in numbers])

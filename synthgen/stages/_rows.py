@@ -1,0 +1,88 @@
+"""The rows of the table of scores, and the networks behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from synthgen.backbones import BACKBONES
+from synthgen.config import Choice
+from synthgen.run import Run
+from synthgen.stages import Worker
+
+if TYPE_CHECKING:
+    from synthgen.diffusion.features import FeatureReader
+    from synthgen.evaluators import Baseline, Evaluator, Row
+    from synthgen.evaluators._extraction import Extractor
+    from synthgen.stages.evaluate import Evaluate
+
+__all__ = ["backbone_of", "extractor_of", "judges", "rows_of"]
+
+_BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels"}
+
+
+def judges(evaluator: Evaluator, row: Row) -> bool:
+    """Whether an evaluator has something to say of a row: of a generator, what needs no texts."""
+    if row == "generator":
+        return evaluator.needs in ("features", "patches")
+    return row == "encoder" or row in evaluator.baselines
+
+
+def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluator]) -> dict[str, Row]:
+    """What each row of the table is of, those that some evaluator can judge."""
+    rows: dict[str, Row] = {folder.resolve().name: "encoder"} if folder else {}
+    rows |= {"generator": "generator"} if stage.generator else {}
+    rows |= _BASELINES if stage.baselines else {}
+    return {
+        row: kind
+        for row, kind in rows.items()
+        if any(judges(one, kind) for one in evaluators) and (folder or kind != "random")
+    }
+
+
+def extractor_of(
+    stage: Evaluate, run: Run, folder: Path | None, worker: Worker, evaluators: Collection[Evaluator]
+) -> Extractor:
+    """What takes features from images: the networks of the rows, and a text tower where texts are needed.
+
+    Raises:
+        ConfigError: the generator's network has no such block; lists those it has.
+    """
+    from synthgen.evaluators._extraction import Extractor
+    from synthgen.loader import workers_for
+    from synthgen.models.dual import load_dual_encoder
+    from synthgen.models.vit import VisionTransformer, load_encoder
+    from synthgen.train.loop import seed_everything
+
+    needs, kinds = frozenset(one.needs for one in evaluators), rows_of(stage, folder, evaluators).values()
+    networks = {"encoder": load_encoder(folder).to(worker.device)} if folder else {}
+    if "random" in kinds:
+        seed_everything(run.seed)
+        networks["random"] = VisionTransformer(networks["encoder"].config).eval().to(worker.device)
+    return Extractor(
+        networks=networks,
+        needs=needs,
+        generator=_reader(stage, run, worker) if "generator" in kinds else None,
+        dual=load_dual_encoder(folder).to(worker.device) if folder and "pairs" in needs else None,
+        pool=stage.pool,
+        by_label=stage.mask_classes == "label",
+        batch_size=stage.batch_size,
+        num_workers=workers_for(stage.num_workers),
+        device=worker.device,
+    )
+
+
+def _reader(stage: Evaluate, run: Run, worker: Worker) -> FeatureReader:
+    from synthgen.diffusion.features import FeatureReader
+
+    assert stage.generator is not None
+    backbone = BACKBONES.build(backbone_of(stage.generator), device=worker.device)
+    return FeatureReader(backbone, timesteps=stage.generator_timesteps, blocks=stage.generator_blocks, seed=run.seed)
+
+
+def backbone_of(choice: Choice) -> Choice:
+    """A backbone by its name; any other name is that of a model of ``diffusers``."""
+    if choice.name in BACKBONES.names():
+        return choice
+    return Choice("diffusers", {"model": choice.name, **choice.options})
