@@ -78,7 +78,10 @@ class FeatureReader:
     def shape(self) -> tuple[int, int, int]:
         """Channels in all, and rows and columns of the finest block; the network sees a black image for it."""
         side = self.image_size
-        maps = self._maps(torch.zeros(1, side, side, 3, dtype=torch.uint8), ("",))
+        try:
+            maps = self._maps(torch.zeros(1, side, side, 3, dtype=torch.uint8), ("",))
+        except torch.OutOfMemoryError:
+            raise SynthgenError(TOO_LITTLE) from None
         rows, columns = (max(one.shape[axis] for one in maps) for axis in (2, 3))
         return sum(one.shape[1] for one in maps), rows, columns
 
@@ -100,17 +103,18 @@ class FeatureReader:
     def _read(self, images: Tensor, keys: Sequence[str], grid: int) -> Activations:
         try:
             maps = self._maps(images, keys)
+            pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
+            resized = [
+                F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
+            ]
+            patches = torch.cat(resized, 1).clamp(-_LARGEST, _LARGEST).half().cpu()
         except torch.OutOfMemoryError:
             if len(images) == 1:
                 raise SynthgenError(TOO_LITTLE) from None
         else:
-            pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
             if not pooled.isfinite().all():
                 raise ConfigError(UNFIT)
-            resized = [
-                F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
-            ]
-            return Activations(pooled, torch.cat(resized, 1).clamp(-_LARGEST, _LARGEST).half().cpu())
+            return Activations(pooled, patches)
         torch.cuda.empty_cache()
         half = len(images) // 2
         return _joined([self._read(images[:half], keys[:half], grid), self._read(images[half:], keys[half:], grid)])

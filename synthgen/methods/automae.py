@@ -73,8 +73,8 @@ class AutoMAE(Method):
             raise ValueError(f"momentum must lie between 0 and 1, not {momentum}")
         if min(alpha, adversary_weight) < 0:
             raise ValueError(f"alpha and adversary_weight must be 0 or more, not {alpha} and {adversary_weight}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
+        if not 0.001 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0.001 or more, not {temperature}")
         config = encoder.config
         self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
         self.encoder = encoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import ClassVar
 
 import torch
@@ -62,8 +61,8 @@ class DiffMAE(Method):
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
-        if not 0 < rho < math.inf:
-            raise ValueError(f"rho must be above 0, and 1 for DDPM's schedule, not {rho}")
+        if not 0.01 <= rho <= 3:
+            raise ValueError(f"rho must lie between 0.01 and 3, and be 1 for DDPM's schedule, not {rho}")
         config = encoder.config
         self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)

@@ -73,8 +73,10 @@ class DRL(Method):
             raise ValueError(f"code_dim must be 1 or more, not {code_dim}")
         if not 0 <= penalty < math.inf:
             raise ValueError(f"penalty must be 0 or more, not {penalty}")
-        if not 0 < sigma_min <= sigma_max < math.inf:
-            raise ValueError(f"sigma_min {sigma_min} must be above 0 and at most sigma_max {sigma_max}")
+        if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
+            raise ValueError(
+                f"sigma_min {sigma_min} must be 1e-6 or more and at most sigma_max {sigma_max}, and that 1e6 or less"
+            )
         if denoised_size and not 8 <= denoised_size <= config.image_size:
             raise ValueError(
                 f"denoised_size must be 0 or between 8 and the image's {config.image_size} pixels, not {denoised_size}"
@@ -166,8 +168,8 @@ class DRL(Method):
         """
         if num_steps < 1:
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
-        device = images.device
-        features = self.encoder.features(images)
+        device = self.encoder.cls_token.device
+        features = self.encoder.features(images.to(device))
         t = torch.arange(num_steps, 0, -1, device=device) / num_steps
         levels = self.sigma_min * (self.sigma_max / self.sigma_min) ** t
         x = self.sigma_max * normal(seeds.to(device), 3, self.denoised_size, self.denoised_size, stream=DRAWING)

@@ -28,8 +28,10 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, *, dim: int, depth: int) -> None:
         super().__init__()
-        if dim % 32:
+        if dim < 32 or dim % 32:
             raise ValueError(f"decoder_dim must be a multiple of 32 (the width of a head), not {dim}")
+        if depth < 1:
+            raise ValueError(f"decoder_depth must be 1 or more, or 0 to go by the encoder's size, not {depth}")
         config = encoder.config
         self.embed = nn.Linear(config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

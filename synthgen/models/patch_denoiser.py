@@ -11,6 +11,8 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["PatchDenoiser"]
 
+MOST = 2**15  # sequences at once: CUDA's attention kernels take fewer than 2^16
+
 
 class PatchDenoiser(nn.Module):
     """Clean patches from noised ones, each from its own and from what its context says (DARL: one transformer block).
@@ -38,5 +40,6 @@ class PatchDenoiser(nn.Module):
         if self.level is not None:
             own = own + self.level((1000 * gamma).round().long().flatten()).view_as(own)
         pairs = torch.stack([self.context(context), own], dim=2).flatten(0, 1)  # (b n) 2 d
-        pixels: Tensor = self.predict(self.norm(self.block(pairs, only=slice(1, None))))
+        told = [self.block(part, only=slice(1, None)) for part in torch.split(pairs, MOST)]
+        pixels: Tensor = self.predict(self.norm(torch.cat(told)))
         return pixels.view_as(noised)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
+from synthgen.errors import ConfigError
 from synthgen.run import Run
 from synthgen.stages import Worker
 
@@ -30,10 +31,18 @@ def judges(evaluator: Evaluator, row: Row) -> bool:
 
 
 def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluator]) -> dict[str, Row]:
-    """What each row of the table is of, those that some evaluator can judge."""
-    rows: dict[str, Row] = {folder.resolve().name: "encoder"} if folder else {}
-    rows |= {"generator": "generator"} if stage.generator else {}
+    """What each row of the table is of, those that some evaluator can judge.
+
+    Raises:
+        ConfigError: the encoder is called as another row is.
+    """
+    rows: dict[str, Row] = {"generator": "generator"} if stage.generator else {}
     rows |= _BASELINES if stage.baselines else {}
+    if folder:
+        name = folder.resolve().name
+        if name in rows:
+            raise ConfigError(f"the encoder in {folder} is called as another row of the table; give it another name")
+        rows = {name: "encoder", **rows}
     return {
         row: kind
         for row, kind in rows.items()

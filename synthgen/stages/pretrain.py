@@ -19,7 +19,7 @@ from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._written import check_shards
-from synthgen.stores import filled
+from synthgen.stores import filled, located
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
@@ -134,11 +134,16 @@ class Pretrain(Stage):
         return replace(self, method=METHODS.complete(self.method, "encoder"))
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Names and sizes of the shards."""
+        """Names and sizes of the shards, and hashes of the encoders that options of the method name."""
         from synthgen.datasets import source_inputs
 
         found = source_inputs(*self.sources(run))
-        return found if self.data else {"shards/train": next(iter(found.values()))}
+        found = found if self.data else {"shards/train": next(iter(found.values()))}
+        for option, value in self.method.options.items():
+            weights = located(value) / "encoder.safetensors" if isinstance(value, str) and value else None
+            if weights and weights.is_file():
+                found[f"method.{option}"] = sha256_of(weights)
+        return found
 
     def sources(self, run: Run) -> list[str]:
         """Where the images come from.

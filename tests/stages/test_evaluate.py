@@ -25,7 +25,7 @@ from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._rows import extractor_of
+from synthgen.stages._rows import extractor_of, rows_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
@@ -426,3 +426,10 @@ def test_a_generator_has_patches_on_the_grid_of_the_encoder(run, stable_diffusio
 def test_a_generator_that_cannot_be_read_is_told(run, settings, said):
     with pytest.raises(ConfigError, match=said):
         run_stage(make_stage("evaluate", settings), run, ONE)
+
+
+def test_an_encoder_that_is_called_as_another_row_is_refused(tmp_path):
+    for name, stage in (("pixels", Evaluate()), ("generator", Evaluate(generator=Choice("tiny")))):
+        with pytest.raises(ConfigError, match="called as another row"):
+            rows_of(stage, tmp_path / name, ())
+    assert rows_of(Evaluate(), tmp_path / "generator", [EVALUATORS.build("knn")])["generator"] == "encoder"

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from synthgen.api import make_stage
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, UnknownName
 from synthgen.image import encode_png
 from synthgen.methods import METHODS
 from synthgen.models.dual import load_dual_encoder
@@ -307,3 +308,14 @@ def test_guided_on_the_command_line_is_the_methods_own_setting():
     assert method_of("vlp", guided=False, label=None) == {"method": "vlp", "label": None}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
         method_of("contrastiv", guided=True, label=None)
+
+
+def test_an_encoder_that_an_option_names_is_part_of_what_a_training_is_made_from(data, run, tmp_path):
+    """With a scorer that was trained anew, the training that asked the old one is refused."""
+    scorer = shutil.copytree(train(run, data, "mae"), tmp_path / "scorer")
+    train(run, data, "automae", options={"scorer": str(scorer)})
+    train(run, data, "automae", options={"scorer": str(scorer)})  # nothing to do
+    weights = scorer / "encoder.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(StaleArtifact, match=r"method\.scorer"):
+        train(run, data, "automae", options={"scorer": str(scorer)})

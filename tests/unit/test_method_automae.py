@@ -319,7 +319,7 @@ def test_a_scorer_that_does_not_fit_is_told(tmp_path):
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
         ({"alpha": -0.1}, "alpha and adversary_weight must be 0 or more"),
         ({"adversary_weight": -1.0}, "not 0.5 and -1.0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be 0.001 or more"),
         ({"momentum": 1.5}, "between 0 and 1"),
         ({"prior": "circles"}, "automae.prior"),
         ({"config": dataclasses.replace(CONFIG, patch_size=16)}, "4 x 4 patches or more, not 2 x 2"),

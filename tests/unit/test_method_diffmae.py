@@ -275,7 +275,7 @@ def test_what_cannot_be_filled_in_is_told(batch):
     [
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
         ({"foreground_share": 1.5}, "between 0 and 1"),
-        ({"rho": 0.0}, "rho must be above 0"),
+        ({"rho": 0.0}, "rho must lie between 0.01 and 3"),
         ({"decoder": "self"}, "diffmae.decoder"),
         ({"decoder_dim": 40}, "multiple of 32"),
         ({"decoder_depth": -1}, "1 or more"),

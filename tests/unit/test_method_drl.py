@@ -291,7 +291,7 @@ def test_large_images_are_denoised_in_the_papers_size():
     [
         ({"code_dim": 0}, "1 or more"),
         ({"penalty": -1.0}, "0 or more"),
-        ({"sigma_min": 0.0}, "above 0"),
+        ({"sigma_min": 0.0}, "1e-6 or more"),
         ({"sigma_max": 0.001}, "at most sigma_max"),
         ({"sigma_law": "normal"}, "sigma_law"),
         ({"denoised_size": 4}, "between 8 and"),
