@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from synthgen.evaluators import Labelled, Material, Pairs, Scenes
+from synthgen.evaluators import Labelled, Mapped, Material, Pairs, Scenes
 from synthgen.records import WordMasks
 
 CLASSES = ("background", "disc", "square")
@@ -21,6 +21,17 @@ def make_labelled(count: int, seed: int, *, known: bool) -> Labelled:
     if known:
         features[torch.arange(count), labels] += 1
     return Labelled(features, labels, tuple(f"{image:04d}" for image in range(count)))
+
+
+def make_mapped(count: int, seed: int, *, known: bool) -> Mapped:
+    """Two blocks at two timesteps; the class is the bright channel of the second block at the second timestep."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    coarse, fine = (0.1 * torch.randn(count, 2, 5, side, side, generator=generator) for side in (2, 4))
+    if known:
+        fine[torch.arange(count), 1, labels] += 1
+    keys = tuple(f"{image:04d}" for image in range(count))
+    return Mapped((coarse.half(), fine.half()), labels, keys)
 
 
 def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> Scenes:
@@ -83,6 +94,8 @@ def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
         make_scenes(train, 3, known=known),
         make_scenes(test, 4, known=known),
         make_pairs(test, known=known),
+        make_mapped(train, 5, known=known),
+        make_mapped(test, 6, known=known),
     )
 
 
@@ -93,6 +106,11 @@ def reordered(material: Material) -> Material:
     def labelled(split: Labelled) -> Labelled:
         order = torch.randperm(len(split.labels), generator=generator)
         return Labelled(split.features[order], split.labels[order], tuple(split.keys[i] for i in order))
+
+    def mapped(split: Mapped) -> Mapped:
+        order = torch.randperm(len(split.labels), generator=generator)
+        maps = tuple(block[order] for block in split.maps)
+        return Mapped(maps, split.labels[order], tuple(split.keys[i] for i in order))
 
     def scenes(split: Scenes) -> Scenes:
         order = torch.randperm(len(split), generator=generator)
@@ -113,4 +131,6 @@ def reordered(material: Material) -> Material:
         train_scenes=scenes(material.train_scenes),
         test_scenes=scenes(material.test_scenes),
         pairs=Pairs(images, pairs.texts, place[pairs.of_image][shuffle], pairs.of_text[shuffle]),
+        train_maps=mapped(material.train_maps),
+        test_maps=mapped(material.test_maps),
     )

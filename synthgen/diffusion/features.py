@@ -7,7 +7,7 @@ Several of either, side by side, are the features that DifFormer reads (Mukhopad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ class Activations:
 
     pooled: Float32[Tensor, "b d"]  # the mean over space
     patches: Float16[Tensor, "b d g g"]  # on the grid that was asked for
+    maps: tuple[Float16[Tensor, "b t _ _ _"], ...] = ()  # of each block, at each timestep, no larger than was asked for
 
 
 class _SeenEnough(Exception):
@@ -47,6 +48,9 @@ class FeatureReader:
         backbone: a backbone of a family in :mod:`synthgen.diffusion`.
         timesteps: of training (0 to 999), at each of which the network sees the image once.
         blocks: names of the blocks that are read, as in :func:`block_names`; none: the middle one.
+        inversion_steps: more than 0: images are not noised, but carried to noise in so many deterministic steps (see
+            :meth:`DiffusionBackbone.invert`), and seen at the steps that lie nearest to the timesteps, as DiffusionSeg
+            proposes (Ma et al., 2023; its steps are not known).
         seed: with an image's key it makes the noise of that image, one draw for all timesteps.
 
     Raises:
@@ -56,7 +60,13 @@ class FeatureReader:
     most = 16  # images that the network sees together
 
     def __init__(
-        self, backbone: object, *, timesteps: Sequence[int], blocks: Sequence[str] = (), seed: int = 0
+        self,
+        backbone: object,
+        *,
+        timesteps: Sequence[int],
+        blocks: Sequence[str] = (),
+        inversion_steps: int = 0,
+        seed: int = 0,
     ) -> None:
         model = getattr(backbone, "family", backbone)
         if not isinstance(model, DiffusionBackbone):
@@ -65,7 +75,7 @@ class FeatureReader:
         for block in blocks:
             if block not in known:
                 raise UnknownName.among(f"block of {type(model.network).__name__}", block, known)
-        self.model, self.timesteps, self.seed = model, tuple(timesteps), seed
+        self.model, self.timesteps, self.inversion_steps, self.seed = model, tuple(timesteps), inversion_steps, seed
         self.blocks = tuple(sorted(set(blocks), key=known.index)) or (middle_block(model.network),)
         self._look: tuple[torch.Size, Look] | None = None
 
@@ -74,21 +84,39 @@ class FeatureReader:
         """The side of the square that the model sees, in pixels: the shorter one of its own images."""
         return min(self.model.size)
 
+    def told(self) -> dict[str, Any]:
+        """How images are read, for the record."""
+        told: dict[str, Any] = {"timesteps": self.timesteps, "blocks": self.blocks, "image_size": self.image_size}
+        return told | ({"inversion_steps": self.inversion_steps} if self.inversion_steps else {})
+
     @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels in all, and rows and columns of the finest block; the network sees a black image for it."""
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Channels, rows and columns of each block at one timestep; the network sees a black image for it."""
         side = self.image_size
         try:
             maps = self._maps(torch.zeros(1, side, side, 3, dtype=torch.uint8), ("",))
         except torch.OutOfMemoryError:
             raise SynthgenError(TOO_LITTLE) from None
-        rows, columns = (max(one.shape[axis] for one in maps) for axis in (2, 3))
-        return sum(one.shape[1] for one in maps), rows, columns
+        return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in maps[: len(self.blocks)])
 
-    def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int) -> Activations:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels of all blocks at all timesteps, and rows and columns of the finest block."""
+        channels, rows, columns = zip(*self.shapes, strict=True)
+        return len(self.timesteps) * sum(channels), max(rows), max(columns)
+
+    def latents(self, images: UInt8[Tensor, "b S S 3"]) -> Float32[Tensor, "b c h w"]:
+        """What the model's autoencoder makes of images."""
+        device = self.model.pipeline._execution_device
+        with torch.inference_mode():
+            parts = [self.model.encode(part.to(device)).float().cpu() for part in torch.split(images, self.most)]
+        return torch.cat(parts)
+
+    def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int, largest: int = 0) -> Activations:
         """The activations for images, pooled and on a grid of ``grid`` rows and columns.
 
-        A batch for which the device has too little memory is halved.
+        With ``largest`` there are also the maps of each block, averaged down to so many rows and columns if they are
+        larger. A batch for which the device has too little memory is halved.
 
         Raises:
             SynthgenError: there is too little for one image.
@@ -96,41 +124,81 @@ class FeatureReader:
         """
         starts = range(0, len(images), self.most)
         parts = [
-            self._read(images[start : start + self.most], keys[start : start + self.most], grid) for start in starts
+            self._read(images[start : start + self.most], keys[start : start + self.most], grid, largest)
+            for start in starts
         ]
         return _joined(parts)
 
-    def _read(self, images: Tensor, keys: Sequence[str], grid: int) -> Activations:
+    def _read(self, images: Tensor, keys: Sequence[str], grid: int, largest: int) -> Activations:
         try:
             maps = self._maps(images, keys)
             pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
             resized = [
                 F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
             ]
-            patches = torch.cat(resized, 1).clamp(-_LARGEST, _LARGEST).half().cpu()
+            patches = _half(torch.cat(resized, 1))
+            own = self._own(maps, largest) if largest else ()
         except torch.OutOfMemoryError:
             if len(images) == 1:
                 raise SynthgenError(TOO_LITTLE) from None
         else:
             if not pooled.isfinite().all():
                 raise ConfigError(UNFIT)
-            return Activations(pooled, patches)
+            return Activations(pooled, patches, own)
         torch.cuda.empty_cache()
         half = len(images) // 2
-        return _joined([self._read(images[:half], keys[:half], grid), self._read(images[half:], keys[half:], grid)])
+        return _joined(
+            [
+                self._read(images[:half], keys[:half], grid, largest),
+                self._read(images[half:], keys[half:], grid, largest),
+            ]
+        )
+
+    def _own(self, maps: Sequence[Tensor], largest: int) -> tuple[Float16[Tensor, "b t _ _ _"], ...]:
+        """The maps of each block at all timesteps, at their own size."""
+        small = [F.adaptive_avg_pool2d(one, (min(one.shape[2], largest), min(one.shape[3], largest))) for one in maps]
+        blocks = len(self.blocks)
+        return tuple(_half(torch.stack(small[block::blocks], 1)) for block in range(blocks))
 
     def _maps(self, images: Tensor, keys: Sequence[str]) -> list[Float32[Tensor, "b _ _ _"]]:
-        """The map of each block at each timestep."""
-        model, maps = self.model, list[Tensor]()
+        """The map of each block at each timestep: of all blocks at the first one, then of all at the second."""
+        model = self.model
         with torch.inference_mode():
             latents = model.encode(images.to(model.pipeline._execution_device)).float()
-            noise = model.noise([sample_seed(self.seed, key) for key in keys], latents)
-            look, grid = self._looking(latents), model.grid(images.shape[1], images.shape[2])
-            for timestep in self.timesteps:
-                with _watched(model.network, self.blocks) as seen:
-                    look(model.noised(latents, noise, timestep), timestep)
-                maps += [_as_map(seen[block], grid).float() for block in self.blocks]
-        return maps
+            look = self._looking(latents)
+            passes: Iterable[Mapping[str, Any]] = (
+                self._inverted(latents, look) if self.inversion_steps else self._noised(latents, keys, look)
+            )
+            grid = model.grid(images.shape[1], images.shape[2])
+            return [_as_map(seen[block], grid).float() for seen in passes for block in self.blocks]
+
+    def _noised(self, latents: Tensor, keys: Sequence[str], look: Look) -> Iterator[Mapping[str, Any]]:
+        """What the blocks give at each timestep, for noised latents."""
+        noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
+        for timestep in self.timesteps:
+            with _watched(self.model.network, self.blocks) as seen:
+                look(self.model.noised(latents, noise, timestep), timestep)
+            yield seen
+
+    def _inverted(self, latents: Tensor, look: Look) -> list[Mapping[str, Any]]:
+        """What the blocks give on the way to noise, at the step nearest to each timestep."""
+        times, step = self.model.inversion(self.inversion_steps, latents)
+        seen_at, found = self._nearest(times), dict[int, Mapping[str, Any]]()
+        for number, time in enumerate(times[: max(seen_at) + 1]):
+            with _watched(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
+                output = look(latents, time)
+            latents, found[number] = step(latents, number, output), seen
+        return [found[number] for number in seen_at]
+
+    def _nearest(self, times: Sequence[float]) -> list[int]:
+        """The step of an inversion that lies nearest to each timestep."""
+        nearest = [min(range(len(times)), key=lambda number: abs(times[number] - asked)) for asked in self.timesteps]
+        if len(set(nearest)) < len(nearest):
+            raise ConfigError(
+                f"an inversion in {len(times)} steps passes several of the timesteps {list(self.timesteps)} in one "
+                "step; give more generator_inversion_steps, or timesteps further apart"
+            )
+        return nearest
 
     def _looking(self, latents: Tensor) -> Look:
         """What looks at latents of this shape with an empty prompt, which is encoded again only for another shape."""
@@ -170,14 +238,14 @@ def middle_block(network: nn.Module) -> str:
 
 
 @contextmanager
-def _watched(network: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What each block gives in one pass, which ends behind the last of them."""
+def _watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """What each block gives in one pass, which ends behind the last of them unless it must be ``whole``."""
     seen: dict[str, Any] = {}
 
     def hook(block: str) -> Any:
         def keep(module: nn.Module, arguments: Any, output: Any) -> None:
             seen[block] = output
-            if len(seen) == len(blocks):
+            if len(seen) == len(blocks) and not whole:
                 raise _SeenEnough
 
         return keep
@@ -198,5 +266,14 @@ def _as_map(output: Any, grid: tuple[int, int]) -> Tensor:
     return values if values.dim() == 4 else values.mT.reshape(len(values), -1, *grid)
 
 
+def _half(values: Tensor) -> Float16[Tensor, "*_"]:
+    """On the CPU, as float16; what is too large for it is its largest number."""
+    return values.clamp(-_LARGEST, _LARGEST).half().cpu()
+
+
 def _joined(parts: Sequence[Activations]) -> Activations:
-    return Activations(torch.cat([part.pooled for part in parts]), torch.cat([part.patches for part in parts]))
+    return Activations(
+        torch.cat([part.pooled for part in parts]),
+        torch.cat([part.patches for part in parts]),
+        tuple(torch.cat(block) for block in zip(*(part.maps for part in parts), strict=True)),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float16, Float32, Int, Int16
@@ -15,9 +15,27 @@ from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.registry import Family
 
-__all__ = ["EVALUATORS", "Baseline", "Evaluator", "Labelled", "Material", "Need", "Pairs", "Row", "Scenes", "named"]
+if TYPE_CHECKING:
+    from synthgen.diffusion.features import FeatureReader
 
-Need = Literal["features", "patches", "pairs", "masks"]
+__all__ = [
+    "EVALUATORS",
+    "OF_LABELLED",
+    "Baseline",
+    "Evaluator",
+    "Labelled",
+    "Latents",
+    "Mapped",
+    "Material",
+    "Need",
+    "Pairs",
+    "Row",
+    "Scenes",
+    "named",
+]
+
+Need = Literal["features", "patches", "maps", "latents", "pairs", "masks"]
+OF_LABELLED: frozenset[Need] = frozenset({"features", "maps", "latents"})  # the needs that are of images with labels
 Baseline = Literal["random", "pixels"]
 Row = Literal["encoder", "generator", "random", "pixels"]  # of the table
 
@@ -38,6 +56,24 @@ class Labelled:
             return self
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
         return Labelled(self.features[order], self.labels[order], tuple(self.keys[row] for row in order))
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What blocks of a network make of images whose class is known, each block at its own size (16 x 16 at most)."""
+
+    maps: tuple[Float16[Tensor, "n t _ _ _"], ...]  # of each block, at each timestep; of an encoder one, once
+    labels: Int[Tensor, " n"]  # as in Labelled
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Images whose class is known, as a diffusion model's autoencoder gives them."""
+
+    values: Float32[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"]  # as in Labelled
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +116,11 @@ class Material:
     train_scenes: Scenes | None = None
     test_scenes: Scenes | None = None
     pairs: Pairs | None = None
+    train_maps: Mapped | None = None
+    test_maps: Mapped | None = None
+    train_latents: Latents | None = None
+    test_latents: Latents | None = None
+    reader: FeatureReader | None = None  # of the generator whose latents they are
     device: str = "cpu"  # where heads are trained
 
     def labelled(self) -> tuple[Labelled, Labelled]:
@@ -92,6 +133,30 @@ class Material:
             raise ConfigError("there are no labelled images to learn from, or none to be judged on")
         _finite(self.train.features, self.test.features)
         return self.train, self.test
+
+    def mapped(self) -> tuple[Mapped, Mapped]:
+        """Training and test images of known class, as the blocks of a network give them.
+
+        Raises:
+            ConfigError: there are none, or what blocks give are not numbers.
+        """
+        train, test = self.train_maps, self.test_maps
+        if train is None or test is None or not len(train.labels) or not len(test.labels):
+            raise ConfigError("there are no labelled images to learn from, or none to be judged on")
+        _finite(*train.maps, *test.maps)
+        return train, test
+
+    def latents(self) -> tuple[Latents, Latents, FeatureReader]:
+        """Training and test images of known class as latents, and the generator that they are of.
+
+        Raises:
+            ConfigError: there are none, or they are not numbers.
+        """
+        train, test, reader = self.train_latents, self.test_latents, self.reader
+        if train is None or test is None or reader is None or not len(train.labels) or not len(test.labels):
+            raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no generator")
+        _finite(train.values, test.values)
+        return train, test, reader
 
     def scenes(self) -> tuple[Scenes, Scenes]:
         """Training and test images in which it is known what is where.

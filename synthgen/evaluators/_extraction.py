@@ -2,103 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float16, Float32, Int16, UInt8
+from jaxtyping import Float, Float16, Float32, Int, Int16
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from synthgen.augment import CenterCrop
-from synthgen.datasets import ImageDataset, NamedBox, Sample
+from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
-from synthgen.evaluators import Labelled, Need, Pairs, Scenes
+from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Scenes
+from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.models.dual import DualEncoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 
-__all__ = ["BACKGROUND", "Extracted", "Extractor", "joined_classes", "labelled", "paired", "scenes"]
+__all__ = [
+    "BACKGROUND",
+    "Extracted",
+    "Extractor",
+    "as_latents",
+    "class_numbers",
+    "joined_classes",
+    "labelled",
+    "mapped",
+    "paired",
+    "scenes",
+]
 
 BACKGROUND = "background"
+_LARGEST_MAP = 16  # rows and columns of the maps that are kept of a block (DifFormer's size before its head)
 _PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
-
-Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the view
-Boxes = tuple[tuple[str, Edges], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One image as it is looked at."""
-
-    view: Sample
-    boxes: Boxes
-    drawn: UInt8[np.ndarray, "s s 3"] | None = None  # the same square at the size of the generator's own images
-
-
-class _Rows(Dataset[_Row]):
-    """Samples cut to their middle square, with the boxes that the cut leaves."""
-
-    def __init__(
-        self, samples: ImageDataset, numbers: Sequence[int], size: int, *, masks: bool, drawn_size: int = 0
-    ) -> None:
-        self.samples, self.numbers, self.size, self.masks = samples, numbers, size, masks
-        self.drawn_size = drawn_size  # 0: there is no generator
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> _Row:
-        number = self.numbers[index]
-        sample = self.samples[number]
-        view = CenterCrop(size=self.size)(sample)
-        drawn = CenterCrop(size=self.drawn_size)(replace(sample, labels=None)).image if self.drawn_size else None
-        if not self.masks or view.labels is None:
-            return _Row(view, (), drawn)
-        given = self.samples.boxes(number)
-        height, width = sample.image.shape[:2]
-        return _Row(view, cut_boxes(given, height, width, self.size) if given else boxes_of_masks(view), drawn)
-
-
-def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:
-    """Boxes in the middle square of an image, scaled to ``size``; those whose middle lies outside of it are dropped."""
-    side = min(height, width)
-    found = []
-    for name, x, y, w, h in boxes:
-        edges = [(x - (width - side) / 2), (y - (height - side) / 2)]
-        edges += [edges[0] + w, edges[1] + h]
-        middle = (edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2
-        left, top, right, bottom = (min(max(edge, 0.0), side) * size / side for edge in edges)
-        if 0 < middle[0] < side and 0 < middle[1] < side and right > left and bottom > top:
-            found.append((name, (left, top, right, bottom)))
-    return tuple(found)
-
-
-def boxes_of_masks(view: Sample) -> Boxes:
-    """The smallest box round each word's mask that has pixels."""
-    assert view.labels is not None
-    found = []
-    for number, word in enumerate(view.words, start=1):
-        rows, columns = (np.flatnonzero((view.labels == number).any(axis)) for axis in (1, 0))
-        if len(rows):
-            edges = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-            found.append((word, edges))
-    return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Collate:
-    """Rows side by side; pixels become (pixels / 255 - mean) / std. A class so that it travels to workers."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, rows: list[_Row]) -> tuple[Float[Tensor, "b 3 S S"], list[_Row]]:
-        pixels = torch.from_numpy(np.stack([row.view.image for row in rows])).float()
-        images = (pixels / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
-        return images.permute(0, 3, 1, 2).contiguous(), rows
 
 
 @dataclass(slots=True)
@@ -112,6 +50,8 @@ class Extracted:
     keys: list[str] = field(default_factory=list)  # of those with masks
     names: dict[str, int] = field(default_factory=dict)  # numbers of the classes in pixels, as they came
     embeddings: Float32[Tensor, "n e"] | None = None
+    maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, of each block
+    latents: Float32[Tensor, "l c h w"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +76,7 @@ class _Seen:
     images: Float[Tensor, "b 3 S S"]
     tokens: dict[str, Float[Tensor, "b _ _"]]  # of each network, the class token first
     generator: Activations | None
+    latents: Float32[Tensor, "b c h w"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +118,40 @@ class Extractor:
         cell = min(_PIXEL_CELL, view.patch_size)
         return 2 * (view.grid**2 * (width + 3 * cell**2) + view.image_size**2)
 
+    @property
+    def map_bytes(self) -> int:
+        """What one image's maps take in memory, float16, and its latents, float32."""
+        total = 0
+        if "maps" in self.needs:
+            total += sum(2 * self.view.grid**2 * network.config.dim for network in self.networks.values())
+        if "maps" in self.needs and self.generator is not None:
+            sizes = [(dim, *(min(side, _LARGEST_MAP) for side in sides)) for dim, *sides in self.generator.shapes]
+            total += 2 * len(self.generator.timesteps) * sum(map(math.prod, sizes))
+        if "latents" in self.needs and self.generator is not None:
+            side = self.generator.image_size
+            total += self.generator.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).nbytes
+        return total
+
     def extract(
-        self, samples: ImageDataset, numbers: Sequence[int], masked: Sequence[int], tick: Callable[[int], None]
+        self,
+        samples: ImageDataset,
+        numbers: Sequence[int],
+        masked: Sequence[int],
+        classed: Sequence[int],
+        tick: Callable[[int], None],
     ) -> Extracted:
-        """What the images ``numbers`` give; patch features are kept of those that are among ``masked``."""
-        view, wanted = self.view, set(masked)
+        """What the images ``numbers`` give.
+
+        Patch features are kept of those that are among ``masked``, maps and latents of those among ``classed``.
+        """
+        view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
         drawn_size = self.generator.image_size if self.generator else 0
-        rows = _Rows(samples, numbers, view.image_size, masks=bool(wanted), drawn_size=drawn_size)
+        rows = Views(samples, numbers, view.image_size, masks=bool(wanted), drawn_size=drawn_size)
         batches = DataLoader(
             rows,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=_Collate(view.mean, view.std),
+            collate_fn=Collate(view.mean, view.std),
         )
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
@@ -205,18 +168,25 @@ class Extractor:
                 ]
                 if chosen:
                     self._keep_patches(found, seen, [batch[row] for row in chosen], chosen, kept, len(wanted))
+                mapped = [row for row in range(len(batch)) if numbers[start + row] in placed]
+                if mapped:
+                    self._keep_maps(found, seen, mapped, placed[numbers[start + mapped[0]]], len(classed))
                 start, kept = start + len(batch), kept + len(chosen)
                 tick(len(batch))
         found.patches = {name: patches[:kept] for name, patches in found.patches.items()}
         found.pixels = None if found.pixels is None else found.pixels[:kept]
         return found
 
-    def _look(self, images: Tensor, batch: Sequence[_Row]) -> _Seen:
-        activations = None
+    def _look(self, images: Tensor, batch: Sequence[Viewed]) -> _Seen:
+        activations = latents = None
         if self.generator is not None:
             drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
-            activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid)
-        return _Seen(images, {name: network(images) for name, network in self.networks.items()}, activations)
+            if self.needs - {"latents"}:
+                largest = _LARGEST_MAP if "maps" in self.needs else 0
+                activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
+            if "latents" in self.needs:
+                latents = self.generator.latents(drawn)
+        return _Seen(images, {name: network(images) for name, network in self.networks.items()}, activations, latents)
 
     def _keep_features(self, found: Extracted, seen: _Seen, start: int, length: int) -> None:
         pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in seen.tokens.items()}
@@ -230,13 +200,13 @@ class Extractor:
         self,
         found: Extracted,
         seen: _Seen,
-        batch: Sequence[_Row],
+        batch: Sequence[Viewed],
         chosen: Sequence[int],
         start: int,
         length: int,
     ) -> None:
         grid = self.view.grid
-        maps = {name: x[chosen, 1:].mT.reshape(len(chosen), -1, grid, grid) for name, x in seen.tokens.items()}
+        maps = {name: _as_map(x[chosen], grid) for name, x in seen.tokens.items()}
         if seen.generator is not None:
             maps["generator"] = seen.generator.patches[chosen]
         cell = min(_PIXEL_CELL, self.view.patch_size)
@@ -251,6 +221,18 @@ class Extractor:
             found.boxes.append(boxes)
             for name, _ in boxes:
                 found.names.setdefault(name, len(found.names) + 1)
+
+    def _keep_maps(self, found: Extracted, seen: _Seen, chosen: Sequence[int], start: int, length: int) -> None:
+        if "maps" in self.needs:
+            maps = {name: [_as_map(x[chosen], self.view.grid)[:, None].half()] for name, x in seen.tokens.items()}
+            if seen.generator is not None:
+                maps["generator"] = [block[chosen] for block in seen.generator.maps]
+            for name, blocks in maps.items():
+                before = found.maps.get(name, [None] * len(blocks))
+                pairs = zip(before, blocks, strict=True)
+                found.maps[name] = [_put(whole, block, start, length) for whole, block in pairs]
+        if seen.latents is not None:
+            found.latents = _put(found.latents, seen.latents[chosen], start, length)
 
     def _classed(self, view: Sample) -> bool:
         """Whether the class of each masked pixel is known: with ``by_label``, where there is one word and a label."""
@@ -292,13 +274,29 @@ def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, Scenes]:
     return {row: Scenes(patches, *truth) for row, patches in found.patches.items()}
 
 
+def mapped(found: Extracted, row: str, numbers: Tensor, keys: Sequence[str]) -> Mapped | None:
+    """The maps of a row of the table, if it has any, of images with the classes ``numbers``."""
+    blocks = found.maps.get(row)
+    return Mapped(tuple(blocks), numbers, tuple(keys)) if blocks else None
+
+
+def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latents | None:
+    """The latents, if there are any, of images with the classes ``numbers``."""
+    return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
+
+
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
+    """The number of each label among ``classes``, -1 where it is not one."""
+    known = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([known.get(label, -1) for label in labels])
+
+
 def labelled(
     found: Extracted, row: str, labels: Sequence[str | None], keys: Sequence[str], classes: Sequence[str]
 ) -> Labelled:
     """Features of the images that have a label; a class that is not among ``classes`` is -1."""
-    known = {name: number for number, name in enumerate(classes)}
     rows = [index for index, label in enumerate(labels) if label is not None]
-    numbers = torch.tensor([known.get(labels[index] or "", -1) for index in rows])
+    numbers = class_numbers([labels[index] or "" for index in rows], classes)
     features = found.features[row]
     names = tuple(keys[index] for index in rows)
     return Labelled(features if len(rows) == len(features) else features[rows], numbers, names)
@@ -322,6 +320,11 @@ def paired(found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncode
         ]
     of_image, of_text = (torch.tensor(part) for part in zip(*pairs, strict=True))
     return Pairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
+
+
+def _as_map(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:
+    """Patch tokens behind a class token, in their places."""
+    return tokens[:, 1:].mT.reshape(len(tokens), -1, grid, grid)
 
 
 def _put(whole: Tensor | None, part: Tensor, start: int, length: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from synthgen.evaluators import Scenes
 
-__all__ = ["Standardize", "train_head", "trunk"]
+__all__ = ["Standardize", "fitted", "train_head", "trunk"]
+
+H = TypeVar("H", bound=nn.Module)
 
 
 class Standardize(nn.Module):
@@ -52,10 +55,10 @@ def trunk(num_channels: int, width: int) -> nn.Sequential:
     )
 
 
-def train_head(
-    make: Callable[[], nn.Module],
-    scenes: Scenes,
-    loss: Callable[[nn.Module, Float[Tensor, "b d h w"], Int[Tensor, " b"]], Tensor],
+def fitted(
+    make: Callable[[], H],
+    keys: Sequence[str],
+    loss: Callable[[H, Int[Tensor, " b"]], Tensor],
     *,
     seed: int,
     steps: int,
@@ -63,29 +66,49 @@ def train_head(
     learning_rate: float,
     weight_decay: float,
     device: str,
-) -> nn.Module:
+) -> H:
     """The head that ``make`` makes, trained by AdamW: warm-up over a tenth of the steps, then half a cosine to 0.
 
-    ``loss`` gets the head, the standardised patches of a batch, and which images of ``scenes`` they are of. Weights
-    and batches are drawn from ``seed`` and the images' keys alone, so the order of the images changes nothing.
+    ``loss`` gets the head and the numbers of a batch's images. Weights and batches are drawn from ``seed`` and the
+    images' keys alone, so the order of the images changes nothing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = make().to(device)
-    standardize = Standardize(scenes).to(device)
-    by_key = torch.tensor(sorted(range(len(scenes)), key=scenes.keys.__getitem__))
+    by_key = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=weight_decay)
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=weight_decay)
     order = torch.empty(0, dtype=torch.long)
     with torch.inference_mode(False), torch.enable_grad():
         for step in range(steps):
-            while len(order) < min(batch_size, len(scenes)):
-                order = torch.cat([order, torch.randperm(len(scenes), generator=generator)])
+            while len(order) < min(batch_size, len(keys)):
+                order = torch.cat([order, torch.randperm(len(keys), generator=generator)])
             numbers, order = by_key[order[:batch_size]], order[batch_size:]
             progress, warmup = step / steps, min(1.0, (step + 1) / max(1, steps // 10))
             optimizer.param_groups[0]["lr"] = learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * progress))
-            value = loss(head, standardize(scenes.patches[numbers].to(device)), numbers)
+            value = loss(head, numbers)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    return nn.Sequential(standardize, head).eval()
+    return head.eval()
+
+
+def train_head(
+    make: Callable[[], nn.Module],
+    scenes: Scenes,
+    loss: Callable[[nn.Module, Float[Tensor, "b d h w"], Int[Tensor, " b"]], Tensor],
+    *,
+    device: str,
+    **how: Any,
+) -> nn.Module:
+    """A head for standardised patches, trained as in :func:`fitted`.
+
+    ``loss`` gets the head, the standardised patches of a batch, and which images of ``scenes`` they are of.
+    """
+    standardize = Standardize(scenes).to(device)
+
+    def of_batch(head: nn.Module, numbers: Int[Tensor, " b"]) -> Tensor:
+        return loss(head, standardize(scenes.patches[numbers].to(device)), numbers)
+
+    return nn.Sequential(standardize, fitted(make, scenes.keys, of_batch, device=device, **how)).eval()

@@ -234,7 +234,12 @@ class _Looking:
         each = sum(_patch_bytes(given) for given in material.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.masked + test.masked)))
         masked = max(1, int(train.masked * share)), max(1, int(test.masked * share))
+        each = sum(_map_bytes(given) for given in material.values())
+        share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.labelled + test.labelled)))
+        classed = (max(1, int(train.labelled * share)), max(1, int(test.labelled * share))), train.classes
         return {
+            "maps": classed,
+            "latents": classed,
             "features": ((train.labelled, test.labelled), train.classes),
             "patches": (masked, train.classes if self.stage.mask_classes == "label" else train.words),
             "pairs": ((test.texts, test.captioned), 0),
@@ -253,6 +258,13 @@ def _patch_bytes(material: Material) -> int:
     return 0 if scenes is None else scenes.patches[0].nbytes
 
 
+def _map_bytes(material: Material) -> int:
+    """What an image's maps of blocks take in memory, and its latents."""
+    maps = material.test_maps.maps if material.test_maps else ()
+    latents = material.test_latents.values[0].nbytes if material.test_latents else 0
+    return latents + sum(block[0].nbytes for block in maps)
+
+
 def _held(materials: Collection[Material], sizes: Mapping[Need, tuple[tuple[int, int], int]]) -> int:
     """What the features of all images take in memory, in bytes."""
     total = 0
@@ -261,5 +273,5 @@ def _held(materials: Collection[Material], sizes: Mapping[Need, tuple[tuple[int,
             total += material.test.features[0].nbytes * sum(sizes["features"][0])
         if material.pairs is not None:
             total += material.pairs.images[0].nbytes * sum(sizes["pairs"][0])
-        total += _patch_bytes(material) * sum(sizes["patches"][0])
+        total += _patch_bytes(material) * sum(sizes["patches"][0]) + _map_bytes(material) * sum(sizes["maps"][0])
     return total

@@ -130,7 +130,7 @@ def judged(stage: Evaluate, run: Run, own: tuple[Looked, Looked] | None, trainin
         needs.discard("pairs")
     train, test = Looked(), Looked()
     if images:
-        learned = bool(needs & {"features", "patches"})
+        learned = bool(needs - {"pairs", "masks"})
         train = _side(stage, run, "train", needs, own and own[0]) if learned else train
         test = _side(stage, run, "test", needs, own and own[1])
     few = survey_pictures(stage.truth) if stage.truth else None
@@ -150,6 +150,8 @@ def _has_texts(encoder: str, training: Pretrain | None) -> bool:
 
 def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Looked | None) -> Looked:
     """The images to learn from, or to be judged on."""
+    from synthgen.evaluators import OF_LABELLED
+
     given: str = getattr(stage, name)
     if not given and own is not None:
         if not own.captioned:
@@ -157,7 +159,7 @@ def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Lo
             raise ConfigError(f"{run.path} will have no shards/{split}: give shards a val_ratio above 0, or --{name}")
         masked = own.masked if "patches" in needs else 0
         captioned = own.captioned if "pairs" in needs and name == "test" else 0
-        return replace(own, images=max(masked, captioned, own.labelled if "features" in needs else 0))
+        return replace(own, images=max(masked, captioned, own.labelled if OF_LABELLED & set(needs) else 0))
     source = given or stage.sources(run)[name].path
     few = survey_pictures(source)
     if few.count <= COMPARED:

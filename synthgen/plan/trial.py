@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Labelled, Material, Pairs, Scenes
+    from synthgen.evaluators import Evaluator, Labelled, Latents, Mapped, Material, Pairs, Scenes
 
 __all__ = ["LENGTHS", "enlarged", "tried"]
 
 LENGTHS = ("steps", "max_steps")  # what evaluators call the length of a training; of the second it is the most
 _SHORT = (4, 10)  # steps of the two trainings that are timed
-_MOST = {"features": 4096, "patches": 256, "pairs": 1024}  # images of either side that are tried
+_MOST = {
+    "features": 4096,
+    "patches": 256,
+    "maps": 256,
+    "latents": 64,
+    "pairs": 1024,
+}  # images of either side that are tried
 _WARM = 16  # images on which everything is done once before
 
 
@@ -94,12 +100,26 @@ def enlarged(material: Material, sizes: tuple[int, int], classes: int) -> Materi
         train_scenes=material.train_scenes and _scenes(material.train_scenes, train, classes),
         test_scenes=material.test_scenes and _scenes(material.test_scenes, test, classes),
         pairs=material.pairs and _pairs(material.pairs, train, test),
+        train_maps=material.train_maps and _mapped(material.train_maps, train, classes),
+        test_maps=material.test_maps and _mapped(material.test_maps, test, classes),
+        train_latents=material.train_latents and _latents(material.train_latents, train, classes),
+        test_latents=material.test_latents and _latents(material.test_latents, test, classes),
     )
 
 
 def _labelled(given: Labelled, count: int, classes: int) -> Labelled:
     rows = torch.arange(count)
     return replace(given, features=_repeated(given.features, count), labels=rows % max(1, classes), keys=_keys(count))
+
+
+def _mapped(given: Mapped, count: int, classes: int) -> Mapped:
+    maps, rows = tuple(_repeated(block, count) for block in given.maps), torch.arange(count)
+    return replace(given, maps=maps, labels=rows % max(1, classes), keys=_keys(count))
+
+
+def _latents(given: Latents, count: int, classes: int) -> Latents:
+    rows = torch.arange(count)
+    return replace(given, values=_repeated(given.values, count), labels=rows % max(1, classes), keys=_keys(count))
 
 
 def _scenes(given: Scenes, count: int, classes: int) -> Scenes:

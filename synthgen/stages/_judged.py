@@ -70,6 +70,19 @@ class Source:
                 "or a folder with a subfolder for each class"
             )
 
+    def need_classes_of(self, train: Source) -> None:
+        """See that some class of these is known from training images.
+
+        Raises:
+            Lacking: none is.
+        """
+        known, asked = (set(source.labels.values()) for source in (train, self))
+        if not known & asked:
+            few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
+            raise Lacking(
+                f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
+            )
+
     def need_masks(self) -> None:
         """See that there are some.
 
@@ -110,8 +123,10 @@ def _opened(name: str, path: str, stamp: str) -> Source:
 
 def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:
     """The numbers of the samples that evaluators with these needs look at."""
+    from synthgen.evaluators import OF_LABELLED
+
     found: set[int] = set()
-    if "features" in needs:
+    if OF_LABELLED & set(needs):
         found |= source.labels.keys()
     if "patches" in needs:
         found |= set(source.masked)
@@ -128,17 +143,17 @@ def spread_out(numbers: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 
 def thinned(
-    sources: Mapping[str, Source], each: int, memory: float, result: dict[str, Any]
+    numbers: Mapping[str, Collection[int]], each: int, memory: float, what: str, result: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The samples with masks whose patch features fit into ``memory`` GB at ``each`` bytes: all, or evenly apart."""
-    total = sum(len(source.masked) for source in sources.values())
+    """The samples that fit into ``memory`` GB at ``each`` bytes for ``what`` is kept of one: all, or evenly apart."""
+    total = sum(map(len, numbers.values()))
     share = min(1.0, memory * 1e9 / (each * total))
     found = {}
-    for name, source in sources.items():
-        found[name] = spread_out(source.masked, max(1, int(len(source.masked) * share)))
-        if len(found[name]) < len(source.masked):
+    for name, given in numbers.items():
+        found[name] = spread_out(tuple(given), max(1, int(len(given) * share)))
+        if len(found[name]) < len(given):
             result["warnings"].append(
-                f"patch features are those of {len(found[name])} of {len(source.masked)} {name} images: all would "
+                f"{what} are those of {len(found[name])} of {len(given)} {name} images: all would "
                 f"take {each * total / 1e9:.1f} GB, and patch_memory is {memory:g}"
             )
     return found

@@ -6,8 +6,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from synthgen.evaluators import Material, Row
-from synthgen.evaluators._extraction import Extracted, Extractor, joined_classes, labelled, paired, scenes
+from synthgen.evaluators import OF_LABELLED, Material, Row
+from synthgen.evaluators._extraction import (
+    Extracted,
+    Extractor,
+    as_latents,
+    class_numbers,
+    joined_classes,
+    labelled,
+    mapped,
+    paired,
+    scenes,
+)
 from synthgen.stages._doubts import doubts, doubts_of_masks
 from synthgen.stages._judged import Source, looked_at, thinned
 
@@ -29,24 +39,39 @@ def gathered(
     What was found, and what is doubtful about it, goes into ``result``.
     """
     needs = extractor.needs
-    each = extractor.patch_bytes if "patches" in needs else 0
-    masked = thinned(sources, each, patch_memory, result) if "patches" in needs else {}
+    sizes = {"patches": extractor.patch_bytes if "patches" in needs else 0, "maps": extractor.map_bytes}
+    masked, classed = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
+    if sizes["patches"]:
+        given = {name: source.masked for name, source in sources.items()}
+        masked = thinned(given, sizes["patches"], patch_memory, "patch features", result)
+    if sizes["maps"]:
+        given = {name: tuple(sorted(source.labels)) for name, source in sources.items()}
+        classed = thinned(given, sizes["maps"], patch_memory, "maps of blocks, and latents,", result)
     numbers = {name: looked_at(source, needs) for name, source in sources.items()}
     found: dict[str, Extracted] = {}
     for name, source in sources.items():
         taker = extractor if name == "test" else replace(extractor, dual=None)
         samples = source.open(masks="patches" in needs)
-        found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), tick)
+        found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), classed.get(name, ()), tick)
         result[name] = {"images": len(numbers[name])}
 
     parts: Parts = {kind: {"device": extractor.device} for kind in kinds}
     if "features" in needs:
-        _add_labelled(parts, sources, found, numbers, result)
+        _add_labelled(parts, sources, found, numbers)
+    if classed:
+        _add_mapped(parts, sources, found, classed, extractor)
+    if OF_LABELLED & needs:
+        for name, source in sources.items():
+            result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
         result["warnings"] += doubts(sources)
     if "patches" in needs:
         _add_scenes(parts, found, result)
         result["warnings"] += doubts_of_masks(found, masked)
-        result["patch_memory_mb"] = round(sum(len(one.keys) for one in found.values()) * each / 1e6, 1)
+    kept = sum(len(one.keys) for one in found.values()) * sizes["patches"] + sizes["maps"] * sum(
+        map(len, classed.values())
+    )
+    if kept:
+        result["patch_memory_mb"] = round(kept / 1e6, 1)
     if extractor.dual is not None:
         captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
         parts["encoder"]["pairs"] = paired(found["test"], captions, extractor.dual)
@@ -59,7 +84,6 @@ def _add_labelled(
     sources: Mapping[str, Source],
     found: Mapping[str, Extracted],
     numbers: Mapping[str, tuple[int, ...]],
-    result: dict[str, Any],
 ) -> None:
     classes = sorted(set(sources["train"].labels.values()))
     for name, source in sources.items():
@@ -67,7 +91,26 @@ def _add_labelled(
         keys = [source.samples.key(number) for number in numbers[name]]
         for kind, part in parts.items():
             part[name] = labelled(found[name], kind, labels, keys, classes)
-        result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
+
+
+def _add_mapped(
+    parts: Parts,
+    sources: Mapping[str, Source],
+    found: Mapping[str, Extracted],
+    classed: Mapping[str, tuple[int, ...]],
+    extractor: Extractor,
+) -> None:
+    classes = sorted(set(sources["train"].labels.values()))
+    for name, source in sources.items():
+        numbers = class_numbers([source.labels[number] for number in classed[name]], classes)
+        keys = [source.samples.key(number) for number in classed[name]]
+        for kind, part in parts.items():
+            part[f"{name}_maps"] = mapped(found[name], kind, numbers, keys)
+        if "generator" in parts:
+            parts["generator"] |= {
+                f"{name}_latents": as_latents(found[name], numbers, keys),
+                "reader": extractor.generator,
+            }
 
 
 def _add_scenes(parts: Parts, found: Mapping[str, Extracted], result: dict[str, Any]) -> None:

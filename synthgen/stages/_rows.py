@@ -24,10 +24,10 @@ _BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels
 
 
 def judges(evaluator: Evaluator, row: Row) -> bool:
-    """Whether an evaluator has something to say of a row: of a generator, what needs no texts."""
+    """Whether an evaluator has something to say of a row: of a generator what needs no texts, latents of it alone."""
     if row == "generator":
-        return evaluator.needs in ("features", "patches")
-    return row == "encoder" or row in evaluator.baselines
+        return evaluator.needs not in ("pairs", "masks")
+    return (row == "encoder" and evaluator.needs != "latents") or row in evaluator.baselines
 
 
 def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluator]) -> dict[str, Row]:
@@ -87,7 +87,13 @@ def _reader(stage: Evaluate, run: Run, worker: Worker) -> FeatureReader:
 
     assert stage.generator is not None
     backbone = BACKBONES.build(backbone_of(stage.generator), device=worker.device)
-    return FeatureReader(backbone, timesteps=stage.generator_timesteps, blocks=stage.generator_blocks, seed=run.seed)
+    return FeatureReader(
+        backbone,
+        timesteps=stage.generator_timesteps,
+        blocks=stage.generator_blocks,
+        inversion_steps=stage.generator_inversion_steps,
+        seed=run.seed,
+    )
 
 
 def backbone_of(choice: Choice) -> Choice:

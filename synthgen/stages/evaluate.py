@@ -59,6 +59,7 @@ class Evaluate(Stage):
     ] = ()  # none: knn, linear_probe, retrieval if it can be, mask_iou where truth is given
     generator: Choice | None = None  # also judge a diffusion model: tiny, a short name, folder or hub id
     generator_timesteps: tuple[int, ...] = (50,)  # 0 to 999: how noised it sees the images, once at each
+    generator_inversion_steps: int = 0  # more than 0: no noise, but an inversion in so many steps, seen on the way
     generator_blocks: tuple[str, ...] = ()  # of its network, whose activations are the features; none: the middle one
     pool: str = "mean"  # of the patch tokens, or cls
     mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
@@ -76,6 +77,8 @@ class Evaluate(Stage):
             raise ValueError(f"mask_classes must be words or label, not {self.mask_classes!r}")
         if not self.generator_timesteps or not all(0 <= timestep < 1000 for timestep in self.generator_timesteps):
             raise ValueError(f"generator_timesteps must be one or more of 0 to 999, not {self.generator_timesteps}")
+        if not 0 <= self.generator_inversion_steps <= 1000:
+            raise ValueError(f"generator_inversion_steps must be 0 to 1000, not {self.generator_inversion_steps}")
         if not self.patch_memory > 0:
             raise ValueError(f"patch_memory must be above 0, not {self.patch_memory}")
         if self.batch_size < 1:
@@ -170,15 +173,11 @@ class Evaluate(Stage):
             for source in sources.values():
                 source.need_masks()
         else:
+            if need == "latents" and not self.generator:
+                raise Lacking(f"{name} judges a diffusion model and not an encoder; give --generator MODEL")
             for source in sources.values():
                 source.need_labels()
-            known, asked = (set(source.labels.values()) for source in (sources["train"], sources["test"]))
-            if not known & asked:
-                few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
-                raise Lacking(
-                    f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; "
-                    "their names must agree"
-                )
+            sources["test"].need_classes_of(sources["train"])
 
     def judges_images(self, run: Run) -> bool:
         """Whether it is asked what images give, and not only how good masks are."""
@@ -209,7 +208,7 @@ class Evaluate(Stage):
         Raises:
             MissingArtifact: the run has no such shards, or a source that was given is not there.
         """
-        learned = any(evaluator.needs in ("features", "patches") for evaluator in self.wanted(run).values())
+        learned = any(evaluator.needs not in ("pairs", "masks") for evaluator in self.wanted(run).values())
         found = {}
         for name, given, split in (("train", self.train, "train"), ("test", self.test, "val")):
             if name == "train" and not learned:
@@ -348,8 +347,7 @@ class Evaluate(Stage):
         rows = rows_of(self, folder, evaluators.values())
         extractor = extractor_of(self, run, folder, worker, evaluators.values())
         if reader := extractor.generator:
-            read = {"timesteps": reader.timesteps, "blocks": reader.blocks, "image_size": reader.image_size}
-            result["generator"] = read
+            result["generator"] = reader.told()
         elif self.generator:
             result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
         material = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)

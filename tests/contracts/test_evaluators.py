@@ -11,16 +11,18 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Labelled, Material, Scenes
+from synthgen.evaluators import EVALUATORS, Labelled, Mapped, Material, Scenes
 from tests.evaluation import make_material, reordered
 
 NAMES = EVALUATORS.names()
 QUICK = {  # heads learn this material in fewer steps than real features
     "segmentation": {"seeds": 2, "steps": 60, "width": 16, "decoder_learning_rate": 0.02},
     "detection": {"seeds": 2, "steps": 100, "width": 16, "learning_rate": 0.02},
+    "attentive_probe": {"seeds": 2, "steps": 40, "width": 16, "num_heads": 2, "learning_rate": 0.01},
 }
 AT_LEAST = {"segmentation": 0.9, "detection": 0.6}  # of what can be read off; all of it where nothing is learned
 AT_MOST = {"segmentation": 0.4, "detection": 0.1, "mask_iou": 0.0, "retrieval": 0.45}  # of what cannot; else 3 classes
+PARTS = ("train", "test", "train_scenes", "test_scenes", "train_maps", "test_maps")
 
 
 def build(name):
@@ -69,7 +71,7 @@ def test_the_order_of_images_does_not_matter(judged):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_lacking_is_said(name):
     evaluator = build(name)
-    assert evaluator.needs in ("features", "patches", "pairs", "masks")
+    assert evaluator.needs in ("features", "patches", "maps", "latents", "pairs", "masks")
     assert set(evaluator.baselines) <= {"random", "pixels"}
     with pytest.raises(ConfigError, match=r"there are no|share no sample"):
         evaluator.evaluate(Material())
@@ -83,6 +85,7 @@ def test_features_of_a_diverged_encoder_are_refused(name):
     material.test.features[0, 0] = torch.nan
     material.test_scenes.patches[0, 0, 0, 0] = torch.inf
     material.pairs.images[0, 0] = torch.nan
+    material.test_maps.maps[1][0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(ConfigError, match="not finite numbers"):
         build(name).evaluate(material)
 
@@ -92,15 +95,15 @@ def test_one_class_is_scored_or_refused(name):
     """Never a crash, and never a number that is none."""
     material = make_material(known=True, train=6, test=6)
 
-    def one_class(split: Labelled | Scenes):
-        if isinstance(split, Labelled):
-            return Labelled(split.features, torch.zeros_like(split.labels))
+    def one_class(split: Labelled | Mapped | Scenes):
+        if not isinstance(split, Scenes):
+            return dataclasses.replace(split, labels=torch.zeros_like(split.labels))
         boxes = tuple(torch.ones_like(numbers) for numbers in split.box_classes)
         return dataclasses.replace(
             split, pixels=split.pixels.clamp(max=1), box_classes=boxes, classes=split.classes[:2]
         )
 
-    parts = {key: one_class(getattr(material, key)) for key in ("train", "test", "train_scenes", "test_scenes")}
+    parts = {key: one_class(getattr(material, key)) for key in PARTS}
     numbers = build(name).evaluate(dataclasses.replace(material, **parts))
     assert all(math.isfinite(value) for value in numbers.values())
 
