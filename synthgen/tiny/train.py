@@ -7,6 +7,7 @@ and one that ended goes on when it is given more minutes or steps.
 
 import argparse
 import copy
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
 from synthgen.tiny.compositor import LAYOUTS, Compositor, Names
 from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
 from synthgen.tiny.losses import Autoencoding, Denoising, WrittenOutAttention, halved, noise_like
+from synthgen.tiny.recognised import emphasis
 from synthgen.tiny.score import attention_iou, pixels
 from synthgen.tiny.sheet import PROMPTS, draw, write_sheet
 from synthgen.tiny.truth import held_out
@@ -83,6 +85,7 @@ class Job:
     out: Path
     budget: Budget
     preset: Preset
+    recognised: Path | None = None  # what synthgen.tiny.recognised wrote: the U-Net sees more of what was not
 
 
 def train_vae(job: Job) -> None:
@@ -174,6 +177,9 @@ def train_unet(job: Job) -> None:
     if job.preset.compile:
         model.compile()
     compositor = Compositor(job.data, names, device=job.preset.device)
+    if job.recognised:
+        shares = json.loads(job.recognised.read_text(encoding="utf-8"))
+        compositor.weights = compositor.weights * torch.tensor(emphasis(shares, names.own))
     layouts = [replace(layout, share=share) for layout, share in zip(LAYOUTS, SHARES, strict=True)]
     bank, empty = Bank(job.preset.bank), tokenize(tokenizer, [""]).to(device)
     held = list(held_out(job.data, HELD_OUT // 2))
@@ -303,6 +309,7 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="compile the steps first, for minutes on a CPU (default: on a GPU)",
     )
+    parser.add_argument("--recognised", type=Path, help="of synthgen.tiny.recognised: train the U-Net on the rest more")
     parser.add_argument("--processes", type=int, default=1, help="one a core; one on a GPU")
     args = parser.parse_args()
     if args.command != "export" and args.minutes is None and args.steps is None:
@@ -312,7 +319,7 @@ def main() -> None:
     preset = PRESETS[args.preset]
     if args.compile is not None:
         preset = replace(preset, compile=args.compile)
-    job = Job(args.data, args.out, Budget(args.minutes, args.steps), preset)
+    job = Job(args.data, args.out, Budget(args.minutes, args.steps), preset, args.recognised)
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
