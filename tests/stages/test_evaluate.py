@@ -370,7 +370,7 @@ def test_each_image_is_seen_by_the_generator_at_its_own_size_and_by_its_key(run,
     asked = [EVALUATORS.build("knn"), EVALUATORS.build("segmentation")]
     extractor = extractor_of(stage, run, run.folder("pretrain") / "mae", Worker(), asked)
     samples, numbers = open_dataset(str(run.folder("shards") / "train"), masks=True), (4, 0, 7)
-    found = extractor.extract(samples, numbers, (4, 7), lambda count: None)
+    found = extractor.extract(samples, numbers, (4, 7), (), lambda count: None)
     images = np.stack([resize(samples[number].image, (48, 48)) for number in numbers])
     reader = extractor.generator
     assert reader is not None

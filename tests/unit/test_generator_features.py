@@ -192,3 +192,45 @@ def test_the_middle_of_stable_diffusion_is_the_sixth_of_twelve():
     assert len(up) == 12
     assert up[:4] == [*(f"up_blocks.0.resnets.{number}" for number in range(3)), "up_blocks.1.attentions.0"]
     assert middle_block(network) == up[5] == "up_blocks.1.attentions.2"
+
+
+def test_blocks_have_maps_of_their_own_size(small):
+    """Beside the pooled features; what is larger than asked for is averaged down."""
+    images, blocks = pictures(side=32), ("up_blocks.0.attentions.1", "up_blocks.2.attentions.0")
+    reader = FeatureReader(small, timesteps=[50, 300], blocks=blocks)
+    read = reader.read(images, KEYS, 8, 8)
+    coarse, fine = reader.shapes
+    assert (coarse[1:], fine[1:]) == ((4, 4), (16, 16))
+    assert [one.shape for one in read.maps] == [(3, 2, coarse[0], 4, 4), (3, 2, fine[0], 8, 8)]
+    pooled = [one[:, timestep].float().mean((2, 3)) for timestep in (0, 1) for one in read.maps]
+    torch.testing.assert_close(torch.cat(pooled, 1), read.pooled, atol=2e-3, rtol=2e-3)
+    (own, _) = reader.read(images, KEYS, 8, 16).maps
+    torch.testing.assert_close(own, read.maps[0])
+    assert reader.read(images, KEYS, 8).maps == ()
+
+
+def test_an_inverted_image_is_seen_on_its_way_to_noise(drawn):
+    """At the steps nearest to the timesteps, without noise; the network stops behind the last of them."""
+    backbone, images = drawn[0], pictures()
+    model, steps = backbone.family, 10
+    names = block_names(model.network)[:1]
+    seen = list[Any]()
+    with torch.no_grad():
+        latents = model.encode(images).float()
+        times, step = model.inversion(steps, latents)
+        look = model.seer([""] * len(images), latents)
+        handle = model.network.get_submodule(names[0]).register_forward_hook(lambda *given: seen.append(given[-1]))
+        for number, time in enumerate(times):
+            latents = step(latents, number, look(latents, time))
+        handle.remove()
+    asked = [times[4] + 1, times[1] - 1]
+    reader = FeatureReader(backbone, timesteps=[round(time) for time in asked], blocks=names, inversion_steps=steps)
+    read = reader.read(images, KEYS, 4)
+    expected = [as_tokens(seen[number]).float().mean(1) for number in (4, 1)]
+    torch.testing.assert_close(read.pooled, torch.cat(expected, 1), **NEAR)
+    torch.testing.assert_close(reader.read(images, KEYS[::-1], 4).pooled, read.pooled)  # no chance in it
+    assert reader.told()["inversion_steps"] == steps
+    assert not any(module._forward_hooks for module in model.network.modules())
+    close = FeatureReader(backbone, timesteps=[100, 101], blocks=names, inversion_steps=steps)
+    with pytest.raises(ConfigError, match=r"several of the timesteps \[100, 101\] in one step; give more"):
+        close.read(images, KEYS, 4)

@@ -1,0 +1,88 @@
+"""Evaluation of what blocks of a network give, each at its own size: who has it, what it costs, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synthgen.augment import CenterCrop
+from synthgen.config import Choice
+from synthgen.errors import ConfigError
+from synthgen.evaluators import EVALUATORS
+from synthgen.runner import run_stage
+from synthgen.stages import Worker
+from synthgen.stages._judged import Source
+from synthgen.stages._material import gathered
+from synthgen.stages._rows import extractor_of
+from synthgen.stages.evaluate import Evaluate
+from tests.models import HALF, WIDTH
+from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
+
+HEAD = {"width": 16, "num_heads": 2, "seeds": 1, "steps": 3}
+BLOCKS = ("mid_block", "up_blocks.2.attentions.0")
+
+
+def attentive(**options):
+    return Choice("attentive_probe", {**HEAD, **options})
+
+
+def test_an_attention_head_reads_encoders_and_the_generator(run, stable_diffusion):  # noqa: F811
+    stage = Evaluate(
+        generator=Choice(str(stable_diffusion)),
+        generator_timesteps=(40, 80),
+        generator_blocks=BLOCKS,
+        evaluators=(attentive(), Choice("linear_probe")),
+    )
+    run_stage(stage, run, ONE)
+    found = result(run, "mae-generator")
+    assert {row: list(values) for row, values in found["scores"].items()} == {
+        "mae": ["attentive_probe", "linear_probe"],
+        "generator": ["attentive_probe", "linear_probe"],
+        "random encoder": ["attentive_probe", "linear_probe"],
+    }
+    numbers = found["scores"]["generator"]["attentive_probe"]
+    assert 0 <= numbers["low"] <= numbers["accuracy"] <= numbers["high"] <= 1
+    images = found["train"]["images"] + found["test"]["images"]
+    tokens = 2 * 64 * 32 + 2 * (4 * 4 * WIDTH + 16 * 16 * HALF)  # two encoders once, two blocks twice
+    assert found["patch_memory_mb"] == round(images * 2 * tokens / 1e6, 1)
+
+
+def test_maps_that_do_not_fit_are_of_fewer_images(run):  # noqa: F811
+    """The other evaluators still have all of them."""
+    each = 2 * 2 * 64 * 32
+    stage = Evaluate(evaluators=(attentive(), Choice("knn")), patch_memory=20 * each / 1e9)
+    run_stage(stage, run, ONE)
+    found = result(run)
+    assert any("maps of blocks, and latents, are those of 14 of 28 train images" in told for told in found["warnings"])
+    assert found["train"]["images"] == 28
+
+
+def test_images_without_labels_have_no_maps(run):  # noqa: F811
+    stage, probe = Evaluate(), EVALUATORS.build(attentive())
+    extractor = extractor_of(stage, run, run.folder("pretrain") / "mae", Worker(), [probe])
+    sources = {
+        "train": Source("train", str(run.folder("shards") / "train")),
+        "test": Source("test", str(run.folder("shards") / "val")),
+    }
+    del sources["train"].labels[3]
+    material = gathered(sources, extractor, ("encoder", "random"), 1.0, lambda count: None, {"warnings": []})
+    train, _ = material["encoder"].mapped()
+    numbers = sorted(sources["train"].labels)
+    assert train.keys == tuple(sources["train"].samples.key(number) for number in numbers)
+    classes = sorted(set(sources["train"].labels.values()))
+    assert train.labels.tolist() == [classes.index(sources["train"].labels[number]) for number in numbers]
+    (block,) = train.maps
+    assert block.shape == (len(numbers), 1, 32, 8, 8)
+    network = extractor.networks["encoder"]
+    view = CenterCrop(size=32)(sources["train"].samples[numbers[5]])
+    config = network.config
+    pixels = (torch.tensor(view.image).float() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
+    with torch.no_grad():
+        tokens = network(pixels.permute(2, 0, 1)[None])[0, 1:]
+    torch.testing.assert_close(block[5, 0].flatten(1).mT.float(), tokens, atol=5e-3, rtol=5e-3)
+
+
+def test_latents_are_of_a_generator(run):  # noqa: F811
+    diffeed = Choice("diffeed")
+    with pytest.raises(ConfigError, match="diffeed judges a diffusion model and not an encoder; give --generator"):
+        run_stage(Evaluate(evaluators=(diffeed,)), run, ONE)
