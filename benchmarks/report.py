@@ -27,6 +27,7 @@ def main() -> None:
         "shards": shards,
         "pretrain": pretrain,
         "methods": methods,
+        "heads": heads,
         "engines": engines,
         "prompts": prompts,
     }
@@ -221,6 +222,22 @@ def methods(figures: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
     for row, found in figures["baselines"].items():
         yield f"| {row} | {' | '.join(f'{found[task]:.3f}' if task in found else '' for task in tasks)} |"
+
+
+def heads(figures: dict[str, Any]) -> Iterator[str]:
+    learned, judged = figures["images"]
+    classes = figures["classes"]
+    yield f"What heads read off the shipped model's own activations: {classes} classes of held-out composites of one"
+    yield f"object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over three trainings of the"
+    yield "head, with its interval over images (95 %); `spread` is the deviation over trainings. A toy model and its own"
+    yield "kind of images: the order of heads need not be that of larger ones.\n"
+    yield "| head | blocks | timesteps | accuracy | on what it learned from | spread |"
+    yield f"|{' --- |' * 6}"
+    for name, one in figures["heads"].items():
+        yield (
+            f"| {name} | {one['blocks']} | {one['timesteps']} | {one['accuracy']:.3f} ({one['low']:.3f} to "
+            f"{one['high']:.3f}) | {one['train_accuracy']:.3f} | {one.get('spread', 0):.3f} |"
+        )
 
 
 def engines(figures: dict[str, Any]) -> Iterator[str]:

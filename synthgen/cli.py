@@ -184,7 +184,7 @@ def evaluate(
     encoder: Annotated[str | None, typer.Option(help="Encoder folder.  [default: the run's newest]")] = None,
     evaluator: Annotated[
         list[str] | None,
-        typer.Option(help="knn, linear_probe, segmentation, detection, retrieval, mask_iou; may be repeated."),
+        typer.Option(help="knn, linear_probe, ...: see synthgen schema evaluate.evaluators; may be repeated."),
     ] = None,
     train: Annotated[str | None, typer.Option(help="Shards or image folder to learn from.")] = None,
     test: Annotated[str | None, typer.Option(help="Shards or image folder to be judged on.")] = None,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from synthgen.evaluators import Labelled, Mapped, Material, Pairs, Scenes
+from synthgen.evaluators import Labelled, Latents, Mapped, Material, Pairs, Scenes
 from synthgen.records import WordMasks
+
+if TYPE_CHECKING:
+    from synthgen.diffusion.features import FeatureReader
 
 CLASSES = ("background", "disc", "square")
 GRID = 8
@@ -32,6 +39,28 @@ def make_mapped(count: int, seed: int, *, known: bool) -> Mapped:
         fine[torch.arange(count), 1, labels] += 1
     keys = tuple(f"{image:04d}" for image in range(count))
     return Mapped((coarse.half(), fine.half()), labels, keys)
+
+
+def make_latents(count: int, seed: int, *, known: bool) -> Latents:
+    """The class is the bright channel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    values = 0.1 * torch.randn(count, 4, 4, 4, generator=generator)
+    if known:
+        values[torch.arange(count), labels] += 3
+    return Latents(values, labels, tuple(f"{image:04d}" for image in range(count)))
+
+
+@cache
+def make_reader() -> FeatureReader:
+    """Of a small Stable Diffusion of random weights."""
+    from synthgen.backbones.diffusers import Diffusers
+    from synthgen.diffusion.features import FeatureReader
+    from tests.models import make_stable_diffusion
+
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = Diffusers(model=str(make_stable_diffusion(Path(folder))))
+    return FeatureReader(backbone, timesteps=[10])
 
 
 def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> Scenes:
@@ -96,6 +125,9 @@ def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
         make_pairs(test, known=known),
         make_mapped(train, 5, known=known),
         make_mapped(test, 6, known=known),
+        make_latents(train, 7, known=known),
+        make_latents(test, 8, known=known),
+        make_reader(),
     )
 
 
@@ -111,6 +143,10 @@ def reordered(material: Material) -> Material:
         order = torch.randperm(len(split.labels), generator=generator)
         maps = tuple(block[order] for block in split.maps)
         return Mapped(maps, split.labels[order], tuple(split.keys[i] for i in order))
+
+    def latents(split: Latents) -> Latents:
+        order = torch.randperm(len(split.labels), generator=generator)
+        return Latents(split.values[order], split.labels[order], tuple(split.keys[i] for i in order))
 
     def scenes(split: Scenes) -> Scenes:
         order = torch.randperm(len(split), generator=generator)
@@ -133,4 +169,6 @@ def reordered(material: Material) -> Material:
         pairs=Pairs(images, pairs.texts, place[pairs.of_image][shuffle], pairs.of_text[shuffle]),
         train_maps=mapped(material.train_maps),
         test_maps=mapped(material.test_maps),
+        train_latents=latents(material.train_latents),
+        test_latents=latents(material.test_latents),
     )

@@ -22,7 +22,7 @@ from synthgen.diffusion.backbone import TOO_LITTLE, DiffusionBackbone, Look
 from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 
-__all__ = ["Activations", "FeatureReader", "block_names", "middle_block"]
+__all__ = ["Activations", "FeatureReader", "block_names", "middle_block", "watched"]
 
 _LARGEST = torch.finfo(torch.float16).max
 UNFIT = "the generator's activations are not finite numbers; try another dtype, such as bfloat16 or float32"
@@ -176,7 +176,7 @@ class FeatureReader:
         """What the blocks give at each timestep, for noised latents."""
         noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
         for timestep in self.timesteps:
-            with _watched(self.model.network, self.blocks) as seen:
+            with watched(self.model.network, self.blocks) as seen:
                 look(self.model.noised(latents, noise, timestep), timestep)
             yield seen
 
@@ -185,7 +185,7 @@ class FeatureReader:
         times, step = self.model.inversion(self.inversion_steps, latents)
         seen_at, found = self._nearest(times), dict[int, Mapping[str, Any]]()
         for number, time in enumerate(times[: max(seen_at) + 1]):
-            with _watched(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
+            with watched(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
                 output = look(latents, time)
             latents, found[number] = step(latents, number, output), seen
         return [found[number] for number in seen_at]
@@ -238,7 +238,7 @@ def middle_block(network: nn.Module) -> str:
 
 
 @contextmanager
-def _watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
+def watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
     """What each block gives in one pass, which ends behind the last of them unless it must be ``whole``."""
     seen: dict[str, Any] = {}
 
