@@ -228,9 +228,9 @@ def heads(figures: dict[str, Any]) -> Iterator[str]:
     learned, judged = figures["images"]
     classes = figures["classes"]
     yield f"What heads read off the shipped model's own activations: {classes} classes of held-out composites of one"
-    yield f"object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over three trainings of the"
-    yield "head, with its interval over images (95 %); `spread` is the deviation over trainings. A toy model and its own"
-    yield "kind of images: the order of heads need not be that of larger ones.\n"
+    yield f"object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over three trainings"
+    yield "of the head, with its interval over images (95 %); `spread` is the deviation over trainings. A toy model"
+    yield "and its own kind of images: the order of heads need not be that of larger ones.\n"
     yield "| head | blocks | timesteps | accuracy | on what it learned from | spread |"
     yield f"|{' --- |' * 6}"
     for name, one in figures["heads"].items():

@@ -72,7 +72,7 @@ def fitted(
     ``loss`` gets the head and the numbers of a batch's images. Weights and batches are drawn from ``seed`` and the
     images' keys alone, so the order of the images changes nothing.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.manual_seed(seed)
         head = make().to(device)
     by_key = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))

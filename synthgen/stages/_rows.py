@@ -14,7 +14,7 @@ from synthgen.stages import Worker
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
-    from synthgen.evaluators import Baseline, Evaluator, Row
+    from synthgen.evaluators import Baseline, Evaluator, Need, Row
     from synthgen.evaluators._extraction import Extractor
     from synthgen.stages.evaluate import Evaluate
 
@@ -56,7 +56,7 @@ def extractor_of(
     """What takes features from images: the networks of the rows, and a text tower where texts are needed.
 
     Raises:
-        ConfigError: the generator's network has no such block; lists those it has.
+        ConfigError: the generator's network has no such block (lists those it has), or cannot be read as is asked.
     """
     from synthgen.evaluators._extraction import Extractor
     from synthgen.loader import workers_for
@@ -72,7 +72,7 @@ def extractor_of(
     return Extractor(
         networks=networks,
         needs=needs,
-        generator=_reader(stage, run, worker) if "generator" in kinds else None,
+        generator=_reader(stage, run, worker, needs) if "generator" in kinds else None,
         dual=load_dual_encoder(folder).to(worker.device) if folder and "pairs" in needs else None,
         pool=stage.pool,
         by_label=stage.mask_classes == "label",
@@ -82,18 +82,22 @@ def extractor_of(
     )
 
 
-def _reader(stage: Evaluate, run: Run, worker: Worker) -> FeatureReader:
+def _reader(stage: Evaluate, run: Run, worker: Worker, needs: Collection[Need]) -> FeatureReader:
     from synthgen.diffusion.features import FeatureReader
+    from synthgen.diffusion.feedback import FeedbackNetwork
 
     assert stage.generator is not None
     backbone = BACKBONES.build(backbone_of(stage.generator), device=worker.device)
-    return FeatureReader(
+    reader = FeatureReader(
         backbone,
         timesteps=stage.generator_timesteps,
         blocks=stage.generator_blocks,
         inversion_steps=stage.generator_inversion_steps,
         seed=run.seed,
     )
+    if "latents" in needs:
+        FeedbackNetwork(reader)  # what it would refuse is refused before images are read
+    return reader
 
 
 def backbone_of(choice: Choice) -> Choice:

@@ -9,6 +9,7 @@ from synthgen.augment import CenterCrop
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.evaluators import EVALUATORS
+from synthgen.evaluators._extraction import Extractor
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
 from synthgen.stages._judged import Source
@@ -86,3 +87,28 @@ def test_latents_are_of_a_generator(run):  # noqa: F811
     diffeed = Choice("diffeed")
     with pytest.raises(ConfigError, match="diffeed judges a diffusion model and not an encoder; give --generator"):
         run_stage(Evaluate(evaluators=(diffeed,)), run, ONE)
+
+
+def test_a_generator_that_cannot_have_feedback_is_refused_before_images_are_read(run, stable_diffusion, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Extractor, "extract", None)
+    stage = Evaluate(
+        generator=Choice(str(stable_diffusion)), generator_timesteps=(40, 80), evaluators=(Choice("diffeed"),)
+    )
+    with pytest.raises(ConfigError, match=r"DifFeed sees an image at one timestep, not at \[40, 80\]"):
+        run_stage(stage, run, ONE)
+
+
+def test_a_unet_with_feedback_is_judged_alone(run, stable_diffusion):  # noqa: F811
+    """Beside an encoder, of which it says nothing."""
+    evaluators = (Choice("diffeed", HEAD), Choice("diffeed", {**HEAD, "feedback": False}), Choice("knn"))
+    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=evaluators), run, ONE)
+    found = result(run, "mae-generator")
+    heads = {"diffeed feedback=True", "diffeed feedback=False"}
+    assert {row: set(values) for row, values in found["scores"].items()} == {
+        "mae": {"knn"},
+        "generator": {"knn", *heads},
+        "random encoder": {"knn"},
+        "pixels": {"knn"},
+    }
+    images = found["train"]["images"] + found["test"]["images"]
+    assert found["patch_memory_mb"] == round(images * 4 * 4 * 16 * 16 / 1e6, 1)
