@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -196,13 +196,13 @@ def evaluate(
     """Ask what an encoder learned; by default what takes seconds: kNN, linear probe, and retrieval if it has texts."""
     from synthgen.console import say_scores
 
-    opened = _open(run)
     given = {
         "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth,
         "generator": generator, "label": label,
     }  # fmt: skip
-    _stage("evaluate", opened, given, settings)
-    say_scores(opened)
+    with _created(run, None) if test or truth else nullcontext(_open(run)) as opened:
+        _stage("evaluate", opened, given, settings)
+        say_scores(opened)
 
 
 @app.command("run")

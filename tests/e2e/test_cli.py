@@ -8,8 +8,10 @@ import pytest
 
 from synthgen.cli import app
 from synthgen.console import tell
+from synthgen.engines.local import Local
 from synthgen.refiners.attentioncut import AttentionCut
-from synthgen.runner import Summary
+from synthgen.runner import Summary, run_stage
+from synthgen.stages.shards import Shards
 from synthgen.status import status
 from tests.factories import make_run
 
@@ -81,6 +83,7 @@ def test_every_command_and_part_appears_in_the_docs():
         (["shards", "--run", "empty"], "first run: synthgen"),
         (["pretrain", "--method", "mea", "--run", "empty"], "synthgen"),
         (["evaluate", "--run", "empty"], "synthgen"),
+        (["evaluate", "--run", "new", "--test", "p.txt"], "new has no finished encoder"),
         (["status", "absent"], "there is no run at absent"),
         (["view", "absent"], "there is no run at absent"),
         (["view", "empty", "--limit", "0"], "--limit"),
@@ -117,6 +120,18 @@ def test_masks_status_and_view_of_a_run(tmp_path):
     told = synthgen("view", tmp_path / "r")
     assert told.stdout == f"page: {tmp_path / 'r' / 'view.html'}\n"
     assert (tmp_path / "r" / "view.html").stat().st_size > 10_000
+
+
+def test_what_lies_elsewhere_is_judged_without_a_run_before(tmp_path):
+    """A new one gets the scores."""
+    run_stage(Shards(val_ratio=0.5), make_run(tmp_path / "r"), Local(workers=1))
+    masks = tmp_path / "r" / "shards" / "val"
+    told = synthgen("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
+    assert told.returncode == 0, told.stderr
+    (scores,) = (tmp_path / "new" / "evaluate").glob("*.json")
+    assert json.loads(scores.read_text())["scores"]["masks"]["mask_iou"]["mean_iou"] == 1
+    told = synthgen("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
+    assert "nothing to do" in told.stdout
 
 
 def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
