@@ -138,6 +138,8 @@ def pipeline_class(model: str) -> str:
 def _index(model: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
+    if "/" not in model and not Path(model).exists():  # neither a hub id nor a folder: nobody need be asked
+        raise UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
     try:
         path = Path(model) / _INDEX if Path(model).is_dir() else Path(hf_hub_download(model, _INDEX))
         index = read_json(read_file(path))
@@ -184,11 +186,8 @@ def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
     return [name for name, value in parts.items() if any(value) or not saved]
 
 
-def _missing(model: str, error: Exception) -> MissingWeights | UnknownName:
-    there = Path(model).exists()
-    if "/" not in model and not there:  # neither a hub id nor a folder
-        return UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
-    kind = "folder" if there else "folder or model id"
+def _missing(model: str, error: Exception) -> MissingWeights:
+    kind = "folder" if Path(model).exists() else "folder or model id"
     return MissingWeights(
         f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {one_line(error)}; download it first, "
         f"for example with: hf download {model}, and check that it has safetensors weights"
