@@ -7,11 +7,11 @@ Several of either, side by side, are the features that DifFormer reads (Mukhopad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 
 __all__ = ["Activations", "FeatureReader", "block_names", "middle_block", "watched"]
+
+T = TypeVar("T")
 
 _LARGEST = torch.finfo(torch.float16).max
 UNFIT = "the generator's activations are not finite numbers; try another dtype, such as bfloat16 or float32"
@@ -76,6 +78,7 @@ class FeatureReader:
             if block not in known:
                 raise UnknownName.among(f"block of {type(model.network).__name__}", block, known)
         self.model, self.timesteps, self.inversion_steps, self.seed = model, tuple(timesteps), inversion_steps, seed
+        self.seen_at: tuple[float, ...] = ()  # timesteps of the inversion, once an image was read
         self.blocks = tuple(sorted(set(blocks), key=known.index)) or (middle_block(model.network),)
         self._look: tuple[torch.Size, Look] | None = None
 
@@ -85,9 +88,11 @@ class FeatureReader:
         return min(self.model.size)
 
     def told(self) -> dict[str, Any]:
-        """How images are read, for the record."""
+        """How images are read, for the record; ``seen_at`` are the steps of an inversion that were nearest."""
         told: dict[str, Any] = {"timesteps": self.timesteps, "blocks": self.blocks, "image_size": self.image_size}
-        return told | ({"inversion_steps": self.inversion_steps} if self.inversion_steps else {})
+        if not self.inversion_steps:
+            return told
+        return told | {"inversion_steps": self.inversion_steps, "seen_at": self.seen_at}
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -106,11 +111,18 @@ class FeatureReader:
         return len(self.timesteps) * sum(channels), max(rows), max(columns)
 
     def latents(self, images: UInt8[Tensor, "b S S 3"]) -> Float32[Tensor, "b c h w"]:
-        """What the model's autoencoder makes of images."""
+        """What the model's autoencoder makes of images; a batch for which there is too little memory is halved.
+
+        Raises:
+            SynthgenError: there is too little for one image.
+        """
         device = self.model.pipeline._execution_device
-        with torch.inference_mode():
-            parts = [self.model.encode(part.to(device)).float().cpu() for part in torch.split(images, self.most)]
-        return torch.cat(parts)
+
+        def encode(some: slice) -> Tensor:
+            with torch.no_grad():
+                return self.model.encode(images[some].to(device)).float().cpu()
+
+        return torch.cat(self._in_parts(encode, len(images)))
 
     def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int, largest: int = 0) -> Activations:
         """The activations for images, pooled and on a grid of ``grid`` rows and columns.
@@ -122,37 +134,39 @@ class FeatureReader:
             SynthgenError: there is too little for one image.
             ConfigError: the activations are not finite numbers.
         """
-        starts = range(0, len(images), self.most)
-        parts = [
-            self._read(images[start : start + self.most], keys[start : start + self.most], grid, largest)
-            for start in starts
-        ]
-        return _joined(parts)
+
+        def read(some: slice) -> Activations:
+            return self._read(images[some], keys[some], grid, largest)
+
+        return _joined(self._in_parts(read, len(images)))
+
+    def _in_parts(self, compute: Callable[[slice], T], count: int) -> list[T]:
+        """What ``compute`` makes of ``count`` images, ``most`` at a time, or half of them where memory runs out."""
+        parts, waiting = (
+            list[T](),
+            [slice(start, min(start + self.most, count)) for start in range(0, count, self.most)],
+        )
+        while waiting:
+            some = waiting.pop(0)
+            try:
+                parts.append(compute(some))
+            except torch.OutOfMemoryError:
+                if some.stop - some.start == 1:
+                    raise SynthgenError(TOO_LITTLE) from None
+                middle = (some.start + some.stop) // 2
+                waiting[:0] = [slice(some.start, middle), slice(middle, some.stop)]
+                torch.cuda.empty_cache()
+        return parts
 
     def _read(self, images: Tensor, keys: Sequence[str], grid: int, largest: int) -> Activations:
-        try:
-            maps = self._maps(images, keys)
-            pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
-            resized = [
-                F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
-            ]
-            patches = _half(torch.cat(resized, 1))
-            own = self._own(maps, largest) if largest else ()
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise SynthgenError(TOO_LITTLE) from None
-        else:
-            if not pooled.isfinite().all():
-                raise ConfigError(UNFIT)
-            return Activations(pooled, patches, own)
-        torch.cuda.empty_cache()
-        half = len(images) // 2
-        return _joined(
-            [
-                self._read(images[:half], keys[:half], grid, largest),
-                self._read(images[half:], keys[half:], grid, largest),
-            ]
-        )
+        maps = self._maps(images, keys)
+        pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
+        if not pooled.isfinite().all():
+            raise ConfigError(UNFIT)
+        resized = [
+            F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
+        ]
+        return Activations(pooled, _half(torch.cat(resized, 1)), self._own(maps, largest) if largest else ())
 
     def _own(self, maps: Sequence[Tensor], largest: int) -> tuple[Float16[Tensor, "b t _ _ _"], ...]:
         """The maps of each block at all timesteps, at their own size."""
@@ -163,7 +177,7 @@ class FeatureReader:
     def _maps(self, images: Tensor, keys: Sequence[str]) -> list[Float32[Tensor, "b _ _ _"]]:
         """The map of each block at each timestep: of all blocks at the first one, then of all at the second."""
         model = self.model
-        with torch.inference_mode():
+        with torch.no_grad():  # and no inference mode: what offloading moves in it could have no gradients later
             latents = model.encode(images.to(model.pipeline._execution_device)).float()
             look = self._looking(latents)
             passes: Iterable[Mapping[str, Any]] = (
@@ -198,6 +212,7 @@ class FeatureReader:
                 f"an inversion in {len(times)} steps passes several of the timesteps {list(self.timesteps)} in one "
                 "step; give more generator_inversion_steps, or timesteps further apart"
             )
+        self.seen_at = tuple(round(times[number], 1) for number in nearest)
         return nearest
 
     def _looking(self, latents: Tensor) -> Look:

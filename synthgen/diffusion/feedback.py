@@ -24,7 +24,9 @@ from synthgen.prompts import sample_seed
 
 __all__ = ["FeedbackNetwork", "Pair", "feedback_pairs"]
 
-_LARGER = 2.0**12  # times the gradients that go through the network, for float16 would lose those of a mean loss
+_GRADIENT_SCALE = (
+    2.0**12
+)  # times the gradients that go through the network, for float16 would lose those of a mean loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,15 @@ class FeedbackNetwork:
         Feedback of another size is resized bilinearly. Without any this is the map as the reader gives it.
 
         Raises:
-            ConfigError: the map is not finite numbers.
+            ConfigError: the map is not finite numbers, without any feedback that could be at fault.
         """
         targets = [pair.target for pair in self.pairs] if feedback else []
-        added = [_with_gradient(values, 1 / _LARGER) for values in feedback]
+        added = [_with_gradient(values, 1 / _GRADIENT_SCALE) for values in feedback]
         with _added(self.model.network, dict(zip(targets, added, strict=True))):
             (read,) = self._maps(noised, [self.block])
-        if not read.isfinite().all():
+        if not feedback and not read.isfinite().all():
             raise ConfigError(UNFIT)
-        return _with_gradient(read, _LARGER)
+        return _with_gradient(read, _GRADIENT_SCALE)
 
     def _maps(self, noised: Tensor, blocks: Sequence[str]) -> list[Tensor]:
         look = self._looking(noised)

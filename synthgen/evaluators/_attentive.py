@@ -7,16 +7,24 @@ weights of the norm in the tokenizer alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["LARGEST", "AttentiveHead"]
+from synthgen.errors import ConfigError
+from synthgen.evaluators import Latents, Mapped
+from synthgen.evaluators._bootstrap import mean_with_interval, spread
+from synthgen.evaluators._heads import fitted
+
+__all__ = ["LARGEST", "AttentiveHead", "AttentiveSettings"]
 
 LARGEST = 16  # rows and columns of a map that is read; larger ones are averaged down to it
+_AT_ONCE = 16  # images that are judged together
 
 
 class Tokenizer(nn.Module):
@@ -91,3 +99,90 @@ class AttentiveHead(nn.Module):
         x = self.blocks(torch.cat([self.class_token.expand(b * t, -1, -1), tokens], 1))
         scores: Tensor = self.classify(x[:, 0].reshape(b, -1))
         return scores
+
+
+L = TypeVar("L", bound=nn.Module)
+S = TypeVar("S", Mapped, Latents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentiveSettings:
+    """The settings of evaluators with this head, how it learns, and what is said of it."""
+
+    width: int = 128  # of a token
+    depth: int = 2  # transformer blocks
+    num_heads: int = 8
+    seeds: int = 3  # trainings, of which the score is the mean
+    steps: int = 300  # of a training
+    batch_size: int = 32  # images a step
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.num_heads, self.seeds, self.steps, self.batch_size) < 1:
+            raise ValueError("width, depth, num_heads, seeds, steps and batch_size must be 1 or more")
+        if self.width % self.num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, not {self.width} of {self.num_heads}")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0):
+            raise ValueError("learning_rate must be above 0, and weight_decay 0 or more")
+
+    def head(self, shapes: Sequence[tuple[int, int, int]], timesteps: int, num_classes: int) -> AttentiveHead:
+        """A head of these settings, untrained."""
+        return AttentiveHead(
+            shapes, timesteps, num_classes, width=self.width, depth=self.depth, num_heads=self.num_heads
+        )
+
+    def learned(
+        self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, device: str, seed: int
+    ) -> L:
+        """What ``make`` makes, trained by cross-entropy; ``scores`` are those of the images of these numbers."""
+
+        def loss(learner: L, numbers: Int[Tensor, " b"]) -> Tensor:
+            return F.cross_entropy(scores(learner, train, numbers), train.labels[numbers].to(device))
+
+        return fitted(
+            make,
+            train.keys,
+            loss,
+            seed=seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            device=device,
+        )
+
+    def figures(
+        self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, test: S, device: str
+    ) -> dict[str, float]:
+        """``accuracy`` with its interval and spread, and ``train_accuracy``, of as many trainings as ``seeds``.
+
+        Raises:
+            ConfigError: a training diverged.
+        """
+        right, fit = list[Tensor](), list[float]()
+        for seed in range(self.seeds):
+            learner = self.learned(make, scores, train, device, seed)
+            right.append(_right(learner, scores, test))
+            fit.append(float(_right(learner, scores, train).mean()))
+        accuracy, low, high = mean_with_interval(torch.stack(right).mean(0).numpy())
+        return {
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            **spread([float(one.mean()) for one in right]),
+            "train_accuracy": sum(fit) / len(fit),
+            "seeds": float(self.seeds),
+        }
+
+
+def _right(learner: L, scores: Callable[[L, S, Tensor], Tensor], given: S) -> Tensor:
+    """For each image 1 where its class is named, else 0."""
+    guesses = []
+    with torch.inference_mode():
+        for numbers in torch.split(torch.arange(len(given.labels)), _AT_ONCE):
+            found = scores(learner, given, numbers)
+            if not found.isfinite().all():
+                raise ConfigError("the training of the head diverged; give the evaluator a lower learning_rate")
+            guesses.append(found.argmax(1).cpu())
+    return (torch.cat(guesses) == given.labels).double()

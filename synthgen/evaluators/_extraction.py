@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
 from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Scenes
+from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.models.dual import DualEncoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 BACKGROUND = "background"
-_LARGEST_MAP = 16  # rows and columns of the maps that are kept of a block (DifFormer's size before its head)
 _PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
 
 
@@ -123,9 +123,9 @@ class Extractor:
         """What one image's maps take in memory, float16, and its latents, float32."""
         total = 0
         if "maps" in self.needs:
-            total += sum(2 * self.view.grid**2 * network.config.dim for network in self.networks.values())
+            total += sum(2 * min(self.view.grid, LARGEST) ** 2 * one.config.dim for one in self.networks.values())
         if "maps" in self.needs and self.generator is not None:
-            sizes = [(dim, *(min(side, _LARGEST_MAP) for side in sides)) for dim, *sides in self.generator.shapes]
+            sizes = [(dim, *(min(side, LARGEST) for side in sides)) for dim, *sides in self.generator.shapes]
             total += 2 * len(self.generator.timesteps) * sum(map(math.prod, sizes))
         if "latents" in self.needs and self.generator is not None:
             side = self.generator.image_size
@@ -182,7 +182,7 @@ class Extractor:
         if self.generator is not None:
             drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
             if self.needs - {"latents"}:
-                largest = _LARGEST_MAP if "maps" in self.needs else 0
+                largest = LARGEST if "maps" in self.needs else 0
                 activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
             if "latents" in self.needs:
                 latents = self.generator.latents(drawn)
@@ -206,7 +206,7 @@ class Extractor:
         length: int,
     ) -> None:
         grid = self.view.grid
-        maps = {name: _as_map(x[chosen], grid) for name, x in seen.tokens.items()}
+        maps = {name: _on_grid(x[chosen], grid) for name, x in seen.tokens.items()}
         if seen.generator is not None:
             maps["generator"] = seen.generator.patches[chosen]
         cell = min(_PIXEL_CELL, self.view.patch_size)
@@ -224,7 +224,11 @@ class Extractor:
 
     def _keep_maps(self, found: Extracted, seen: _Seen, chosen: Sequence[int], start: int, length: int) -> None:
         if "maps" in self.needs:
-            maps = {name: [_as_map(x[chosen], self.view.grid)[:, None].half()] for name, x in seen.tokens.items()}
+            size = min(self.view.grid, LARGEST)
+            maps = {
+                name: [F.adaptive_avg_pool2d(_on_grid(x[chosen], self.view.grid), size)[:, None].half()]
+                for name, x in seen.tokens.items()
+            }
             if seen.generator is not None:
                 maps["generator"] = [block[chosen] for block in seen.generator.maps]
             for name, blocks in maps.items():
@@ -322,7 +326,7 @@ def paired(found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncode
     return Pairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
 
 
-def _as_map(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:
+def _on_grid(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:
     """Patch tokens behind a class token, in their places."""
     return tokens[:, 1:].mT.reshape(len(tokens), -1, grid, grid)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -99,8 +99,12 @@ def train_head(
     scenes: Scenes,
     loss: Callable[[nn.Module, Float[Tensor, "b d h w"], Int[Tensor, " b"]], Tensor],
     *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
     device: str,
-    **how: Any,
 ) -> nn.Module:
     """A head for standardised patches, trained as in :func:`fitted`.
 
@@ -111,4 +115,15 @@ def train_head(
     def of_batch(head: nn.Module, numbers: Int[Tensor, " b"]) -> Tensor:
         return loss(head, standardize(scenes.patches[numbers].to(device)), numbers)
 
-    return nn.Sequential(standardize, fitted(make, scenes.keys, of_batch, device=device, **how)).eval()
+    head = fitted(
+        make,
+        scenes.keys,
+        of_batch,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        device=device,
+    )
+    return nn.Sequential(standardize, head).eval()

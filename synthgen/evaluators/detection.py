@@ -70,6 +70,8 @@ class Detection:
     def __post_init__(self) -> None:
         if min(self.width, self.seeds, self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
             raise ValueError("width, seeds, steps and batch_size must be 1 or more, and learning_rate above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not (0 <= self.min_score < 1 and 0 < self.nms <= 1):
             raise ValueError("min_score must be 0 or more and below 1, nms above 0 and 1 at most")
 

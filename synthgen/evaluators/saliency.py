@@ -211,8 +211,8 @@ def foreground(pixels: Int16[Tensor, "b S S"], side: int) -> Float32[Tensor, "b 
 def saliency_loss(logits: Float[Tensor, "b s s"], true: Float[Tensor, "b s s"], border: int) -> Float[Tensor, ""]:
     """The mean cross-entropy of the cells that are not near a border, plus Dice of all cells."""
     counts = ~near_border(true, border)
-    surprise = F.binary_cross_entropy_with_logits(logits, true, reduction="none")
-    return (surprise * counts).sum() / counts.sum().clamp(min=1) + dice_loss(logits.sigmoid(), true)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, true, reduction="none")
+    return (cross_entropy * counts).sum() / counts.sum().clamp(min=1) + dice_loss(logits.sigmoid(), true)
 
 
 def dice_loss(probability: Float[Tensor, "b s s"], true: Float[Tensor, "b s s"]) -> Float[Tensor, ""]:

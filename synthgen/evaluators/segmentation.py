@@ -48,6 +48,8 @@ class Segmentation:
             raise ValueError("width, seeds, steps and batch_size must be 1 or more")
         if not (self.learning_rate > 0 and self.decoder_learning_rate > 0):
             raise ValueError("learning_rate and decoder_learning_rate must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, the same of the decoder.

@@ -215,8 +215,11 @@ class _Looking:
         material = gathered(sources, extractor, kinds, stage.patch_memory, tick, {"warnings": []})
         beside = ends[0][1] - started + time.perf_counter() - ends[-1][1]  # to find images, and to sort what was seen
         totals, before, whole = [0.0] * rounds, 0, sum(counts.values())
+        sizes = self._sizes(material)
         for name, count in counts.items():
             images = getattr(self.judged, name).images
+            if not extractor.needs & {"features", "pairs"}:  # then only those that are kept are seen
+                images = min(images, sum(sizes[need][0][name == "test"] for need in extractor.needs))
             each = _of_an_image([end for end in ends if before <= end[0] <= before + count], rounds)
             totals = [total + (seconds + beside / whole) * images for total, seconds in zip(totals, each, strict=True)]
             before += count

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 __all__ = ["doubts", "doubts_of_masks"]
 
 
-def doubts(sources: Mapping[str, Source]) -> list[str]:
-    """What makes scores by labels doubtful."""
+def doubts(sources: Mapping[str, Source], kept: Mapping[str, Sequence[str]]) -> list[str]:
+    """What makes scores by labels doubtful; ``kept`` are the labels of the images that are judged, where not all."""
     found = []
     for name, source in sources.items():
         lacking = len(source.samples) - len(source.labels)
         if lacking:
             found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
-    known, asked = list(sources["train"].labels.values()), list(sources["test"].labels.values())
+    known, asked = (kept.get(name) or list(sources[name].labels.values()) for name in ("train", "test"))
     if len(asked) < 100:
         found.append(f"few test images ({len(asked)}): the intervals are wide")
     if unseen := sorted(set(asked) - set(known)):
@@ -45,7 +45,7 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
         boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
         told.append(
             f"classes that training lacks ({len(unseen)}): {_list(unseen)}; "
-            f"their masks in test images ({boxes}) count as not found"
+            f"their masks in test images ({boxes}) count as not found where classes are told apart"
         )
     return told
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from synthgen.codecs import decode_masks, decode_meta
@@ -135,22 +137,30 @@ def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def spread_out(numbers: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """At most ``most`` of ``numbers``, evenly apart."""
+def spread_out(numbers: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most ``most`` of ``numbers``: one out of each of so many parts of equal length, the same each time.
+
+    Which one of its part is drawn by lot, so that no rhythm in the order of the images (a class, another class, the
+    first one again) decides what is left.
+    """
     if len(numbers) <= most:
-        return numbers
-    return tuple(numbers[place * len(numbers) // most] for place in range(most))
+        return tuple(numbers)
+    lots, ends = random.Random(0), [place * len(numbers) // most for place in range(most + 1)]
+    return tuple(numbers[lots.randrange(start, end)] for start, end in pairwise(ends))
 
 
 def thinned(
-    numbers: Mapping[str, Collection[int]], each: int, memory: float, what: str, result: dict[str, Any]
+    numbers: Mapping[str, Sequence[int]], each: int, memory: float, what: str, result: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The samples that fit into ``memory`` GB at ``each`` bytes for ``what`` is kept of one: all, or evenly apart."""
+    """The samples that fit into ``memory`` GB at ``each`` bytes for ``what`` is kept of one: all, or evenly apart.
+
+    They come in rising order.
+    """
     total = sum(map(len, numbers.values()))
     share = min(1.0, memory * 1e9 / (each * total))
     found = {}
     for name, given in numbers.items():
-        found[name] = spread_out(tuple(given), max(1, int(len(given) * share)))
+        found[name] = tuple(sorted(spread_out(given, max(1, int(len(given) * share)))))
         if len(found[name]) < len(given):
             result["warnings"].append(
                 f"{what} are those of {len(found[name])} of {len(given)} {name} images: all would "

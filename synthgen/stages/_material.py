@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,12 +42,17 @@ def gathered(
     sizes = {"patches": extractor.patch_bytes if "patches" in needs else 0, "maps": extractor.map_bytes}
     masked, classed = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
     if sizes["patches"]:
-        given = {name: source.masked for name, source in sources.items()}
+        given: dict[str, Sequence[int]] = {name: source.masked for name, source in sources.items()}
         masked = thinned(given, sizes["patches"], patch_memory, "patch features", result)
     if sizes["maps"]:
-        given = {name: tuple(sorted(source.labels)) for name, source in sources.items()}
+        # class by class, so that each keeps its share
+        given = {name: sorted(source.labels, key=source.labels.__getitem__) for name, source in sources.items()}
         classed = thinned(given, sizes["maps"], patch_memory, "maps of blocks, and latents,", result)
     numbers = {name: looked_at(source, needs) for name, source in sources.items()}
+    if not needs & {"features", "pairs"}:  # then nothing is made of the others
+        seen = {name: tuple(sorted({*masked.get(name, ()), *classed.get(name, ())})) for name in sources}
+        tick(sum(len(numbers[name]) - len(seen[name]) for name in sources))
+        numbers = seen
     found: dict[str, Extracted] = {}
     for name, source in sources.items():
         taker = extractor if name == "test" else replace(extractor, dual=None)
@@ -63,7 +68,13 @@ def gathered(
     if OF_LABELLED & needs:
         for name, source in sources.items():
             result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
-        result["warnings"] += doubts(sources)
+            result[name] |= {"images_with_maps": len(classed[name])} if classed else {}
+        judged = (
+            {name: [source.labels[number] for number in classed[name]] for name, source in sources.items()}
+            if classed
+            else {}
+        )
+        result["warnings"] += doubts(sources, {} if "features" in needs else judged)
     if "patches" in needs:
         _add_scenes(parts, found, result)
         result["warnings"] += doubts_of_masks(found, masked)

@@ -63,7 +63,7 @@ class Evaluate(Stage):
     generator_blocks: tuple[str, ...] = ()  # of its network, whose activations are the features; none: the middle one
     pool: str = "mean"  # of the patch tokens, or cls
     mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
-    patch_memory: float = 2.0  # GB for patch features; with more images fewer are taken, evenly apart
+    patch_memory: float = 2.0  # GB for patch features, and for maps and latents; with more images fewer are taken
     baselines: bool = True  # rows of a random encoder and of the pixels beside it
     label: str = ""  # name of the file; the encoder's folder, generator, the names of ``test`` and ``truth``
     batch_size: int = free(128)
@@ -173,8 +173,6 @@ class Evaluate(Stage):
             for source in sources.values():
                 source.need_masks()
         else:
-            if need == "latents" and not self.generator:
-                raise Lacking(f"{name} judges a diffusion model and not an encoder; give --generator MODEL")
             for source in sources.values():
                 source.need_labels()
             sources["test"].need_classes_of(sources["train"])
@@ -188,9 +186,13 @@ class Evaluate(Stage):
 
         Raises:
             MissingArtifact: there is none.
+            Lacking: an evaluator judges generators alone, and none is named.
         """
         if not self.judges_images(run):
             return None
+        of_generator = [name for name, evaluator in self.wanted(run).items() if evaluator.needs == "latents"]
+        if of_generator and not self.generator:
+            raise Lacking(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
         folder = located(self.encoder) if self.encoder else _newest(run)
         if folder is None and self.generator:
             return None
@@ -346,11 +348,11 @@ class Evaluate(Stage):
 
         rows = rows_of(self, folder, evaluators.values())
         extractor = extractor_of(self, run, folder, worker, evaluators.values())
-        if reader := extractor.generator:
-            result["generator"] = reader.told()
-        elif self.generator:
+        if self.generator and extractor.generator is None:
             result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
         material = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
+        if extractor.generator is not None:
+            result["generator"] = extractor.generator.told()
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():

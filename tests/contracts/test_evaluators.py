@@ -126,3 +126,16 @@ def test_scenes_without_any_mask_are_refused(name):
     test = dataclasses.replace(material.test_scenes, classes=("background", "disc", "square"))
     with pytest.raises(ConfigError, match="no mask of the training images has a pixel"):
         build(name).evaluate(dataclasses.replace(material, train_scenes=empty, test_scenes=test))
+
+
+@pytest.mark.parametrize("name", ["attentive_probe", "diffeed", "saliency"])
+def test_a_head_that_diverged_has_no_score(name):
+    options = QUICK[name] | {"learning_rate": 1e20}
+    with pytest.raises(ConfigError, match=r"diverged; give .* a lower learning_rate"):
+        EVALUATORS.build(Choice(name, options)).evaluate(make_material(known=True))
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_a_head_cannot_learn_backwards(name):
+    with pytest.raises(ConfigError, match=r"weight_decay (must be )?0 or more"):
+        EVALUATORS.build(Choice(name, {"weight_decay": -1.0}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from synthgen.evaluators import EVALUATORS
 from synthgen.evaluators._extraction import Extractor
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source
+from synthgen.stages._judged import Source, spread_out
 from synthgen.stages._material import gathered
 from synthgen.stages._rows import extractor_of
 from synthgen.stages.evaluate import Evaluate
@@ -55,7 +57,7 @@ def test_maps_that_do_not_fit_are_of_fewer_images(run):  # noqa: F811
     run_stage(stage, run, ONE)
     found = result(run)
     assert any("maps of blocks, and latents, are those of 14 of 28 train images" in told for told in found["warnings"])
-    assert found["train"]["images"] == 28
+    assert (found["train"]["images"], found["train"]["images_with_maps"]) == (28, 14)
 
 
 def test_images_without_labels_have_no_maps(run):  # noqa: F811
@@ -112,3 +114,34 @@ def test_a_unet_with_feedback_is_judged_alone(run, stable_diffusion):  # noqa: F
     }
     images = found["train"]["images"] + found["test"]["images"]
     assert found["patch_memory_mb"] == round(images * 4 * 4 * 16 * 16 / 1e6, 1)
+
+
+def test_feedback_is_for_a_generator_also_where_there_is_no_encoder(run):  # noqa: F811
+    shutil.rmtree(run.folder("pretrain"))
+    with pytest.raises(ConfigError, match="diffeed judges a diffusion model and not an encoder; give --generator"):
+        run_stage(Evaluate(evaluators=(Choice("diffeed"),)), run, ONE)
+
+
+def test_what_is_left_of_too_many_images_has_all_their_classes():
+    """However the classes follow one another."""
+    turns = tuple(range(5000))  # ten classes in turn
+    kept = spread_out(turns, 500)
+    assert len(kept) == len(set(kept)) == 500
+    assert {number % 10 for number in kept} == set(range(10))
+    assert all(10 * place <= number < 10 * place + 10 for place, number in enumerate(kept))
+    assert spread_out(turns, 6000) == turns
+
+
+def test_only_images_that_are_kept_are_seen(run):  # noqa: F811
+    each = 2 * 64 * 32
+    probe = EVALUATORS.build(attentive())
+    extractor = extractor_of(Evaluate(baselines=False), run, run.folder("pretrain") / "mae", Worker(), [probe])
+    seen, ticks, result = [], [], {"warnings": []}
+    network = extractor.networks["encoder"]
+    network.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    names = {"train": "train", "test": "val"}
+    sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
+    gathered(sources, extractor, ("encoder",), 20 * each / 1e9, ticks.append, result)
+    assert sum(seen) == 20
+    assert sum(ticks) == 40
+    assert "few test images (6)" in " ".join(result["warnings"])

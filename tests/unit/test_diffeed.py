@@ -374,7 +374,12 @@ def test_plain_classes_are_learned_and_scores_repeat(material, feedback):
 
 def test_layers_learn_by_batches_and_are_judged_by_running_means(material):
     network = FeedbackNetwork(material.reader)
-    learner = Diffeed(**QUICK).train(network, material.train_latents, 0)
+    diffeed, given, head = Diffeed(**QUICK), material.train_latents, AttentiveHead([(16, 8, 8)], 1, 3, width=16)
+
+    def scores(learner, latents, numbers):
+        return learner(network.noised(latents.values[numbers], [latents.keys[number] for number in numbers]))
+
+    learner = diffeed.learned(lambda: Learner(network, head), scores, given, "cpu", 0)
     assert not learner.training
     assert len(learner.layers) == len(network.pairs)
     assert all(int(layer[1].num_batches_tracked) == QUICK["steps"] for layer in learner.layers)

@@ -230,7 +230,41 @@ def test_an_inverted_image_is_seen_on_its_way_to_noise(drawn):
     torch.testing.assert_close(read.pooled, torch.cat(expected, 1), **NEAR)
     torch.testing.assert_close(reader.read(images, KEYS[::-1], 4).pooled, read.pooled)  # no chance in it
     assert reader.told()["inversion_steps"] == steps
+    assert reader.told()["seen_at"] == (round(times[4], 1), round(times[1], 1))
     assert not any(module._forward_hooks for module in model.network.modules())
     close = FeatureReader(backbone, timesteps=[100, 101], blocks=names, inversion_steps=steps)
     with pytest.raises(ConfigError, match=r"several of the timesteps \[100, 101\] in one step; give more"):
         close.read(images, KEYS, 4)
+
+
+def test_latents_are_encoded_in_halves_where_memory_runs_out(small, monkeypatch):
+    reader, encode, most = FeatureReader(small, timesteps=[50]), small.family.encode, 2
+    images = pictures(5, side=32)
+    whole = reader.latents(images)
+
+    def narrow(images: Tensor) -> Tensor:
+        if len(images) > most:
+            raise torch.OutOfMemoryError
+        return encode(images)
+
+    monkeypatch.setattr(small.family, "encode", narrow)
+    torch.testing.assert_close(reader.latents(images), whole, **NEAR)
+    most = 0
+    with pytest.raises(SynthgenError, match="too little memory for one image"):
+        reader.latents(images)
+
+
+def test_weights_that_were_moved_while_it_read_can_have_gradients_beyond_them(stable_diffusion):
+    """As offloading moves them, in a hook before the first pass."""
+    backbone = Diffusers(model=str(stable_diffusion))
+    network = backbone.family.network
+
+    def move(module: Any, given: Any) -> None:
+        module.to(torch.float64).to(torch.float32)
+
+    handle = network.register_forward_pre_hook(move)
+    reader = FeatureReader(backbone, timesteps=[50])
+    assert reader.shape
+    handle.remove()
+    assert not any(weight.is_inference() for weight in network.parameters())
+    assert not reader.latents(pictures(1, side=32)).is_inference()
