@@ -154,8 +154,9 @@ def compile_seconds() -> float:
     """Processor time that numba takes to compile the solver, in a process that finds nothing compiled before."""
     code = (
         "import time, numpy; from synthgen.maxflow import SearchTree; start = time.process_time(); "
-        "pair = numpy.zeros(1, numpy.int32), numpy.ones(1, numpy.int32); "
-        "SearchTree(2, *pair).cut(numpy.array([1, -1]), numpy.array([1])); print(time.process_time() - start)"
+        "tree, half = SearchTree((1, 2), [(0, 1)]), numpy.array([[1, 0]], numpy.int32); "
+        "tree.cut(*tree.move(numpy.eye(2, dtype=numpy.int64), half, numpy.zeros(2, numpy.intp), 1)); "
+        "print(time.process_time() - start)"
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = {**os.environ, "NUMBA_CACHE_DIR": folder}

@@ -227,10 +227,11 @@ def methods(figures: dict[str, Any]) -> Iterator[str]:
 def heads(figures: dict[str, Any]) -> Iterator[str]:
     learned, judged = figures["images"]
     classes = figures["classes"]
-    yield f"What heads read off the shipped model's own activations: {classes} classes of held-out composites of one"
-    yield f"object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over three trainings"
-    yield "of the head, with its interval over images (95 %); `spread` is the deviation over trainings. A toy model"
-    yield "and its own kind of images: the order of heads need not be that of larger ones.\n"
+    yield f"What heads read off the shipped model's own activations (by earlier weights): {classes} classes of held-out"
+    yield f"composites of one object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over"
+    yield "three trainings of the head, with its interval over images (95 %); `spread` is the deviation over trainings."
+    yield "DifFeed sees half as many images a step as the attention head, at half the rate: its measure is its control."
+    yield "A toy model and its own kind of images: the order of heads need not be that of larger ones.\n"
     yield "| head | blocks | timesteps | accuracy | on what it learned from | spread |"
     yield f"|{' --- |' * 6}"
     for name, one in figures["heads"].items():

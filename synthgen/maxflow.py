@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 from numba import njit
+
+from synthgen.graphcut import HELD
 
 __all__ = ["SearchTree"]
 
-_ROOT, _ORPHAN = -1, -2  # in place of the arc to a pixel's parent
+_ROOT, _ORPHAN = 254, 255  # in place of the arc to a pixel's parent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,169 +28,229 @@ def compiled(function: F) -> F:
 
 
 class SearchTree:
-    """Minimum cuts on the same pairs, one after another.
+    """Minimum cuts of the same grid, one after another.
 
-    The algorithm of Boykov and Kolmogorov (2004, section 3) with the source's tree alone: it grows from the pixels that
-    hang on the source until it meets one that hangs on the sink. The path carries what it can; pixels that this cuts
-    off look for another parent in the tree or leave it. When it can no longer grow, it is all that the source reaches.
+    The source's trees grow from the pixels that hang on it, all by one level at a time, until they meet a pixel that
+    hangs on the sink. The path carries what it can; pixels that this cuts off look for another parent, as near the
+    source as there is, or leave. When the trees can no longer grow, they are all that the source reaches. So every path
+    is a shortest one, as in incremental breadth-first search (Goldberg et al., 2011), on the source's side alone.
     """
 
-    def __init__(self, size: int, first: Int32[np.ndarray, " pairs"], second: Int32[np.ndarray, " pairs"]) -> None:
-        self.arcs = _arcs(size, first, second)
+    def __init__(self, shape: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> None:
+        self.offsets = np.array([dy * shape[1] + dx for dy, dx in offsets], dtype=np.int64)
 
-    def cut(self, gain: Int64[np.ndarray, " n"], capacity: Int64[np.ndarray, " pairs"]) -> Bool[np.ndarray, " n"]:
+    def cut(self, gain: Int64[np.ndarray, " n"], capacity: Int32[np.ndarray, "offsets n"]) -> Bool[np.ndarray, " n"]:
         """See ``graphcut.Solver``."""
-        side: Bool[np.ndarray, " n"] = _source_side(*self.arcs, gain.copy(), capacity)
+        side: Bool[np.ndarray, " n"] = _source_side(self.offsets, gain, capacity)
         return side
 
+    def move(
+        self,
+        prices: Int64[np.ndarray, "labels n"],
+        half: Int32[np.ndarray, "offsets n"],
+        labels: Int[np.ndarray, " n"],
+        label: int,
+    ) -> tuple[Int64[np.ndarray, " n"], Int32[np.ndarray, "offsets n"]]:
+        """See ``graphcut.Solver``."""
+        gain, capacity = _move(self.offsets, prices, half, labels, label)
+        return gain, capacity
+
+
+class _Trees(NamedTuple):
+    """The grid, with a margin as wide as the longest offset before its first pixel and after its last, and the trees.
+
+    Pixels and arcs are unsigned, since numba asks of any other index whether it counts from the end.
+    """
+
+    step: Any  # from a pixel to the one that each of its arcs leads to
+    back: Any  # which arc leads back
+    left: Any  # what each arc of each pixel can still carry
+    excess: Any  # what a pixel may yet take from the source, or where negative, give to the sink
+    level: Any  # 1 for the roots, which hang on the source, then one more than the parent's; 0 outside
+    parent: Any  # the arc to a pixel's parent
+    waiting: Any  # the pixels from which a tree may grow: those of an even level, and those of an odd one
+    count: Any  # of these
+    noted: Any  # the level at which a pixel was put there last
+    orphans: Any  # the last orphan of each level, or 0, which lies in the margin
+    older: Any  # the orphan of the same level before this one, or 0
+
 
 @compiled
-def _arcs(size: int, first: Any, second: Any) -> tuple[Any, Any, Any, Any]:
-    """Two arcs a pair, those that leave a pixel side by side: where a pixel's begin; each one's head, return and pair.
-
-    Unsigned, since numba asks of any other index whether it counts from the end.
-    """
-    begin = np.zeros(size + 1, dtype=np.uint32)
-    for pair in range(len(first)):
-        begin[first[pair] + 1] += 1
-        begin[second[pair] + 1] += 1
-    for pixel in range(size):
-        begin[pixel + 1] += begin[pixel]
-    room = begin.copy()
-    head = np.empty(2 * len(first), dtype=np.uint32)
-    back, pair_of = np.empty_like(head), np.empty_like(head)
-    for pair in range(len(first)):
-        here, there = first[pair], second[pair]
-        out, home = room[here], room[there]
-        room[here] += 1
-        room[there] += 1
-        head[out], back[out], pair_of[out] = there, home, pair
-        head[home], back[home], pair_of[home] = here, out, pair
-    return begin, head, back, pair_of
+def _source_side(offsets: Any, gain: Any, capacity: Any) -> Any:
+    """The pixels that the source still reaches when no more can flow."""
+    num_offsets, size = capacity.shape
+    margin = max(1, np.abs(offsets).max()) if num_offsets else 1
+    trees = _planted(offsets, gain, capacity, margin)
+    reached = 1
+    while trees.count[reached & 1]:
+        _grow(trees, reached)
+        trees.count[reached & 1] = 0
+        reached += 1
+    return (trees.level[margin : margin + size] > 0) | (gain >= HELD)
 
 
 @compiled
-def _source_side(begin: Any, head: Any, back: Any, pair_of: Any, excess: Any, capacity: Any) -> Any:
-    """The pixels that the source still reaches when no more can flow.
+def _planted(offsets: Any, gain: Any, capacity: Any, margin: int) -> Any:
+    """Trees of a root each: two arcs for each pair, all of a pixel side by side.
 
-    ``excess`` is what a pixel may yet take from the source, or where negative, give to the sink.
+    A pixel that is certain is in no tree: what its pairs cost is the excess of their other ends.
     """
-    size = len(excess)
-    left = capacity[pair_of]  # what each arc can still carry
-    inside = excess > 0  # the tree
-    parent = np.full(size, _ROOT, dtype=np.int32)  # the arc from a pixel to its parent
-    orphans = np.empty(size, dtype=np.uint32)
-    queue = np.empty(size, dtype=np.uint32)  # a ring of the pixels at which the tree may grow
-    queued = inside.copy()
-    front = waiting = 0
-    for pixel in range(size):
-        if queued[pixel]:
-            queue[waiting] = pixel
-            waiting += 1
-    while waiting:
-        pixel = queue[front]
-        queued[pixel] = False
-        front = front + 1 if front + 1 < size else 0
-        waiting -= 1
-        arc = begin[pixel]
-        while arc < begin[pixel + 1] and inside[pixel]:
-            other = head[arc]
-            if left[arc] == 0 or inside[other]:
-                arc += 1
-            elif excess[other] < 0:
-                count = _send(arc, head, back, left, parent, excess, orphans)
-                waiting = _adopt(count, orphans, begin, head, back, left, inside, parent, queue, queued, front, waiting)
+    num_offsets, size = capacity.shape
+    room = size + 2 * margin
+    step = np.concatenate((offsets, -offsets)).astype(np.uint64)
+    back = ((np.arange(2 * num_offsets) + num_offsets) % max(2 * num_offsets, 1)).astype(np.uint8)
+    left = np.zeros((room, 2 * num_offsets), dtype=np.int32)
+    excess = np.zeros(room, dtype=np.int64)
+    excess[margin : margin + size] = gain
+    certain = np.abs(excess) >= HELD
+    for k in range(num_offsets):
+        left[margin : margin + size, k] = capacity[k]
+        left[margin + offsets[k] : margin + offsets[k] + size, num_offsets + k] = capacity[k]
+    for pixel in np.flatnonzero(certain).astype(np.uint64):
+        sign = 1 if excess[pixel] > 0 else -1
+        for arc in range(len(step)):
+            if left[pixel, arc]:
+                other = pixel + step[arc]
+                excess[other] += left[pixel, arc] * sign
+                left[pixel, arc] = left[other, back[arc]] = 0
+    level = ((excess > 0) & ~certain).astype(np.int32)
+    parent = np.full(room, _ROOT, dtype=np.uint8)
+    waiting = np.empty((2, room), dtype=np.uint64)
+    roots = np.flatnonzero(level)
+    waiting[1, : len(roots)] = roots
+    count = np.array([0, len(roots)])
+    orphans, older = np.zeros(room + 2, dtype=np.uint64), np.zeros(room, dtype=np.uint64)
+    return _Trees(step, back, left, excess, level, parent, waiting, count, level.copy(), orphans, older)
+
+
+@compiled
+def _grow(trees: Any, reached: int) -> None:
+    """By one level, from the pixels of the level ``reached``; those that come to it meanwhile are among them."""
+    turn, num_arcs = 0, np.uint64(len(trees.step))
+    while turn < trees.count[reached & 1]:
+        pixel = trees.waiting[reached & 1, turn]
+        turn += 1
+        arc = np.uint64(0)
+        while arc < num_arcs and trees.level[pixel] == reached:
+            other = pixel + trees.step[arc]
+            if trees.left[pixel, arc] == 0 or trees.level[other] > 0:
+                arc += np.uint64(1)
+            elif trees.excess[other] < 0:
+                _adopt(trees, _send(trees, pixel, arc), reached)
             else:
-                inside[other] = True
-                parent[other] = back[arc]
-                waiting = _wait(other, queue, queued, front, waiting)
-                arc += 1
-    return inside
+                trees.level[other] = reached + 1
+                trees.parent[other] = trees.back[arc]
+                _wait(trees, other)
+                arc += np.uint64(1)
 
 
 @compiled
-def _wait(pixel: int, queue: Any, queued: Any, front: int, waiting: int) -> int:
-    """Put a pixel at the end of the ring if it is not in it; how many are."""
-    if queued[pixel]:
-        return waiting
-    place = front + waiting
-    queue[place if place < len(queue) else place - len(queue)] = pixel
-    queued[pixel] = True
-    return waiting + 1
+def _wait(trees: Any, pixel: Any) -> None:
+    """Grow from this pixel when its level's turn comes.
+
+    One that left may be back at the same level before its turn; it is not put there twice. Below that it never comes
+    again, for levels only rise.
+    """
+    level = trees.level[pixel]
+    if trees.noted[pixel] != level:
+        trees.noted[pixel] = level
+        parity = level & 1
+        trees.waiting[parity, trees.count[parity]] = pixel
+        trees.count[parity] += 1
 
 
 @compiled
-def _send(last: int, head: Any, back: Any, left: Any, parent: Any, excess: Any, orphans: Any) -> int:
-    """Send all that fits from the root over the arc ``last`` into the sink; how many pixels this cuts off."""
-    start, end = head[back[last]], head[last]
-    flow = min(left[last], -excess[end])
-    root = start
-    while parent[root] >= 0:
-        flow = min(flow, left[back[parent[root]]])
-        root = head[parent[root]]
-    flow = min(flow, excess[root])
-    excess[root] -= flow
-    excess[end] += flow
-    left[last] -= flow
-    left[back[last]] += flow
-    count = 0
+def _send(trees: Any, start: Any, last: Any) -> Any:
+    """Send all that fits from the root of ``start`` over its arc ``last`` into the sink; the orphans' lowest level."""
+    step, back, left, excess, parent = trees.step, trees.back, trees.left, trees.excess, trees.parent
+    end = start + step[last]
+    flow = min(np.int64(left[start, last]), -excess[end])
     pixel = start
-    while pixel != root:
-        up = parent[pixel]
-        left[back[up]] -= flow
-        left[up] += flow
-        if left[back[up]] == 0:
-            parent[pixel] = _ORPHAN
-            orphans[count] = pixel
-            count += 1
-        pixel = head[up]
-    if excess[root] == 0:
-        parent[root] = _ORPHAN
-        orphans[count] = root
-        count += 1
-    return count
+    while parent[pixel] != _ROOT:
+        arc = parent[pixel]
+        pixel += step[arc]
+        flow = min(flow, np.int64(left[pixel, back[arc]]))
+    flow = min(flow, excess[pixel])
+    excess[pixel] -= flow
+    excess[end] += flow
+    left[start, last] -= flow
+    left[end, back[last]] += flow
+    lowest: Any = np.int64(trees.level[start]) + 1
+    pixel = start
+    while parent[pixel] != _ROOT:
+        arc, child = parent[pixel], pixel
+        pixel += step[arc]
+        left[child, arc] += flow
+        left[pixel, back[arc]] -= flow
+        if left[pixel, back[arc]] == 0:
+            lowest = np.int64(trees.level[child])
+            _orphan(trees, child)
+    if excess[pixel] == 0:
+        lowest = 1
+        _orphan(trees, pixel)
+    return lowest
 
 
 @compiled
-def _adopt(
-    count: int,
-    orphans: Any,
-    begin: Any,
-    head: Any,
-    back: Any,
-    left: Any,
-    inside: Any,
-    parent: Any,
-    queue: Any,
-    queued: Any,
-    front: int,
-    waiting: int,
-) -> int:
-    """Each orphan finds another parent or leaves the tree, and then its children are orphans; how many pixels wait."""
-    while count:
-        count -= 1
-        orphan = orphans[count]
-        for arc in range(begin[orphan], begin[orphan + 1]):
-            if inside[head[arc]] and left[back[arc]] > 0 and _is_rooted(head[arc], head, parent):
-                parent[orphan] = arc
-                break
-        if parent[orphan] != _ORPHAN:
+def _orphan(trees: Any, pixel: Any) -> None:
+    """Note that a pixel has lost its parent."""
+    level = trees.level[pixel]
+    trees.parent[pixel] = _ORPHAN
+    trees.older[pixel] = trees.orphans[level]
+    trees.orphans[level] = pixel
+
+
+@compiled
+def _adopt(trees: Any, lowest: int, reached: int) -> None:
+    """Each orphan, from the ``lowest`` level on, finds another parent of the level before its own.
+
+    Where there is none it comes later, one level behind the nearest pixel that can carry to it, or leaves where that is
+    of no level up to ``reached``; and its children are orphans.
+    """
+    step, back, left, level, parent = trees.step, trees.back, trees.left, trees.level, trees.parent
+    own = lowest
+    while own <= reached + 1:
+        orphan = trees.orphans[own]
+        if orphan == 0:
+            own += 1
             continue
-        inside[orphan] = False
-        for arc in range(begin[orphan], begin[orphan + 1]):
-            other = head[arc]
-            if inside[other] and parent[other] == back[arc]:
-                parent[other] = _ORPHAN
-                orphans[count] = other
-                count += 1
-            if inside[other] and left[back[arc]] > 0:  # the tree may grow here again
-                waiting = _wait(other, queue, queued, front, waiting)
-    return waiting
+        trees.orphans[own] = trees.older[orphan]
+        nearest: Any = reached + 1
+        for arc in range(np.uint64(len(step))):
+            other = orphan + step[arc]
+            if 0 < level[other] < nearest and left[other, back[arc]] > 0:
+                nearest = np.int64(level[other])
+                parent[orphan] = arc
+                if nearest == own - 1:
+                    break
+        if nearest == own - 1:
+            continue
+        for arc in range(np.uint64(len(step))):
+            other = orphan + step[arc]
+            if parent[other] == back[arc] and level[other] == own + 1:
+                _orphan(trees, other)
+        if nearest > reached:
+            level[orphan] = 0
+            continue
+        level[orphan] = nearest + 1
+        _orphan(trees, orphan)
+        if nearest + 1 >= reached:
+            _wait(trees, orphan)
 
 
 @compiled
-def _is_rooted(pixel: int, head: Any, parent: Any) -> bool:
-    """Whether a pixel of the tree still hangs on the source."""
-    while parent[pixel] >= 0:
-        pixel = head[parent[pixel]]
-    return bool(parent[pixel] == _ROOT)
+def _move(offsets: Any, prices: Any, half: Any, labels: Any, label: int) -> tuple[Any, Any]:
+    """What ``graphcut.MaximumFlow.move`` gives, pair by pair."""
+    gain = np.empty(labels.size, dtype=np.int64)
+    for pixel in range(labels.size):
+        gain[pixel] = prices[labels[pixel], pixel] - prices[label, pixel]
+    capacity = 2 * half
+    for k in range(len(offsets)):
+        for pixel in range(labels.size):
+            if half[k, pixel] and labels[pixel] != label:
+                other = pixel + offsets[k]
+                if labels[other] != label and labels[other] != labels[pixel]:
+                    capacity[k, pixel] = half[k, pixel]
+                    gain[pixel] += half[k, pixel]
+                    gain[other] += half[k, pixel]
+    return gain, capacity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Float64
 from scipy.sparse import csr_array
@@ -10,7 +12,7 @@ from synthgen.graphcut import Edges, ends, grid_edges
 from synthgen.records import AFFINITY_OFFSETS
 from synthgen.refiners._words import scaled
 
-__all__ = ["affinity_edges", "walk"]
+__all__ = ["Links", "affinity_edges", "walk"]
 
 
 def affinity_edges(affinity: Float[np.ndarray, "edges h w"]) -> Edges:
@@ -31,16 +33,36 @@ def affinity_edges(affinity: Float[np.ndarray, "edges h w"]) -> Edges:
     return grid_edges(shape, zip(AFFINITY_OFFSETS, above, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Self-attention between cells, made ready for walks."""
+
+    matrix: csr_array  # what links each cell with each
+    total: Float64[np.ndarray, "cells 1"]  # of each cell
+
+    @classmethod
+    def of(cls, edges: Edges) -> Links:
+        """Both ways of each edge: a row has as many places as there are offsets, those of no edge at 0."""
+        num_offsets, *shape = edges.weight.shape
+        weight = np.zeros((*shape, 2 * num_offsets))
+        step = np.empty(2 * num_offsets, dtype=np.int32)
+        for k, (dy, dx) in enumerate(edges.offsets):
+            here, there = ends((shape[0], shape[1]), (dy, dx))
+            weight[..., k], step[k] = edges.weight[k], dy * shape[1] + dx
+            weight[(*there, num_offsets + k)], step[num_offsets + k] = edges.weight[k][here], -step[k]
+        size = shape[0] * shape[1]
+        column = np.clip(np.arange(size, dtype=np.int32)[:, None] + step, 0, size - 1)
+        begin = np.arange(0, weight.size + 1, max(len(step), 1), dtype=np.int32)
+        matrix = csr_array((weight.ravel(), column.ravel(), begin), shape=(size, size))
+        return cls(matrix, matrix @ np.ones((size, 1)))
+
+
 def walk(
-    attention: Float64[np.ndarray, "words h w"], links: Edges, num_steps: int, spread: float
+    attention: Float64[np.ndarray, "words h w"], links: Links, num_steps: int, spread: float
 ) -> Float64[np.ndarray, "words h w"]:
     """Let attention spread along self-attention. A cell without links keeps its own."""
     flat = attention.reshape(len(attention), -1).T
-    size = len(flat)
-    tails, heads = np.concatenate([links.first, links.second]), np.concatenate([links.second, links.first])
-    matrix = csr_array((np.concatenate([links.weight, links.weight]), (tails, heads)), shape=(size, size))
-    total = matrix @ np.ones((size, 1))
     for _ in range(num_steps):
-        near = np.divide(matrix @ flat, total, out=flat.copy(), where=total > 0)
+        near = np.divide(links.matrix @ flat, links.total, out=flat.copy(), where=links.total > 0)
         flat = (1 - spread) * flat + spread * near
     return scaled(flat.T.reshape(attention.shape))

@@ -14,7 +14,7 @@ from scipy.special import expit, softmax
 
 from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges
 from synthgen.records import Maps
-from synthgen.refiners._affinity import affinity_edges, walk
+from synthgen.refiners._affinity import Links, affinity_edges, walk
 from synthgen.refiners._words import resize, scaled, side_means
 
 __all__ = ["AttentionCut"]
@@ -118,14 +118,14 @@ class AttentionCut:
         attention = scaled(maps.weights)
         told = np.flatnonzero(attention.any(axis=(1, 2)))  # the words whose maps are not flat
         if told.size:
-            links = affinity_edges(maps.affinity)
-            likely = self.probabilities(attention[told], links)
-            labels = self.cut_pixels(image, likely, self.cut_cells(image, likely, links))
+            edges = affinity_edges(maps.affinity)
+            likely = self.probabilities(attention[told], Links.of(edges))
+            labels = self.cut_pixels(image, likely, self.cut_cells(image, likely, edges))
             masks[told] = labels == np.arange(1, told.size + 1)[:, None, None]
         return masks
 
     def probabilities(
-        self, attention: Float64[np.ndarray, "words h w"], links: Edges
+        self, attention: Float64[np.ndarray, "words h w"], links: Links
     ) -> Float64[np.ndarray, "labels h w"]:
         """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
         near = walk(attention, links, self.num_steps, self.spread)
@@ -135,7 +135,7 @@ class AttentionCut:
         share = whether if len(attention) == 1 else whether * self.rivals(attention, links)
         return self.above_floor(np.concatenate([1 - share.sum(axis=0, keepdims=True), share]))
 
-    def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Edges) -> Float64[np.ndarray, "words h w"]:
+    def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Links) -> Float64[np.ndarray, "words h w"]:
         """Which word's a cell can be, sum 1: G of the class docstring, compared."""
         far = walk(attention, links, self.object_steps, self.object_spread) + FAINT
         which: Float64[np.ndarray, "words h w"] = softmax(
@@ -150,7 +150,7 @@ class AttentionCut:
         return above
 
     def cut_cells(
-        self, image: UInt8[np.ndarray, "H W 3"], likely: Float64[np.ndarray, "labels h w"], links: Edges
+        self, image: UInt8[np.ndarray, "H W 3"], likely: Float64[np.ndarray, "labels h w"], affinity: Edges
     ) -> Int[np.ndarray, "h w"]:
         """Labels of the maps' cells: the first of the two cuts."""
         start = likely.argmax(axis=0)
@@ -158,7 +158,7 @@ class AttentionCut:
             (offset, (self.coherence + self.color * same) / math.hypot(*offset))
             for offset, same in contrast(colors(image, start.shape))
         )
-        edges = links.times(self.affinity) + grid_edges(start.shape, near)
+        edges = affinity.times(self.affinity) + grid_edges(start.shape, near)
         free = np.ones(start.shape, dtype=bool)
         for label in reversed(range(len(likely))):  # the background last: it keeps its cell even from a word
             rest = np.delete(likely, label, axis=0).max(axis=0)
@@ -290,4 +290,9 @@ def enlarged(labels: Int[np.ndarray, "h w"], count: int, size: tuple[int, int]) 
         return labels
     if (2 * labels.shape[0], 2 * labels.shape[1]) == size:  # each pixel has 9/16 of its own cell, or more
         return labels.repeat(2, axis=0).repeat(2, axis=1)
-    return np.asarray(resize(one_hot(labels, count), size).argmax(axis=0))
+    shares = resize(one_hot(labels, count), size)
+    largest, most = np.zeros(size, dtype=labels.dtype), shares[0]
+    for label in range(1, count):  # many times as fast as NumPy's argmax over a first axis
+        np.copyto(largest, label, where=shares[label] > most)
+        most = np.maximum(most, shares[label])
+    return largest

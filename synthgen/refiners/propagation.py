@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from synthgen.records import Maps
-from synthgen.refiners._affinity import affinity_edges, walk
+from synthgen.refiners._affinity import Links, affinity_edges, walk
 from synthgen.refiners._words import above_level, level_of, scaled
 
 __all__ = ["Propagation"]
@@ -48,5 +48,5 @@ class Propagation:
         """
         fields = scaled(maps.weights)
         if len(fields):
-            fields = walk(fields, affinity_edges(maps.affinity), self.num_steps, self.spread)
+            fields = walk(fields, Links.of(affinity_edges(maps.affinity)), self.num_steps, self.spread)
         return above_level(fields, level_of(self.method, self.level), (image.shape[0], image.shape[1]))

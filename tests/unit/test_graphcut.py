@@ -59,7 +59,8 @@ def least_of_two(unaries, edges):
     size = unaries[0].size
     inside = np.arange(2**size)[:, None] >> np.arange(size) & 1  # a row a division
     own = inside @ unaries[1].ravel() + (1 - inside) @ unaries[0].ravel()
-    return (own + (inside[:, edges.first] != inside[:, edges.second]) @ edges.weight).min()
+    first, second, weight = edges.pairs()
+    return (own + (inside[:, first] != inside[:, second]) @ weight).min()
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -140,7 +141,8 @@ def test_band_around_the_answer_gives_the_answer():
     whole = cut(-signal, signal, edges)
     free = rng.random((40, 40)) < 0.3
     assert 200 < whole.sum() < 600
-    assert (cut(-signal, signal, edges, free=free, held=whole) == whole).all()
+    for solver in (MaximumFlow, fastest()):  # many pairs of certain pixels are parted: together more than an int32
+        assert (cut(-signal, signal, edges, free=free, held=whole, solver=solver) == whole).all()
 
 
 def test_expand_with_two_labels_is_the_minimum():
@@ -208,6 +210,34 @@ def test_solvers_give_the_same_cut():
         )
         assert (held == same).all(), seed
     assert changed > 90  # not every pixel took its cheapest label
+
+
+def test_solvers_price_a_move_alike():
+    pytest.importorskip("numba")
+    changed = 0
+    for seed in range(30):
+        unaries, edges = hard_problem(seed)
+        rng = np.random.default_rng(seed)
+        prices = rng.integers(0, 100, (len(unaries), unaries[0].size))
+        half = np.rint(edges.weight.clip(0, 9)).astype(np.int32).reshape(len(edges.offsets), -1)
+        labels = rng.integers(0, len(unaries), unaries[0].size)
+        plain, fast = (
+            solver(unaries[0].shape, edges.offsets).move(prices, half, labels, 1) for solver in (MaximumFlow, fastest())
+        )
+        assert (plain[0] == fast[0]).all()
+        assert (plain[1] == fast[1]).all()
+        changed += (plain[1] != 2 * half).any()
+    assert changed > 5
+
+
+def test_pairs_are_those_that_cost_something():
+    weight = np.array([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]])
+    edges = grid_edges((2, 3), [((0, 1), weight), ((1, -1), weight)])
+    pairs = list(zip(*(each.tolist() for each in edges.pairs()), strict=True))
+    assert pairs == [(0, 1, 1.0), (3, 4, 3.0), (4, 5, 4.0), (2, 4, 2.0)]
+    free = np.array([[True, False, False], [False, False, False]])
+    only = grid_edges((2, 3), [((0, 1), weight), ((1, -1), weight)], free=free)
+    assert [each.tolist() for each in only.pairs()] == [[0], [1], [1.0]]
 
 
 def test_solvers_agree_where_much_must_flow_far():
