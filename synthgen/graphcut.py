@@ -258,7 +258,8 @@ def _solve(
         if held is not None:
             np.copyto(gain, np.where(labels == 1, HELD, -HELD), where=held)
         return pairs.cut(gain, 2 * half).astype(labels.dtype).reshape(shape)
-    stuck = 0  # moves in a row that changed nothing; a move that only costs the same changes nothing
+    # labels in a row whose move would change nothing: one that only costs the same does not, nor one just made
+    stuck = 0
     for label in [*range(1, count), 0] * max_rounds:
         gain, capacity = pairs.move(whole, half, labels, label)
         has_it = labels == label
@@ -267,7 +268,7 @@ def _solve(
         np.copyto(gain, HELD, where=has_it)
         taken = pairs.cut(gain, capacity) & ~has_it
         np.copyto(labels, label, where=taken)
-        stuck = 0 if taken.any() else stuck + 1
+        stuck = 1 if taken.any() else stuck + 1
         if stuck == count:
             break
     return labels.reshape(shape)
