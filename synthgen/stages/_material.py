@@ -69,20 +69,15 @@ def gathered(
         for name, source in sources.items():
             result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
             result[name] |= {"images_with_maps": len(classed[name])} if classed else {}
-        judged = (
-            {name: [source.labels[number] for number in classed[name]] for name, source in sources.items()}
-            if classed
-            else {}
-        )
-        result["warnings"] += doubts(sources, {} if "features" in needs else judged)
+        kept = {name: [sources[name].labels[number] for number in some] for name, some in classed.items()}
+        result["warnings"] += doubts(sources, {} if "features" in needs else kept)
     if "patches" in needs:
         _add_scenes(parts, found, result)
         result["warnings"] += doubts_of_masks(found, masked)
-    kept = sum(len(one.keys) for one in found.values()) * sizes["patches"] + sizes["maps"] * sum(
-        map(len, classed.values())
-    )
-    if kept:
-        result["patch_memory_mb"] = round(kept / 1e6, 1)
+    held = sizes["patches"] * sum(len(one.keys) for one in found.values())
+    held += sizes["maps"] * sum(map(len, classed.values()))
+    if held:
+        result["patch_memory_mb"] = round(held / 1e6, 1)
     if extractor.dual is not None:
         captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
         parts["encoder"]["pairs"] = paired(found["test"], captions, extractor.dual)
