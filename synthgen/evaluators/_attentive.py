@@ -111,12 +111,12 @@ class AttentiveSettings:
 
     width: int = 128  # of a token
     depth: int = 2  # transformer blocks
-    num_heads: int = 8
+    num_heads: int = 8  # of attention, between which the width is divided
     seeds: int = 3  # trainings, of which the score is the mean
     steps: int = 300  # of a training
     batch_size: int = 32  # images a step
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    learning_rate: float = 1e-3  # at its highest
+    weight_decay: float = 0.05  # of AdamW
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.num_heads, self.seeds, self.steps, self.batch_size) < 1:

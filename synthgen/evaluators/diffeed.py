@@ -31,7 +31,7 @@ class Diffeed(AttentiveSettings):
 
     feedback: bool = True  # false: the same head on the same block of a single pass, for comparison
     batch_size: int = 16  # images a step; the feedback layers are normalised over them
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # at its highest
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``.

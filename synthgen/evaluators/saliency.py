@@ -46,8 +46,8 @@ class Saliency:
     seeds: int = 3  # trainings, of which the score is the mean
     steps: int = 300  # of a training
     batch_size: int = 16  # images a step
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
+    learning_rate: float = 2e-3  # at its highest
+    weight_decay: float = 1e-4  # of AdamW
 
     def __post_init__(self) -> None:
         if self.width < 16 or self.width % 16:
