@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Budget", "Settings", "optimise", "rank_seed"]
+__all__ = ["Budget", "Settings", "State", "optimise", "rank_seed"]
 
 Losses = dict[str, Tensor]
 
@@ -81,22 +81,26 @@ class State:
         self.step, self.seconds, self.samples = 0, 0.0, 0
 
     def update_ema(self, decay: float) -> None:
+        """Move the averages on by a step; the first steps count more, for there is little to average."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), list(self.params.values()), 1 - decay)
 
     def save(self, path: Path) -> None:
+        """Write all of it to one file, which is there whole or not at all."""
         tensors = {f"ema.{name}": p for name, p in self.ema.items()}
         for name, p in self.params.items():
             tensors[f"model.{name}"] = p.detach()
-            tensors[f"mean.{name}"] = self.optimizer.state[p]["exp_avg"]
-            tensors[f"square.{name}"] = self.optimizer.state[p]["exp_avg_sq"]
+            moments = self.optimizer.state[p]
+            for key, moment in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
+                tensors[f"{key}.{name}"] = moments[moment] if moments else torch.zeros_like(p)  # no step was taken yet
         counts = {"step": str(self.step), "seconds": str(self.seconds), "samples": str(self.samples)}
         partial = path.with_suffix(".partial")
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=counts)
         partial.replace(path)
 
     def load(self, path: Path) -> None:
+        """Take up what :meth:`save` wrote."""
         with safe_open(path, framework="pt") as file, torch.no_grad():
             counts = file.metadata()
             self.step, self.seconds = int(counts["step"]), float(counts["seconds"])

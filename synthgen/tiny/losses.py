@@ -12,6 +12,8 @@ from synthgen.tiny.loop import Losses
 
 __all__ = ["Autoencoding", "Denoising", "WrittenOutAttention", "halved", "noise_like"]
 
+LAYOUT = 0.3  # added to every noise level's weight: near pure noise, where min(SNR, 5) is 0, objects get their places
+
 
 def halved(device: torch.device) -> torch.autocast:
     """Matrix products and convolutions in bfloat16: nearly twice as fast, on CPUs that know it too."""
@@ -48,7 +50,7 @@ class Autoencoding(nn.Module):
 
 
 class Denoising(nn.Module):
-    """The loss of the U-Net and the text tower: v-prediction, weighted by min(SNR, 5) / (SNR + 1)."""
+    """The loss of the U-Net and the text tower: v-prediction, weighted by (min(SNR, 5) + LAYOUT) / (SNR + 1)."""
 
     signal: Tensor
     noise: Tensor
@@ -77,7 +79,8 @@ class Denoising(nn.Module):
             v = self.unet(noised, t, context, encoder_attention_mask=word | ~hidden[:, None]).sample.float()
         error = (v - (signal_rate * noise - noise_rate * latents)).square().mean(dim=(1, 2, 3))
         snr = self.snr[t]
-        return {"loss": (error * snr.clamp(max=5) / (snr + 1)).mean(), "error": error.mean()}
+        weight = (snr.clamp(max=5) + LAYOUT) / (snr + 1)
+        return {"loss": (error * weight).mean(), "error": error.mean()}
 
 
 class WrittenOutAttention:

@@ -2,7 +2,8 @@
 
 The parts in their order: ``vae`` (the autoencoder), ``unet`` (with the text tower, over the frozen latents),
 ``decoder`` (on, the latents as they are), ``export`` (into the package). A part that was stopped goes on where it was,
-and one that ended goes on when it is given more minutes or steps.
+and one that ended goes on when it is given more minutes or steps. ``begin``, in a new folder, takes up the weights in
+the package in place of ``vae``, so that ``unet`` and ``decoder`` go on from there.
 """
 
 import argparse
@@ -25,14 +26,14 @@ from transformers import CLIPTokenizer
 
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
 from synthgen.tiny.compositor import LAYOUTS, Compositor, Names
-from synthgen.tiny.loop import Budget, Losses, Settings, optimise, rank, rank_seed
+from synthgen.tiny.loop import Budget, Losses, Settings, State, optimise, rank, rank_seed
 from synthgen.tiny.losses import Autoencoding, Denoising, WrittenOutAttention, halved, noise_like
 from synthgen.tiny.recognised import emphasis
 from synthgen.tiny.score import attention_iou, pixels
 from synthgen.tiny.sheet import PROMPTS, draw, write_sheet
 from synthgen.tiny.truth import held_out
 
-__all__ = ["export", "train_decoder", "train_unet", "train_vae"]
+__all__ = ["begin", "export", "train_decoder", "train_unet", "train_vae"]
 
 SEED = 2026
 DROPPED = 0.1  # share of captions that are left empty, for guidance
@@ -86,6 +87,22 @@ class Job:
     budget: Budget
     preset: Preset
     recognised: Path | None = None  # what synthgen.tiny.recognised wrote: the U-Net sees more of what was not
+
+
+def begin(job: Job) -> None:
+    """Lay the package's weights in ``out`` as if they had been trained there, with AdamW's moments at zero.
+
+    Raises:
+        FileExistsError: ``out`` has a training of its own.
+    """
+    path = job.out / "unet-training" / "state.safetensors"
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; give another folder with --out")
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None)
+    pipeline.tokenizer.save_pretrained(job.out / "tokenizer")
+    pipeline.vae.save_pretrained(job.out / "vae")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    State(Denoising(pipeline.text_encoder, pipeline.unet), job.preset.unet).save(path)
 
 
 def train_vae(job: Job) -> None:
@@ -278,6 +295,7 @@ def psnr(x: Tensor, y: Tensor) -> float:
 
 
 COMMANDS: dict[str, Callable[[Job], None]] = {
+    "begin": begin,
     "vae": train_vae,
     "unet": train_unet,
     "decoder": train_decoder,
@@ -312,7 +330,7 @@ def main() -> None:
     parser.add_argument("--recognised", type=Path, help="of synthgen.tiny.recognised: train the U-Net on the rest more")
     parser.add_argument("--processes", type=int, default=1, help="one a core; one on a GPU")
     args = parser.parse_args()
-    if args.command != "export" and args.minutes is None and args.steps is None:
+    if args.command not in ("begin", "export") and args.minutes is None and args.steps is None:
         parser.error("give --minutes or --steps")
     os.environ["OMP_NUM_THREADS"] = "1"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -116,3 +116,21 @@ def test_the_bank_keeps_the_newest() -> None:
     latents, tokens = bank.draw(200, torch.Generator().manual_seed(0))
     assert set(latents.flatten().tolist()) == {1.0, 2.0}
     assert torch.equal(latents.long(), tokens)
+
+
+def test_training_goes_on_from_the_weights_in_the_package(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train.COMMANDS["begin"](job(data, out, "cpu", 0))
+    state = out / "unet-training" / "state.safetensors"
+    with safe_open(state, framework="pt") as file:
+        assert file.metadata()["step"] == "0"
+        begun = {name: file.get_tensor(name) for name in file.keys() if name.startswith("ema.unet.")}  # noqa: SIM118
+    shipped = StableDiffusionPipeline.from_pretrained(train.WEIGHTS, safety_checker=None).unet.state_dict()
+    assert all(torch.equal(values, shipped[name.removeprefix("ema.unet.")]) for name, values in begun.items())
+    train.COMMANDS["unet"](job(data, out, "cpu", 1))
+    (row,) = (out / "unet-training" / "metrics.jsonl").read_text().splitlines()[:1]
+    assert json.loads(row)["error"] < 1.0  # what an untrained one has: v is of unit variance
+    train.COMMANDS["decoder"](job(data, out, "cpu", 1))
+    assert (out / "vae-tuned").is_dir()
+    with pytest.raises(FileExistsError, match="give another folder"):
+        train.COMMANDS["begin"](job(data, out, "cpu", 0))
