@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from synthgen.evaluators import Labelled, Latents, Mapped, Material, Pairs, Scenes
+from synthgen.evaluators import Labelled, Latents, Mapped, Material, Pairs, Pictured, Scenes
+from synthgen.models.vit import EncoderConfig, VisionTransformer
 from synthgen.records import WordMasks
 
 if TYPE_CHECKING:
@@ -49,6 +50,24 @@ def make_latents(count: int, seed: int, *, known: bool) -> Latents:
     if known:
         values[torch.arange(count), labels] += 3
     return Latents(values, labels, tuple(f"{image:04d}" for image in range(count)))
+
+
+def make_pictured(count: int, seed: int, *, known: bool) -> Pictured:
+    """Noise of 16 x 16 pixels; the class is the colour of a bright square somewhere in it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    pixels = torch.randint(80, 120, (count, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    corners = torch.randint(0, 9, (count, 2), generator=generator).tolist()
+    for image, (top, left) in enumerate(corners if known else ()):
+        pixels[image, top : top + 8, left : left + 8, labels[image]] = 220
+    return Pictured(pixels, labels, tuple(f"{image:04d}" for image in range(count)))
+
+
+def make_encoder(seed: int = 0) -> VisionTransformer:
+    """For images of 16 x 16 pixels, untrained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return VisionTransformer(EncoderConfig(image_size=16, patch_size=4, dim=16, depth=2, num_heads=2)).eval()
 
 
 @cache
@@ -128,6 +147,9 @@ def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
         make_latents(train, 7, known=known),
         make_latents(test, 8, known=known),
         make_reader(),
+        make_pictured(train, 9, known=known),
+        make_pictured(test, 10, known=known),
+        make_encoder(),
     )
 
 
@@ -147,6 +169,10 @@ def reordered(material: Material) -> Material:
     def latents(split: Latents) -> Latents:
         order = torch.randperm(len(split.labels), generator=generator)
         return Latents(split.values[order], split.labels[order], tuple(split.keys[i] for i in order))
+
+    def pictured(split: Pictured) -> Pictured:
+        order = torch.randperm(len(split.labels), generator=generator)
+        return Pictured(split.pixels[order], split.labels[order], tuple(split.keys[i] for i in order))
 
     def scenes(split: Scenes) -> Scenes:
         order = torch.randperm(len(split), generator=generator)
@@ -171,4 +197,6 @@ def reordered(material: Material) -> Material:
         test_maps=mapped(material.test_maps),
         train_latents=latents(material.train_latents),
         test_latents=latents(material.test_latents),
+        train_images=pictured(material.train_images),
+        test_images=pictured(material.test_images),
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float16, Float32, Int, Int16
+from jaxtyping import Float16, Float32, Int, Int16, UInt8
 from torch import Tensor
 
 from synthgen.config import Choice
@@ -17,6 +17,7 @@ from synthgen.registry import Family
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
+    from synthgen.models.vit import VisionTransformer
 
 __all__ = [
     "EVALUATORS",
@@ -29,13 +30,16 @@ __all__ = [
     "Material",
     "Need",
     "Pairs",
+    "Pictured",
     "Row",
     "Scenes",
     "named",
 ]
 
-Need = Literal["features", "patches", "maps", "latents", "pairs", "masks"]
-OF_LABELLED: frozenset[Need] = frozenset({"features", "maps", "latents"})  # the needs that are of images with labels
+Need = Literal["features", "patches", "maps", "latents", "images", "pairs", "masks"]
+OF_LABELLED: frozenset[Need] = frozenset(
+    {"features", "maps", "latents", "images"}
+)  # the needs that are of images with labels
 Baseline = Literal["random", "pixels"]
 Row = Literal["encoder", "generator", "random", "pixels"]  # of the table
 
@@ -72,6 +76,15 @@ class Latents:
     """Images whose class is known, as a diffusion model's autoencoder gives them."""
 
     values: Float32[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"]  # as in Labelled
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """Images whose class is known, at the encoder's size."""
+
+    pixels: UInt8[Tensor, "n S S 3"]
     labels: Int[Tensor, " n"]  # as in Labelled
     keys: tuple[str, ...]
 
@@ -121,7 +134,12 @@ class Material:
     train_latents: Latents | None = None
     test_latents: Latents | None = None
     reader: FeatureReader | None = None  # of the generator whose latents they are
+    train_images: Pictured | None = None
+    test_images: Pictured | None = None
+    encoder: VisionTransformer | None = None  # of the row; its weights are for all, and a training takes a copy
+    pool: str = "mean"  # what of its tokens is a feature: see VisionTransformer.features
     device: str = "cpu"  # where heads are trained
+    describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
 
     def labelled(self) -> tuple[Labelled, Labelled]:
         """Training and test images of known class.
@@ -157,6 +175,18 @@ class Material:
             raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no generator")
         _finite(train.values, test.values)
         return train, test, reader
+
+    def images(self) -> tuple[Pictured, Pictured, VisionTransformer]:
+        """Training and test images of known class, and the encoder.
+
+        Raises:
+            ConfigError: there are none, or the encoder's weights are not numbers.
+        """
+        train, test, encoder = self.train_images, self.test_images, self.encoder
+        if train is None or test is None or encoder is None or not len(train.labels) or not len(test.labels):
+            raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no encoder")
+        _finite(*(weight.detach().reshape(1, -1) for weight in encoder.parameters()), what="weights")
+        return train, test, encoder
 
     def scenes(self) -> tuple[Scenes, Scenes]:
         """Training and test images in which it is known what is where.
@@ -228,6 +258,6 @@ def named(choices: Sequence[Choice]) -> dict[str, Choice]:
     return found
 
 
-def _finite(*tensors: Tensor) -> None:
+def _finite(*tensors: Tensor, what: str = "features") -> None:
     if not all(bool(part.isfinite().all()) for tensor in tensors for part in torch.split(tensor, 256)):
-        raise ConfigError("the encoder's features are not finite numbers; its training has diverged")
+        raise ConfigError(f"the encoder's {what} are not finite numbers; its training has diverged")

@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float16, Float32, Int, Int16
+from jaxtyping import Float, Float16, Float32, Int, Int16, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
-from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Scenes
+from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Pictured, Scenes
 from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.models.dual import DualEncoder
@@ -32,10 +32,12 @@ __all__ = [
     "labelled",
     "mapped",
     "paired",
+    "pictured",
     "scenes",
 ]
 
 BACKGROUND = "background"
+_SEEN: frozenset[Need] = frozenset({"features", "patches", "maps"})  # what networks must see the images for
 _PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
 
 
@@ -52,6 +54,7 @@ class Extracted:
     embeddings: Float32[Tensor, "n e"] | None = None
     maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, of each block
     latents: Float32[Tensor, "l c h w"] | None = None
+    images: UInt8[Tensor, "l S S 3"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class _Seen:
     """One batch, and what became of it."""
 
     images: Float[Tensor, "b 3 S S"]
-    tokens: dict[str, Float[Tensor, "b _ _"]]  # of each network, the class token first
+    tokens: dict[str, Float[Tensor, "b _ _"]]  # of each network, the class token first; none if nobody needs them
     generator: Activations | None
     latents: Float32[Tensor, "b c h w"] | None
 
@@ -119,8 +122,8 @@ class Extractor:
         return 2 * (view.grid**2 * (width + 3 * cell**2) + view.image_size**2)
 
     @property
-    def map_bytes(self) -> int:
-        """What one image's maps take in memory, float16, and its latents, float32."""
+    def labelled_bytes(self) -> int:
+        """What one image with a label takes in memory: its maps, float16; its latents, float32; its pixels, uint8."""
         total = 0
         if "maps" in self.needs:
             total += sum(2 * min(self.view.grid, LARGEST) ** 2 * one.config.dim for one in self.networks.values())
@@ -130,6 +133,8 @@ class Extractor:
         if "latents" in self.needs and self.generator is not None:
             side = self.generator.image_size
             total += self.generator.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).nbytes
+        if "images" in self.needs:
+            total += 3 * self.view.image_size**2
         return total
 
     def extract(
@@ -142,7 +147,7 @@ class Extractor:
     ) -> Extracted:
         """What the images ``numbers`` give.
 
-        Patch features are kept of those that are among ``masked``, maps and latents of those among ``classed``.
+        Patch features are kept of those that are among ``masked``; maps, latents and pixels of those among ``classed``.
         """
         view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
         drawn_size = self.generator.image_size if self.generator else 0
@@ -168,9 +173,11 @@ class Extractor:
                 ]
                 if chosen:
                     self._keep_patches(found, seen, [batch[row] for row in chosen], chosen, kept, len(wanted))
-                mapped = [row for row in range(len(batch)) if numbers[start + row] in placed]
-                if mapped:
-                    self._keep_maps(found, seen, mapped, placed[numbers[start + mapped[0]]], len(classed))
+                held = [row for row in range(len(batch)) if numbers[start + row] in placed]
+                if held:
+                    first = placed[numbers[start + held[0]]]
+                    self._keep_maps(found, seen, held, first, len(classed))
+                    self._keep_images(found, [batch[row] for row in held], first, len(classed))
                 start, kept = start + len(batch), kept + len(chosen)
                 tick(len(batch))
         found.patches = {name: patches[:kept] for name, patches in found.patches.items()}
@@ -181,12 +188,13 @@ class Extractor:
         activations = latents = None
         if self.generator is not None:
             drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
-            if self.needs - {"latents"}:
+            if self.needs & _SEEN:
                 largest = LARGEST if "maps" in self.needs else 0
                 activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
             if "latents" in self.needs:
                 latents = self.generator.latents(drawn)
-        return _Seen(images, {name: network(images) for name, network in self.networks.items()}, activations, latents)
+        networks = self.networks if self.needs & _SEEN else {}
+        return _Seen(images, {name: network(images) for name, network in networks.items()}, activations, latents)
 
     def _keep_features(self, found: Extracted, seen: _Seen, start: int, length: int) -> None:
         pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in seen.tokens.items()}
@@ -237,6 +245,11 @@ class Extractor:
                 found.maps[name] = [_put(whole, block, start, length) for whole, block in pairs]
         if seen.latents is not None:
             found.latents = _put(found.latents, seen.latents[chosen], start, length)
+
+    def _keep_images(self, found: Extracted, batch: Sequence[Viewed], start: int, length: int) -> None:
+        if "images" in self.needs:
+            pixels = torch.from_numpy(np.stack([row.view.image for row in batch]))
+            found.images = _put(found.images, pixels, start, length)
 
     def _classed(self, view: Sample) -> bool:
         """Whether the class of each masked pixel is known: with ``by_label``, where there is one word and a label."""
@@ -289,6 +302,11 @@ def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latent
     return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
 
 
+def pictured(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Pictured | None:
+    """The images themselves, if they were kept, with the classes ``numbers``."""
+    return None if found.images is None else Pictured(found.images, numbers, tuple(keys))
+
+
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
     """The number of each label among ``classes``, -1 where it is not one."""
     known = {name: number for number, name in enumerate(classes)}
@@ -334,7 +352,7 @@ def _on_grid(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:
 def _put(whole: Tensor | None, part: Tensor, start: int, length: int) -> Tensor:
     """``part`` at its place in ``whole``, which is made for ``length`` rows at the first part: no second copy later."""
     if whole is None:
-        dtype = part.dtype if part.dtype in (torch.float16, torch.int16) else torch.float32
+        dtype = part.dtype if part.dtype in (torch.float16, torch.int16, torch.uint8) else torch.float32
         whole = torch.empty(length, *part.shape[1:], dtype=dtype)
     whole[start : start + len(part)] = part.cpu()
     return whole

@@ -237,12 +237,13 @@ class _Looking:
         each = sum(_patch_bytes(given) for given in material.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.masked + test.masked)))
         masked = max(1, int(train.masked * share)), max(1, int(test.masked * share))
-        each = sum(_map_bytes(given) for given in material.values())
+        each = sum(_map_bytes(given) for given in material.values()) + _pixel_bytes(material.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.labelled + test.labelled)))
         classed = (max(1, int(train.labelled * share)), max(1, int(test.labelled * share))), train.classes
         return {
             "maps": classed,
             "latents": classed,
+            "images": classed,
             "features": ((train.labelled, test.labelled), train.classes),
             "patches": (masked, train.classes if self.stage.mask_classes == "label" else train.words),
             "pairs": ((test.texts, test.captioned), 0),
@@ -268,9 +269,14 @@ def _map_bytes(material: Material) -> int:
     return latents + sum(block[0].nbytes for block in maps)
 
 
+def _pixel_bytes(materials: Collection[Material]) -> int:
+    """What an image's own pixels take in memory, which all rows share."""
+    return max((given.test_images.pixels[0].nbytes for given in materials if given.test_images), default=0)
+
+
 def _held(materials: Collection[Material], sizes: Mapping[Need, tuple[tuple[int, int], int]]) -> int:
     """What the features of all images take in memory, in bytes."""
-    total = 0
+    total = _pixel_bytes(materials) * sum(sizes["images"][0])
     for material in materials:
         if material.test is not None:
             total += material.test.features[0].nbytes * sum(sizes["features"][0])

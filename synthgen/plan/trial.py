@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Labelled, Latents, Mapped, Material, Pairs, Scenes
+    from synthgen.evaluators import Evaluator, Labelled, Latents, Mapped, Material, Pairs, Pictured, Scenes
 
 __all__ = ["LENGTHS", "enlarged", "tried"]
 
@@ -22,6 +22,7 @@ _MOST = {
     "patches": 256,
     "maps": 256,
     "latents": 64,
+    "images": 64,
     "pairs": 1024,
 }  # images of either side that are tried
 _WARM = 16  # images on which everything is done once before
@@ -34,7 +35,8 @@ def tried(
 
     A round is left out where those before took what is affordable, in seconds; the mean of the others stands for it.
     """
-    few = tuple(min(size, _MOST[evaluator.needs]) for size in sizes)
+    most = max(_MOST[evaluator.needs], getattr(evaluator, "batch_size", 0))  # or a step would be too small
+    few = tuple(min(size, most) for size in sizes)
     _whole(evaluator, enlarged(material, (min(few[0], _WARM), min(few[1], _WARM)), classes))
     given = enlarged(material, (few[0], few[1]), classes)
     taken = list[float]()
@@ -104,6 +106,8 @@ def enlarged(material: Material, sizes: tuple[int, int], classes: int) -> Materi
         test_maps=material.test_maps and _mapped(material.test_maps, test, classes),
         train_latents=material.train_latents and _latents(material.train_latents, train, classes),
         test_latents=material.test_latents and _latents(material.test_latents, test, classes),
+        train_images=material.train_images and _pictured(material.train_images, train, classes),
+        test_images=material.test_images and _pictured(material.test_images, test, classes),
     )
 
 
@@ -120,6 +124,11 @@ def _mapped(given: Mapped, count: int, classes: int) -> Mapped:
 def _latents(given: Latents, count: int, classes: int) -> Latents:
     rows = torch.arange(count)
     return replace(given, values=_repeated(given.values, count), labels=rows % max(1, classes), keys=_keys(count))
+
+
+def _pictured(given: Pictured, count: int, classes: int) -> Pictured:
+    rows = torch.arange(count)
+    return replace(given, pixels=_repeated(given.pixels, count), labels=rows % max(1, classes), keys=_keys(count))
 
 
 def _scenes(given: Scenes, count: int, classes: int) -> Scenes:

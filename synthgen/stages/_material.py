@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from synthgen.evaluators import OF_LABELLED, Material, Row
+from synthgen.evaluators import OF_LABELLED, Material, Need, Row
 from synthgen.evaluators._extraction import (
     Extracted,
     Extractor,
@@ -16,14 +16,17 @@ from synthgen.evaluators._extraction import (
     labelled,
     mapped,
     paired,
+    pictured,
     scenes,
 )
 from synthgen.stages._doubts import doubts, doubts_of_masks
 from synthgen.stages._judged import Source, looked_at, thinned
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "telling"]
 
 Parts = dict[Row, dict[str, Any]]  # of the material of each kind of row
+
+_KEPT: dict[Need, str] = {"maps": "maps of blocks", "latents": "latents", "images": "pixels"}  # of images with labels
 
 
 def gathered(
@@ -39,7 +42,7 @@ def gathered(
     What was found, and what is doubtful about it, goes into ``result``.
     """
     needs = extractor.needs
-    sizes = {"patches": extractor.patch_bytes if "patches" in needs else 0, "maps": extractor.map_bytes}
+    sizes = {"patches": extractor.patch_bytes if "patches" in needs else 0, "maps": extractor.labelled_bytes}
     masked, classed = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
     if sizes["patches"]:
         given: dict[str, Sequence[int]] = {name: source.masked for name, source in sources.items()}
@@ -47,7 +50,8 @@ def gathered(
     if sizes["maps"]:
         # class by class, so that each keeps its share
         given = {name: sorted(source.labels, key=source.labels.__getitem__) for name, source in sources.items()}
-        classed = thinned(given, sizes["maps"], patch_memory, "maps of blocks, and latents,", result)
+        kept = " and ".join(told for need, told in _KEPT.items() if need in needs)
+        classed = thinned(given, sizes["maps"], patch_memory, kept, result)
     numbers = {name: looked_at(source, needs) for name, source in sources.items()}
     if not needs & {"features", "pairs"}:  # then nothing is made of the others
         seen = {name: tuple(sorted({*masked.get(name, ()), *classed.get(name, ())})) for name in sources}
@@ -68,9 +72,10 @@ def gathered(
     if OF_LABELLED & needs:
         for name, source in sources.items():
             result[name] |= {"images": len(source.labels), "classes": len(set(source.labels.values()))}
-            result[name] |= {"images_with_maps": len(classed[name])} if classed else {}
-        kept = {name: [sources[name].labels[number] for number in some] for name, some in classed.items()}
-        result["warnings"] += doubts(sources, {} if "features" in needs else kept)
+            result[name] |= {"images_with_maps": len(classed[name])} if needs & {"maps", "latents"} else {}
+            result[name] |= {"images_with_pixels": len(classed[name])} if "images" in needs else {}
+        judged = {name: [sources[name].labels[number] for number in some] for name, some in classed.items()}
+        result["warnings"] += doubts(sources, {} if "features" in needs else judged)
     if "patches" in needs:
         _add_scenes(parts, found, result)
         result["warnings"] += doubts_of_masks(found, masked)
@@ -83,6 +88,12 @@ def gathered(
         parts["encoder"]["pairs"] = paired(found["test"], captions, extractor.dual)
         result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
     return {kind: Material(**part) for kind, part in parts.items()}
+
+
+def telling(material: Material, describe: Callable[[str], None], what: str) -> Material:
+    """The material for the evaluation ``what``, which is described now and, if it is a long one, on its way."""
+    describe(what)
+    return replace(material, describe=lambda text: describe(f"{what}: {text}"))
 
 
 def _add_labelled(
@@ -112,6 +123,12 @@ def _add_mapped(
         keys = [source.samples.key(number) for number in classed[name]]
         for kind, part in parts.items():
             part[f"{name}_maps"] = mapped(found[name], kind, numbers, keys)
+            if kind in extractor.networks:
+                part |= {
+                    f"{name}_images": pictured(found[name], numbers, keys),
+                    "encoder": extractor.networks[kind],
+                    "pool": extractor.pool,
+                }
         if "generator" in parts:
             parts["generator"] |= {
                 f"{name}_latents": as_latents(found[name], numbers, keys),

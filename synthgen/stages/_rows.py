@@ -24,9 +24,12 @@ _BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels
 
 
 def judges(evaluator: Evaluator, row: Row) -> bool:
-    """Whether an evaluator has something to say of a row: of a generator what needs no texts, latents of it alone."""
+    """Whether an evaluator has something to say of a row.
+
+    Of a generator what needs neither texts nor an encoder's own weights; what needs latents of it alone.
+    """
     if row == "generator":
-        return evaluator.needs not in ("pairs", "masks")
+        return evaluator.needs not in ("images", "pairs", "masks")
     return (row == "encoder" and evaluator.needs != "latents") or row in evaluator.baselines
 
 

@@ -161,6 +161,8 @@ class Evaluate(Stage):
                 raise Lacking(f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)")
             return
         folder, sources = self.encoder_folder(run), self.sources(run)
+        if need == "images" and folder is None:
+            raise Lacking(f"{name} trains an encoder further, and there is only the generator; give --encoder FOLDER")
         if need == "pairs":
             if folder is None:
                 raise Lacking(f"{name} needs an encoder with a text tower, and there is only the generator")
@@ -344,7 +346,7 @@ class Evaluate(Stage):
         self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
         """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
-        from synthgen.stages._material import gathered
+        from synthgen.stages._material import gathered, telling
 
         rows = rows_of(self, folder, evaluators.values())
         extractor = extractor_of(self, run, folder, worker, evaluators.values())
@@ -357,8 +359,8 @@ class Evaluate(Stage):
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
                 if judges(evaluator, kind):
-                    worker.describe(f"{name} of {row}")
-                    result["scores"][row][name] = evaluator.evaluate(material[kind])
+                    given = telling(material[kind], worker.describe, f"{name} of {row}")
+                    result["scores"][row][name] = evaluator.evaluate(given)
         if folder is not None:
             result["encoder"] = str(folder)
 

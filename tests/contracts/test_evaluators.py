@@ -11,7 +11,7 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Labelled, Latents, Mapped, Material, Scenes
+from synthgen.evaluators import EVALUATORS, Labelled, Latents, Mapped, Material, Pictured, Scenes
 from tests.evaluation import make_material, reordered
 
 NAMES = EVALUATORS.names()
@@ -21,12 +21,13 @@ QUICK = {  # heads learn this material in fewer steps than real features
     "saliency": {"seeds": 2, "steps": 60, "width": 16, "learning_rate": 0.02},
     "attentive_probe": {"seeds": 2, "steps": 40, "width": 16, "num_heads": 2, "learning_rate": 0.01},
     "diffeed": {"seeds": 2, "steps": 20, "width": 16, "num_heads": 2, "learning_rate": 0.02},
+    "fine_tune": {"seeds": 2, "steps": 40, "batch_size": 16, "learning_rate": 0.02, "layer_decay": 1.0},
 }
 # of what can be read off; all of it where nothing is learned
 AT_LEAST = {"segmentation": 0.9, "detection": 0.6, "saliency": 0.9}
 # of what cannot; else 3 classes
 AT_MOST = {"segmentation": 0.4, "detection": 0.1, "saliency": 0.35, "mask_iou": 0.0, "retrieval": 0.45}
-PARTS = ("train", "test", "train_scenes", "test_scenes", "train_maps", "test_maps", "train_latents", "test_latents")
+PARTS = tuple(f"{side}{kind}" for side in ("train", "test") for kind in ("", "_scenes", "_maps", "_latents", "_images"))
 
 
 def build(name):
@@ -75,7 +76,7 @@ def test_the_order_of_images_does_not_matter(judged):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_lacking_is_said(name):
     evaluator = build(name)
-    assert evaluator.needs in ("features", "patches", "maps", "latents", "pairs", "masks")
+    assert evaluator.needs in ("features", "patches", "maps", "latents", "images", "pairs", "masks")
     assert set(evaluator.baselines) <= {"random", "pixels"}
     with pytest.raises(ConfigError, match=r"there are no|share no sample"):
         evaluator.evaluate(Material())
@@ -91,6 +92,7 @@ def test_features_of_a_diverged_encoder_are_refused(name):
     material.pairs.images[0, 0] = torch.nan
     material.test_maps.maps[1][0, 0, 0, 0, 0] = torch.nan
     material.test_latents.values[0, 0, 0, 0] = torch.nan
+    material.encoder.norm.bias.data[0] = torch.nan
     with pytest.raises(ConfigError, match="not finite numbers"):
         build(name).evaluate(material)
 
@@ -100,7 +102,7 @@ def test_one_class_is_scored_or_refused(name):
     """Never a crash, and never a number that is none."""
     material = make_material(known=True, train=6, test=6)
 
-    def one_class(split: Labelled | Mapped | Latents | Scenes):
+    def one_class(split: Labelled | Mapped | Latents | Pictured | Scenes):
         if not isinstance(split, Scenes):
             return dataclasses.replace(split, labels=torch.zeros_like(split.labels))
         boxes = tuple(torch.ones_like(numbers) for numbers in split.box_classes)
@@ -128,7 +130,7 @@ def test_scenes_without_any_mask_are_refused(name):
         build(name).evaluate(dataclasses.replace(material, train_scenes=empty, test_scenes=test))
 
 
-@pytest.mark.parametrize("name", ["attentive_probe", "diffeed", "saliency"])
+@pytest.mark.parametrize("name", ["attentive_probe", "diffeed", "fine_tune", "saliency"])
 def test_a_head_that_diverged_has_no_score(name):
     options = QUICK[name] | {"learning_rate": 1e20}
     with pytest.raises(ConfigError, match=r"diverged; give .* a lower learning_rate"):

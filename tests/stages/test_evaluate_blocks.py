@@ -56,7 +56,7 @@ def test_maps_that_do_not_fit_are_of_fewer_images(run):  # noqa: F811
     stage = Evaluate(evaluators=(attentive(), Choice("knn")), patch_memory=20 * each / 1e9)
     run_stage(stage, run, ONE)
     found = result(run)
-    assert any("maps of blocks, and latents, are those of 14 of 28 train images" in told for told in found["warnings"])
+    assert any("maps of blocks are those of 14 of 28 train images" in told for told in found["warnings"])
     assert (found["train"]["images"], found["train"]["images_with_maps"]) == (28, 14)
 
 

@@ -126,7 +126,7 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
         encoder=str(tmp_path / "planned" / "pretrain" / "mae"),
         test=str(truth),
         truth=str(truth),
-        evaluators=tuple(Choice(name) for name in ("knn", "segmentation", "mask_iou")),
+        evaluators=(*map(Choice, ("knn", "segmentation", "mask_iou")), Choice("fine_tune", {"seeds": 1})),
     ).complete()
     own = expected(500, [make_prompt()], [0] * 500, masks=True)
     found = judged(stage, Run(tmp_path / "planned"), (own, own), None)
@@ -135,11 +135,12 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
     took = measure_evaluation(stage, sample, found, 2, Meter(time.time()))
     assert len(took.rounds) == 2
     assert min(took.rounds) > 0
-    assert took.held > 500 * 3 * 32 * 32 * 4  # pixels, and what the encoders say of them
+    assert took.held > 500 * 3 * 32 * 32 * (4 + 1)  # pixels as features and as they are, and what encoders say of them
     assert took.files > 1000
-    assert [part.partition(":")[0] for part in took.parts] == ["knn", "segmentation", "masks"]
+    assert [part.partition(":")[0] for part in took.parts] == ["knn", "segmentation", "fine_tune", "masks"]
     assert "knn: 500 x 6 images" in took.basis
     assert "segmentation: 256 x 6 images of 500 x 6, 10 of 400 steps" in took.basis
+    assert "fine_tune: 64 x 6 images of 500 x 6, 10 of 300 steps" in took.basis
 
 
 def write_truth_of(folder: Path, count: int) -> Path:

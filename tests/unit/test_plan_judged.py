@@ -271,15 +271,16 @@ def test_rounds_that_cannot_be_afforded_are_the_mean_of_the_others(monkeypatch):
     assert taken == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["knn", "linear_probe", "segmentation", "detection", "retrieval"])
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "segmentation", "detection", "retrieval", "fine_tune"])
 def test_every_evaluator_takes_more_of_the_same(name):
     if name == "detection":
         pytest.importorskip("pycocotools")
-    options = {"steps": 2} if name in ("segmentation", "detection") else {}
+    options = {"steps": 2} if name in ("segmentation", "detection", "fine_tune") else {}
     evaluator = EVALUATORS.build(name, **options)
     given = enlarged(make_material(known=True, train=6, test=4), (20, 14), 5)
-    assert {len(given.train.labels), len(given.train_scenes), len(given.pairs.texts)} == {20}
-    assert {len(given.test.labels), len(given.test_scenes), len(given.pairs.images)} == {14}
+    assert {len(given.train.labels), len(given.train_scenes), len(given.train_images.keys)} == {20}
+    assert {len(given.test.labels), len(given.test_scenes), len(given.test_images.pixels)} == {14}
+    assert (len(given.pairs.texts), len(given.pairs.images)) == (20, 14)
     assert given.train.labels.unique().tolist() == [0, 1, 2, 3, 4]
     assert len(given.train_scenes.classes) == 6
     assert torch.equal(given.train.features[6:12], make_labelled(6, 1, known=True).features)

@@ -1,0 +1,249 @@
+"""What an encoder becomes when all of it learns the classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from synthgen.augment import Augment
+from synthgen.datasets import ImageDataset, Sample
+from synthgen.errors import ConfigError, SynthgenError
+from synthgen.evaluators import Baseline, Material, Need, Pictured
+from synthgen.evaluators._bootstrap import mean_with_interval, spread
+from synthgen.loader import Order, ahead, loader
+from synthgen.models.vit import EncoderConfig, VisionTransformer
+
+__all__ = ["FineTune"]
+
+_TOLD = 10  # steps between two remarks
+_AT_ONCE = 64  # images that are judged together
+_WORSE = 2.0  # times the loss of a guess, of which a sound training has less at any time
+_GUESS = 0.9  # of the loss of a guess: with more at the end nothing was learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """Classification by the encoder itself, all of whose weights are trained further with a linear layer behind it.
+
+    The end-to-end fine-tuning of He et al. (2022, appendix A), scaled down: mean of the patch tokens, norm, linear
+    layer; AdamW (0.9, 0.999), a learning rate that falls from layer to layer by ``layer_decay``, warm-up and half a
+    cosine. Theirs learns for 100 epochs, 1024 images a step, at 2e-3 with a ``layer_decay`` of 0.65 (base), and has
+    RandAugment, erasing, mixup, cutmix and drop path; ours has crops and mirror images of the middle square.
+    """
+
+    needs: ClassVar[Need] = "images"
+    baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
+
+    seeds: int = 3  # trainings, of which the score is the mean
+    steps: int = 300  # of a training
+    batch_size: int = 32  # images a step
+    learning_rate: float = 1e-3  # at its highest, of the last layers
+    layer_decay: float = 0.75  # the rate of a layer, as a share of that of the one behind it; 1: all the same
+    weight_decay: float = 0.05  # of matrices, by AdamW; biases, norms and tokens have none
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises from 0
+    label_smoothing: float = 0.0  # share of the target that all classes have alike
+    max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
+    crop: float = 0.2  # the least share of an image's area that a crop shows; 1: the most that its shape allows
+    flip: float = 0.5  # probability of a mirror image
+
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.steps, self.batch_size) < 1:
+            raise ValueError("seeds, steps and batch_size must be 1 or more")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.max_norm >= 0):
+            raise ValueError("learning_rate must be above 0, and max_norm and weight_decay 0 or more")
+        if not (0 < self.layer_decay <= 1 and 0 < self.crop <= 1):
+            raise ValueError("layer_decay and crop must be above 0, and at most 1")
+        if not (0 <= self.warmup_ratio <= 1 and 0 <= self.flip <= 1 and 0 <= self.label_smoothing < 1):
+            raise ValueError("warmup_ratio and flip must be 0 to 1, and label_smoothing 0 or more and less than 1")
+
+    def evaluate(self, material: Material) -> dict[str, float]:
+        """``accuracy`` with its interval and spread, and ``train_accuracy``.
+
+        Raises:
+            ConfigError: also where a training diverged.
+            SynthgenError: the device has too little memory for a batch.
+        """
+        train, test, _ = material.images()
+        right, fit = list[Tensor](), list[float]()
+        try:
+            for seed in range(self.seeds):
+                learner = self.learned(material, seed)
+                right.append(_right(learner, test, material.device))
+                fit.append(float(_right(learner, train, material.device).mean()))
+        except torch.OutOfMemoryError:
+            raise SynthgenError(
+                f"the device has too little memory to train the encoder on {self.batch_size} images at once; "
+                "give fine_tune a smaller batch_size"
+            ) from None
+        accuracy, low, high = mean_with_interval(torch.stack(right).mean(0).numpy())
+        return {
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            **spread([float(one.mean()) for one in right]),
+            "train_accuracy": sum(fit) / len(fit),
+            "seeds": float(self.seeds),
+        }
+
+    def learned(self, material: Material, seed: int) -> Learner:
+        """A copy of the encoder with a linear layer, trained on images in the order of their keys.
+
+        Raises:
+            ConfigError: there is nothing to learn from, or the training diverged.
+        """
+        train, _, encoder = material.images()
+        num_classes, losses = int(train.labels.max()) + 1, list[Tensor]()
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(seed)
+            learner = Learner(encoder, num_classes, material.pool).to(material.device)
+            optimizer = torch.optim.AdamW(layers(learner, self.layer_decay, self.weight_decay), betas=(0.9, 0.999))
+            for step, (images, numbers) in enumerate(self.batches(train, encoder.config, seed)):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate(step) * group["share"]
+                scores, labels = learner(images.to(material.device)), train.labels[numbers].to(material.device)
+                loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                if self.max_norm:
+                    nn.utils.clip_grad_norm_(learner.parameters(), self.max_norm)
+                optimizer.step()
+                losses.append(loss.detach())
+                if step % _TOLD == 0:
+                    done = f"training {seed + 1} of {self.seeds}, step {step} of {self.steps}"
+                    material.describe(f"{done}, loss {float(losses[-1]):.3f}")
+        _see_that_it_learned(torch.stack(losses), num_classes)
+        return learner.eval()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the last layers: up in a line over the warm-up, then down half a cosine to 0."""
+        warmup = self.warmup_ratio * self.steps
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, self.steps - warmup)))
+
+    def batches(
+        self, train: Pictured, config: EncoderConfig, seed: int
+    ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
+        """Normalised views of the images of each step, and their numbers; all is drawn from the seed."""
+        by_key, size = _by_key(train), min(self.batch_size, len(train.keys))
+        epochs = -(-self.steps // (len(train.keys) // size))
+        order = Order(length=len(train.keys), batch_size=size, epochs=epochs, seed=seed, limit=self.steps)
+        view = Augment(size=config.image_size, scale=(self.crop, 1.0), flip=self.flip)
+        made = loader(Held(train, by_key), order, view, mean=config.mean, std=config.std, seed=seed)
+        for tickets, batch in zip(order, ahead(made), strict=True):
+            yield batch.images, by_key[[place for _, place in tickets]]
+
+
+class Held(ImageDataset):
+    """Images in memory as samples, of which nothing is said, in the order of ``numbers``."""
+
+    def __init__(self, images: Pictured, numbers: Int[Tensor, " n"]) -> None:
+        self.images = images
+        self.numbers: list[int] = numbers.tolist()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.key(index), self.images.pixels[self.numbers[index]].numpy())
+
+    def key(self, index: int) -> str:
+        """The name of an image."""
+        return self.images.keys[self.numbers[index]]
+
+    def label(self, index: int) -> str | None:
+        """None."""
+        return None
+
+    def has_masks(self) -> bool:
+        """No."""
+        return False
+
+
+class Learner(nn.Module):
+    """A copy of an encoder, and behind its features a norm and a linear layer that starts as good as silent."""
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: str = "mean") -> None:
+        super().__init__()
+        self.encoder, self.pool = copy.deepcopy(encoder).requires_grad_(True).train(), pool
+        self.norm = nn.LayerNorm(encoder.config.dim, eps=1e-6)
+        self.classify = nn.Linear(encoder.config.dim, num_classes)
+        nn.init.trunc_normal_(self.classify.weight, std=2e-5)  # as in MAE's code
+        nn.init.zeros_(self.classify.bias)
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k"]:
+        """Class scores of normalised images."""
+        scores: Tensor = self.classify(self.norm(self.encoder.features(images, self.pool)))
+        return scores
+
+    def scores(self, pixels: UInt8[Tensor, "b S S 3"]) -> Float[Tensor, "b k"]:
+        """Class scores of images as they are."""
+        config = self.encoder.config
+        mean, std = (torch.tensor(value, device=pixels.device) for value in (config.mean, config.std))
+        scores: Tensor = self(((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2))
+        return scores
+
+
+def share(name: str, depth: int, layer_decay: float) -> float:
+    """The learning rate of a weight of :class:`Learner`, as a share of the highest.
+
+    As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms behind
+    them have the rate of the linear layer: layer_decay ^ (depth + 1 - layer).
+    """
+    first, *rest = name.removeprefix("encoder.").split(".")
+    if first in ("cls_token", "patch_embed"):
+        return layer_decay ** (depth + 1)
+    return layer_decay ** (depth - int(rest[0])) if first == "blocks" else 1.0
+
+
+def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
+    """The weights in groups that learn alike, each with its ``share`` of the learning rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in learner.named_parameters():
+        plain = weight.ndim <= 1 or name.endswith("_token")
+        alike = share(name, learner.encoder.config.depth, layer_decay), 0.0 if plain else weight_decay
+        groups.setdefault(alike, []).append(weight)
+    return [{"params": weights, "share": part, "weight_decay": decay} for (part, decay), weights in groups.items()]
+
+
+def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int) -> None:
+    """Refuse a training whose loss, in the mean of a tenth of the steps, rose far above a guess's and never came down.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    tenths = torch.stack([part.mean() for part in torch.split(losses, max(1, len(losses) // 10))]).tolist()
+    worst, last, guess = (
+        max(tenths, key=lambda loss: (not math.isfinite(loss), loss)),
+        tenths[-1],
+        math.log(num_classes),
+    )
+    if not math.isfinite(worst) or (worst > _WORSE * max(1.0, guess) and last > _GUESS * guess):
+        raise ConfigError(
+            "the training of the encoder diverged; give the evaluator a lower learning_rate (its loss rose to "
+            f"{worst:.3g} and ended at {last:.3g}; that of a guess is {guess:.3g})"
+        )
+
+
+def _by_key(given: Pictured) -> Int[Tensor, " n"]:
+    """The numbers of the images in the order of their keys."""
+    return torch.tensor(sorted(range(len(given.keys)), key=given.keys.__getitem__))
+
+
+def _right(learner: Learner, given: Pictured, device: str) -> Tensor:
+    """For each image, in the order of the keys, 1 where its class is named, else 0."""
+    by_key = _by_key(given)
+    with torch.inference_mode():
+        parts = [learner.scores(given.pixels[numbers].to(device)) for numbers in torch.split(by_key, _AT_ONCE)]
+    scores = torch.cat(parts)
+    if not scores.isfinite().all():
+        raise ConfigError("the training of the encoder diverged; give the evaluator a lower learning_rate")
+    return (scores.argmax(1).cpu() == given.labels[by_key]).double()

@@ -1,0 +1,134 @@
+"""Fine-tuning in evaluate: who has it, what is kept for it, and that nobody else notices."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from synthgen.augment import CenterCrop
+from synthgen.config import Choice
+from synthgen.errors import ConfigError
+from synthgen.evaluators import EVALUATORS
+from synthgen.runner import run_stage
+from synthgen.stages import Worker
+from synthgen.stages._judged import Source
+from synthgen.stages._material import gathered
+from synthgen.stages._rows import extractor_of
+from synthgen.stages.evaluate import Evaluate
+from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
+
+QUICK = Choice("fine_tune", {"seeds": 2, "steps": 3, "batch_size": 8})
+IMAGE = 3 * 32 * 32  # bytes
+
+
+def gather(run, stage, memory, told):  # noqa: F811
+    """The material of fine-tuning alone, and how many images the encoder saw for it."""
+    folder, seen = run.folder("pretrain") / "mae", list[int]()
+    extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
+    for network in extractor.networks.values():
+        network.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    names = {"train": "train", "test": "val"}
+    sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
+    material = gathered(sources, extractor, ("encoder", "random"), memory, lambda count: None, told)
+    return material, extractor, sources, seen
+
+
+def test_the_encoder_and_a_random_one_are_trained_further(run):  # noqa: F811
+    """Beside an evaluator that sees the frozen ones, as it does alone."""
+    run_stage(Evaluate(evaluators=(QUICK, Choice("knn"))), run, ONE)
+    run_stage(Evaluate(evaluators=(Choice("knn"),), label="alone"), run, ONE)
+    found, alone = result(run), result(run, "alone")
+    assert {row: list(values) for row, values in found["scores"].items()} == {
+        "mae": ["fine_tune", "knn"],
+        "random encoder": ["fine_tune", "knn"],
+        "pixels": ["knn"],
+    }
+    for row in ("mae", "random encoder"):
+        numbers = found["scores"][row]["fine_tune"]
+        assert list(numbers) == ["accuracy", "low", "high", "spread", "train_accuracy", "seeds"]
+        assert 0 <= numbers["low"] <= numbers["accuracy"] <= numbers["high"] <= 1
+    assert {row: values["knn"] for row, values in found["scores"].items()} == {
+        row: values["knn"] for row, values in alone["scores"].items()
+    }
+    assert (found["train"]["images_with_pixels"], found["test"]["images_with_pixels"]) == (28, 12)
+    assert "images_with_maps" not in found["train"]
+    assert found["patch_memory_mb"] == round(40 * IMAGE / 1e6, 1)
+    assert found["settings"]["evaluators"][0]["layer_decay"] == 0.75
+
+
+def test_a_long_training_learns_colours(run):  # noqa: F811
+    """Red discs and blue squares."""
+    options = {"seeds": 1, "steps": 60, "batch_size": 14, "learning_rate": 1e-2, "layer_decay": 1.0}
+    run_stage(Evaluate(evaluators=(Choice("fine_tune", options),)), run, ONE)
+    scores = result(run)["scores"]
+    assert list(scores) == ["mae", "random encoder"]
+    assert scores["mae"]["fine_tune"]["accuracy"] > 0.8
+
+
+def test_the_images_are_kept_and_no_network_sees_them(run):  # noqa: F811
+    told = {"warnings": []}
+    material, extractor, sources, seen = gather(run, Evaluate(pool="cls"), 1.0, told)
+    assert seen == []
+    train, test, encoder = material["encoder"].images()
+    assert encoder is extractor.networks["encoder"]
+    assert material["random"].encoder is extractor.networks["random"]
+    assert material["random"].train_images.pixels is train.pixels
+    assert {material[row].pool for row in material} == {"cls"}
+    assert (material["encoder"].train, material["encoder"].train_maps) == (None, None)
+    classes = sorted(set(sources["train"].labels.values()))
+    for side, of in ((train, sources["train"]), (test, sources["test"])):
+        assert side.pixels.dtype == torch.uint8
+        for number in range(len(of.samples)):
+            assert side.keys[number] == of.samples.key(number)
+            assert classes[side.labels[number]] == of.labels[number]
+            view = CenterCrop(size=32)(of.samples[number])
+            assert torch.equal(side.pixels[number], torch.tensor(view.image))
+
+
+def test_images_that_do_not_fit_are_fewer(run):  # noqa: F811
+    told = {"warnings": []}
+    material, *_ = gather(run, Evaluate(), 20.5 * IMAGE / 1e9, told)
+    train, test, _ = material["encoder"].images()
+    assert (len(train.keys), len(test.keys)) == (14, 6)
+    assert any("pixels are those of 14 of 28 train images" in warning for warning in told["warnings"])
+    assert any("few test images (6)" in warning for warning in told["warnings"])
+    assert told["patch_memory_mb"] == round(20 * IMAGE / 1e6, 1)
+
+
+def test_how_far_it_is_is_told_by_name(run):  # noqa: F811
+    told = []
+    stage = Evaluate(evaluators=(QUICK, Choice("knn")), baselines=False).complete()
+    with stage.open(run, Worker(describe=told.append)) as work:
+        work(0)
+    assert told[0] == "fine_tune of mae"
+    assert told[1].startswith("fine_tune of mae: training 1 of 2, step 0 of 3, loss ")
+    assert told[2].startswith("fine_tune of mae: training 2 of 2, step 0 of 3, loss ")
+    assert told[3:] == ["knn of mae"]
+
+
+def test_a_generator_has_no_row_of_it(run, stable_diffusion):  # noqa: F811
+    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,)), run, ONE)
+    found = result(run, "mae-generator")
+    assert list(found["scores"]) == ["mae", "random encoder"]
+    assert "the generator has no row: fine_tune can say nothing of it" in found["warnings"]
+    shutil.rmtree(run.folder("pretrain"))
+    with pytest.raises(ConfigError, match="fine_tune trains an encoder further, and there is only the generator"):
+        run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,), label="alone"), run, ONE)
+
+
+def test_beside_latents_the_generator_is_not_read(run, stable_diffusion, monkeypatch):  # noqa: F811
+    """Pixels and latents need no activations."""
+    from synthgen.diffusion.features import FeatureReader
+
+    monkeypatch.setattr(FeatureReader, "read", None)
+    diffeed = Choice("diffeed", {"width": 16, "num_heads": 2, "seeds": 1, "steps": 2})
+    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK, diffeed)), run, ONE)
+    found = result(run, "mae-generator")
+    assert {row: list(values) for row, values in found["scores"].items()} == {
+        "mae": ["fine_tune"],
+        "generator": ["diffeed"],
+        "random encoder": ["fine_tune"],
+    }
+    assert found["train"]["images_with_maps"] == found["train"]["images_with_pixels"] == 28
