@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
-from synthgen.datasets import Sample
+from synthgen.datasets import ImageDataset, Sample
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.models.vit import VisionTransformer
@@ -40,6 +40,7 @@ class Method(nn.Module, ABC):
     """
 
     guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` stands for
+    added: ClassVar[Mapping[str, Any]] = {}  # options that trainings of earlier versions had not, and what theirs were
     min_images: ClassVar[int] = 1  # at once on all processes; a method that compares images needs two
 
     encoder: VisionTransformer
@@ -48,6 +49,12 @@ class Method(nn.Module, ABC):
     def uses_masks(self) -> bool:
         """Whether batches must come with word masks."""
         return False
+
+    def fit_to(self, data: ImageDataset) -> None:
+        """Take from the data what must be known before the first step, such as its classes. Nothing by default.
+
+        What it takes must end up in the state that checkpoints hold.
+        """
 
     def check(self, samples: Sequence[Sample]) -> None:
         """See, from a look at some samples, that the data has what the method needs: by default masks if it uses them.

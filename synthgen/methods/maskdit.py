@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,10 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
 from synthgen.methods._pixels import pixel_target, to_pixels
+from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
 from synthgen.models.narrow_decoder import NarrowDecoder
@@ -25,7 +30,7 @@ from synthgen.models.vit import VisionTransformer, save_encoder
 __all__ = ["MaskDiT"]
 
 #: Streams of a sample's draws.
-LOT, LEVEL, NOISE, SAMPLING = range(4)
+LOT, LEVEL, NOISE, SAMPLING, LABEL = range(5)
 
 SIGMA_DATA = 0.5  # deviation of the pixels that are denoised
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the sampler's noise levels
@@ -49,6 +54,10 @@ class MaskDiT(Method):
     What sigma changes in the encoder is scaled by c_in sigma, the share of noise in what it sees. So it goes to nothing
     with the noise, and the plain ViT on a clean image is the limit of the denoiser at sigma 0. That is our own.
 
+    With ``class_labels`` a vector of the image's class is added to that of c_noise; a ``label_dropout`` of the images
+    have none told. So the network can draw with a class and without, and with guidance away from none. In the limit of
+    sigma 0 the class changes nothing in the encoder, as sigma does not.
+
     An average of the weights follows the training; it draws the images, and its encoder is left in ``average/``.
 
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``. That is our own
@@ -56,6 +65,7 @@ class MaskDiT(Method):
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
+    added: ClassVar = {"class_labels": False, "label_dropout": 0.1}
 
     steps: Tensor
 
@@ -74,6 +84,8 @@ class MaskDiT(Method):
         ema_decay: float = 0.999,  # of the averaged weights; lower over the first steps
         decoder_dim: int = 0,  # 0: half the encoder's, but 128 to 512
         decoder_depth: int = 0,  # 0: a third of the encoder's
+        class_labels: bool = False,  # the network is told each image's class, for drawing by class
+        label_dropout: float = 0.1,  # class_labels: share of the images whose class is not told, for drawing without
     ) -> None:
         super().__init__()
         config = encoder.config
@@ -100,6 +112,8 @@ class MaskDiT(Method):
             dim=decoder_dim or min(512, max(128, config.dim // 2 // 32 * 32)),
             depth=decoder_depth or max(1, config.depth // 3),
         )
+        self.classes = ClassEmbedding(config.dim) if class_labels else None
+        self.label_dropout = check_dropout(label_dropout)
         self.average = copy.deepcopy(self).requires_grad_(False)
         self.ema_decay = ema_decay
         self.register_buffer("steps", torch.zeros(()))
@@ -108,6 +122,18 @@ class MaskDiT(Method):
     def uses_masks(self) -> bool:
         """Masks matter where they guide the hiding."""
         return self.hiding.guided
+
+    def fit_to(self, data: ImageDataset) -> None:
+        """The classes there are."""
+        if self.classes is not None:
+            self.classes.learn(labels_of(data))
+            self.average.classes = copy.deepcopy(self.classes).requires_grad_(False)
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Labels, if they are told, and masks if guided."""
+        super().check(samples)
+        if self.classes is not None:
+            check_labels(samples)
 
     def views(self) -> Augment:
         """A flip, as in the paper's code, of the middle square."""
@@ -119,10 +145,11 @@ class MaskDiT(Method):
         sigma = self.levels(batch.seeds)
         y = x + sigma[:, None, None] * normal(batch.seeds, *x.shape[1:], stream=NOISE)
         visible, hidden = self.split(batch, progress)
-        denoised = self.denoise(y, sigma, visible, hidden)
+        numbers, shares = told(self.classes, batch.labels, batch.seeds, self.label_dropout, stream=LABEL)
+        denoised = self.denoise(y, sigma, visible, hidden, numbers)
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
         loss = (weight * ((denoised[:, : visible.shape[1]] - take(x, visible)) ** 2).mean((1, 2))).mean()
-        metrics = {"denoise": loss.detach()}
+        metrics = {"denoise": loss.detach(), **shares}
         if hidden.shape[1]:
             rebuild = ((denoised[:, visible.shape[1] :] - pixel_target(take(y, hidden), norm=True)) ** 2).mean()
             loss = loss + self.rebuild_weight * rebuild
@@ -168,11 +195,15 @@ class MaskDiT(Method):
         sigma: Float[Tensor, " b"],
         visible: Int[Tensor, "b v"],
         hidden: Int[Tensor, "b h"],
+        numbers: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """D: the patches without their noise, first the visible ones, then the hidden ones."""
+        """D: the patches without their noise, first the visible ones, then the hidden ones.
+
+        ``numbers`` are those of the images' classes; without them they have none.
+        """
         sigma = sigma[:, None, None]
         variance = sigma**2 + SIGMA_DATA**2
-        answers = self.answer(y, sigma, visible, hidden).float()
+        answers = self.answer(y, sigma, visible, hidden, numbers).float()
         y = take(y, torch.cat([visible, hidden], dim=1))
         return SIGMA_DATA**2 / variance * y + sigma * SIGMA_DATA * variance.rsqrt() * answers
 
@@ -182,10 +213,12 @@ class MaskDiT(Method):
         sigma: Float[Tensor, "b 1 1"],
         visible: Int[Tensor, "b v"],
         hidden: Int[Tensor, "b h"],
+        numbers: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b n p"]:
         """F, in the same order: it sees nothing of hidden patches."""
         scale = (sigma**2 + SIGMA_DATA**2).rsqrt()
-        time = self.time((1000 * sigma[:, 0, 0].log() / 4).round().long())
+        times = (1000 * sigma[:, 0, 0].log() / 4).round().long()
+        time = self.time(times, vectors(self.classes, numbers, len(y)))
         changes = [scale * sigma * change(time) for change in self.changes]
         features = self.encoder.encode(scale * take(y, visible), visible, changes)
         answers: Tensor = self.decoder(features, visible, hidden, time)
@@ -205,20 +238,35 @@ class MaskDiT(Method):
         save_encoder(self.average.encoder, folder / "average")
 
     @torch.no_grad()
-    def sample(self, seeds: Int[Tensor, " b"], num_steps: int = 40) -> Float[Tensor, "b 3 H W"]:
+    def sample(
+        self,
+        seeds: Int[Tensor, " b"],
+        num_steps: int = 40,
+        *,
+        labels: Labels = None,
+        guidance_scale: float = 1.0,
+    ) -> Float[Tensor, "b 3 H W"]:
         """New images in [0, 1], one a seed, by the averaged weights: EDM's Heun sampler without churn, nothing hidden.
 
-        ``num_steps`` noise levels from 80 to 0.002, then 0; each but the last asks the network twice.
+        ``num_steps`` noise levels from 80 to 0.002, then 0; each but the last asks the network twice. ``labels``, by
+        name or number, are the classes to draw, and None is none. A ``guidance_scale`` w other than 1 asks twice as
+        often, with the class and without: D = none + w (class - none).
+
+        Raises:
+            ValueError: there are too few steps, or labels and guidance do not fit each other, the seeds or the network.
+            UnknownName, ConfigError: there is no such class; names the nearest.
         """
         if num_steps < 2:
             raise ValueError(f"num_steps must be 2 or more, not {num_steps}")
         config, device = self.encoder.config, self.steps.device
         seeds = seeds.to(device)
         places = self.whole(len(seeds))
+        numbers = asked(self.average.classes, labels, len(seeds), guidance_scale)
 
         def slope(y: Tensor, sigma: float) -> Tensor:
             level = torch.full((len(y),), sigma, device=device)
-            return (y - self.average.denoise(y, level, *places)) / sigma
+            clean = guided(partial(self.average.denoise, y, level, *places), numbers, guidance_scale)
+            return (y - clean) / sigma
 
         high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
         levels = [*((high + (low - high) * number / (num_steps - 1)) ** RHO for number in range(num_steps)), 0.0]

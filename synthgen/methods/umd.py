@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,10 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
 from synthgen.methods._pixels import pixel_range, to_pixels
+from synthgen.models.classes import ClassEmbedding
 from synthgen.models.decoder import NoiseDecoder
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
@@ -22,7 +27,7 @@ from synthgen.models.vit import VisionTransformer
 __all__ = ["UMD"]
 
 #: Streams of a sample's draws.
-LOT, TIME, NOISE, SAMPLING = range(4)
+LABEL, LOT, TIME, NOISE, SAMPLING = range(-1, 4)  # SAMPLING goes on upwards, by one a step
 
 TIMES = 1000  # noise levels; time 0 is the clean image, time s + 1 is noise level s
 
@@ -39,11 +44,16 @@ class UMD(Method):
     decoder all places, and the time changes every block (adaLN). At time 0 it changes nothing: what the paper's network
     has to learn about time 0 stands in the blocks' own weights. So the encoder is a plain ViT for clean images.
 
+    With ``class_labels`` a vector of a noised image's class is added to that of its time; a ``label_dropout`` of them
+    have none told, and clean images never. So the network can draw with a class and without, and with guidance away
+    from none.
+
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``: in clean and noised
     images alike. That is our own combination; the paper has no masks of words.
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
+    added: ClassVar = {"class_labels": False, "label_dropout": 0.1}
 
     levels: Tensor
 
@@ -57,6 +67,8 @@ class UMD(Method):
         foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
         foreground_share_start: float = 0.0,  # the same at the training's beginning
         decoder_depth: int = 0,  # 0: a third of the encoder's
+        class_labels: bool = False,  # the network is told each noised image's class, for drawing by class
+        label_dropout: float = 0.1,  # class_labels: share of those whose class is not told, for drawing without
     ) -> None:
         super().__init__()
         if not 0 <= clean_share < 1:
@@ -73,12 +85,25 @@ class UMD(Method):
         self.time = TimeEmbedding(config.dim)
         self.changes = nn.ModuleList(Modulation(config.dim) for _ in range(config.depth))
         self.decoder = NoiseDecoder(encoder, depth=decoder_depth or max(1, config.depth // 3))
+        self.classes = ClassEmbedding(config.dim, deep=True) if class_labels else None
+        self.label_dropout = check_dropout(label_dropout)
         self.register_buffer("levels", cosine_schedule(TIMES), persistent=False)
 
     @property
     def uses_masks(self) -> bool:
         """Masks matter where they guide the hiding."""
         return self.hiding.guided
+
+    def fit_to(self, data: ImageDataset) -> None:
+        """The classes there are."""
+        if self.classes is not None:
+            self.classes.learn(labels_of(data))
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Labels, if they are told, and masks if guided."""
+        super().check(samples)
+        if self.classes is not None:
+            check_labels(samples)
 
     def views(self) -> Augment:
         """The paper's code: a crop of 80 % of the area or more, and a flip."""
@@ -99,13 +124,14 @@ class UMD(Method):
         levels = (uniform(seeds, stream=TIME) * TIMES).long()
         noise = normal(seeds, *x.shape[1:], stream=NOISE)
         visible, hidden = self.hiding.split(lot[:noisy], foreground[:noisy], self.noisy_visible, progress)
-        pixels, guess = self.run(self.noised(x, noise, levels), visible, hidden, levels + 1)
+        numbers, shares = told(self.classes, batch.labels[:noisy], seeds, self.label_dropout, stream=LABEL)
+        pixels, guess = self.run(self.noised(x, noise, levels), visible, hidden, levels + 1, numbers)
         noise_error = _error(guess[:, : visible.shape[1]], take(noise, visible))
         whole = not hidden.shape[1]  # nothing hidden: pixels of all patches are asked for
         place, said = (visible, pixels) if whole else (hidden, pixels[:, visible.shape[1] :])
         pixel_error = _error(said, take(x, place))
         loss = (1 - clean / len(batch)) * (noise_error + pixel_error) / 2
-        metrics = {"noise_error": noise_error.detach(), "noisy_pixel_error": pixel_error.detach()}
+        metrics = {"noise_error": noise_error.detach(), "noisy_pixel_error": pixel_error.detach(), **shares}
 
         if clean:
             x = patches[noisy:]
@@ -129,19 +155,45 @@ class UMD(Method):
         visible: Int[Tensor, "b v"],
         hidden: Int[Tensor, "b h"],
         times: Int[Tensor, " b"] | None = None,
+        numbers: Int[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n p"]]:
-        """Clean pixels and noise as the network sees them: first of the visible patches, then of the hidden ones."""
-        time = None if times is None else self.time(times)
+        """Clean pixels and noise as the network sees them: first of the visible patches, then of the hidden ones.
+
+        ``numbers`` are those of noised images' classes; without them they have none.
+        """
+        time = None if times is None else self.time(times, vectors(self.classes, numbers, len(x)))
         changes = None if time is None else [change(time) for change in self.changes]
         features = self.encoder.encode(take(x, visible), visible, changes)
         pixels, noise = self.decoder(features, visible, hidden, time)
         return pixels, noise
 
+    def noise(
+        self, x: Float[Tensor, "b n p"], time: int, numbers: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b n p"]:
+        """The noise in whole noised images of one time."""
+        visible = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        _, noise = self.run(x, visible, visible[:, :0], torch.full((len(x),), time, device=x.device), numbers)
+        return noise
+
     @torch.no_grad()
-    def sample(self, seeds: Int[Tensor, " b"], num_steps: int = 125) -> Float[Tensor, "b 3 H W"]:
+    def sample(
+        self,
+        seeds: Int[Tensor, " b"],
+        num_steps: int = 125,
+        *,
+        labels: Labels = None,
+        guidance_scale: float = 1.0,
+    ) -> Float[Tensor, "b 3 H W"]:
         """New images in [0, 1], one a seed: DDIM with eta 1 from the noise that the network sees, nothing hidden.
 
         Without the paper's short training on whole noised images, which follows its pretraining, expect rough ones.
+        ``labels``, by name or number, are the classes to draw, and None is none. A ``guidance_scale`` w other than 1
+        asks twice as often, with the class and without: noise' = none + w (class - none).
+
+        Raises:
+            ValueError: num_steps is out of range, or labels and guidance do not fit each other, the seeds or the
+                network.
+            UnknownName, ConfigError: there is no such class; names the nearest.
         """
         if not 1 <= num_steps <= TIMES:
             raise ValueError(f"num_steps must be between 1 and {TIMES}, not {num_steps}")
@@ -149,14 +201,13 @@ class UMD(Method):
         seeds = seeds.to(device)
         b, n, p = len(seeds), config.grid**2, 3 * config.patch_size**2
         low, high = pixel_range(config, device)
-        visible = torch.arange(n, device=device).expand(b, -1)
-        hidden = visible[:, :0]
+        numbers = asked(self.classes, labels, b, guidance_scale)
         stride = TIMES // num_steps
         levels = [*range(TIMES - 1, 0, -stride), 0]
         x = normal(seeds, n, p, stream=SAMPLING)
         for number, level in enumerate(levels):
             a = self.levels[level]
-            _, noise = self.run(x, visible, hidden, torch.full((b,), level + 1, device=device))
+            noise = guided(partial(self.noise, x, level + 1), numbers, guidance_scale)
             clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(low, high)
             if not level:
                 break

@@ -194,12 +194,13 @@ class TimeEmbedding(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.apply(initialize)
 
-    def forward(self, times: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """Frequencies fall from 1 to 1/10000."""
+    def forward(self, times: Int[Tensor, " b"], more: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b d"]:
+        """Frequencies fall from 1 to 1/10000. What ``more`` there is to tell is added before the last SiLU."""
         half = self.dim // 2
         omega = 10000.0 ** -(torch.arange(half, device=times.device) / max(1, half - 1))
         angle = times[:, None] * omega
-        embedded: Tensor = F.silu(self.fc2(F.silu(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1)))))
+        said = self.fc2(F.silu(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1))))
+        embedded: Tensor = F.silu(said if more is None else said + more)
         return embedded
 
 

@@ -133,6 +133,21 @@ class Pretrain(Stage):
 
         return replace(self, method=METHODS.complete(self.method, "encoder"))
 
+    def fingerprinted(self) -> dict[str, Any]:
+        """Without a method's later options where they are what earlier versions did, so that those trainings hold."""
+        return self.as_before(super().fingerprinted())
+
+    def noted(self, run: Run) -> dict[str, Any]:
+        """The same, so that an error tells no option that made no difference; ``config.json`` has all of them."""
+        return self.as_before(super().noted(run))
+
+    def as_before(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings without what :attr:`synthgen.methods.Method.added` says."""
+        from synthgen.methods import METHODS
+
+        added, method = METHODS.load(self.method.name).added, settings["method"]
+        return {**settings, "method": {k: v for k, v in method.items() if k not in added or v != added[k]}}
+
     def inputs(self, run: Run) -> dict[str, str]:
         """Names and sizes of the shards, and hashes of the encoders that options of the method name."""
         from synthgen.datasets import source_inputs
@@ -250,7 +265,9 @@ class Pretrain(Stage):
 
         config = encoder_config(self.encoder, min(samples[0].image.shape[:2]))
         seed_everything(self.mixed_seed(run))
-        return METHODS.build(self.method, encoder=VisionTransformer(config))
+        method = METHODS.build(self.method, encoder=VisionTransformer(config))
+        method.fit_to(samples)
+        return method
 
     # -- doing it
 

@@ -12,7 +12,7 @@ import torch
 
 from synthgen.augment import Augment
 from synthgen.config import Choice
-from synthgen.datasets import Sample
+from synthgen.datasets import ImageDataset, Sample
 from synthgen.errors import ConfigError
 from synthgen.export import to_transformers
 from synthgen.loader import Batch, collate
@@ -27,7 +27,12 @@ from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
 from tests.factories import make_generation
 
 NAMES = METHODS.names()
-EACH = [(name, guided) for name in NAMES for guided in (False, True)]
+TOLD = {"class_labels": True}  # options of those that can be told classes
+FORMS = [(name, {}) for name in NAMES]
+FORMS += [
+    (name, TOLD) for name in NAMES if TOLD.keys() <= inspect.signature(METHODS.load(name).__init__).parameters.keys()
+]
+EACH = [(name, options, guided) for name, options in FORMS for guided in (False, True)]
 CONFIG = EncoderConfig(image_size=32, patch_size=4, dim=32, depth=2, num_heads=4)
 
 
@@ -38,8 +43,31 @@ def make_samples(count):
         generation, truth = make_generation("0", words, 32, seed=number)
         labels = (truth * np.arange(1, len(words) + 1)[:, None, None]).max(0).astype(np.uint8)
         text = f"{generation.request.prompt.text} on table {number}"
-        samples.append(Sample(str(number), generation.image, "disc", text, words, labels))
+        label = ("disc", "square", None)[number % 3]
+        samples.append(Sample(str(number), generation.image, label, text, words, labels))
     return samples
+
+
+class Held(ImageDataset):
+    """Samples in memory."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+    def key(self, index):
+        return self.samples[index].key
+
+    def label(self, index):
+        return self.samples[index].label
+
+    def has_masks(self):
+        return self.samples[0].labels is not None
 
 
 def make_batch(count=4, samples=None):
@@ -62,11 +90,13 @@ def without_masks(batch):
 
 def build(name, **options):
     torch.manual_seed(0)
-    return METHODS.build(Choice(name, options), encoder=VisionTransformer(CONFIG))
+    method = METHODS.build(Choice(name, options), encoder=VisionTransformer(CONFIG))
+    method.fit_to(Held(make_samples(3)))
+    return method
 
 
-def build_each(name, guided):
-    return build(name, **(METHODS.load(name).guided if guided else {}))
+def build_each(name, options, guided):
+    return build(name, **options, **(METHODS.load(name).guided if guided else {}))
 
 
 def train(method, batch, steps, rate=2e-3):
@@ -83,10 +113,10 @@ def train(method, batch, steps, rate=2e-3):
     return losses
 
 
-@pytest.mark.parametrize(("name", "guided"), EACH)
-def test_every_method(name, guided):
+@pytest.mark.parametrize(("name", "options", "guided"), EACH)
+def test_every_method(name, options, guided):
     """Gives a finite loss and gradient to all of the encoder, repeats whatever the seed of torch, and travels."""
-    method, batch = build_each(name, guided), make_batch()
+    method, batch = build_each(name, options, guided), make_batch()
     assert method.uses_masks == guided
     losses = []
     for seed, copy in enumerate((method, pickle.loads(pickle.dumps(method)))):
@@ -109,22 +139,22 @@ def test_every_method(name, guided):
             assert shown.image.shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize(("name", "guided"), EACH)
-def test_every_method_learns_from_64_images(name, guided):
-    losses = train(build_each(name, guided), make_batch(64), 8)
+@pytest.mark.parametrize(("name", "options", "guided"), EACH)
+def test_every_method_learns_from_64_images(name, options, guided):
+    losses = train(build_each(name, options, guided), make_batch(64), 8)
     assert np.mean(losses[-2:]) < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_overfits_one_batch(name):
-    losses = train(build(name), make_batch(8), 80)
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_every_method_overfits_one_batch(name, options):
+    losses = train(build(name, **options), make_batch(8), 80)
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_encoder_is_the_same_when_exported(name, tmp_path):
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_every_encoder_is_the_same_when_exported(name, options, tmp_path):
     """What pretraining leaves behind, ours and that of transformers, says what the method's encoder says."""
-    method, batch = build(name), make_batch()
+    method, batch = build(name, **options), make_batch()
     train(method, batch, 2)
     save_encoder(method.encoder, tmp_path, method={"name": name})
     with torch.no_grad():
@@ -146,8 +176,39 @@ def test_every_option_of_a_wrong_type_is_told(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_options_that_came_later_are_by_default_what_earlier_versions_did(name):
+    method = METHODS.load(name)
+    parameters = inspect.signature(method.__init__).parameters
+    assert {option: parameters[option].default for option in method.added} == method.added
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_every_method_knows_again_what_it_took_from_the_data(name, options):
+    """A fresh one that has seen no data, as one that is loaded, has the same loss with the same state."""
+    method, batch = build(name, **options), make_batch()
+    train(method, batch, 1)
+    fresh = METHODS.build(Choice(name, options), encoder=VisionTransformer(CONFIG))
+    fresh.load_state_dict(method.state_dict())
+    assert fresh(batch, 0.5).loss.item() == method(batch, 0.5).loss.item()
+
+
+@pytest.mark.parametrize("name", [name for name, options in FORMS if options])
+def test_every_method_that_tells_classes_asks_for_labels(name):
+    method = build(name, **TOLD)
+    bare = [dataclasses.replace(sample, label=None) for sample in make_samples(3)]
+    with pytest.raises(ConfigError, match="no label in the 3 samples looked at"):
+        method.check(bare)
+    method.check([*bare, *make_samples(1)])
+    batch = make_batch()
+    assert method(dataclasses.replace(batch, labels=(None,) * 4), 0.5).loss.isfinite()
+    build(name).check(bare)
+    other = build(name)
+    other.load_state_dict({key: value for key, value in method.state_dict().items() if "classes" not in key})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_guided_method_asks_for_masks(name):
-    method = build_each(name, guided=True)
+    method = build_each(name, {}, guided=True)
     bare = [dataclasses.replace(sample, words=(), labels=None) for sample in make_samples(3)]
     with pytest.raises(ConfigError, match="no mask in the 3 samples"):
         method.check(bare)
@@ -156,11 +217,12 @@ def test_every_guided_method_asks_for_masks(name):
     build(name).check(bare)
 
 
-@pytest.mark.parametrize("name", ["mae", "umd", "diffmae", "maskdit", "automae", "mapet", "darl", "drl"])
-@pytest.mark.parametrize("guided", [False, True])
-def test_the_step_is_that_of_its_halves(name, guided):
+@pytest.mark.parametrize(
+    ("name", "options", "guided"), [form for form in EACH if form[0] not in ("contrastive", "vlp")]
+)
+def test_the_step_is_that_of_its_halves(name, options, guided):
     """Draws belong to the samples: however a step is cut, the mean loss is the same."""
-    method, samples = build_each(name, guided), make_samples(8)
+    method, samples = build_each(name, options, guided), make_samples(8)
     whole = make_batch(samples=samples)
 
     def part(batch, rows):

@@ -32,6 +32,8 @@ from tests.factories import make_generation
 
 ROOT = Path(__file__).parents[2]
 NAMES = METHODS.names()
+TOLD = {"class_labels": True}  # options of those that can be told classes
+FORMS = [*((name, {}) for name in NAMES), ("maskdit", TOLD), ("umd", TOLD)]
 SMALL = {
     "encoder": {"name": "micro", "dim": 32, "depth": 2, "num_heads": 2},
     "samples_seen": 48,
@@ -108,9 +110,9 @@ class KillAt(Progress):
             raise Killed
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_resumes_to_the_same_weights(name, run, data, tmp_path):
-    options = {"queue": 10} if name == "contrastive" else {}
+@pytest.mark.parametrize(("name", "more"), FORMS)
+def test_every_method_resumes_to_the_same_weights(name, more, run, data, tmp_path):
+    options = more | ({"queue": 10} if name == "contrastive" else {})
     whole = train(run, data, name, options=options)
     assert len(losses(whole)) == 6
     other = Run.create(tmp_path / "killed")
@@ -121,9 +123,9 @@ def test_every_method_resumes_to_the_same_weights(name, run, data, tmp_path):
     assert losses(again) == losses(whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_in_bf16_and_in_parts(name, run, data):
-    folder = train(run, data, name, precision="bf16", accumulate=2, samples_seen=16)
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_every_method_in_bf16_and_in_parts(name, options, run, data):
+    folder = train(run, data, name, options=options, precision="bf16", accumulate=2, samples_seen=16)
     assert np.isfinite(losses(folder)).all()
     assert len(losses(folder)) == 2
 
@@ -163,19 +165,19 @@ def test_two_processes_give_the_losses_of_one(run, data):
     """``accelerate launch`` on two CPU processes, the same step: equal up to the order of sums, here 1e-4."""
     trainings = []
     more = {"contrastive": {"queue": 10}, "vlp": {"position_share": 0.5}}
-    for name in NAMES:
-        options = more.get(name, {})
-        train(run, data, name, options=options)
+    for name, told in FORMS:
+        options, label = more.get(name, {}) | told, f"{name}-told" if told else name
+        train(run, data, name, options=options, label=label)
         method = {"name": name, **METHODS.load(name).guided, **options}
-        trainings.append(SMALL | {"method": method, "data": [data], "label": f"{name}-both"})
+        trainings.append(SMALL | {"method": method, "data": [data], "label": f"{label}-both"})
     two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29613"]
     train_apart(
         run, trainings, "-m", "accelerate.commands.launch", *two, "--mixed_precision", "no", "--dynamo_backend", "no"
     )
-    for name in NAMES:
-        both = run.folder(f"pretrain/{name}-both")
+    for label in (f"{name}-told" if told else name for name, told in FORMS):
+        both = run.folder(f"pretrain/{label}-both")
         assert json.loads((both / "done.json").read_text())["processes"] == 2
-        assert losses(both) == pytest.approx(losses(run.folder(f"pretrain/{name}")), rel=1e-4)
+        assert losses(both) == pytest.approx(losses(run.folder(f"pretrain/{label}")), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -230,6 +232,38 @@ def test_the_whole_method_can_be_loaded(run, data):
         load_method(folder)
 
 
+@pytest.mark.parametrize("name", [name for name, options in FORMS if options])
+def test_a_training_that_is_told_classes_knows_them_when_it_is_loaded(name, run, data):
+    folder = train(run, data, name, options=TOLD, samples_seen=16)
+    method = load_method(folder)
+    assert method.classes.names == ("disc", "square")
+    drawn = method.sample(torch.arange(2), 2, labels=["disc", 1], guidance_scale=1.5)
+    assert drawn.shape == (2, 3, 32, 32)
+    with pytest.raises(UnknownName, match="unknown class 'disk'; did you mean 'disc'"):
+        method.sample(torch.arange(2), 2, labels="disk")
+    trained = load_file(folder / "encoder.safetensors")
+    plain = train(run, data, name, samples_seen=16, label="plain")
+    assert trained.keys() == load_file(plain / "encoder.safetensors").keys()
+    assert {tensor.shape for tensor in trained.values()} == {
+        tensor.shape for tensor in load_encoder(plain).state_dict().values()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, options in FORMS if options])
+def test_a_training_from_before_there_were_classes_is_loaded(name, run, data):
+    folder = train(run, data, name, samples_seen=8)
+    expected = load_method(folder).sample(torch.arange(2), 2)
+    described = json.loads((folder / "config.json").read_text())
+    for option in METHODS.load(name).added:
+        del described["method"][option]
+    (folder / "config.json").write_text(json.dumps(described))
+    method = load_method(folder)
+    assert torch.equal(method.sample(torch.arange(2), 2), expected)
+    assert not any("classes" in key for key in method.state_dict())
+    with pytest.raises(StaleArtifact, match=r"differently: method\.class_labels is True and was not set; use the same"):
+        train(run, data, name, options=TOLD, samples_seen=8)
+
+
 # -- data that does not fit
 
 
@@ -252,6 +286,17 @@ def test_no_texts_are_told(run, tmp_path):
     with pytest.raises(ConfigError, match=r"^vlp, .*mute\.tar: no text in the 8 samples looked at"):
         train(run, mute, "vlp")
     train(run, mute, "contrastive", samples_seen=8)
+
+
+@pytest.mark.parametrize("name", [name for name, options in FORMS if options])
+def test_no_labels_are_told(name, run, tmp_path):
+    meta = json.dumps({"words": ["disc"]}).encode()
+    bare = write(tmp_path / "bare.tar", [members(number, ("disc",), json=meta) for number in range(8)])
+    with pytest.raises(ConfigError, match=rf"^{name}, .*bare\.tar: no label in the 8 samples looked at, and class_lab"):
+        train(run, bare, name, options=TOLD)
+    numbered = [members(number, ("disc",), json=meta, cls=str(7 * (number % 2)).encode()) for number in range(8)]
+    folder = train(run, write(tmp_path / "numbered.tar", numbered), name, options=TOLD, samples_seen=8)
+    assert load_method(folder).classes.names == ("0", "7")
 
 
 def test_some_texts_will_do_and_are_counted(run, tmp_path):

@@ -1,0 +1,333 @@
+"""Classes that a network is told: their vectors, what is left untold, guidance, and that they decide what is drawn."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synthgen.api import make_stage
+from synthgen.config import Choice
+from synthgen.datasets import ImageDataset
+from synthgen.errors import ConfigError, UnknownName
+from synthgen.loader import Batch
+from synthgen.methods import METHODS
+from synthgen.methods._classes import asked, guided, told
+from synthgen.models.classes import ClassEmbedding
+from synthgen.models.draws import uniform
+from synthgen.models.vit import EncoderConfig, VisionTransformer
+from synthgen.stages.pretrain import Pretrain
+
+CONFIG = EncoderConfig(image_size=8, patch_size=2, dim=32, depth=1, num_heads=2)
+COLOURS = {"red": (0.9, 0.1, 0.1), "blue": (0.1, 0.1, 0.9)}
+METHODS_TOLD = ["maskdit", "umd"]
+
+
+class Labelled(ImageDataset):
+    """Labels without images."""
+
+    def __init__(self, *labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        raise AssertionError("labels are told without decoding an image")
+
+    def key(self, index):
+        return str(index)
+
+    def label(self, index):
+        return self.labels[index]
+
+    def has_masks(self):
+        return False
+
+
+def build(name, labels=("red", "blue", None), **options):
+    torch.manual_seed(0)
+    method = METHODS.build(Choice(name, {"class_labels": True} | options), encoder=VisionTransformer(CONFIG))
+    method.fit_to(Labelled(*labels))
+    return method
+
+
+def shaken(name, **options):
+    """With weights that are nowhere zero, so that classes matter."""
+    method = build(name, **options)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return method
+
+
+def make_batch(count=8, step=0):
+    """Even images, each with the name of its colour."""
+    generator = torch.Generator().manual_seed(step)
+    labels = [list(COLOURS)[number] for number in torch.randint(2, (count,), generator=generator).tolist()]
+    mean, std = torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std)
+    colours = torch.tensor([COLOURS[label] for label in labels]) + 0.05 * torch.randn(count, 3, generator=generator)
+    images = ((colours - mean) / std)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
+    masks = torch.zeros(count, 0, 8, 8, dtype=torch.bool)
+    names = {"keys": ("",) * count, "texts": ("",) * count, "words": ((),) * count, "labels": tuple(labels)}
+    return Batch(images, masks, masks.flatten(2).any(2), torch.arange(count) + count * step, **names)
+
+
+# -- vectors and names
+
+
+def test_a_plain_vector_is_a_linear_layer_on_a_one_hot_vector():
+    classes = ClassEmbedding(5)
+    classes.learn(["cat", "dog", "cat"])
+    numbers = torch.tensor([1, 2, 0, 2])
+    one_hot = F.one_hot(numbers, 3)[:, :2].float()  # no class is all 0
+    assert torch.equal(classes(numbers), one_hot @ classes.table.weight)
+    assert [tuple(p.shape) for p in classes.parameters()] == [(2, 5)]
+    classes(classes.none(4)).sum().backward()  # a gradient, which is 0, also where nothing is told
+    assert not classes.table.weight.grad.any()
+
+
+def test_a_deep_vector_is_two_layers_on_a_table_in_which_no_class_is_the_last():
+    classes = ClassEmbedding(5, deep=True)
+    classes.learn(["cat", "dog"])
+    first, _, second = classes.mix
+    rows = classes.table.weight[[0, 2]]
+    by_hand = F.silu(rows @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    assert torch.allclose(classes(classes.numbers(["cat", None])), by_hand, atol=1e-6)
+    assert classes.table.weight.shape == (3, 5)
+
+
+def test_classes_are_found_by_name_and_by_number():
+    classes = ClassEmbedding(4)
+    classes.learn(["dog", "cat", "10", "9", "dog"])
+    assert classes.names == ("9", "10", "cat", "dog")
+    assert classes.numbers(["dog", 0, None, "9", 3]).tolist() == [3, 0, 4, 0, 3]
+    with pytest.raises(ConfigError, match="there is no class 4; the 4 classes are counted from 0"):
+        classes.numbers([4])
+    with pytest.raises(UnknownName, match="unknown class 'dgo'; did you mean 'dog'"):
+        classes.numbers(["dgo"])
+    classes.learn(map(str, range(1, 12)))  # a cls without names, counted from 1: a number is a name
+    assert classes.names == tuple(map(str, range(1, 12)))
+    assert classes.numbers([1, 11, "2"]).tolist() == [0, 10, 1]
+    with pytest.raises(UnknownName, match="unknown class '0'"):
+        classes.numbers([0])
+
+
+def test_of_many_classes_an_error_names_the_nearest():
+    classes = ClassEmbedding(4)
+    classes.learn(f"breed {number}" for number in range(1000))
+    with pytest.raises(UnknownName, match=r"unknown class 'bred 77'; of 1000 classes the nearest are: breed 77, "):
+        classes.numbers(["bred 77"])
+
+
+def test_names_travel_with_the_weights(tmp_path):
+    classes = ClassEmbedding(4, deep=True)
+    classes.learn(["Hündin 🐕", "cat"])
+    other = ClassEmbedding(4, deep=True)
+    other.load_state_dict(classes.state_dict())
+    assert other.names == classes.names
+    assert torch.equal(other(other.numbers(["cat", None])), classes(classes.numbers(["cat", None])))
+    kept = other.table.weight
+    other.load_state_dict(classes.state_dict())  # a training that goes on: the optimizer holds on to them
+    assert other.table.weight is kept
+    for data in (b'{"cat": 1}', b"[1]", b"no", b"["):
+        fresh = ClassEmbedding(4, deep=True)
+        wrong = classes.state_dict() | {"_extra_state": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+        with pytest.raises(ValueError, match=r"classes are no list|JSON|Expecting"):
+            fresh.load_state_dict(wrong)
+    classes.learn(["cat", "dog"])
+    with pytest.raises(ValueError, match="its classes are not those of the data"):
+        other.load_state_dict(classes.state_dict())
+
+
+def test_a_folder_whose_name_is_no_text_is_told():
+    with pytest.raises(ConfigError, match=r"the class 'caf\\udce9' has a name that is no text"):
+        ClassEmbedding(4).learn([b"caf\xe9".decode("utf-8", "surrogateescape")])
+
+
+# -- what is told
+
+
+def test_the_share_that_is_left_untold_is_the_lot_of_each_seed():
+    classes = ClassEmbedding(4)
+    classes.learn(["cat", "dog"])
+    seeds, labels = torch.arange(20000), ("dog",) * 20000
+    numbers, shares = told(classes, labels, seeds, 0.1, stream=4)
+    untold = numbers == 2
+    assert shares["told"].item() == pytest.approx(1 - untold.float().mean().item())
+    assert torch.equal(untold, uniform(seeds, stream=4) < 0.1)
+    assert untold.float().mean().item() == pytest.approx(0.1, abs=0.01)  # 4.7 deviations
+    assert (told(classes, labels, seeds, 0.0, stream=4)[0] == 1).all()
+    assert told(classes, ("cat", None, "dog"), seeds[:3], 0.0, stream=4)[0].tolist() == [0, 2, 1]
+    assert told(None, labels, seeds, 0.1, stream=4) == (None, {})
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_each_method_drops_its_share_and_tells_the_class_of_no_clean_image(name):
+    method, seen = build(name, label_dropout=0.3), []
+    method.classes.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = make_batch(400)
+    told_share = method(batch, 0.5).metrics["told"]
+    (numbers,) = seen
+    assert told_share.item() == pytest.approx((numbers < 2).float().mean().item())
+    noised = 400 if name == "maskdit" else 200  # the second half of a batch of umd stays clean
+    assert numbers.shape == (noised,)
+    assert (numbers == 2).float().mean().item() == pytest.approx(0.3, abs=0.13)  # 4 deviations of 200
+    true = method.classes.numbers(batch.labels[:noised])
+    assert torch.equal(numbers[numbers < 2], true[numbers < 2])
+    again = build(name, label_dropout=0.3)
+    again.classes.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    again(batch, 0.9)
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_without_noise_a_class_changes_nothing_in_the_encoder():
+    """The exported encoder is the limit for an image of any class, and of none."""
+    method, told_of = shaken("maskdit"), []
+    method.decoder.register_forward_pre_hook(lambda _, args: told_of.append(args[0]))
+    x = torch.randn(2, 16, 12)
+    with torch.no_grad():
+        for sigma in (1.0, 1e-4):
+            for number in (0, 1, 2):
+                method.denoise(x, torch.full((2,), sigma), *method.whole(2), torch.tensor([number] * 2))
+    far = [max(float((told_of[first + n] - told_of[first]).norm()) for n in (1, 2)) for first in (0, 3)]
+    assert far[0] > 0.1
+    assert far[1] < 1e-3 * far[0]
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_it_begins_with_the_weights_and_the_loss_that_it_has_without_classes(name):
+    """Classes come last when weights are drawn, and change nothing before the first step."""
+    batch, labelled, plain = make_batch(), build(name), build(name, class_labels=False)
+    assert plain.classes is None
+    ours, theirs = labelled.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert {key for key in ours if "classes" not in key} == theirs.keys()
+    assert labelled(batch, 0.5).loss.item() == plain(batch, 0.5).loss.item()
+
+
+# -- drawing
+
+
+def test_guidance_is_its_formula_and_asks_once_where_it_is_1():
+    answers, asks = {None: torch.tensor([1.0, 2.0]), "class": torch.tensor([3.0, 1.0])}, []
+
+    def ask(numbers):
+        asks.append(numbers)
+        return answers[None if numbers is None else "class"]
+
+    numbers = torch.tensor([0, 0])
+    assert guided(ask, numbers, 1.5).tolist() == [1.0 + 1.5 * 2.0, 2.0 - 1.5]
+    assert len(asks) == 2
+    asks.clear()
+    assert guided(ask, numbers, 1.0).tolist() == [3.0, 1.0]
+    assert guided(ask, None, 1.0).tolist() == [1.0, 2.0]
+    assert len(asks) == 2
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_the_sampler_draws_with_the_guided_answer(name):
+    """The same images as of a network whose own answer is none + w (class - none)."""
+    method, seeds = shaken(name), torch.arange(3)
+    drawn = method.sample(seeds, 3, labels=["red", None, 0], guidance_scale=2.5)
+    twin, numbers = copy.deepcopy(method), torch.tensor([1, 2, 0])
+    network, answer = (twin.average, "denoise") if name == "maskdit" else (twin, "noise")
+    own, calls = getattr(network, answer), []
+
+    def mixed(*args):
+        assert args[-1] is not None
+        calls.append(args)
+        return own(*args[:-1], None) + 2.5 * (own(*args[:-1], numbers) - own(*args[:-1], None))
+
+    setattr(network, answer, mixed)
+    assert torch.allclose(twin.sample(seeds, 3, labels=["red", "red", "red"]), drawn, atol=1e-5)
+    assert len(calls) == (5 if name == "maskdit" else 4)  # Heun twice a step but for the last; three levels and 0
+    without = method.sample(seeds, 3)
+    assert torch.allclose(drawn[1], without[1], atol=1e-5)  # without a class there is nothing to lead to
+    assert not torch.allclose(drawn[0], without[0], atol=1e-3)
+    assert torch.equal(method.sample(seeds, 3, labels="red"), method.sample(seeds, 3, labels=["red"] * 3))
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+@pytest.mark.parametrize(("guidance_scale", "times"), [(1.0, 1), (1.5, 2)])
+def test_the_half_without_a_class_is_asked_only_where_it_counts(name, guidance_scale, times):
+    method, asks = build(name), []
+    network = method.average if name == "maskdit" else method
+    network.decoder.register_forward_pre_hook(lambda _, args: asks.append(1))
+    method.sample(torch.arange(2), 2, labels="blue", guidance_scale=guidance_scale)
+    assert len(asks) == 3 * times
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"guidance_scale": 1.5}, "leads towards a class; give labels too"),
+        ({"labels": "red", "guidance_scale": -1.0}, "must be 0 or more"),
+        ({"labels": "red", "guidance_scale": float("nan")}, "must be 0 or more"),
+        ({"labels": ["red", "blue"]}, "2 labels for 3 seeds"),
+        ({"labels": "rad"}, "unknown class 'rad'; did you mean 'red'"),
+        ({"labels": 2}, "there is no class 2"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(given, said):
+    for name in METHODS_TOLD:
+        with pytest.raises((ValueError, ConfigError), match=said):
+            build(name).sample(torch.arange(3), 2, **given)
+    with pytest.raises(ValueError, match="told no classes; pretrain with class_labels: true"):
+        asked(None, "red", 3, 1.0)
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_labels_decide_what_is_drawn(name):
+    """Two colours, told as classes: images of one are nearer to it than to the other."""
+    whole = {"clean_share": 0.0, "noisy_mask_ratio": 0.0} if name == "umd" else {"decoder_dim": 32}
+    method, steps, rate = build(name, label_dropout=0.2, **whole), 400 if name == "umd" else 200, 5e-3
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        method(make_batch(32, step), step / steps).loss.backward()
+        optimizer.step()
+        method.after_step(step / steps)
+    red, blue = torch.tensor(COLOURS["red"]), torch.tensor(COLOURS["blue"])
+
+    def redness(**given):
+        """How often an image is nearer to red than to blue."""
+        means = method.sample(torch.arange(24), 20, **given).mean((2, 3))
+        return float(((means - red).norm(dim=1) < (means - blue).norm(dim=1)).float().mean())
+
+    assert redness(labels="red") > 0.75
+    assert redness(labels="blue") < 0.25
+    assert redness(labels="red", guidance_scale=2.0) > 0.75
+    assert redness(labels="blue", guidance_scale=2.0) < 0.25
+
+
+# -- settings
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_a_wrong_share_is_told(name):
+    for share in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=r"label_dropout must be at least 0 and below 1"):
+            build(name, label_dropout=share)
+
+
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_trainings_of_earlier_versions_are_still_the_same(name):
+    """Their options were all there are but these two, and are all that is hashed."""
+
+    def hashed(**options):
+        stage = make_stage("pretrain", {"method": {"name": name, **options}})
+        assert isinstance(stage, Pretrain)
+        return stage.complete().fingerprinted()["method"]
+
+    known = inspect.signature(METHODS.load(name).__init__).parameters.keys() - {"self", "encoder"}
+    assert hashed().keys() - {"name"} == known - {"class_labels", "label_dropout"}
+    assert hashed(class_labels=True).keys() - {"name"} == known - {"label_dropout"}
+    assert hashed(class_labels=True, label_dropout=0.2)["label_dropout"] == 0.2
+    assert (
+        "class_labels" in make_stage("pretrain", {"method": name}).complete().settings()["method"]
+    )  # told all the same
