@@ -6,5 +6,5 @@ __all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "IMAGE_SIZE", "WEIGHTS"]
 
 WEIGHTS: Path = Path(__file__).parent / "weights"  # a folder for diffusers.StableDiffusionPipeline.from_pretrained
 DEFAULT_STEPS: int = 12
-DEFAULT_GUIDANCE: float = 4.0
+DEFAULT_GUIDANCE: float = 3.0
 IMAGE_SIZE: int = 128  # pixels a side
