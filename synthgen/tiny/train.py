@@ -338,6 +338,12 @@ def main() -> None:
     if args.compile is not None:
         preset = replace(preset, compile=args.compile)
     job = Job(args.data, args.out, Budget(args.minutes, args.steps), preset, args.recognised)
+    if args.command == "begin":  # nothing to compute, so no processes
+        try:
+            begin(job)
+        except FileExistsError as error:
+            parser.error(str(error))
+        return
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (args.processes, f"{folder}/rendezvous", args.command, job), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
