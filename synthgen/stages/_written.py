@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from synthgen.errors import CorruptShard
@@ -12,7 +14,7 @@ from synthgen.stores.whole import check_whole
 from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["check_encoder", "check_shards"]
+__all__ = ["check_encoder", "check_shards", "naming_damage"]
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:
@@ -47,3 +49,17 @@ def check_encoder(folder: Path) -> None:
     if folder.parent.name == "pretrain":
         again = f"synthgen pretrain --label {shlex.quote(folder.name)} --run {shlex.quote(str(folder.parent.parent))}"
     check_whole(folder / "encoder.safetensors", sha256, again)
+
+
+@contextmanager
+def naming_damage(look: Callable[[], None]) -> Iterator[None]:
+    """Where something cannot be read, let ``look`` say first which file is not as it was written, and its remedy.
+
+    Raises:
+        CorruptShard: what ``look`` found, else what was raised within.
+    """
+    try:
+        yield
+    except CorruptShard:
+        look()
+        raise

@@ -18,7 +18,7 @@ from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._rows import backbone_of, extractor_of, judges, rows_of
-from synthgen.stages._written import check_encoder, check_shards
+from synthgen.stages._written import check_encoder, check_shards, naming_damage
 from synthgen.stores import located
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
@@ -139,7 +139,8 @@ class Evaluate(Stage):
         left_out: dict[str, Lacking] = {}
         for name, evaluator in wanted.items():
             try:
-                self.check(run, name, evaluator.needs)
+                with naming_damage(lambda: self.check_written(run, None)):
+                    self.check(run, name, evaluator.needs)
             except Lacking as error:
                 if self.evaluators:
                     raise

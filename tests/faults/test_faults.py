@@ -28,11 +28,7 @@ def test_whatever_happens_the_same_command_ends_with_the_same_bytes(tmp_path: Pa
     outcomes = campaign(tmp_path, SHORT)
     assert [(str(one.moment), one.wrong, one.twice) for one in outcomes if not one.well] == []
     assert "No space left" in outcomes[2].said or "File too large" in outcomes[2].said
-    in_maps, in_shards = (one.said for one in outcomes[4:])
-    assert "sha256" in in_maps
-    assert "delete it and run: synthgen" in in_maps
-    assert "sha256" in in_shards or "sample 00000" in in_shards  # a json is read before the whole tar is looked at
-    assert "delete" in in_shards
+    assert all("sha256" in one.said and "delete it and run: synthgen" in one.said for one in outcomes[4:])
 
 
 def test_a_campaign_sees_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
