@@ -204,7 +204,11 @@ class Run:
         try:
             if Run.open(self.path).seed != self.seed:
                 raise StaleArtifact(f"another command has just given {self.path} another seed; run this one again")
-            yield replace(self, held={name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())})
+            held = {name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())}
+            yield replace(self, held=held)
+            for name in stage.artifacts():
+                if self._entry(name) is None:  # the same command elsewhere failed early and took them back
+                    create_bytes(self.folder(name) / SETTINGS, as_yaml(held[name]))
         except BaseException:
             for name in noted:
                 if not self.holds(name) and not self._failure_notes(name):
@@ -229,14 +233,16 @@ class Run:
             if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
                 continue
             path, data = self.folder(name) / SETTINGS, as_yaml(entry | {"versions": versions()})
-            if create_bytes(path, data):
-                new.append(name)
-                continue
-            self.check(stage)  # another command may have been first
-            write_bytes(path, data)
-            if kept is not None and kept["fingerprint"] != entry["fingerprint"]:  # all that these made were failures
+            while not (created := create_bytes(path, data)):
+                self.check(stage)  # another command may have been first
+                if path.is_file():  # otherwise it has just taken its settings back
+                    write_bytes(path, data)
+                    break
+            other = not created and kept is not None and kept["fingerprint"] != entry["fingerprint"]
+            if other:  # all that these made were failures
                 for failure in self._failure_notes(name):
                     failure.unlink(missing_ok=True)
+            if created or other:
                 new.append(name)
         return new
 

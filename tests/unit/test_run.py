@@ -150,6 +150,43 @@ def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(
     run_stage(Drawn(unit_size=7), run, Local(workers=1))
 
 
+def test_settings_that_another_command_takes_back_just_then_are_made_anew(tmp_path, monkeypatch):
+    run, taken_back = Run.create(tmp_path / "r"), {"images"}
+
+    def create(path, data):
+        if path.parent.name in taken_back:  # there were some, and now there are none
+            taken_back.remove(path.parent.name)
+            return False
+        return create_bytes(path, data)
+
+    def refused():
+        with run.claim(Drawn()) as claimed:
+            assert run.begun("images") == claimed.artifact("images")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("synthgen.run.create_bytes", create)
+    with pytest.raises(KeyboardInterrupt):
+        refused()
+    assert not taken_back
+    assert [path.name for path in run.path.iterdir()] == ["run.yaml"]  # so these were ours to take back
+
+
+def test_a_command_keeps_the_settings_that_the_same_one_elsewhere_takes_back(tmp_path):
+    run = Run.create(tmp_path / "r")
+
+    def fails(second):
+        with run.claim(Drawn()):
+            second.__enter__()
+            raise KeyboardInterrupt
+
+    second = run.claim(Drawn())
+    with pytest.raises(KeyboardInterrupt):
+        fails(second)
+    assert run.begun("images") is None
+    second.__exit__(None, None, None)
+    assert run.begun("images") is not None
+
+
 @dataclass(frozen=True)
 class Failing(Drawn):
     """Fails on units from ``first`` on."""
