@@ -17,7 +17,7 @@ from synthgen.registry import Family
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
-    from synthgen.models.vit import VisionTransformer
+    from synthgen.models.vit import Encoder
 
 __all__ = [
     "EVALUATORS",
@@ -136,8 +136,8 @@ class Material:
     reader: FeatureReader | None = None  # of the generator whose latents they are
     train_images: Pictured | None = None
     test_images: Pictured | None = None
-    encoder: VisionTransformer | None = None  # of the row; its weights are for all, and a training takes a copy
-    pool: str = "mean"  # what of its tokens is a feature: see VisionTransformer.features
+    encoder: Encoder | None = None  # of the row; its weights are for all, and a training takes a copy
+    pool: str = "mean"  # what of its tokens is a feature: see Encoder.features
     device: str = "cpu"  # where heads are trained
     describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
 
@@ -176,7 +176,7 @@ class Material:
         _finite(train.values, test.values)
         return train, test, reader
 
-    def images(self) -> tuple[Pictured, Pictured, VisionTransformer]:
+    def images(self) -> tuple[Pictured, Pictured, Encoder]:
         """Training and test images of known class, and the encoder.
 
         Raises:

@@ -20,7 +20,7 @@ from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Pictured
 from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.models.dual import DualEncoder
-from synthgen.models.vit import EncoderConfig, VisionTransformer
+from synthgen.models.vit import Encoder, EncoderConfig
 
 __all__ = [
     "BACKGROUND",
@@ -92,7 +92,7 @@ class Extractor:
     resized to the encoder's grid.
     """
 
-    networks: Mapping[str, VisionTransformer]  # of one shape; none where a generator stands alone
+    networks: Mapping[str, Encoder]  # of one shape; none where a generator stands alone
     needs: frozenset[Need]
     generator: FeatureReader | None = None
     dual: DualEncoder | None = None

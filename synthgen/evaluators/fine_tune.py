@@ -19,7 +19,7 @@ from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import Baseline, Material, Need, Pictured
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
 from synthgen.loader import Order, ahead, loader
-from synthgen.models.vit import EncoderConfig, VisionTransformer
+from synthgen.models.vit import Encoder, EncoderConfig
 
 __all__ = ["FineTune"]
 
@@ -171,7 +171,7 @@ class Held(ImageDataset):
 class Learner(nn.Module):
     """A copy of an encoder, and behind its features a norm and a linear layer that starts as good as silent."""
 
-    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: str = "mean") -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, pool: str = "mean") -> None:
         super().__init__()
         self.encoder, self.pool = copy.deepcopy(encoder).requires_grad_(True).train(), pool
         self.norm = nn.LayerNorm(encoder.config.dim, eps=1e-6)
@@ -192,16 +192,14 @@ class Learner(nn.Module):
         return scores
 
 
-def share(name: str, depth: int, layer_decay: float) -> float:
+def share(name: str, encoder: Encoder, layer_decay: float) -> float:
     """The learning rate of a weight of :class:`Learner`, as a share of the highest.
 
     As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms behind
     them have the rate of the linear layer: layer_decay ^ (depth + 1 - layer).
     """
-    first, *rest = name.removeprefix("encoder.").split(".")
-    if first in ("cls_token", "patch_embed"):
-        return layer_decay ** (depth + 1)
-    return layer_decay ** (depth - int(rest[0])) if first == "blocks" else 1.0
+    inside = name.removeprefix("encoder.")
+    return layer_decay ** (encoder.config.depth + 1 - encoder.layer(inside)) if inside != name else 1.0
 
 
 def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
@@ -209,7 +207,7 @@ def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[di
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in learner.named_parameters():
         plain = weight.ndim <= 1 or name.endswith("_token")
-        alike = share(name, learner.encoder.config.depth, layer_decay), 0.0 if plain else weight_decay
+        alike = share(name, learner.encoder, layer_decay), 0.0 if plain else weight_decay
         groups.setdefault(alike, []).append(weight)
     return [{"params": weights, "share": part, "weight_decay": decay} for (part, decay), weights in groups.items()]
 

@@ -17,7 +17,8 @@ from synthgen.methods._processes import gather, world_size
 from synthgen.models.codebook import Codebook
 from synthgen.models.draws import uniform
 from synthgen.models.layers import Block, attend, initialize, patchify, take
-from synthgen.models.vit import VisionTransformer, load_encoder
+from synthgen.models.tower import encoder_folder, is_tower, load_tower, open_encoder
+from synthgen.models.vit import Encoder, EncoderConfig, VisionTransformer
 
 __all__ = ["MaPeT"]
 
@@ -62,7 +63,7 @@ class MaPeT(Method):
         mask_ratio: float = 0.75,  # share of the patches that are targets
         form: Form = "mapet",  # masked and permuted; pim: permuted only; mim: masked only
         num_tokens: int = 512,  # visual tokens there are
-        tokenizer: str = "",  # folder of a pretrained encoder whose features are told apart; empty: pixels are
+        tokenizer: str = "",  # folder or hub id of a pretrained encoder whose features are told apart; empty: pixels
         foreground_share: float = 0.0,  # of the targets, those from under masks; 0: chance alone
         foreground_share_start: float = 0.0,  # the same at the training's beginning
     ) -> None:
@@ -121,7 +122,9 @@ class MaPeT(Method):
     @torch.no_grad()
     def tokens(self, batch: Batch, patches: Float[Tensor, "b n p"]) -> Int[Tensor, "b n"]:
         """The visual token of each patch, row by row. The first batch ever decides what they are."""
-        vectors = patches if self.tokenizer is None else self.tokenizer(batch.images)[:, 1:]
+        vectors = patches
+        if self.tokenizer is not None:
+            vectors = self.tokenizer(as_seen_by(self.tokenizer.config, self.encoder.config, batch.images))[:, 1:]
         if not self.codebook.fitted():
             b, n = vectors.shape[:2]
             each = min(n, math.ceil(POINTS * len(self.codebook.codes) / (b * world_size())))
@@ -184,18 +187,35 @@ def look(
     return y
 
 
-def load_tokenizer(folder: str, encoder: VisionTransformer) -> VisionTransformer:
-    """The encoder in ``folder``, which learns no more.
+def load_tokenizer(name: str, encoder: VisionTransformer) -> Encoder:
+    """A pretrained encoder, which learns no more. One of ``transformers`` is set to as many patches as ``encoder`` has.
 
     Raises:
-        MissingArtifact, CorruptShard: as for :func:`load_encoder`.
-        ValueError: it does not see the same patches as ``encoder``.
+        MissingArtifact, MissingWeights: as for :func:`encoder_folder`.
+        CorruptShard, ConfigError: as for :func:`open_encoder`.
+        ValueError: it does not see as many patches as ``encoder``.
     """
-    tokenizer, ours = load_encoder(folder), encoder.config
+    folder, ours = encoder_folder(name), encoder.config
+    tokenizer = load_tower(folder, ours.grid) if is_tower(folder) else open_encoder(folder)
     theirs = tokenizer.config
-    if any(getattr(theirs, name) != getattr(ours, name) for name in ("image_size", "patch_size", "mean", "std")):
+    if theirs.grid != ours.grid:
         raise ValueError(
-            f"tokenizer {folder} sees {theirs.image_size} pixels in patches of {theirs.patch_size}, and the encoder "
-            f"{ours.image_size} in patches of {ours.patch_size}; they must be the same, and mean and std too"
+            f"tokenizer {name} sees {theirs.image_size} pixels in patches of {theirs.patch_size}, and the encoder "
+            f"{ours.image_size} in patches of {ours.patch_size}; both must have as many patches"
         )
     return tokenizer.requires_grad_(False)
+
+
+def as_seen_by(
+    theirs: EncoderConfig, ours: EncoderConfig, images: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b 3 _ _"]:
+    """Images that are normalised for one encoder, resized and normalised for another."""
+    if (theirs.image_size, theirs.mean, theirs.std) == (ours.image_size, ours.mean, ours.std):
+        return images
+    mean, std, other_mean, other_std = (
+        images.new_tensor(values)[:, None, None] for values in (ours.mean, ours.std, theirs.mean, theirs.std)
+    )
+    pixels, size = images * std + mean, theirs.image_size
+    if size != images.shape[2]:
+        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return (pixels - other_mean) / other_std

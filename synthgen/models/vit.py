@@ -22,7 +22,7 @@ from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["SIZES", "EncoderConfig", "VisionTransformer", "encoder_config", "load_encoder", "save_encoder"]
+__all__ = ["SIZES", "Encoder", "EncoderConfig", "VisionTransformer", "encoder_config", "load_encoder", "save_encoder"]
 
 #: Width, depth and heads of each named size. ``micro`` is for 64-pixel images on a laptop; the others are ViT's own.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -97,7 +97,32 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class VisionTransformer(nn.Module):
+class Encoder(nn.Module):
+    """What evaluators ask: tokens of an image, a class token before those of its patches."""
+
+    config: EncoderConfig
+    has_class_token = True  # without one the mean of the patch tokens stands first
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b t d"]:
+        """Tokens of whole, normalised images: the class token, then the patches row by row."""
+        raise NotImplementedError
+
+    def untrained(self) -> Encoder:
+        """One of the same shape with new weights, on the CPU."""
+        raise NotImplementedError
+
+    def layer(self, name: str) -> int:
+        """Which layer a weight belongs to: 0 makes tokens of patches, k is block k - 1, depth + 1 what comes behind."""
+        raise NotImplementedError
+
+    def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
+        """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
+        tokens = self(images)
+        pooled: Tensor = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+        return pooled
+
+
+class VisionTransformer(Encoder):
     """ViT (Dosovitskiy et al., 2021) with a class token and fixed sine-cosine positions, as MAE uses it."""
 
     pos_embed: Tensor
@@ -144,11 +169,16 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([cls, x.to(cls.dtype)], dim=1)
 
-    def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
-        """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
-        tokens = self(images)
-        pooled: Tensor = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
-        return pooled
+    def untrained(self) -> VisionTransformer:
+        """One of the same shape with new weights, on the CPU."""
+        return VisionTransformer(self.config)
+
+    def layer(self, name: str) -> int:
+        """As in MAE's code: the class token belongs to layer 0, the last norm behind the blocks."""
+        first, *rest = name.split(".")
+        if first in ("cls_token", "patch_embed"):
+            return 0
+        return int(rest[0]) + 1 if first == "blocks" else self.config.depth + 1
 
 
 def save_encoder(encoder: VisionTransformer, folder: Path, **about: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from synthgen.config import Choice
 from synthgen.devices import devices_for
 from synthgen.errors import MissingArtifact
+from synthgen.models.tower import encoder_folder
 from synthgen.plan.files import repeated
 from synthgen.plan.judged import Judged, Looked
 from synthgen.plan.meter import Meter, Took
@@ -25,7 +27,6 @@ from synthgen.run import Run
 from synthgen.stages import Worker
 from synthgen.stages._judged import Source, looked_at
 from synthgen.stages._rows import extractor_of, judges, rows_of
-from synthgen.stores import located
 
 if TYPE_CHECKING:
     from synthgen.evaluators import Evaluator, Material, Need, Row
@@ -109,7 +110,8 @@ def _encoder(sample: Sample, judged: Judged) -> str:
     """The folder of the encoder, or of that of the same shape which was trained on the sample; none for a generator."""
     if not judged.encoder:
         return ""
-    if (located(judged.encoder) / "encoder.safetensors").is_file():
+    with suppress(MissingArtifact):
+        encoder_folder(judged.encoder)
         return judged.encoder
     trained = sample.run("rounds").folder("pretrain") / Path(judged.encoder).name
     if not (trained / "encoder.safetensors").is_file():
@@ -200,7 +202,7 @@ class _Looking:
         """Seconds in which all images are read and seen, in each round; what was seen of the sample, and its images."""
         from synthgen.stages._material import gathered
 
-        folder = located(stage.encoder) if stage.encoder else None
+        folder = encoder_folder(stage.encoder) if stage.encoder else None
         kinds = rows_of(stage, folder, evaluators.values()).values()
         extractor = extractor_of(stage, self.run, folder, Worker(device=self.device), evaluators.values())
         started = time.perf_counter()

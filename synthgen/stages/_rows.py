@@ -11,6 +11,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.run import Run
 from synthgen.stages import Worker
+from synthgen.stores import located
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from synthgen.evaluators._extraction import Extractor
     from synthgen.stages.evaluate import Evaluate
 
-__all__ = ["backbone_of", "extractor_of", "judges", "rows_of"]
+__all__ = ["backbone_of", "encoder_name", "extractor_of", "judges", "rows_of"]
 
 _BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels"}
 
@@ -42,7 +43,7 @@ def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluat
     rows: dict[str, Row] = {"generator": "generator"} if stage.generator else {}
     rows |= _BASELINES if stage.baselines else {}
     if folder:
-        name = folder.resolve().name
+        name = encoder_name(stage, folder)
         if name in rows:
             raise ConfigError(f"the encoder in {folder} is called as another row of the table; give it another name")
         rows = {name: "encoder", **rows}
@@ -53,25 +54,34 @@ def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluat
     }
 
 
+def encoder_name(stage: Evaluate, folder: Path) -> str:
+    """What the encoder is called: its folder, or the model on the hub."""
+    given = stage.encoder
+    return folder.resolve().name if not given or located(given).exists() else given.rpartition("/")[2]
+
+
 def extractor_of(
     stage: Evaluate, run: Run, folder: Path | None, worker: Worker, evaluators: Collection[Evaluator]
 ) -> Extractor:
     """What takes features from images: the networks of the rows, and a text tower where texts are needed.
 
     Raises:
-        ConfigError: the generator's network has no such block (lists those it has), or cannot be read as is asked.
+        ConfigError: the generator's network has no such block (lists those it has), or cannot be read as is asked; or
+            the encoder cannot.
     """
     from synthgen.evaluators._extraction import Extractor
     from synthgen.loader import workers_for
     from synthgen.models.dual import load_dual_encoder
-    from synthgen.models.vit import VisionTransformer, load_encoder
+    from synthgen.models.tower import open_encoder
     from synthgen.train.loop import seed_everything
 
     needs, kinds = frozenset(one.needs for one in evaluators), rows_of(stage, folder, evaluators).values()
-    networks = {"encoder": load_encoder(folder).to(worker.device)} if folder else {}
+    networks = {"encoder": open_encoder(folder).to(worker.device)} if folder else {}
+    if folder and stage.pool == "cls" and not networks["encoder"].has_class_token:
+        raise ConfigError(f"the encoder in {folder} has no class token; leave pool at mean")
     if "random" in kinds:
         seed_everything(run.seed)
-        networks["random"] = VisionTransformer(networks["encoder"].config).eval().to(worker.device)
+        networks["random"] = networks["encoder"].untrained().eval().to(worker.device)
     return Extractor(
         networks=networks,
         needs=needs,

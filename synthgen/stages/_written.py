@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from synthgen.errors import CorruptShard
-from synthgen.run import Run
+from synthgen.run import Run, digest
 from synthgen.stores.remote import RemotePath
-from synthgen.stores.whole import check_whole
+from synthgen.stores.whole import check_whole, sha256_of
 from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["check_encoder", "check_shards", "naming_damage"]
+__all__ = ["check_encoder", "check_shards", "encoder_hash", "naming_damage"]
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:
@@ -49,6 +49,18 @@ def check_encoder(folder: Path) -> None:
     if folder.parent.name == "pretrain":
         again = f"synthgen pretrain --label {shlex.quote(folder.name)} --run {shlex.quote(str(folder.parent.parent))}"
     check_whole(folder / "encoder.safetensors", sha256, again)
+
+
+def encoder_hash(folder: Path) -> str:
+    """What tells an encoder from others: the sha256 of its weights; of a model of ``transformers``, of all its files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if (folder / "encoder.safetensors").is_file():
+        return sha256_of(folder / "encoder.safetensors")
+    files = [path for pattern in ("*.json", "*.safetensors") for path in sorted(folder.glob(pattern))]
+    return digest({path.name: sha256_of(path) for path in files})
 
 
 @contextmanager

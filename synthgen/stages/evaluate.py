@@ -17,9 +17,8 @@ from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
 from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._rows import backbone_of, extractor_of, judges, rows_of
-from synthgen.stages._written import check_encoder, check_shards, naming_damage
-from synthgen.stores import located
+from synthgen.stages._rows import backbone_of, encoder_name, extractor_of, judges, rows_of
+from synthgen.stages._written import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
@@ -49,7 +48,7 @@ class Evaluate(Stage):
     collective: ClassVar = True
     accelerated: ClassVar = True
 
-    encoder: str = ""  # folder; the run's newest training where it is empty
+    encoder: str = ""  # folder of a training, folder or hub id of a vision transformer; the run's newest training
     train: str = ""  # tar, pattern or folder to learn from; the run's shards/train
     test: str = ""  # and to be judged on; the run's shards/val
     truth: str = ""  # tar, pattern or folder of tars with true masks
@@ -191,20 +190,20 @@ class Evaluate(Stage):
             MissingArtifact: there is none.
             Lacking: an evaluator judges generators alone, and none is named.
         """
+        from synthgen.models.tower import encoder_folder
+
         if not self.judges_images(run):
             return None
         of_generator = [name for name, evaluator in self.wanted(run).items() if evaluator.needs == "latents"]
         if of_generator and not self.generator:
             raise Lacking(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
-        folder = located(self.encoder) if self.encoder else _newest(run)
+        folder = encoder_folder(self.encoder) if self.encoder else _newest(run)
         if folder is None and self.generator:
             return None
         if folder is None:
             raise MissingArtifact(
                 f"{run.path} has no finished encoder; first run: synthgen pretrain --run {run.path}, or give --encoder"
             )
-        if not (folder / "encoder.safetensors").is_file():
-            raise MissingArtifact(f"there is no encoder in {folder} (encoder.safetensors); give a folder of pretrain")
         return folder
 
     def sources(self, run: Run) -> dict[str, Source]:
@@ -233,7 +232,7 @@ class Evaluate(Stage):
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
         if folder is not None:
-            found["encoder"] = sha256_of(folder / "encoder.safetensors")
+            found["encoder"] = encoder_hash(folder)
             if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
                 found["text tower"] = sha256_of(folder / "text.safetensors")
         if self.judges_images(run):
@@ -252,7 +251,7 @@ class Evaluate(Stage):
         folder, images = self.encoder_folder(run), self.judges_images(run)
         label = self.label
         if not label:
-            parts = [folder.resolve().name] if folder else []
+            parts = [encoder_name(self, folder)] if folder else []
             parts += ["generator"] if self.generator and images else []
             parts = parts or ["masks"]
             parts += [Path(self.test).stem] if self.test else []
@@ -363,7 +362,7 @@ class Evaluate(Stage):
                     given = telling(material[kind], worker.describe, f"{name} of {row}")
                     result["scores"][row][name] = evaluator.evaluate(given)
         if folder is not None:
-            result["encoder"] = str(folder)
+            result["encoder"] = self.encoder or str(folder)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""

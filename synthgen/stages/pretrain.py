@@ -18,7 +18,7 @@ from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._written import check_shards
+from synthgen.stages._written import check_shards, encoder_hash
 from synthgen.stores import filled, located
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
@@ -151,13 +151,14 @@ class Pretrain(Stage):
     def inputs(self, run: Run) -> dict[str, str]:
         """Names and sizes of the shards, and hashes of the encoders that options of the method name."""
         from synthgen.datasets import source_inputs
+        from synthgen.models.tower import is_tower
 
         found = source_inputs(*self.sources(run))
         found = found if self.data else {"shards/train": next(iter(found.values()))}
         for option, value in self.method.options.items():
-            weights = located(value) / "encoder.safetensors" if isinstance(value, str) and value else None
-            if weights and weights.is_file():
-                found[f"method.{option}"] = sha256_of(weights)
+            folder = located(value) if isinstance(value, str) and value else None
+            if folder and ((folder / "encoder.safetensors").is_file() or is_tower(folder)):
+                found[f"method.{option}"] = encoder_hash(folder)
         return found
 
     def sources(self, run: Run) -> list[str]:

@@ -159,7 +159,7 @@ def test_rates_fall_from_layer_to_layer():
     assert len(rates) == len(list(learner.parameters()))
     for name, weight in learner.named_parameters():
         (own,) = {rate for start, rate in expected.items() if name.startswith(f"encoder.{start}")} or {1.0}
-        assert share(name, 2, 0.5) == own, name
+        assert share(name, learner.encoder, 0.5) == own, name
         assert rates[id(weight)] == (own, 0.0 if name.endswith(("bias", "_token")) or "norm" in name else 0.05), name
     assert {part for part, _ in rates.values()} == {0.125, 0.25, 0.5, 1.0}
     assert {group["share"] for group in layers(learner, 1.0, 0.05)} == {1.0}
@@ -187,7 +187,7 @@ def test_a_step_is_that_of_plain_adamw():
     targets = F.one_hot(material.train_images.labels[numbers], 3) * 0.9 + 0.1 / 3
     (-(start(images).log_softmax(1) * targets).sum(1).mean()).backward()
     for name, weight in start.named_parameters():
-        rate = 1e-3 * share(name, 2, 0.5)
+        rate = 1e-3 * share(name, start.encoder, 0.5)
         kept = 1.0 if weight.ndim == 1 or name.endswith("_token") else 1 - rate * 0.05
         expected = kept * weight - rate * weight.grad / (weight.grad.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(learned.get_parameter(name), expected, atol=2e-6, rtol=1e-4)

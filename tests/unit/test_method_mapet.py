@@ -8,12 +8,13 @@ import pickle
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.loader import Batch
 from synthgen.methods import METHODS
-from synthgen.methods.mapet import look, who_sees_whom
+from synthgen.methods.mapet import as_seen_by, look, who_sees_whom
 from synthgen.models.codebook import Codebook, kmeans, nearest
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, take
@@ -296,6 +297,23 @@ def test_tokens_may_come_from_a_pretrained_encoder(tmp_path):
         build(dataclasses.replace(CONFIG, patch_size=2), tokenizer=str(tmp_path))
     with pytest.raises(MissingArtifact, match="no encoder in"):
         build(tokenizer=str(tmp_path / "none"))
+
+
+def test_tokens_may_come_from_clip(tmp_path):
+    """A vision tower of another size and normalisation, which is set to as many patches."""
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    clip = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=32, patch_size=16)).eval()
+    clip.save_pretrained(tmp_path)
+    method, batch = build(tokenizer=str(tmp_path)), make_batch()
+    assert method.tokenizer.config.image_size == 64  # 4 x 4 patches, as ours
+    method(batch, 0.0).loss.backward()
+    with torch.no_grad():
+        pixels = as_seen_by(method.tokenizer.config, CONFIG, batch.images)
+        features = clip(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    ids = torch.cdist(features, method.codebook.codes.expand(4, -1, -1)).argmin(2)
+    assert torch.equal(method.tokens(batch, patchify(batch.images, 4)), ids)
+    assert all(not p.requires_grad and p.grad is None for p in method.tokenizer.parameters())
 
 
 @pytest.mark.parametrize(

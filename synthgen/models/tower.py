@@ -1,0 +1,243 @@
+"""Vision transformers of ``transformers`` (DINOv2, CLIP, SigLIP, ViT, MAE, ...) as encoders beside our own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights, one_line
+from synthgen.models.vit import Encoder, EncoderConfig, load_encoder
+from synthgen.stores import located
+from synthgen.untrusted import read_file, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["VisionTower", "encoder_folder", "is_tower", "load_tower", "open_encoder"]
+
+_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+_OWN = "encoder.safetensors"
+_BLOCK = re.compile(r"\.(?:layer|layers)\.(\d+)\.")
+_UNUSED = re.compile(r"(?:^|\.)(?:pooler|mask_token|head)(?:\.|$)")  # nothing of it is in last_hidden_state
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+class VisionTower(Encoder):
+    """A vision transformer of ``transformers``: its ``last_hidden_state``, without registers.
+
+    Args:
+        network: takes ``pixel_values`` of ``config.image_size`` pixels.
+        config: its shape, and how it wants its pixels.
+        prefix: tokens before those of the patches, the first of which is the class token.
+        options: of each call.
+    """
+
+    def __init__(self, network: nn.Module, config: EncoderConfig, prefix: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.config, self.prefix, self.options = network, config, prefix, options
+        self.has_class_token = prefix > 0
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b t d"]:
+        """Tokens of whole, normalised images: the class token (or their mean), then the patches row by row."""
+        tokens = self.network(pixel_values=images, **self.options).last_hidden_state
+        patches = tokens[:, self.prefix :]
+        first = tokens[:, :1] if self.prefix else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], dim=1)
+
+    def untrained(self) -> VisionTower:
+        """One of the same shape with new weights, on the CPU."""
+        network = type(self.network)._from_config(self.network.config)  # type: ignore[attr-defined]
+        return VisionTower(network.eval(), self.config, self.prefix, self.options).eval()
+
+    def layer(self, name: str) -> int:
+        """By its name: embeddings belong to layer 0, what is not numbered behind the blocks."""
+        if block := _BLOCK.search(name):
+            return int(block[1]) + 1
+        return 0 if "embeddings" in name else self.config.depth + 1
+
+
+def encoder_folder(name: str) -> Path:
+    """The folder of an encoder: one of ``pretrain``, or of a vision model of ``transformers``, or one from the hub.
+
+    Raises:
+        MissingArtifact: there is no encoder there.
+        MissingWeights: it is a hub id, and the model is not on this machine and cannot be fetched.
+    """
+    folder = located(name)
+    if (folder / _OWN).is_file() or is_tower(folder):
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise MissingArtifact(
+            f"there is no encoder in {folder} ({_OWN}, or config.json and safetensors of a vision model of "
+            "transformers); give a folder of pretrain"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:
+        raise MissingWeights(
+            f"there is no folder {name}, and no such model can be had from the hub: {one_line(error)}; "
+            f"download it first, for example with: hf download {name}"
+        ) from None
+
+
+def is_tower(folder: Path) -> bool:
+    """Whether a folder holds a model of ``transformers``."""
+    return not (folder / _OWN).is_file() and (folder / "config.json").is_file() and bool(_weights(folder))
+
+
+def open_encoder(folder: str | Path) -> Encoder:
+    """An encoder of :func:`encoder_folder`, whoever trained it, in evaluation mode on the CPU.
+
+    Raises:
+        MissingArtifact, CorruptShard, ConfigError: see :func:`load_encoder` and :func:`load_tower`.
+    """
+    folder = located(folder)
+    return load_tower(folder) if is_tower(folder) else load_encoder(folder)
+
+
+def load_tower(folder: Path, patches: int = 0) -> VisionTower:
+    """A vision transformer of ``transformers``; of a model of images and texts, its vision tower.
+
+    Args:
+        folder: config.json, safetensors, and preprocessor_config.json, which tells the size and the normalisation.
+        patches: along a side, if it is to see another number of them than it says; its positions are interpolated.
+
+    Raises:
+        ConfigError: it is no plain vision transformer, or wants to run code of its own.
+        CorruptShard: its files cannot be read, or do not fit each other.
+    """
+    try:
+        described = read_json(read_file(folder / "config.json"))
+        if not isinstance(described, dict):
+            raise ValueError("config.json is not an object")
+        processor = folder / "preprocessor_config.json"
+        prepared = read_json(read_file(processor)) if processor.is_file() else {}
+        if "auto_map" in described:
+            raise ConfigError(f"the model in {folder} wants to run code of its own, and synthgen runs no such code")
+        with _quiet():
+            network = _vision(folder)
+        return _fitted(network.eval(), folder, prepared if isinstance(prepared, dict) else {}, patches)
+    except _BROKEN as error:
+        raise CorruptShard(
+            f"the model in {folder} cannot be read as a vision model of transformers: {one_line(error)}; "
+            "download it again, with its safetensors"
+        ) from None
+
+
+def _vision(folder: Path) -> nn.Module:
+    """The network, of a model of images and texts the one that sees."""
+    from transformers import AutoConfig, AutoModel, ViTModel
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    hides = config.model_type == "vit_mae"  # patches, on its own; its weights have the names of a ViT's
+    model, told = (ViTModel if hides else AutoModel).from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    network: nn.Module = getattr(model, "vision_model", model)
+    inside = "vision_model." if network is not model else ""
+    lacking = [name for name in told["missing_keys"] if name.startswith(inside) and not _UNUSED.search(name)]
+    if lacking:
+        raise ValueError(f"its weights lack {lacking[0]}, and {len(lacking)} in all")
+    return network
+
+
+def _fitted(network: nn.Module, folder: Path, prepared: dict[str, Any], patches: int) -> VisionTower:
+    """The tower at a size that it can see.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    about: PretrainedConfig = network.config
+    try:
+        patch, own = int(about.patch_size), int(about.image_size)
+        config = EncoderConfig(
+            image_size=own // patch * patch,
+            patch_size=patch,
+            dim=int(about.hidden_size),
+            depth=int(about.num_hidden_layers),
+            num_heads=int(about.num_attention_heads),
+            mean=_three(prepared.get("image_mean"), EncoderConfig.mean),
+            std=_three(prepared.get("image_std"), EncoderConfig.std),
+        )
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(
+            f"the {about.model_type} in {folder} is no vision transformer with square patches of one size"
+        ) from None
+    sizes = [patches * patch] if patches else [_side(prepared) // patch * patch, config.image_size]
+    for size in dict.fromkeys(filter(None, sizes)):
+        for options in ({}, {"interpolate_pos_encoding": True}):
+            tower = VisionTower(network, replace(config, image_size=size), 0, options)
+            prefix = _tokens_before(tower)
+            if prefix is not None:
+                return VisionTower(network, tower.config, prefix, options).eval()
+    raise ConfigError(
+        f"the {about.model_type} in {folder} does not give a token for each of its patches at {sizes[-1]} pixels"
+    )
+
+
+@torch.no_grad()
+def _tokens_before(tower: VisionTower) -> int | None:
+    """How many tokens stand before those of the patches, found by a look at nothing; None where that cannot be."""
+    side, num_patches = tower.config.image_size, tower.config.grid**2
+    try:
+        tokens = tower.network(pixel_values=torch.zeros(1, 3, side, side), **tower.options).last_hidden_state
+    except (RuntimeError, ValueError, TypeError):  # another size than it knows, or it has no such option
+        return None
+    registers = 1 + int(getattr(tower.network.config, "num_register_tokens", 0) or 0)
+    before = tokens.shape[1] - num_patches if tokens.ndim == 3 else -1
+    return before if 0 <= before <= registers + 1 else None  # one more: of distillation
+
+
+def _side(prepared: dict[str, Any]) -> int:
+    """The pixels along a side of what its images are cut to, 0 where that is not said or they are not square."""
+    for name in ("crop_size", "size"):
+        value = prepared.get(name)
+        sides = set(value.values()) if isinstance(value, dict) else {value}
+        if prepared.get("do_center_crop", True) is False and name == "crop_size":
+            continue
+        if len(sides) == 1 and isinstance(side := sides.pop(), int) and side > 0:
+            return side
+    return 0
+
+
+def _three(values: Any, otherwise: tuple[float, float, float]) -> tuple[float, float, float]:
+    if values is None:
+        return otherwise
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes and bars of ``transformers``: weights of heads that are not wanted are no mistake."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
