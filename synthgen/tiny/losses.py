@@ -14,6 +14,8 @@ __all__ = ["Autoencoding", "Denoising", "WrittenOutAttention", "halved", "noise_
 
 LAYOUT = 0.3  # added to every noise level's weight: near pure noise, where min(SNR, 5) is 0, objects get their places
 
+OBJECTS = 2.0  # what objects count more than scenes, which fill most of an image of two and are easier
+
 
 def halved(device: torch.device) -> torch.autocast:
     """Matrix products and convolutions in bfloat16: nearly twice as fast, on CPUs that know it too."""
@@ -30,27 +32,31 @@ class Autoencoding(nn.Module):
 
     noise = 0.05
 
-    def __init__(self, vae: AutoencoderTiny) -> None:
+    def __init__(self, vae: AutoencoderTiny, square: float = 2.0, edge: float = 0.5) -> None:
+        """``square`` and ``edge`` are the weights of the squared error and of what is wrong between neighbours."""
         super().__init__()
-        self.vae = vae
+        self.vae, self.square, self.edge = vae, square, edge
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Losses:
         """The batch's loss and its parts; ``x`` (b, 3, H, W) in [-1, 1]."""
         with halved(x.device):
             z = self.vae.encode(x).latents.float()
             y = self.vae.decode(z + self.noise * noise_like(z, generator)).sample.float()
-        pixel = F.l1_loss(y, x) + 2 * F.mse_loss(y, x)
+        pixel = F.l1_loss(y, x) + self.square * F.mse_loss(y, x)
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         coarse = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
         deviation, mean = torch.std_mean(z, dim=(0, 2, 3))
         unit = (deviation - 1).square().mean() + mean.square().mean()
         rough = z.diff(dim=2).square().mean() + z.diff(dim=3).square().mean()
-        loss = pixel + 0.5 * edges + 0.5 * coarse + 0.02 * unit + 0.002 * rough
+        loss = pixel + self.edge * edges + 0.5 * coarse + 0.02 * unit + 0.002 * rough
         return {"loss": loss, "pixel": pixel, "unit": unit, "rough": rough}
 
 
 class Denoising(nn.Module):
-    """The loss of the U-Net and the text tower: v-prediction, weighted by (min(SNR, 5) + LAYOUT) / (SNR + 1)."""
+    """The loss of the U-Net and the text tower: v-prediction, weighted by (min(SNR, 5) + LAYOUT) / (SNR + 1).
+
+    Where the objects are it counts 1 + OBJECTS times as much as elsewhere.
+    """
 
     signal: Tensor
     noise: Tensor
@@ -65,11 +71,14 @@ class Denoising(nn.Module):
         self.register_buffer("noise", (1 - alpha).sqrt(), persistent=False)
         self.register_buffer("snr", alpha / (1 - alpha), persistent=False)
 
-    def forward(self, latents: Tensor, tokens: Tensor, t: Tensor, noise: Tensor, hidden: Tensor) -> Losses:
+    def forward(
+        self, latents: Tensor, tokens: Tensor, objects: Tensor, t: Tensor, noise: Tensor, hidden: Tensor
+    ) -> Losses:
         """The batch's loss.
 
-        ``latents`` and ``noise`` (b, 4, 16, 16), the former of unit variance; ``tokens`` (b, 32); ``t`` (b,) timesteps;
-        ``hidden`` bool (b,), where the U-Net sees nothing from the end token on.
+        ``latents`` and ``noise`` (b, 4, 16, 16), the former of unit variance; ``tokens`` (b, 32); ``objects``
+        (b, 1, 16, 16), the share of each cell that objects cover; ``t`` (b,) timesteps; ``hidden`` bool (b,), where the
+        U-Net sees nothing from the end token on.
         """
         signal_rate, noise_rate = (rate[t][:, None, None, None] for rate in (self.signal, self.noise))
         context = self.text_encoder(tokens).last_hidden_state
@@ -77,10 +86,12 @@ class Denoising(nn.Module):
         with halved(latents.device):
             noised = signal_rate * latents + noise_rate * noise
             v = self.unet(noised, t, context, encoder_attention_mask=word | ~hidden[:, None]).sample.float()
-        error = (v - (signal_rate * noise - noise_rate * latents)).square().mean(dim=(1, 2, 3))
+        error = (v - (signal_rate * noise - noise_rate * latents)).square()
+        places = 1 + OBJECTS * objects
+        weighted = (error * places).mean(dim=(1, 2, 3)) / places.mean(dim=(1, 2, 3))
         snr = self.snr[t]
         weight = (snr.clamp(max=5) + LAYOUT) / (snr + 1)
-        return {"loss": (error * weight).mean(), "error": error.mean()}
+        return {"loss": (weighted * weight).mean(), "error": error.mean()}
 
 
 class WrittenOutAttention:

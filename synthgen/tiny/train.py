@@ -22,6 +22,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS, networks
@@ -108,7 +109,8 @@ def begin(job: Job) -> None:
 def train_vae(job: Job) -> None:
     """Train the autoencoder and write it, with its scaling factor, to ``out/vae``."""
     torch.manual_seed(SEED)
-    vae = autoencode(job, networks.autoencoder(), job.out / "vae-training", job.preset.vae).cpu()
+    model = Autoencoding(networks.autoencoder())
+    vae = autoencode(job, model, job.out / "vae-training", job.preset.vae).cpu()
     if rank() == 0:
         composites = Compositor(job.data, Names.load()).draw(512, torch.Generator().manual_seed(SEED))
         with torch.no_grad():
@@ -118,17 +120,21 @@ def train_vae(job: Job) -> None:
 
 
 def train_decoder(job: Job) -> None:
-    """Train the decoder of ``out/vae`` on, its latents as they are, and write the whole to ``out/vae-tuned``."""
+    """Train the decoder of ``out/vae`` on, its latents as they are, and write the whole to ``out/vae-tuned``.
+
+    The squared error, which is what PSNR measures, counts for more than while the latents are still being found.
+    """
     vae = AutoencoderTiny.from_pretrained(job.out / "vae")
     vae.encoder.requires_grad_(False)
-    vae = autoencode(job, vae, job.out / "decoder-training", job.preset.decoder).cpu()
+    model = Autoencoding(vae, square=10.0, edge=0.25)
+    vae = autoencode(job, model, job.out / "decoder-training", job.preset.decoder).cpu()
     if rank() == 0:
         vae.save_pretrained(job.out / "vae-tuned")
 
 
-def autoencode(job: Job, vae: AutoencoderTiny, out: Path, settings: Settings) -> AutoencoderTiny:
-    """Train what of ``vae`` has gradients; return it with averaged weights."""
-    model = Autoencoding(vae)
+def autoencode(job: Job, model: Autoencoding, out: Path, settings: Settings) -> AutoencoderTiny:
+    """Train what of an autoencoder has gradients; return it with averaged weights."""
+    vae = model.vae
     model.to(job.preset.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if job.preset.compile:
         model.compile()
@@ -155,23 +161,23 @@ def autoencode(job: Job, vae: AutoencoderTiny, out: Path, settings: Settings) ->
 
 
 class Bank:
-    """Latents and tokens of the newest composites, from which batches are drawn."""
+    """Latents, tokens and places of objects of the newest composites, from which batches are drawn."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.parts = size, list[tuple[Tensor, Tensor]]()
+        self.size, self.parts = size, list[tuple[Tensor, ...]]()
 
-    def add(self, latents: Tensor, tokens: Tensor) -> None:
-        """Take in a part; the oldest leave when there is no more room."""
-        self.parts.append((latents, tokens))
+    def add(self, *part: Tensor) -> None:
+        """Take in a part, tensors of as many rows; the oldest leave when there is no more room."""
+        self.parts.append(part)
         while sum(len(part[0]) for part in self.parts) > self.size:
             self.parts.pop(0)
 
-    def draw(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``num`` rows at random."""
+    def draw(self, num: int, generator: torch.Generator) -> list[Tensor]:
+        """``num`` rows at random, of each tensor."""
         each = len(self.parts[0][0])
         rows = torch.randint(each * len(self.parts), (num,), generator=generator).tolist()
         drawn = [[part[row % each] for part in self.parts[row // each]] for row in rows]
-        return torch.stack([row[0] for row in drawn]), torch.stack([row[1] for row in drawn])
+        return [torch.stack(rows) for rows in zip(*drawn, strict=True)]
 
 
 def train_unet(job: Job) -> None:
@@ -209,19 +215,21 @@ def train_unet(job: Job) -> None:
             latents = (
                 torch.cat([vae.encode(part).latents.float() for part in torch.split(x, 64)]) * vae.config.scaling_factor
             )
-        bank.add(latents.contiguous(), tokenize(tokenizer, list(composites.captions)).to(device))
+        tokens = tokenize(tokenizer, list(composites.captions)).to(device)
+        objects = composites.masks.any(dim=1, keepdim=True).float().to(device)
+        bank.add(latents.contiguous(), tokens, F.adaptive_avg_pool2d(objects, latents.shape[2:]))
 
     def losses(step: int) -> Losses:
         number, batch = divmod(step, CHUNK * DRAWS)
         if batch == 0 or not bank.parts:
             compose(number)
         generator = torch.Generator().manual_seed(rank_seed(SEED, 3, step))
-        latents, tokens = bank.draw(settings.batch_size, generator)
+        latents, tokens, objects = bank.draw(settings.batch_size, generator)
         dropped, hidden = torch.rand(2, len(latents), generator=generator).to(device)
         tokens = torch.where((dropped < DROPPED)[:, None], empty, tokens)
         strata = torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)  # one timestep of each
         t = (strata * len(model.snr) / len(latents)).long().to(device)
-        return model(latents, tokens, t, noise_like(latents, generator), hidden < PADDING_HIDDEN)  # type: ignore[no-any-return]
+        return model(latents, tokens, objects, t, noise_like(latents, generator), hidden < PADDING_HIDDEN)  # type: ignore[no-any-return]
 
     def show(ema: dict[str, Tensor]) -> dict[str, float]:
         pipeline = assemble(job.out, ema)

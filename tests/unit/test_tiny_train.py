@@ -91,8 +91,29 @@ def test_the_end_token_and_what_follows_can_be_hidden() -> None:
     noise = torch.randn(1, 4, 16, 16)
     for hidden in (True, False):
         with torch.no_grad():
-            losses = [float(model(z, some, t, noise, torch.tensor([hidden]))["loss"]) for some in (tokens, other)]
+            losses = [
+                float(model(z, some, torch.zeros(1, 1, 16, 16), t, noise, torch.tensor([hidden]))["loss"])
+                for some in (tokens, other)
+            ]
         assert (losses[0] == losses[1]) == hidden
+
+
+def test_what_is_wrong_with_objects_counts_more_than_what_is_wrong_with_scenes() -> None:
+    tokenizer = networks.train_tokenizer(NAMES.captions(), 1024)
+    model = Denoising(networks.text_encoder(tokenizer), networks.unet()).eval()
+    tokens, t, hidden = train.tokenize(tokenizer, ["a photo of a dog"]), torch.tensor([500]), torch.tensor([False])
+    z, noise = torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16)
+    z[..., :4] = 3.0  # the error is larger here, since the untrained U-Net knows nothing of it
+
+    def loss(columns: slice) -> float:
+        objects = torch.zeros(1, 1, 16, 16)
+        objects[..., columns] = 1
+        with torch.no_grad():
+            return float(model(z, tokens, objects, t, noise, hidden)["loss"])
+
+    everywhere, nowhere = loss(slice(None)), loss(slice(0))
+    assert everywhere == pytest.approx(nowhere)  # it is a mean
+    assert loss(slice(4)) > nowhere > loss(slice(4, None))
 
 
 def test_attention_written_out_is_attention() -> None:
