@@ -181,7 +181,7 @@ def pretrain(
 @app.command()
 def evaluate(
     run: RunOption = LATEST,
-    encoder: Annotated[str | None, typer.Option(help="Folder, or hub id of a ViT.  [default: the run's newest]")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder, or hub id of a ViT.  [default: the newest]")] = None,
     evaluator: Annotated[
         list[str] | None,
         typer.Option(help="knn, linear_probe, ...: see synthgen schema evaluate.evaluators; may be repeated."),
