@@ -40,6 +40,7 @@ SEED = 2026
 DROPPED = 0.1  # share of captions that are left empty, for guidance
 PADDING_HIDDEN = 0.7  # share of captions whose end and padding tokens the U-Net does not see: words must do without
 HELD_OUT = 256  # composites that the logged figures are of
+SCALED_BY = 512  # composites whose latents have unit variance
 SHARES = (0.30, 0.46, 0.08, 0.08, 0.08)  # of the layouts that the U-Net learns: several objects are harder than one
 VOCAB_SIZE = 4096  # at most; enough for every word of the captions
 CHUNK = 16  # batches that are composed together
@@ -112,7 +113,7 @@ def train_vae(job: Job) -> None:
     model = Autoencoding(networks.autoencoder())
     vae = autoencode(job, model, job.out / "vae-training", job.preset.vae).cpu()
     if rank() == 0:
-        composites = Compositor(job.data, Names.load()).draw(512, torch.Generator().manual_seed(SEED))
+        composites = Compositor(job.data, Names.load()).draw(SCALED_BY, torch.Generator().manual_seed(SEED))
         with torch.no_grad():
             deviation = float(vae.encode(pixels(composites.images)).latents.std())
         vae.register_to_config(scaling_factor=round(1 / deviation, 4))
@@ -126,7 +127,7 @@ def train_decoder(job: Job) -> None:
     """
     vae = AutoencoderTiny.from_pretrained(job.out / "vae")
     vae.encoder.requires_grad_(False)
-    model = Autoencoding(vae, square=10.0, edge=0.25)
+    model = Autoencoding(vae, square=20.0, edge=0.1)
     vae = autoencode(job, model, job.out / "decoder-training", job.preset.decoder).cpu()
     if rank() == 0:
         vae.save_pretrained(job.out / "vae-tuned")

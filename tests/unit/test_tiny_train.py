@@ -28,6 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Names, "load", classmethod(lambda cls: NAMES))
     monkeypatch.setattr(train, "CHUNK", 2)
     monkeypatch.setattr(train, "HELD_OUT", 8)
+    monkeypatch.setattr(train, "SCALED_BY", 8)
     monkeypatch.setattr(train, "PROMPTS", train.PROMPTS[:8])
     torch.set_num_threads(1)
 
