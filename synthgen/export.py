@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from synthgen.errors import one_line
 from synthgen.models.vit import VisionTransformer
 from synthgen.stores import filled
-from synthgen.stores.tar import write_json
+from synthgen.stores.tar import storage_error, write_json
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -64,14 +66,23 @@ def to_transformers(encoder: VisionTransformer) -> ViTModel:
 
 
 def export_encoder(encoder: VisionTransformer, folder: Path) -> None:
-    """Save what ``ViTModel.from_pretrained(folder)`` and ``ViTImageProcessor.from_pretrained(folder)`` read."""
+    """Save what ``ViTModel.from_pretrained(folder)`` and ``ViTImageProcessor.from_pretrained(folder)`` read.
+
+    Raises:
+        StorageError: the disk is full or the folder may not be written to; or the store does not answer.
+    """
     from transformers.utils import logging
 
+    model = to_transformers(encoder)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one file needs none, and it would cross the bar of the training
     try:
         with filled(folder) as here:
-            to_transformers(encoder).save_pretrained(here)
+            model.save_pretrained(here)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    except SafetensorError as error:  # the library's own form of it
+        raise storage_error(folder, OSError(one_line(error))) from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from synthgen.datasets import ImageDataset, Sample
+from synthgen.errors import SynthgenError
 
-__all__ = ["Batch", "Order", "ahead", "collate", "loader", "workers_for"]
+__all__ = ["Batch", "Order", "Reader", "ahead", "collate", "loader", "workers_for"]
 
 _SEEDS = 2  # the stream of a sample's seed; 0 and 1 are those of its views
 
 View = Callable[[Sample, np.random.Generator], Sample]
+
+Row = TypeVar("Row")
+Rows = TypeVar("Rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,20 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor | Batch)
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+            for name, value in self._tensors().items()
         }
         return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch where a GPU can fetch it while others compute; loaders that pin ask for it by this name."""
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **pinned)
+
+    def _tensors(self) -> dict[str, Tensor | Batch]:
+        """By their names, with those of the second view as a batch."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor | Batch)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +168,60 @@ class _Collate:
         return replace(first, second=others[0]) if others else first
 
 
+class Reader(DataLoader[Rows]):
+    """A DataLoader whose processes hand over a :class:`SynthgenError` as it is, to be raised here.
+
+    Torch would raise another in its place, whose message is the traceback in the process.
+    """
+
+    def __init__(
+        self, rows: Dataset[Row], collate_fn: Callable[[list[Row]], Rows], *, num_workers: int = 0, **settings: Any
+    ) -> None:
+        super().__init__(
+            _Carrying(rows),  # type: ignore[arg-type]
+            collate_fn=_Carried(collate_fn),
+            num_workers=num_workers,
+            **settings,
+        )
+
+    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, SynthgenError):
+                raise batch
+            yield batch
+
+
+class _Carrying(Dataset[Row | SynthgenError], Generic[Row]):
+    """Rows, or why one cannot be had."""
+
+    def __init__(self, rows: Dataset[Row]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, ticket: Any) -> Row | SynthgenError:
+        try:
+            return self.rows[ticket]
+        except SynthgenError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Carried(Generic[Row, Rows]):
+    """Rows side by side, or the first error among them."""
+
+    collate: Callable[[list[Row]], Rows]
+
+    def __call__(self, rows: list[Row | SynthgenError]) -> Rows | SynthgenError:
+        read: list[Row] = []
+        for row in rows:
+            if isinstance(row, SynthgenError):
+                return row
+            read.append(row)
+        return self.collate(read)
+
+
 def workers_for(setting: int) -> int:
     """How many loader processes ``num_workers`` means: -1 is none on two cores or fewer, else up to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,13 +239,13 @@ def loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     second: View | None = None,
-) -> DataLoader[Batch]:
+) -> Reader[Batch]:
     """Batches in ``order`` of one view, or two, of each sample; the same bytes with any ``num_workers``."""
     views = [view] if second is None else [view, second]
-    return DataLoader(
-        _Views(samples, views, seed),  # type: ignore[arg-type]
+    return Reader(
+        _Views(samples, views, seed),
+        _Collate(mean, std),
         batch_sampler=order,
-        collate_fn=_Collate(mean, std),
         num_workers=num_workers,
         pin_memory=pin_memory,
     )

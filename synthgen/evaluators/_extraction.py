@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float16, Float32, Int, Int16, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
 from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Pictured, Scenes
 from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
+from synthgen.loader import Reader
 from synthgen.models.dual import DualEncoder
 from synthgen.models.vit import Encoder, EncoderConfig
 
@@ -152,12 +152,7 @@ class Extractor:
         view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
         drawn_size = self.generator.image_size if self.generator else 0
         rows = Views(samples, numbers, view.image_size, masks=bool(wanted), drawn_size=drawn_size)
-        batches = DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=Collate(view.mean, view.std),
-        )
+        batches = Reader(rows, Collate(view.mean, view.std), batch_size=self.batch_size, num_workers=self.num_workers)
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
             for images, batch in batches:

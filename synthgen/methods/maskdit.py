@@ -154,9 +154,9 @@ class MaskDiT(Method):
             rebuild = ((denoised[:, visible.shape[1] :] - pixel_target(take(y, hidden), norm=True)) ** 2).mean()
             loss = loss + self.rebuild_weight * rebuild
             metrics["rebuild"] = rebuild.detach()
-            if self.uses_masks and batch.masks.shape[1]:
-                foreground = coverage(batch.masks, self.encoder.config.patch_size)
-                metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
+        if self.uses_masks:  # also where no image of the batch has words: processes and parts tell the same figures
+            foreground = coverage(batch.masks, self.encoder.config.patch_size)
+            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
         return StepOutput(loss, metrics)
 
     def levels(self, seeds: Int[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +31,8 @@ __all__ = ["VLP"]
 #: Streams of a sample's draws.
 POSITION, NEGATIVES = range(2)
 
+COLDEST, WARMEST = 0.001, 0.5  # the range of the learned temperature, as in ALBEF's code
+
 FAR = -1e4  # in place of a similarity that does not count: its exponential is 0, and its gradient too
 
 
@@ -43,13 +46,14 @@ class VLP(Method):
     loss  = ITC + ITM
 
     For ITM a text's tokens look at the image's patch tokens. The other image is drawn with probability softmax(u.V/s),
-    the other text with softmax(v.U/s): the likely mistakes. Equal texts are no mistakes. Images without a text are
-    left out.
+    the other text with softmax(v.U/s): the likely mistakes. Equal texts are no mistakes, and texts whose tokens are
+    equal as far as they are read are equal. Images without a text are left out.
 
     With ``position_share`` above 0 that share of the texts is lengthened by a sentence such as "The dog is in block 5."
     (Free-ATM; the idea of position prompts is PTP's, Wang et al., 2022). The word is drawn from those whose mask covers
     ``min_area`` of the view or more. The block is that of the middle of the mask's box after crop and flip, on a grid
-    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked.
+    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked. A caption that leaves the sentence no
+    room within ``max_tokens`` is cut by as many tokens as it takes.
 
     With ``region_weight`` above 0 that many times ITC between objects and words is added: u is then the vector of the
     word alone as a text, v that of the mean of the patch tokens under its mask, and for as many rows again that of the
@@ -88,8 +92,8 @@ class VLP(Method):
             )
         if region_weight < 0:
             raise ValueError(f"region_weight must not be negative, but is {region_weight}")
-        if not 0.001 <= temperature <= 0.5:
-            raise ValueError(f"temperature must lie between 0.001 and 0.5, not {temperature}")
+        if not COLDEST <= temperature <= WARMEST:
+            raise ValueError(f"temperature must lie between {COLDEST} and {WARMEST}, not {temperature}")
         config = encoder.config
         self.encoder = encoder
         self.tokenizer = TextTokenizer(tokenizer, max_tokens)
@@ -135,17 +139,16 @@ class VLP(Method):
         device = batch.images.device
         texts = self.texts(batch)
         told = torch.tensor([bool(text) for text in texts], device=device)
-        tokens, real = (part.to(device) for part in self.tokenizer(texts))
+        tokens, real, names = self.read(texts, [number_of(text) for text in texts], device)
         padding = longest(tokens.shape[1], device) - tokens.shape[1]
         tokens, real = F.pad(tokens, (0, padding)), F.pad(real, (0, padding))
         image, text = self.encoder(batch.images)[:, 1:], self.text(tokens, real)  # b n d, b t d
         v = F.normalize(self.image_head(image.mean(1)), dim=1).float()
         u = F.normalize(self.text_head(text[:, 0]), dim=1).float()
 
-        names = torch.tensor([number_of(text) for text in texts], device=device)
         usable = gather(told)
-        fits = (names[:, None] == gather(names)) & usable  # b B: texts that say the same
-        scale = self.temperature.clamp(0.001, 0.5)
+        fits = _alike(names) & usable  # b B: texts that say the same
+        scale = self.temperature.clamp(COLDEST, WARMEST)
         to_texts = (v @ gather(u).T / scale).masked_fill(~usable, FAR)
         to_images = (u @ gather(v).T / scale).masked_fill(~usable, FAR)
         itc = (self.contrast(to_texts, fits, told) + self.contrast(to_images, fits, told)) / 2
@@ -166,6 +169,7 @@ class VLP(Method):
             "retrieved": (fits.gather(1, to_texts.argmax(1, keepdim=True)).squeeze(1) & told).float().mean(),
             "matched": matched,
             "with_text": told.float().mean(),
+            "temperature": scale.detach(),
         }
         loss = itc + itm
         if self.region_weight > 0:
@@ -181,15 +185,14 @@ class VLP(Method):
         found = regions((batch,), self.encoder.config.patch_size, self.max_regions)
         spelled = {number_of(word): word for words in batch.words for word in words}
         numbers, place = torch.unique(found.words, return_inverse=True)  # each word is read once
-        tokens, real = (
-            part.to(image.device) for part in self.tokenizer([spelled.get(n, "") for n in numbers.tolist()])
-        )
+        listed: list[int] = numbers.tolist()
+        tokens, real, names = self.read([spelled.get(number, "") for number in listed], listed, image.device)
         under_mask, everywhere = found.shares[0], torch.ones_like(found.shares[0])
         v = F.normalize(self.image_head(pool(image, torch.cat([under_mask, everywhere], 1))), dim=2).float()  # b 2k e
         u = F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1).float()[place.repeat(1, 2)]
-        words, there = found.words.repeat(1, 2), found.present.repeat(1, 2)
+        there = found.present.repeat(1, 2)
         present, usable = there.flatten(), gather(there).flatten()
-        fits = (words.flatten()[:, None] == gather(words).flatten()) & usable
+        fits = _alike(names[place.repeat(1, 2)]) & usable
         to_words, to_regions = (
             (ours.flatten(0, 1) @ gather(theirs).flatten(0, 1).T / scale).masked_fill(~usable, FAR)
             for ours, theirs in ((v, u), (u, v))
@@ -215,6 +218,20 @@ class VLP(Method):
         loss = share_of_mean(F.cross_entropy(verdict, belong, reduction="none"), asked)
         return loss, right.sum() / asked.sum().clamp(min=1)
 
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """The temperature is kept in its range: outside it would have no gradient, and never come back."""
+        self.temperature.clamp_(COLDEST, WARMEST)
+
+    def read(
+        self, texts: Sequence[str], numbers: Sequence[int], device: torch.device
+    ) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"], Int[Tensor, "n 2"]]:
+        """Tokens, which of them are text, and two names of each text: its number, and that of its tokens as read."""
+        tokens, real = self.tokenizer(texts)
+        rows = zip(tokens.tolist(), real.sum(1).tolist(), strict=True)
+        names = [*zip(numbers, (number_of(str(row[:length])) for row, length in rows), strict=True)]
+        return tokens.to(device), real.to(device), torch.tensor(names, dtype=torch.long, device=device)
+
     def texts(self, batch: Batch) -> list[str]:
         """What the text tower reads: each caption's first words, and for a share of them where one word's object is."""
         captions = [" ".join(text.split()[: self.max_words]) for text in batch.texts]
@@ -229,9 +246,22 @@ class VLP(Method):
             if words and drawn[row][0] < self.position_share:
                 number = words[int(drawn[row][1] * len(words))]
                 sentence = f"The {batch.words[row][number]} is in block {places[row][number]}."
-                caption = f"{caption.rstrip(' .')}. {sentence}" if caption else sentence
+                caption = self.lengthened(caption, sentence) if caption else sentence
             texts.append(caption)
         return texts
+
+    def lengthened(self, caption: str, sentence: str) -> str:
+        """Of a caption as many tokens as leave room for the sentence, and the sentence; where none would, the caption.
+
+        Whether a text fits is asked of the text itself: how tokens join at a cut is the tokenizer's affair.
+        """
+        whole = f"{caption.rstrip(' .')}. {sentence}"
+        if self.tokenizer.holds(whole):
+            return whole
+        begun = [f"{caption[:end].rstrip(' .')}. {sentence}" for end in self.tokenizer.ends(caption)]
+        tried = [sentence, *begun]
+        count = bisect_left(tried, True, key=lambda text: not self.tokenizer.holds(text))
+        return tried[count - 1] if count else caption
 
     def export(self, folder: Path) -> None:
         """Both towers, for retrieval: see :func:`synthgen.models.dual.load_dual_encoder`."""
@@ -251,6 +281,11 @@ def _middle(line: Bool[Tensor, "b k n"]) -> Float[Tensor, "b k"]:
     length = line.shape[2]
     first, behind = line.float().argmax(2), length - line.flip(2).float().argmax(2)
     return (first + behind) / (2 * length)
+
+
+def _alike(names: Int[Tensor, "*n 2"]) -> Bool[Tensor, "m M"]:
+    """Which of this process's texts are the same as which of all: those that have a name in common."""
+    return (names.flatten(0, -2)[:, None] == gather(names).flatten(0, -2)).any(2)
 
 
 def _draw(

@@ -61,6 +61,14 @@ class TextTokenizer:
             real[index, : len(row)] = True
         return tokens, real
 
+    def holds(self, text: str) -> bool:
+        """Whether all of a text is read, and nothing of it cut."""
+        return not self._tokenizer.encode(text).overflowing
+
+    def ends(self, text: str) -> list[int]:
+        """Where in the text each token that is read ends, in characters."""
+        return [end for _, end in self._tokenizer.encode(text).offsets if end]  # none for tokens such as [SEP]
+
     def __getstate__(self) -> dict[str, Any]:
         return {"json": self.json, "max_tokens": self.max_tokens}
 

@@ -15,6 +15,8 @@ __all__ = ["telling_lost_readers"]
 def telling_lost_readers() -> Iterator[None]:
     """Say in one line that a loader process was killed; torch says it in a traceback, wherever the stage may be.
 
+    What such a process could not read it hands over itself (see :class:`synthgen.loader.Reader`).
+
     Raises:
         SynthgenError: one was.
     """

@@ -26,7 +26,7 @@ from synthgen.loader import Batch, Order, ahead, loader
 from synthgen.methods import Method, StepOutput
 from synthgen.models.layers import Block, CrossBlock
 from synthgen.stores import Growing
-from synthgen.stores.tar import write_bytes
+from synthgen.stores.tar import storage_error, write_bytes
 from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
 
@@ -91,7 +91,7 @@ class Training:
 
         Raises:
             SynthgenError: the loss is not a finite number; names the step.
-            CorruptShard, StorageError: a sample cannot be read, a checkpoint not be written.
+            CorruptShard, StorageError: a sample cannot be read, a checkpoint or a record not be written.
         """
         main = self.accelerator.is_main_process
         if main:
@@ -190,7 +190,10 @@ class Training:
         self._metrics.flush()
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._metrics.add(json.dumps(record))
+        try:
+            self._metrics.add(json.dumps(record))
+        except OSError as error:
+            raise storage_error(self.metrics_path, error) from error
 
     def _forget_later_records(self) -> None:
         """Records past the checkpoint will be written again; without this they would stand there twice."""

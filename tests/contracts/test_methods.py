@@ -206,6 +206,25 @@ def test_every_method_that_tells_classes_asks_for_labels(name):
     other.load_state_dict({key: value for key, value in method.state_dict().items() if "classes" not in key})
 
 
+@pytest.mark.parametrize(("name", "options", "guided"), EACH)
+def test_every_method_tells_the_same_figures_of_every_batch(name, options, guided):
+    """Parts of a step, and processes, whose samples lack something are averaged with those that have it."""
+    method, batch = build_each(name, options, guided), make_batch()
+    wordless = dataclasses.replace(batch, words=((),) * 4, second=dataclasses.replace(batch.second, words=((),) * 4))
+    lacking = [
+        without_masks(wordless),
+        dataclasses.replace(batch, masks=batch.masks & False, present=batch.present & False),
+        dataclasses.replace(batch, texts=("",) * 4),
+        dataclasses.replace(batch, labels=(None,) * 4),
+    ]
+    for progress in (0.0, 0.5, 1.0):
+        told = method(batch, progress).metrics
+        for other in lacking:
+            metrics = method(other, progress).metrics
+            assert list(metrics) == list(told)  # they are stacked in this order
+            assert all(value.isfinite() for value in metrics.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_guided_method_asks_for_masks(name):
     method = build_each(name, {}, guided=True)
@@ -708,6 +727,59 @@ def test_equal_texts_are_no_wrong_pairs():
     assert method.encoder.cls_token.grad.isfinite().all()
     nothing = method(dataclasses.replace(batch, texts=("",) * 4), 0.0)
     assert nothing.loss.item() == 0.0
+
+
+def test_texts_whose_tokens_are_read_alike_are_the_same():
+    """Cut behind the same token they are no wrong pairs, whatever follows; cut a token later they would be others."""
+    samples = make_samples(4)
+    long = "a photo of a disc on a table beside"
+    texts = (f"{long} a window", f"{long} two doors", "a square", f"{long} a window")
+    batch = make_batch(samples=[dataclasses.replace(s, text=t) for s, t in zip(samples, texts, strict=True)])
+    read = len(build("vlp").tokenizer([long])[0][0]) - 1  # without the token that ends a text
+    cut, whole = build("vlp", max_tokens=read), build("vlp", max_tokens=read + 4)
+    tokens, _ = cut.tokenizer(texts)
+    assert torch.equal(tokens[0], tokens[1])
+    same = dataclasses.replace(batch, texts=(texts[0], texts[0], *texts[2:]))
+    assert cut(batch, 0.5).loss.item() == cut(same, 0.5).loss.item()
+    assert whole(batch, 0.5).loss.item() != whole(same, 0.5).loss.item()
+    cased = dataclasses.replace(batch, texts=(texts[0].upper(), *texts[1:]))
+    assert whole(batch, 0.5).loss.item() == whole(cased, 0.5).loss.item()
+
+
+@pytest.mark.parametrize("caption", ["{} on its deck beneath dramatic thunderclouds", "{} 船", "{}" + "船" * 40])
+def test_a_long_caption_leaves_room_for_where_the_object_is(caption):
+    caption = caption.format("a close-up photograph of a weathered wooden fishing boat with a disc standing proudly")
+    method = build("vlp", position_share=1.0, max_tokens=24)
+    sentence = "The disc is in block 7."
+    text = method.lengthened(caption, sentence)
+    begun, _, rest = text.partition(". ")
+    assert (rest, caption.startswith(begun)) == (sentence, True)
+    tokens, _ = method.tokenizer([text, *(f"{begun}. The disc is in block {block}." for block in range(8))])
+    assert [torch.equal(tokens[0], row) for row in tokens[1:]] == [block == 7 for block in range(8)]
+    assert 22 <= len(method.tokenizer([text])[0][0]) <= 24  # no more is cut than must be
+    assert method.lengthened("a disc .", sentence) == f"a disc. {sentence}"
+    assert build("vlp", max_tokens=10).lengthened(caption, sentence) == sentence
+    assert build("vlp", max_tokens=6).lengthened(caption, sentence) == caption  # not even that would be read
+
+
+@pytest.mark.parametrize(("begin", "edge"), [(0.0005, 0.001), (0.6, 0.5)])
+def test_a_temperature_out_of_range_comes_back_and_goes_on_learning(begin, edge):
+    method, batch = build("vlp"), make_batch(8)
+    with torch.no_grad():
+        method.temperature.fill_(begin)
+    train(method, batch, 1)
+    assert method.temperature.item() == pytest.approx(edge)
+    train(method, batch, 4)
+    assert method.temperature.grad.item() != 0
+    assert 0.001 < method.temperature.item() < 0.5
+    assert method(batch, 0.5).metrics["temperature"].item() == method.temperature.item()
+
+
+def test_a_temperature_in_range_is_left_alone():
+    method = build("vlp", temperature=0.0123)
+    before = method.temperature.item()
+    method.after_step(0.5)
+    assert method.temperature.item() == before
 
 
 def test_vlp_asks_for_texts():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from synthgen.api import make_stage
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, StorageError, UnknownName
 from synthgen.image import encode_png
 from synthgen.methods import METHODS
 from synthgen.models.dual import load_dual_encoder
@@ -281,6 +281,14 @@ def test_some_masks_will_do_and_are_counted(run, tmp_path):
     assert 0 < sum(record["with_words"] for record in records) / len(records) < 0.6
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_a_step_without_words_are_averaged_with_those_that_have_some(name, run, tmp_path):
+    few = [members(number) if number < 3 else members(number, (), **{"mask.png": None}) for number in range(16)]
+    path = write(tmp_path / "few.tar", few)
+    folder = train(run, path, name, batch_size=4, accumulate=2, samples_seen=16)
+    assert np.isfinite(losses(folder)).all()
+
+
 def test_no_texts_are_told(run, tmp_path):
     mute = write(tmp_path / "mute.tar", [members(number, txt=None) for number in range(8)])
     with pytest.raises(ConfigError, match=r"^vlp, .*mute\.tar: no text in the 8 samples looked at"):
@@ -323,6 +331,27 @@ def test_a_broken_member_is_named(run, tmp_path):
             train(run, broken, name, samples_seen=40)
 
 
+def test_a_broken_member_is_named_alike_by_a_process_that_reads(run, tmp_path):
+    samples = [members(number) for number in range(64)]
+    samples[33]["mask.png"] = b"no"  # not among the 32 that are looked at before anything starts
+    broken = write(tmp_path / "broken.tar", samples)
+    told = []
+    for num_workers in (0, 1):
+        with pytest.raises(CorruptShard, match=r"^sample 0000000033 of .*broken\.tar cannot be read") as caught:
+            train(run, broken, "mae", samples_seen=64, num_workers=num_workers)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_told_in_one_line(run, data):
+    folder = run.folder("pretrain/mae")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"^cannot write .*mae/metrics\.jsonl: No space left on device; free some"):
+        train(run, data, "mae")
+
+
 def test_a_batch_is_never_larger_than_the_data(run, tmp_path):
     few = write(tmp_path / "few.tar", [members(number) for number in range(3)])
     for name in NAMES:
@@ -348,11 +377,11 @@ def test_own_tokenizer_is_taken_and_a_wrong_one_is_told(run, data, tmp_path):
 
 def test_guided_on_the_command_line_is_the_methods_own_setting():
     told = {"method": {"name": "vlp", "region_weight": 1.0}, "label": "vlp-guided"}
-    assert method_of("vlp", guided=True, label=None) == told
-    assert method_of("vlp", guided=True, label="mine") == told | {"label": "mine"}
-    assert method_of("vlp", guided=False, label=None) == {"method": "vlp", "label": None}
+    assert method_of("vlp", guided=True, label=None, extra=None) == told
+    assert method_of("vlp", guided=True, label="mine", extra=None) == told | {"label": "mine"}
+    assert method_of("vlp", guided=False, label=None, extra=None) == {"method": "vlp", "label": None}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
-        method_of("contrastiv", guided=True, label=None)
+        method_of("contrastiv", guided=True, label=None, extra=None)
 
 
 def test_an_encoder_that_an_option_names_is_part_of_what_a_training_is_made_from(data, run, tmp_path):

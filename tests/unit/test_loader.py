@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from synthgen.augment import Augment, CenterCrop
 from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, source_inputs
@@ -79,6 +80,25 @@ def test_sources_are_tars_patterns_and_folders(shards):
     (shards / "notes.md").write_text("no tar")
     with pytest.raises(ConfigError, match=r"notes\.md is not a tar"):
         open_dataset(shards / "notes.md")
+
+
+def test_numbers_below_zero_count_from_the_end(shards):
+    one = shards / "000001.tar"
+    for samples in (open_dataset(shards), open_dataset(shards / "000000.tar", one)):
+        assert samples[-1].key == "0000000007"
+        assert samples.key(-8) == "0000000000"
+        for index in (8, -9):
+            with pytest.raises(IndexError, match=f"no sample {index} among 8"):
+                samples[index]
+    assert len(list(iter(open_dataset(one)))) == 3
+
+
+def test_a_json_may_say_that_a_number_is_none(tmp_path):
+    """As img2dataset and what filters its tars write it."""
+    sample = members(0, txt=None, json=b'{"caption": "a disc", "words": ["disc"], "unsafe": NaN}')
+    samples = ShardDataset([write(tmp_path / "a.tar", {0: sample})])
+    assert samples[0].words == ("disc",)
+    assert samples.captions(0) == ("a disc",)
 
 
 def test_labels_come_from_json_then_cls(tmp_path):
@@ -157,7 +177,7 @@ def test_folders_are_classes(tmp_path):
     ]
     assert samples[1].image.shape == (9, 7, 3)
     (tmp_path / "dog/b.png").write_bytes(b"no")
-    with pytest.raises(CorruptShard, match="dog/b"):
+    with pytest.raises(CorruptShard, match=r"dog/b.*; get it anew, or leave it out"):  # it is somebody's picture
         samples[1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingArtifact, match="neither tars nor images"):
@@ -219,6 +239,48 @@ def test_workers_and_resuming_change_nothing(shards, num_workers):
     for one, other in zip(whole[1:], rest, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.masks, other.masks)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_process_cannot_read_is_told_as_it_is(shards, num_workers):
+    """In one line, after the batches before it; torch would give the process's traceback for a message."""
+    path = shards / "000000.tar"
+    wrong = CorruptShard(f"the third sample of {path} cannot be read; delete it")
+
+    class Broken(ShardDataset):
+        def __getitem__(self, index):
+            if index == 2:
+                raise wrong
+            return super().__getitem__(index)
+
+    samples = Broken([path])
+    order = [[(0, 0), (0, 1)], [(0, 3), (0, 2)], [(0, 0), (0, 3)]]
+    made = loader(samples, order, Augment(size=16), mean=MEAN, std=STD, num_workers=num_workers)
+    assert len(made) == 3
+    batches = iter(made)
+    assert next(batches).keys == (samples.key(0), samples.key(1))
+    with pytest.raises(CorruptShard) as caught:
+        next(batches)
+    assert str(caught.value) == str(wrong)
+
+
+def test_pinning_reaches_the_tensors_of_both_views(shards, monkeypatch):
+    """Torch passes over what has no ``pin_memory`` of its own. Without a GPU nothing is pinned: a copy stands in."""
+    samples, view = open_dataset(shards), Augment(size=16)
+    order = Order(length=8, batch_size=4, epochs=1, seed=5)
+    batch = next(iter(loader(samples, order, view, second=view, mean=MEAN, std=STD)))
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    moved = pin_memory(batch)
+    tensors = [value for one in (moved, moved.second) for value in (one.images, one.masks, one.present, one.seeds)]
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
+    assert torch.equal(moved.second.images, batch.second.images)
+    assert (moved.keys, moved.words) == (batch.keys, batch.words)
 
 
 def test_a_batch_is_made_while_the_one_before_is_used():
