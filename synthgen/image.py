@@ -37,11 +37,19 @@ def encode_jpeg(pixels: UInt8[np.ndarray, "H W 3"], quality: int = 95) -> bytes:
 def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
     """The RGB pixels of an image file's bytes (PNG, JPEG, WebP, BMP, GIF); ``upright``: turned as its EXIF says.
 
+    Of 16 bits the upper 8 are taken, of grey (where Pillow alone would make all but the darkest white) as of colour.
+
     Raises:
-        OSError: the bytes are no image, it is cut off or has more than ``MOST_PIXELS``; whatever Pillow raises.
+        OSError: the bytes are no image, it is cut off, has more than ``MOST_PIXELS``, or numbers of 32 bits as pixels;
+            whatever Pillow raises.
     """
     with _opened(data, _FORMATS) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # I: before Pillow 11
+        if image.mode in ("I", "F") and not deep:
+            raise OSError("its pixels are numbers of 32 bits, and nothing says which is white; save it with 8 bits")
         turned = ImageOps.exif_transpose(image) if upright else image
+        if deep:
+            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
         return np.asarray(turned.convert("RGB"))
 
 

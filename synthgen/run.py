@@ -376,11 +376,17 @@ class Run:
             self.tar(name, unit).with_suffix(FAILED).unlink(missing_ok=True)
 
     def failures(self, artifact: str) -> dict[int, str]:
-        """The units of an artifact that failed when they were last tried, each with its reason."""
-        found = {}
+        """The units of an artifact that failed when they were last tried, each with its reason.
+
+        A worker that is killed between the done mark of a unit and the end of its note leaves the note: it counts no
+        more.
+        """
+        found, entry = {}, self._entry(artifact)
         for path in self._failure_notes(artifact):
             unit = path.name.partition(".")[0]
             if not (unit.isascii() and unit.isdecimal()):  # not one of ours
+                continue
+            if entry is not None and self.has(artifact, int(unit), entry["fingerprint"]):
                 continue
             try:
                 found[int(unit)] = str(read_json(read_file(path, MOST_JSON))["error"])

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from synthgen.errors import CorruptShard, one_line
 from synthgen.image import UNDECODABLE
+from synthgen.stores import remedy
 
 __all__ = ["IMAGES", "ImageDataset", "JoinedDataset", "NamedBox", "Sample", "place_in", "telling"]
 
@@ -118,9 +119,17 @@ class JoinedDataset(ImageDataset):
 
 
 def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Which of several parts holds a sample, and its number in that part; ``ends`` are their lengths, summed up."""
-    part = bisect.bisect_right(ends, index)
-    return part, index - (ends[part - 1] if part else 0)
+    """Which of several parts holds a sample, and its number in that part; ``ends`` are their lengths, summed up.
+
+    Raises:
+        IndexError: there is no such sample. A number below 0 counts from the end, as in a list.
+    """
+    total = ends[-1] if ends else 0
+    row = index + total if index < 0 else index
+    if not 0 <= row < total:
+        raise IndexError(f"there is no sample {index} among {total}")
+    part = bisect.bisect_right(ends, row)
+    return part, row - (ends[part - 1] if part else 0)
 
 
 @contextmanager
@@ -134,6 +143,4 @@ def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise CorruptShard(
-            f"sample {key} of {path} cannot be read: {one_line(error)}; delete the file, or make it again"
-        ) from None
+        raise CorruptShard(f"sample {key} of {path} cannot be read: {one_line(error)}; {remedy(path)}") from None

@@ -120,7 +120,8 @@ class ShardDataset(ImageDataset):
         return "png" if beside and ("words" in meta or "classes" in meta) else None
 
     def _meta(self, row: Row) -> dict[str, Any]:
-        value = read_json(self._rows.read(row, "json")) if "json" in row.members else {}
+        # what downloads and scores pictures writes NaN where it has no number
+        value = read_json(self._rows.read(row, "json"), finite=False) if "json" in row.members else {}
         if not isinstance(value, dict):
             raise ValueError("its json is not an object")
         return value

@@ -17,6 +17,9 @@ from synthgen.stages import Stage, Worker
 
 __all__ = ["Accelerate"]
 
+_AT_ONCE = 256  # units of others, at least, before it is asked again which of all are left
+_LOOKS = 8  # times at most, or so, that this is asked: in a store it is a request for each unit of the plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerate:
@@ -54,12 +57,20 @@ class Accelerate:
             yield from (work(unit) for unit in units if unit % here.size == here.rank)
             fresh = {unit: note for unit, note in _notes(stage, run).items() if before.get(unit) != note}
             others = [unit for unit in units if unit % here.size != here.rank]
-            for unit in sorted(others, key=lambda unit: ((unit - here.rank) % here.size, -unit)):
-                if unit in fresh and not stage.done(run, unit):  # tried by its own process just now
-                    told = json.loads(fresh[unit][0].read_bytes())
-                    yield Report(unit, error=told["error"], trace=told["trace"])
-                else:
-                    yield work(unit)
+            others.sort(key=lambda unit: ((unit - here.rank) % here.size, -unit))
+            step = max(_AT_ONCE, len(others) // _LOOKS)
+            for start in range(0, len(others), step):
+                chunk, left = others[start : start + step], set(stage.todo(run))
+                sizes = stage.sizes(run, [unit for unit in chunk if unit not in left])
+                for unit in chunk:
+                    if unit not in left:
+                        listener.skip(sizes[unit])
+                        yield Report(unit)
+                    elif unit in fresh and not stage.done(run, unit):  # tried by its own process just now
+                        told = json.loads(fresh[unit][0].read_bytes())
+                        yield Report(unit, error=told["error"], trace=told["trace"])
+                    else:
+                        yield work(unit)
 
 
 def _notes(stage: Stage, run: Run) -> dict[int, tuple[Path, int]]:

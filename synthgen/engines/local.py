@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from synthgen.devices import devices_for
 from synthgen.engines import Listener
 from synthgen.engines._work import opened
+from synthgen.errors import SynthgenError
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
@@ -38,7 +39,7 @@ class Local:
 
     Each worker of a stage computes with one thread, so the number of workers changes no byte of the result. When one is
     killed (for lack of memory, say), the units that were being worked on are tried one at a time, and the one that ends
-    its worker again is the one that failed.
+    its worker again is the one that failed. A worker that is alone and ends before it has begun with any ends the call.
     """
 
     collective: ClassVar = True
@@ -53,7 +54,8 @@ class Local:
         """One report for each unit, as they come.
 
         Raises:
-            SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
+            SynthgenError, or whatever else the stage could not be opened for (no weights, say, or too little memory
+                for them): no unit can be made.
         """
         devices = devices_for(stage)
         count = min(self.workers or len(devices), len(units))
@@ -64,27 +66,42 @@ class Local:
             return
         left = dict.fromkeys(units)
         while left:
-            for report in _pool(stage, run, list(left), devices, count, listener):
+            for report in _pool(stage, run, list(left), devices, count, listener, threading.Event()):
                 del left[report.unit]
                 yield report
             for unit in list(left)[:count]:  # a worker was killed: these were being worked on
-                reports = list(_pool(stage, run, [unit], devices, 1, listener))
+                ready = threading.Event()
+                reports = list(_pool(stage, run, [unit], devices, 1, listener, ready))
+                if not reports and not ready.is_set():
+                    raise SynthgenError(
+                        f"a worker process ended while it loaded what {stage.name} needs (killed, or out of memory), "
+                        "also when it was alone; give it more memory, or a smaller model"
+                    )
                 reason = "a worker process ended (killed, or out of memory); fewer --workers need less memory"
                 del left[unit]
                 yield reports[0] if reports else Report(unit, error=reason)
 
 
 def _pool(
-    stage: Stage, run: Run, units: Sequence[int], devices: list[str], count: int, listener: Listener
+    stage: Stage,
+    run: Run,
+    units: Sequence[int],
+    devices: list[str],
+    count: int,
+    listener: Listener,
+    ready: threading.Event,
 ) -> Iterator[Report]:
-    """A report for each unit as they come; when a worker is killed, for those that had ended before."""
+    """A report for each unit as they come; when a worker is killed, for those that had ended before.
+
+    ``ready`` is set when a worker has opened the stage, or has told why it cannot be opened.
+    """
     context = mp.get_context("spawn")
     heard, ticks = context.Pipe(duplex=False)  # not a queue: its lock would stay taken when a worker is killed
     ranks: SimpleQueue[int] = context.SimpleQueue()
     for rank in range(count):
         ranks.put(rank)
     ended = threading.Event()
-    relay = threading.Thread(target=_relay, args=(heard, listener, ended), daemon=True)
+    relay = threading.Thread(target=_relay, args=(heard, listener, ready, ended), daemon=True)
     relay.start()
     initargs = (stage, run, ranks, ticks, devices, count)
     try:
@@ -106,10 +123,12 @@ def _pool(
         relay.join()
 
 
-def _relay(heard: Connection[Any, int], listener: Listener, ended: threading.Event) -> None:
+def _relay(heard: Connection[Any, int], listener: Listener, ready: threading.Event, ended: threading.Event) -> None:
     while heard.poll(0.1) or not ended.is_set():
         if heard.poll():
-            listener.advance(heard.recv())
+            count = heard.recv()
+            ready.set()
+            listener.advance(count)
 
 
 # -- in the worker process
@@ -127,6 +146,7 @@ def _open(stage: Stage, run: Run, ranks: Any, ticks: Any, devices: list[str], co
         _STATE["work"] = stack.enter_context(opened(stage, run, worker))
     except Exception as error:  # raised by the first unit: an initializer that raises would only break the pool
         _STATE["error"] = error
+    ticks.send(0)  # it is ready
 
 
 def _work(unit: int) -> Report:

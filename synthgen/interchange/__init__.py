@@ -19,7 +19,7 @@ from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages.shards import content_of, source_of
 from synthgen.stores import located, temporaries
-from synthgen.stores.tar import read_tar, write_bytes, write_json
+from synthgen.stores.tar import is_abandoned, read_tar, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
@@ -70,8 +70,9 @@ def export_dataset(
         writer.finish()
     finally:
         progress.stop()
-    for leftover in temporaries(folder):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
+    for leftover in temporaries(folder):
+        if is_abandoned(leftover):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
     summary.seconds, summary.notes = time.perf_counter() - started, dict(notes)
     return summary
 

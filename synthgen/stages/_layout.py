@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.records import sample_key
-from synthgen.run import Run
+from synthgen.run import Run, digest
 
 __all__ = ["Shard", "lay_out", "split_of"]
 
@@ -39,17 +39,38 @@ class Shard:
         return f"{self.split}/{self.number:06d}.tar"
 
 
-def lay_out(run: Run, samples_per_shard: int, *, val_ratio: float, shuffle: bool) -> tuple[Shard, ...]:
+def lay_out(
+    run: Run,
+    samples_per_shard: int,
+    *,
+    val_ratio: float,
+    shuffle: bool,
+    units: Collection[int] | None = None,
+    content: str = "",
+) -> tuple[Shard, ...]:
     """Every shard, those of train first. The done marks of the image units are read, and no tar.
+
+    Of ``units`` alone, where they are given; with ``content``, which is what
+    :func:`~synthgen.stages.shards.content_of` said of them, no other images are laid out for them.
 
     Raises:
         MissingArtifact: there is no image.
         CorruptShard: a done mark counts more samples than a unit can hold.
+        StaleArtifact: the units there are no longer have that content.
     """
-    units = {unit: _samples(run, unit, mark) for unit, mark in run.iter_marks("images")}
+    found, seen = {}, []
+    for unit, mark in run.iter_marks("images"):
+        if units is None or unit in units:
+            found[unit] = _samples(run, unit, mark)
+            seen.append([unit, mark["sha256"]])
+    if content and digest(sorted(seen)) != content:
+        raise StaleArtifact(
+            f"the images of {run.path} are no longer those that this command began with: another made or deleted some; "
+            "when it has ended, run this one again"
+        )
     splits = {"train": array("Q"), "val": array("Q")}
-    for unit in sorted(units, key=lambda unit: _draw(run, "unit", unit) if shuffle else unit):
-        for sample in units[unit]:
+    for unit in sorted(found, key=lambda unit: _draw(run, "unit", unit) if shuffle else unit):
+        for sample in found[unit]:
             splits[split_of(run, f"{sample:010}", val_ratio)].append(sample)
     shards = []
     for split, samples in splits.items():

@@ -7,18 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from synthgen.errors import CorruptShard
+from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run, digest
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.whole import check_whole, sha256_of
-from synthgen.units import checked_mark
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["check_encoder", "check_shards", "encoder_hash", "naming_damage"]
+__all__ = ["check_encoder", "check_shards", "encoder_hash", "listed_shards", "naming_damage"]
+
+
+def listed_shards(run: Run, split: str) -> dict[str, str]:
+    """The tars of a split that ``dataset.json`` lists: the name of each, and its sha256.
+
+    Raises:
+        MissingArtifact: the shards are not finished.
+        CorruptShard: it cannot be read.
+    """
+    path, again = run.folder("shards") / "dataset.json", run.remedy("shards")
+    try:
+        rows = [row for row in read_json(read_file(path))["shards"] if row["split"] == split]
+        return {Path(row["file"]).name: str(row["sha256"]) for row in rows}
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingArtifact(f"{run.path} has no finished shards yet; run: {again}") from None
+    except (ValueError, LookupError, TypeError):
+        raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:
-    """See that every shard of a split has the sha256 that its commit mark tells; of several processes each looks at
+    """See that every shard of a split has the sha256 that ``dataset.json`` tells; of several processes each looks at
     its share. Costs one reading of them; those in a store are left to its own checksums.
 
     Raises:
@@ -27,12 +43,8 @@ def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> No
     folder, again = run.folder("shards") / split, run.remedy("shards")
     if isinstance(folder, RemotePath):
         return
-    for path in sorted(folder.glob("*_stats.json"))[rank::world_size]:
-        try:
-            mark = checked_mark(read_json(read_file(path)))
-        except ValueError:
-            raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
-        check_whole(path.with_name(path.name.replace("_stats.json", ".tar")), mark["sha256"], again)
+    for name, sha256 in sorted(listed_shards(run, split).items())[rank::world_size]:
+        check_whole(folder / name, sha256, again)
 
 
 def check_encoder(folder: Path) -> None:

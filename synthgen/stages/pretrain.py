@@ -18,8 +18,8 @@ from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._written import check_shards, encoder_hash
-from synthgen.stores import filled, located
+from synthgen.stages._written import check_shards, encoder_hash, listed_shards
+from synthgen.stores import filled, listing, located
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
@@ -165,13 +165,17 @@ class Pretrain(Stage):
         """Where the images come from.
 
         Raises:
-            MissingArtifact: the run's shards are not finished.
+            MissingArtifact: the run's shards are not finished, or one of them is gone.
+            CorruptShard: their ``dataset.json`` cannot be read.
         """
         if self.data:
             return list(self.data)
-        if not (run.folder("shards") / "dataset.json").is_file():
-            raise MissingArtifact(f"{run.path} has no finished shards yet; run: synthgen shards --run {run.path}")
-        return [str(run.folder("shards") / "train")]
+        folder = run.folder("shards") / "train"
+        if gone := sorted(listed_shards(run, "train").keys() - listing(folder).keys()):
+            raise MissingArtifact(
+                f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
+            )
+        return [str(folder)]
 
     def plan(self, run: Run) -> list[int]:
         """A training is one unit."""

@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Shards(Stage):
     name: ClassVar = "shards"
     reads: ClassVar[tuple[str, ...]] = ("images", "masks")
     writes: ClassVar = ("shards",)
+    _units: ClassVar[Collection[int] | None] = None  # of images, that ``inputs`` found; it goes to the workers
 
     samples_per_shard: int = 1000
     val_ratio: float = 0.05  # share of the samples that go to val; 0: no val split
@@ -74,10 +75,13 @@ class Shards(Stage):
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the units that are there, so that shards of fewer units are not taken for these.
 
+        It is remembered which they are: what comes later goes into no shard of this call.
+
         Raises:
             MissingArtifact: some images have no masks yet.
         """
         units = run.units("images")
+        object.__setattr__(self, "_units", frozenset(units))
         found = {"units of images": content_of(run, "images", units)}
         if self.masks:
             missing = sorted(set(units) - set(run.units("masks")))
@@ -90,7 +94,13 @@ class Shards(Stage):
         return found
 
     def layout(self, run: Run) -> Sequence[Shard]:
-        """Every shard with its samples: reads the done marks of all image units, once for as long as none is added."""
+        """Every shard with its samples: reads the done marks of all image units, once for as long as none is added.
+
+        In a run that was claimed (see :meth:`Run.claim`) it is the same in every process, whatever comes meanwhile.
+
+        Raises:
+            MissingArtifact, CorruptShard, StaleArtifact: see :func:`~synthgen.stages._layout.lay_out`.
+        """
         if "shards" in run.held:  # which names the content of all units
             return _layout(self, run, run.held["shards"]["fingerprint"])
         return _layout(self, run, digest(sorted(listing(run.folder("images")))))
@@ -111,8 +121,12 @@ class Shards(Stage):
         """How many samples the shard holds."""
         return len(self.layout(run)[unit])
 
+    def done(self, run: Run, unit: int) -> bool:
+        """Whether tar, parquet and commit mark of a shard are there with the present settings."""
+        return _done(run, self.layout(run)[unit], run.artifact("shards")["fingerprint"])
+
     def todo(self, run: Run) -> list[int]:
-        """The shards whose tar, parquet and commit mark are not all there with the present settings."""
+        """The shards that are not done."""
         fingerprint = run.artifact("shards")["fingerprint"]
         return [unit for unit, shard in enumerate(self.layout(run)) if not _done(run, shard, fingerprint)]
 
@@ -141,13 +155,15 @@ class Shards(Stage):
         description = self.describe(run, rows)
         write_json(folder / "dataset.json", description)
         write_bytes(folder / "README.md", dataset_card(description).encode())
+        for note in folder.glob("*.failed.json"):  # of a shard that was made since, by a worker that was killed then
+            note.unlink(missing_ok=True)
 
     def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What ``dataset.json`` holds."""
         folder = run.folder("shards")
         splits = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
         prompts = set().union(*(counts.pop("prompts") for counts in splits.values()))
-        classes = _classes(run)
+        classes = _classes(run, self._units)
         members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -168,7 +184,15 @@ class Shards(Stage):
 
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    return lay_out(run, stage.samples_per_shard, val_ratio=stage.val_ratio, shuffle=stage.shuffle)
+    claimed = run.held.get("shards")
+    return lay_out(
+        run,
+        stage.samples_per_shard,
+        val_ratio=stage.val_ratio,
+        shuffle=stage.shuffle,
+        units=stage._units if claimed else None,
+        content=claimed["inputs"]["units of images"] if claimed else "",
+    )
 
 
 def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
@@ -197,7 +221,7 @@ class Packer:
         self.stage, self.run = stage, run
         self.fingerprint = run.artifact("shards")["fingerprint"]
         self.source = source_of(run)
-        self.classes = {label: number for number, label in enumerate(_classes(run))}
+        self.classes = {label: number for number, label in enumerate(_classes(run, stage._units))}
 
     def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
         """Write the tar, its parquet, and last the ``_stats.json`` that says both are whole.
@@ -338,13 +362,13 @@ def _label(data: bytes, path: Path) -> str:
     return label if isinstance(label, str) else ""
 
 
-def _classes(run: Run) -> list[str]:
-    """The labels in the order of the run's prompts; none where a prompt has no label."""
+def _classes(run: Run, units: Collection[int] | None) -> list[str]:
+    """The labels in the order of the run's prompts (of these units, where there are none); none where one has none."""
     path = run.path / "prompts.jsonl"
     if path.is_file():
         labels = (_label(line, path) for line in iter_lines(path))
     else:
-        tars = (run.tar("images", unit) for unit in run.units("images"))
+        tars = (run.tar("images", unit) for unit in sorted(units or run.units("images")))
         labels = (_label(members.get("json", b""), tar) for tar in tars for _, members in read_tar(tar, {"json"}))
     found: dict[str, None] = {}
     for label in labels:

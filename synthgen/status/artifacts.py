@@ -58,6 +58,7 @@ def artifact_status(
             marks[stem] = mark
         else:
             unfinished.add(stem)
+    failures = {unit: reason for unit, reason in failures.items() if f"{unit:06d}" not in marks}  # done after all
     known = marks.keys() | unfinished | {f"{unit:06d}" for unit in failures}
     planned = _planned(run, entry)
     if planned is None:  # a stage is mostly as long as what it reads

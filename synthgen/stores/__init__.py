@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -26,6 +26,7 @@ __all__ = [
     "open_here",
     "read_many",
     "read_range",
+    "remedy",
     "stays_remote",
     "temporaries",
 ]
@@ -98,6 +99,15 @@ def stays_remote(paths: Sequence[Path]) -> dict[Path, RemotePath]:
             if total > cache_bytes() // 2:
                 found[path] = path
     return found
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file: a run's own can be made again, and nobody else's is to be deleted."""
+    folders = [folder for folder in list(path.absolute().parents)[1:3] if getattr(folder, "bucket", True)]
+    with suppress(OSError, SynthgenError):  # the damage says more
+        if any((folder / "run.yaml").is_file() for folder in folders):
+            return "delete it and run the stage that made it again"
+    return "get it anew, or leave it out"
 
 
 def temporaries(folder: Path) -> Iterator[Path]:

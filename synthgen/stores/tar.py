@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from synthgen.errors import CorruptShard, MissingArtifact, StorageError, one_line
-from synthgen.stores import open_here
+from synthgen.stores import open_here, remedy
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
 from synthgen.stores.remote import RemotePath
@@ -217,7 +217,9 @@ class Member:
 def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
     """The samples of a tar in order: key, and where each member lies. Reads headers only.
 
-    Links, folders and devices are passed over: nothing is ever unpacked. Names are kept within bounds all the same,
+    Links, folders and devices are passed over: nothing is ever unpacked. So are files that belong to no sample: those
+    whose names begin with a dot (``._0.jpg``, which macOS puts beside ``0.jpg``) or have none (``LICENSE``). That is
+    webdataset's rule, but that a dot file in a folder is a sample there. Names are kept within bounds all the same,
     because a key may come to name a file: no way up, no control characters, nothing twice.
 
     Raises:
@@ -235,9 +237,12 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if not info.isfile():
                     continue
-                key, name = _key_and_name(info.name)
+                named = _key_and_name(info.name)
                 if info.offset_data + info.size > size:
                     raise ValueError("it is cut off")
+                if named is None:
+                    continue
+                key, name = named
                 if not samples or samples[-1][0] != key:
                     if key in keys:
                         raise ValueError(f"the key {key!r} stands in it twice")
@@ -287,15 +292,15 @@ _MOST_SPOKEN = 2**16  # bytes
 _DIGITS = re.compile(rb"\d{256}")
 
 
-def _key_and_name(path: str) -> tuple[str, str]:
-    """The key of a member's sample, and what the member is called in it."""
+def _key_and_name(path: str) -> tuple[str, str] | None:
+    """The key of a member's sample, and what the member is called in it; None where it belongs to no sample."""
     folder, _, base = path.rpartition("/")
-    stem, _, name = base.partition(".")
+    stem, dot, name = base.partition(".")
     key = f"{folder}/{stem}" if folder else stem
     path.encode()  # bytes that are no UTF-8 cannot be written again
     if path.startswith("/") or ".." in path.split("/") or any(unicodedata.category(char) == "Cc" for char in path):
         raise ValueError(f"{path[:200]!r} cannot be the name of a file: it leads out, or has control characters")
-    return key, name.lower()
+    return (key, name.lower()) if stem and dot else None
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
@@ -335,4 +340,4 @@ def read_tar(
 
 def _corrupt(path: Path, samples: list[tuple[str, dict[str, Member]]], why: str) -> CorruptShard:
     last = f"the last key read is {samples[-1][0]}" if samples else "no key could be read"
-    return CorruptShard(f"{path} cannot be read: {why}; {last}; delete it and run the stage that made it again")
+    return CorruptShard(f"{path} cannot be read: {why}; {last}; {remedy(path)}")

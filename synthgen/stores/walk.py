@@ -53,7 +53,10 @@ def _plain(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
             if kind in (b"x", b"g"):
                 _see_that_it_renames_nothing(os.pread(number, _MOST_SPOKEN + 1, start)[:length])
             elif kind in (b"0", b"\0"):
-                own, name = _key_and_name(header)
+                named = _key_and_name(header)
+                if named is None:
+                    continue
+                own, name = named
                 if own != key and members:
                     yield key, members
                     members = {}
@@ -80,12 +83,13 @@ def _see_that_it_renames_nothing(records: bytes) -> None:
         raise _NotPlain
 
 
-def _key_and_name(header: bytes) -> tuple[str, str]:
+def _key_and_name(header: bytes) -> tuple[str, str] | None:
+    """As in :mod:`synthgen.stores.tar`: None where the member belongs to no sample."""
     name = header[:100].partition(b"\0")[0].decode("ascii")
     if header[257:263] == b"ustar\0" and header[345]:
         name = f"{header[345:500].partition(bytes(1))[0].decode('ascii')}/{name}"
     if not name.isprintable() or name.startswith("/") or name.endswith("/") or ".." in name.split("/"):
         raise _NotPlain
     folder, _, base = name.rpartition("/")
-    stem, _, member = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, member.lower()
+    stem, dot, member = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem, member.lower()) if stem and dot else None

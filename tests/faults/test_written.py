@@ -58,6 +58,9 @@ def test_a_shard_with_a_wrong_byte_is_found_by_the_process_whose_share_it_is(run
     path.unlink()
     with pytest.raises(MissingArtifact, match=str(path)):
         check_shards(run, "train")
+    path.with_name("000001_stats.json").unlink()  # as a killed repair leaves it
+    with pytest.raises(MissingArtifact, match=str(path)):
+        check_shards(run, "train")
 
 
 def test_an_encoder_is_held_against_its_done_mark_if_it_has_one(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.shards import Shards
-from synthgen.stores.tar import read_tar
+from synthgen.stores.tar import read_tar, temporary_beside
 from tests.factories import make_run
 
 FORMATS = ("coco", "yolo", "labels")
@@ -478,6 +479,18 @@ def test_a_finished_export_stays_as_it_is_and_what_is_lost_is_written_again(
     next(folder.glob("images/**/0000010003.*")).unlink()
     export_dataset(source, format, folder)
     assert contents(folder) == whole
+
+
+def test_what_another_export_is_writing_is_left_to_it(source: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    theirs = temporary_beside(folder / "annotations.json")  # of a process that lives: this one
+    theirs.touch()
+    dead = theirs.with_name(f".annotations.json.{socket.gethostname()}.{2**22 + 1}.0.tmp")  # above any process number
+    dead.touch()
+    export_dataset(source, "labels", folder)
+    assert theirs.exists()
+    assert not dead.exists()
 
 
 def test_other_settings_other_samples_and_other_folders_are_refused(tmp_path: Path) -> None:

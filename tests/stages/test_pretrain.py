@@ -239,6 +239,26 @@ def test_unfinished_shards_are_told(run):
         run_stage(Pretrain(**SMALL), run, ONE)
 
 
+def test_a_shard_that_a_killed_repair_left_out_is_told(run):
+    run_stage(Shards(samples_per_shard=10, val_ratio=0.0), anew(run), ONE)
+    folder = run.folder("shards")
+    for path in (folder / "train").glob("000001*"):  # tar, mark and table: what is left tells nothing of it
+        path.unlink()
+    told = rf"^1 of the shards in {folder / 'train'} are gone \(first: 000001\.tar\); run: synthgen shards --run"
+    with pytest.raises(MissingArtifact, match=told):
+        run_stage(Pretrain(**SMALL), run, ONE)
+    run_stage(Shards(samples_per_shard=10, val_ratio=0.0), run, ONE)
+    assert len(Pretrain(**SMALL).dataset(run)) == 24
+    (folder / "dataset.json").write_text('{"shards": [{"split": "train"}]}')
+    with pytest.raises(CorruptShard, match=r"dataset\.json cannot be read; delete it and run: synthgen shards"):
+        run_stage(Pretrain(**SMALL), run, ONE)
+
+
+def anew(run: Run) -> Run:
+    shutil.rmtree(run.folder("shards"))
+    return run
+
+
 def test_a_loss_that_is_no_number_names_its_step(run, monkeypatch):
     step = Training._step
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +21,16 @@ from pyarrow import parquet
 
 from synthgen import codecs
 from synthgen.card import MASK_COLUMNS
+from synthgen.engines import Listener
+from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
-from synthgen.records import Prompt
+from synthgen.records import Prompt, Report
 from synthgen.run import Run
-from synthgen.runner import run_stage
+from synthgen.runner import Progress, run_stage
+from synthgen.stages import Stage
 from synthgen.stages.masks import Masks
-from synthgen.stages.shards import Shards
+from synthgen.stages.shards import Shards, _layout
 from synthgen.stores.tar import TarWriter, read_tar
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -355,6 +360,73 @@ def test_more_units_make_old_shards_stale(run: Run) -> None:
     assert hashes(run) == before
     shutil.rmtree(run.folder("shards"))
     assert len(samples(pack(run))) == 48
+
+
+class Meanwhile(Progress):
+    """Stands for another command, which does something when the shards have been claimed."""
+
+    def __init__(self, doing: Callable[[], object]) -> None:
+        self.doing = doing
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        self.doing()
+
+
+def test_units_that_come_while_shards_are_made_go_into_none(source: Path, run: Run, tmp_path: Path) -> None:
+    late = [run.tar(name, 1).with_suffix(end) for name in ("masks", "images") for end in (".tar", ".json")]
+    for path in late:
+        path.unlink()
+    alone = hashes(pack(copy(run.path, tmp_path / "alone" / "run")))
+    more = Meanwhile(lambda: [shutil.copy(source / path.relative_to(run.path), path) for path in late])
+    run_stage(Shards(**SETTINGS), run, Local(workers=2), more)  # its workers open after that
+    assert all(path.is_file() for path in late)
+    assert len(samples(run)) == 24
+    assert hashes(run) == alone
+
+
+def test_the_layout_of_a_claimed_run_goes_with_the_stage(source: Path, run: Run) -> None:
+    stage = Shards(**SETTINGS)
+    mark = run.tar("images", 1).with_suffix(".json")
+    mark.unlink()
+    with run.claim(stage) as claimed:
+        before = [shard.keys for shard in stage.layout(claimed)]
+        shutil.copy(source / "images" / mark.name, mark)
+        _layout.cache_clear()  # as in another process
+        elsewhere, held = pickle.loads(pickle.dumps((stage, claimed)))
+        assert [shard.keys for shard in elsewhere.layout(held)] == before
+        _layout.cache_clear()
+        with pytest.raises(StaleArtifact, match=rf"the images of {run.path} are no longer those .* run this one again"):
+            Shards(**SETTINGS).layout(claimed)  # which of the units are meant is not known
+        run.tar("images", 2).unlink()
+        with pytest.raises(StaleArtifact, match="another made or deleted some"):
+            elsewhere.layout(held)
+
+
+def test_a_shard_that_another_process_has_made_is_not_made_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rival(Accelerate):
+        def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+            for _ in Local(workers=1).map(stage, run, [1, 3], Progress()):
+                pass
+            made.update({path: path.stat().st_mtime_ns for path in run.folder("shards").glob("*/*.tar")})
+            yield from super().map(stage, run, units, listener)
+
+    made: dict[Path, int] = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run_stage(Shards(**SETTINGS), run, Rival())
+    assert len(made) == 2
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_when_all_are_made_no_note_of_a_failure_is_left(run: Run) -> None:
+    note = run.folder("shards") / "000001.failed.json"
+    killed = Meanwhile(lambda: note.write_text('{"unit": 1, "error": "OSError: once"}'))
+    run_stage(Shards(**SETTINGS), run, Local(workers=1), killed)
+    assert not note.exists()  # its own shard took it away
+    killed.doing()  # that shard's worker was killed before it did
+    pack(run)
+    assert run.failures("shards") == {}
+    assert not note.exists()
 
 
 def test_other_settings_are_refused_and_named(run: Run) -> None:

@@ -13,10 +13,10 @@ from typing import ClassVar
 import pytest
 
 from synthgen.config import Choice
-from synthgen.engines import default_engine, local
+from synthgen.engines import accelerate, default_engine, local
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, MissingWeights, UnitsFailed
+from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -42,6 +42,11 @@ class Numbers(Stage):
     def open(self, run, worker):
         if self.trouble == "open":
             raise MissingWeights("no weights; fetch them")
+        if self.trouble == "die at once":
+            run.path.joinpath(f"begun-{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "die before" and worker.world_size > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
         def work(unit):
             healed = (run.path / "healed").exists()
@@ -94,6 +99,23 @@ def test_a_unit_that_kills_its_worker_is_told_alone_and_the_rest_is_made(tmp_pat
     (run.path / "healed").touch()
     run_stage(Numbers(trouble="die"), run, Local(workers=2))
     assert run.units("numbers") == [0, 1, 2, 3]
+
+
+def test_workers_that_end_while_they_load_end_the_command_at_once(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(
+        SynthgenError, match=r"ended while it loaded what numbers needs \(killed, or out of mem"
+    ) as caught:
+        run_stage(Numbers(units=12, trouble="die at once"), run, Local(workers=2))
+    assert not isinstance(caught.value, UnitsFailed)
+    assert len(list(run.path.glob("begun-*"))) <= 3  # two, and one alone: not one for every unit
+    assert not run.folder("numbers").exists()  # no unit is said to have failed, and other settings may be given
+
+
+def test_workers_that_fit_one_at_a_time_make_what_they_can(tmp_path):
+    run = Run.create(tmp_path / "r")
+    run_stage(Numbers(units=2, trouble="die before"), run, Local(workers=2))
+    assert run.units("numbers") == [0, 1]
 
 
 def test_a_worker_that_is_killed_once_costs_nothing_but_time(tmp_path):
@@ -215,6 +237,30 @@ def test_what_another_process_has_made_is_counted_and_not_made_again(tmp_path, m
     summary = run_stage(Numbers(), run, Rival(), progress)
     assert (summary.done_before, summary.samples) == (0, 4)
     assert (progress.seen, progress.skipped, progress.total) == (4, 4, 8)
+
+
+def test_what_others_have_made_is_looked_for_together(tmp_path, monkeypatch):
+    run, progress, asked = Run.create(tmp_path / "r"), Skipping(), []
+    meanwhile = iter([[], [9, 1], [5], []])  # what the other process makes before each look at what is left
+
+    class Watched(Numbers):
+        def todo(self, run):
+            for report in Local(workers=1).map(Numbers(), run, next(meanwhile), Progress()):
+                assert not report.error
+            return [unit for unit in self.plan(run) if not Stage.done(self, run, unit)]
+
+        def done(self, run, unit):
+            asked.append(unit)
+            return super().done(run, unit)
+
+    standing(monkeypatch, 0, 2)
+    monkeypatch.setattr(accelerate, "_AT_ONCE", 2)
+    monkeypatch.setattr(accelerate, "_LOOKS", 2)
+    run_stage(Watched(units=10), run, Accelerate(), progress)
+    assert next(meanwhile, None) is None
+    assert asked == [0, 2, 4, 6, 8, 7, 3]  # one by one only before they are worked on
+    assert run.units("numbers") == list(range(10))
+    assert (progress.skipped, progress.seen) == (2 * 3, 2 * 7)
 
 
 class Skipping(Counting):

@@ -77,6 +77,8 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path: Path) -> None:
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.png", b""), type=kind, linkname="/etc/passwd")
         assert list(read_tar(path)) == [("0", {"txt": b"x"})]
+    path = tar_of(tmp_path / "a.tar", ("._0.txt", b"?"), ("0.txt", b"x"), ("LICENSE", b"?"))
+    assert list(read_tar(path)) == [("0", {"txt": b"x"})]
 
 
 def test_what_stands_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
@@ -220,6 +222,29 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(decode: Any) -> None:
         decode(png_header(MOST_PIXELS // 1000 + 1, 1000))
     with pytest.raises(OSError, match="pixels"):
         decode(png_header(60_000, 60_000))
+
+
+def as_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_grey_of_sixteen_bits_keeps_its_upper_eight() -> None:
+    values = np.linspace(0, 65535, 20 * 30).round().astype(np.uint16).reshape(20, 30)
+    expected = np.repeat((values // 256).astype(np.uint8)[..., None], 3, axis=2)
+    assert np.array_equal(decode_rgb(as_bytes(Image.fromarray(values))), expected)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    turned = decode_rgb(as_bytes(Image.fromarray(values), exif=exif), upright=True)
+    assert np.array_equal(turned, np.rot90(expected, -1))
+
+
+def test_pixels_of_no_known_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synthgen.image._FORMATS", ("TIFF",))  # none of those that are read has any
+    for kind in (np.int32, np.float32):
+        with pytest.raises(OSError, match=r"numbers of 32 bits.*save it with 8 bits"):
+            decode_rgb(as_bytes(Image.fromarray(np.full((4, 4), 1, kind)), "TIFF"))
 
 
 def test_masks_are_png_and_nothing_that_starts_a_program(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import make_stage
 from synthgen.stages.pretrain import Pretrain
+from synthgen.status import status
 from synthgen.stores.tar import create_bytes, is_abandoned, temporary_beside
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -219,6 +220,24 @@ def test_where_all_units_failed_other_settings_may_be_given(tmp_path):
         run_stage(Failing(unit_size=4, first=1), run, Local(workers=1))
     with pytest.raises(StaleArtifact, match="unit_size is 5 and was 4"):  # one unit is made
         run_stage(Failing(unit_size=5, first=1), run, Local(workers=1))
+
+
+def test_a_note_of_a_failure_that_outlived_it_counts_no_more(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed):
+        run_stage(Failing(first=1), run, Local(workers=1))
+    notes = {path: path.read_bytes() for path in run.path.glob("*/000001.failed.json")}
+    for name in ("images", "maps"):
+        with run.write(name, 1) as unit:
+            unit.add("0000010000", {"json": b"{}"})
+    for path, data in notes.items():  # the worker was killed before it took them away
+        path.write_bytes(data)
+    assert len(notes) == 2
+    assert run.failures("images") == run.failures("maps") == {}
+    assert status(run).num_failed == 0
+    run.tar("maps", 1).unlink()
+    assert run.failures("maps") == {1: "ValueError: the pencil broke"}
+    assert status(run).num_failed == 1
 
 
 def test_settings_stay_while_somebody_writes_with_them(tmp_path):

@@ -13,6 +13,7 @@ import webdataset
 
 from synthgen.errors import CorruptShard, MissingArtifact, StorageError
 from synthgen.stores.tar import TarWriter, index_tar, read_tar, write_bytes, write_json
+from synthgen.stores.walk import iter_samples
 
 SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "mask.png": bytes(number)}) for number in range(5)]
 
@@ -106,6 +107,46 @@ def test_what_is_no_tar_and_what_is_not_there(tmp_path: Path) -> None:
 
 def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
     assert index_tar(write(tmp_path / "a.tar", []).path) == []
+
+
+STRANGE = [
+    "._0.jpg",
+    "0.jpg",
+    "LICENSE",
+    "._0.txt",
+    "0.txt",
+    "part/.DS_Store",
+    "part/1.jpg",
+    "part/README",
+    "part/1.txt",
+]
+
+
+def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in STRANGE:
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"12"))
+    found = index_tar(tmp_path / "a.tar")
+    assert [(key, list(members)) for key, members in found] == [("0", ["jpg", "txt"]), ("part/1", ["jpg", "txt"])]
+    theirs = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    assert [sample["__key__"] for sample in theirs if sample["__key__"] != "part/"] == [key for key, _ in found]
+    assert list(iter_samples(tmp_path / "a.tar")) == found
+
+
+def test_nobody_is_told_to_delete_a_file_that_is_no_run_s(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(CorruptShard, match="get it anew, or leave it out") as caught:
+        index_tar(tmp_path / "a.tar")
+    assert "delete it" not in str(caught.value)
+    (tmp_path / "run.yaml").write_text("seed: 0")
+    for folder in ("images", "shards/train"):
+        path = tmp_path / folder / "000000.tar"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"no tar at all" * 100)
+        with pytest.raises(CorruptShard, match="delete it and run the stage that made it again"):
+            index_tar(path)
 
 
 def test_tars_of_others_are_read(tmp_path: Path) -> None:

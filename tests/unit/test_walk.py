@@ -24,7 +24,7 @@ def write(path, names, format=tarfile.USTAR_FORMAT, **header):
     return path
 
 
-NAMES = ["a.jpg", "a.json", "deep/", "deep/b.PNG", "deep/b.seg.png", "c.jpg"]
+NAMES = ["a.jpg", "._a.json", "a.json", "deep/", "deep/b.PNG", "deep/README", "deep/b.seg.png", "c.jpg", "LICENSE"]
 LONG = ["d" * 90 + "/" + "e" * 90 + ".jpg", "n" * 200 + ".jpg", "n" * 200 + ".txt", "ä.jpg"]
 
 
