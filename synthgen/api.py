@@ -162,6 +162,7 @@ def plan_pipeline(
     from synthgen.plan import plan
 
     pipeline = read_pipeline(path, overrides=overrides)
+    engine = pipeline.engine_with({"name": engine}) if isinstance(engine, str) else engine  # as ``synthgen run`` does
     return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
 
 

@@ -30,12 +30,15 @@ from synthgen.options import (
     RunOption,
     SetOption,
     WorkersOption,
+    agree,
+    backbone_of,
     chosen_of,
     engine_of,
+    export_of,
     method_of,
     pairs_of,
     part_of,
-    with_set,
+    planned_of,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +74,7 @@ def generate(
     settings: SetOption = None,
 ) -> None:
     """Make images from a prompt file and record where each word looked."""
-    options = {"model": model, "num_steps": steps, "guidance_scale": guidance}
-    part = part_of(backbone or ("diffusers" if model else None), options)
+    part = backbone_of(backbone, settings, model=model, num_steps=steps, guidance_scale=guidance)
     given = {
         "prompts": prompts, "template": template or "", "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
@@ -107,7 +109,7 @@ def attend(
     settings: SetOption = None,
 ) -> None:
     """Record where the words of captions look in images that exist."""
-    part = part_of(backbone or ("diffusers" if model else None), {"model": model})
+    part = backbone_of(backbone, settings, model=model)
     given = {
         "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
         "inversion_steps": inversion_steps, "batch_size": batch_size, "backbone": part,
@@ -171,7 +173,7 @@ def pretrain(
     """Train an encoder on the run's shards (made if missing). Several GPUs: accelerate launch -m synthgen pretrain."""
     opened = _open(run)
     given = {"epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size, "encoder": encoder}
-    given |= method_of(method, guided, label)
+    given |= method_of(method, guided, label, settings)
     own = not chosen_of(opened, "pretrain", given, settings)[1].get("data")
     if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end
         _stage("shards", opened, {}, None)
@@ -220,20 +222,18 @@ def run_file(
     address: AddressOption = None,
 ) -> None:
     """Run the stages of a pipeline file; what is done stays as it is."""
-    from synthgen.config import Choice
     from synthgen.console import progress, say, say_scores
     from synthgen.pipeline import read_pipeline
 
+    chosen = engine_of(engine, workers, address)
+    agree({"engine": chosen}, settings)
     pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
         print(f"run: {pipeline.run}")
         for stage in pipeline.stages:
             print(f"{stage.name}: {', '.join(stage.told())} -> {', '.join(stage.artifacts() or stage.writes)}")
         return
-    chosen, of_file = engine_of(engine, workers, address), pipeline.engine.dump()
-    if not engine or engine == of_file["name"]:
-        chosen = of_file | chosen
-    for summary in pipeline.execute(engine=Choice.of(chosen), progress=progress()):
+    for summary in pipeline.execute(engine=pipeline.engine_with(chosen), progress=progress()):
         say(summary)
     say_scores(_open(pipeline.run))
 
@@ -260,15 +260,17 @@ def plan(
     from synthgen import api
     from synthgen.plan.text import render
 
-    options: dict[str, Any] = {"engine": engine, "workers": workers, "measure": measure, "sample": sample}
-    given: dict[str, Any] = {"backbone": part_of("diffusers" if model else "tiny", {"model": model})}
+    agree({"engine": engine_of(engine, workers, None)}, settings)
+    options: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample}
+    given: dict[str, Any] = {"backbone": backbone_of(None, settings, model=model)}
     if file and not any((prompts, images, metadata, caption, model)):
-        found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), **options)
+        found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), engine=engine, **options)
     elif prompts and not any((file, images, metadata, caption)):
-        found = api.plan_stage("generate", run, **options, **with_set(given | {"prompts": prompts}, settings))
+        given |= {"prompts": prompts, "template": ""}
+        found = api.plan_stage("generate", run, **options, **planned_of(run, "generate", given, settings, engine))
     elif images and not any((file, prompts)):
         given |= {"images": images, "metadata": metadata, "caption": caption}
-        found = api.plan_stage("attend", run, **options, **with_set(given, settings))
+        found = api.plan_stage("attend", run, **options, **planned_of(run, "attend", given, settings, engine))
     else:
         raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))
@@ -312,8 +314,8 @@ def export(
     from synthgen.console import progress, say
 
     opened = _open(run)
-    given = pairs_of(settings) | ({"image_format": image_format} if image_format else {})
-    say(export_dataset(opened, format, out, progress=progress(), **given))
+    chosen = export_of(format, image_format, settings)
+    say(export_dataset(opened, format, out, progress=progress(), **chosen))
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 

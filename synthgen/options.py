@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,11 +25,15 @@ __all__ = [
     "RunOption",
     "SetOption",
     "WorkersOption",
+    "agree",
+    "backbone_of",
     "chosen_of",
     "engine_of",
+    "export_of",
     "method_of",
     "pairs_of",
     "part_of",
+    "planned_of",
     "with_set",
 ]
 
@@ -67,14 +72,35 @@ CaptionOption = Annotated[
 LATEST = Path("runs/latest")
 
 
-def method_of(name: str | None, guided: bool, label: str | None) -> dict[str, Any]:
+_FLAGS = {  # of settings that are not called as their options are; other options of parts have none
+    "backbone.name": "--backbone", "backbone.model": "--model", "backbone.num_steps": "--steps",
+    "backbone.guidance_scale": "--guidance", "encoder.name": "--encoder", "engine.address": "--address",
+    "engine.name": "--engine", "engine.workers": "--workers", "evaluators": "--evaluator",
+    "generator.name": "--generator", "method.name": "--method", "refine.name": "--refine",
+}  # fmt: skip
+
+
+def method_of(name: str | None, guided: bool, label: str | None, extra: list[str] | None) -> dict[str, Any]:
     """A method and the folder of its training; guided, with what that means for it, in a folder of its own."""
     if not guided:
         return {"method": name, "label": label}
     from synthgen.methods import METHODS
 
-    name = name or "mae"
-    return {"method": {"name": name, **METHODS.load(name).guided}, "label": label or f"{name}-guided"}
+    name = _named("method", name, extra) or "mae"
+    label = with_set({"label": label}, extra).get("label") or f"{name}-guided"
+    return {"method": {"name": name, **METHODS.load(name).guided}, "label": label}
+
+
+def backbone_of(name: str | None, extra: list[str] | None, **options: Any) -> dict[str, Any] | None:
+    """A backbone with the options that were given; a model is one of ``diffusers`` where none is named."""
+    named = _named("backbone", name, extra)
+    return part_of(named or ("diffusers" if options.get("model") else None), options)
+
+
+def _named(part: str, name: str | None, extra: list[str] | None) -> str | None:
+    """The name of a part by its own option or by ``--set``."""
+    said = _as_part(with_set({part: part_of(name, {})}, extra).get(part)) or {}
+    return str(said["name"]) if "name" in said else None
 
 
 def part_of(part: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -107,29 +133,110 @@ def engine_of(name: str | None, workers: int, address: str | None) -> dict[str, 
     return {key: value for key, value in given.items() if value}
 
 
+def agree(given: Mapping[str, Any], extra: list[str] | None) -> None:
+    """See that options and ``--set`` do not ask for two values of one setting.
+
+    Raises:
+        ConfigError: they do; names both.
+    """
+    for text in extra or []:
+        ((dotted, value),) = pairs_of([text]).items()
+        for name, was, now in _shared(given, dotted, value):
+            flag = _FLAGS.get(name, "" if "." in name else f"--{name.replace('_', '-')}")
+            if flag and was != now:
+                told = ", ".join(map(str, was)) if isinstance(was, list) else was
+                raise ConfigError(f"{flag} {told} and --set {text} ask for two values of {name}; give one of them")
+
+
+def _shared(given: Mapping[str, Any], dotted: str, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What is given and set: the dotted name, what is given, and what is set."""
+    name, _, option = dotted.partition(".")
+    was = given.get(name)
+    if was in (None, "", {}):
+        return
+    if not option and not isinstance(was, dict) and not isinstance(value, dict):
+        yield name, was, value
+        return
+    old, new = _as_part(was) or {}, {option: value} if option else _as_part(value) or {}
+    yield from ((f"{name}.{key}", old[key], new[key]) for key in old if key in new)
+
+
+def _as_part(value: Any) -> dict[str, Any] | None:
+    """A part by its name or as a mapping; None where it is neither."""
+    if isinstance(value, str) and value:
+        return {"name": value}
+    return value if isinstance(value, dict) else None
+
+
 def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
-    """The settings that were given, and on top of them what ``--set`` says."""
+    """The settings that were given, and beside them what ``--set`` says; of a part, option by option.
+
+    Raises:
+        ConfigError: they ask for two values of one setting, or for an option of what is no part.
+    """
+    agree(given, extra)
     settings = {key: value for key, value in given.items() if value is not None}
     for dotted, value in pairs_of(extra).items():
-        part, _, option = dotted.partition(".")
+        name, _, option = dotted.partition(".")
+        before = settings.get(name)
         if option:  # --set refine.smoothness=2 is an option of a part
-            before = settings.get(part, {})
-            if not isinstance(before, str | dict):
-                raise ConfigError(f"--set {dotted}: {part} is no part with options, but {before!r}")
-            settings[part] = {**({"name": before} if isinstance(before, str) else before), option: value}
+            part = {} if before is None else _as_part(before)
+            if part is None:
+                raise ConfigError(f"--set {dotted}: {name} is no part with options, but {before!r}")
+            settings[name] = {**part, option: value}
+        elif isinstance(before, dict) or isinstance(value, dict):
+            old, new = _as_part(before), _as_part(value)
+            settings[name] = {**old, **new} if old and new else value
         else:
-            settings[part] = value
+            settings[name] = value
     return settings
 
 
 def chosen_of(
-    run: Run, stage: str, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
+    run: Run | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> tuple[Choice, dict[str, Any]]:
-    """The engine of a stage, and its settings: see :func:`synthgen.api.settings_to_go_on`."""
-    from synthgen.api import settings_to_go_on
+    """The engine of a stage, and its settings, checked; of a run that is there see :func:`settings_to_go_on`.
+
+    Raises:
+        UnknownName, ConfigError: there is no such setting, or two values of one are asked for.
+        MissingArtifact: a setting is needed that has no default, and the run has not been begun.
+    """
+    from synthgen.api import make_stage, settings_to_go_on
     from synthgen.config import Choice
     from synthgen.engines import default_engine
 
-    settings = with_set({**given, "engine": {"name": default_engine(), **(engine or {})}}, extra)
-    chosen = Choice.of(settings.pop("engine"))
-    return chosen, settings_to_go_on(run, stage, settings)
+    settings = with_set({**given, "engine": engine or {}}, extra)
+    chosen = settings.pop("engine")
+    chosen = Choice.of({"name": default_engine(), **chosen} if isinstance(chosen, dict) else chosen)
+    settings = settings_to_go_on(run, stage, settings) if run else settings
+    make_stage(stage, settings)  # before they become arguments: an unknown one may be called as another argument is
+    return chosen, settings
+
+
+def planned_of(
+    path: Path, stage: str, given: dict[str, Any], extra: list[str] | None, engine: str | None
+) -> dict[str, Any]:
+    """The engine and the settings with which that stage would go on with a run, or begin one."""
+    from synthgen.errors import MissingArtifact
+    from synthgen.run import Run
+
+    try:
+        run = Run.open(path)
+    except MissingArtifact:
+        run = None
+    chosen, settings = chosen_of(run, stage, given, extra, engine_of(engine, 0, None))
+    return {"engine": chosen, **settings}
+
+
+def export_of(format: str, image_format: str | None, extra: list[str] | None) -> dict[str, Any]:
+    """The settings of an export but for its format, checked.
+
+    Raises:
+        ConfigError: one is unknown or of the wrong kind, or two values of one are asked for.
+    """
+    from synthgen.config import check
+    from synthgen.interchange import Export
+
+    settings = with_set({"format": format, "image_format": image_format}, extra)
+    check(Export, settings, where="export")
+    return {name: value for name, value in settings.items() if name != "format"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 
 from synthgen.config import Choice, load_yaml
 from synthgen.engines import default_engine
-from synthgen.errors import MissingArtifact, PipelineError, UnknownName
+from synthgen.errors import ConfigError, MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage, make_stage
@@ -39,7 +39,11 @@ class Pipeline:
 
         Raises:
             UnknownName: the line has no such stage.
+            ConfigError: ``only`` is given beside the others, or ``first`` comes after ``last``.
         """
+        if only and (first or last):
+            other = f"--from {first}" if first else f"--to {last}"
+            raise ConfigError(f"--only {only} and {other} ask for different stages; give one of them")
         names = [stage.name for stage in self.stages]
         for name in (only, first, last):
             if name and name not in names:
@@ -49,6 +53,11 @@ class Pipeline:
         if start >= stop:
             raise PipelineError(f"{self.path}: {first!r} comes after {last!r}; swap --from and --to")
         return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
+
+    def engine_with(self, given: Mapping[str, Any]) -> Choice:
+        """The engine of the file with the options that are ``given``; where they name another, that with them alone."""
+        same = given.get("name", self.engine.name) == self.engine.name
+        return Choice.of({**(self.engine.dump() if same else {}), **given})
 
     def execute(self, *, engine: EngineLike = None, progress: Progress | None = None) -> Iterator[Summary]:
         """Run each stage; yields its summary when it has ended.

@@ -15,12 +15,16 @@ from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["KNN"]
 
+_EQUAL = 1e-6  # cosines that differ by no more than rounding does
+
 
 @dataclass(frozen=True, kw_only=True)
 class KNN:
     """The ``k`` training images with the highest cosine vote, each with exp(cosine / temperature) (Wu et al., 2018).
 
-    ``accuracy`` is the share of test images whose most voted class is right. Nothing is learned.
+    ``accuracy`` is the share of test images whose most voted class is right. Nothing is learned. All training images as
+    near as the ``k``-th (cosines within 1e-6) vote like it, so their order decides nothing where some are equal; of an
+    encoder that says the same of everything the class with the most training images wins.
     """
 
     needs: ClassVar[Need] = "features"
@@ -42,13 +46,30 @@ class KNN:
 
     def predict(self, train: Labelled, features: Float32[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """The class of each row of ``features``; of classes with equal votes the one of lowest number."""
+        train = train.by_key()
         known = F.normalize(train.features, dim=1)
-        num_classes = int(train.labels.max()) + 1
+        k, num_classes = min(self.k, len(known)), int(train.labels.max()) + 1
         found = []
         for rows in torch.split(F.normalize(features, dim=1), 256):
-            similarity, nearest = (rows @ known.T).topk(min(self.k, len(known)), dim=1)
+            similarity = rows @ known.T
+            highest, nearest = similarity.topk(min(k + 1, len(known)), dim=1)
             votes = torch.zeros(len(rows), num_classes)
             # less the highest: the same winner, and no overflow
-            weights = ((similarity - similarity[:, :1]) / self.temperature).exp()
-            found.append(votes.scatter_add(1, train.labels[nearest], weights).argmax(1))
+            weights = ((highest[:, :k] - highest[:, :1]) / self.temperature).exp()
+            best = votes.scatter_add(1, train.labels[nearest[:, :k]], weights).argmax(1)
+            tied = highest[:, k - 1] - highest[:, -1] <= _EQUAL
+            if tied.any():
+                best[tied] = self._with_equals(similarity[tied], highest[tied, k - 1], train.labels, num_classes)
+            found.append(best)
         return torch.cat(found)
+
+    def _with_equals(
+        self, similarity: Float32[Tensor, "t n"], last: Float32[Tensor, " t"], labels: Int[Tensor, " n"], classes: int
+    ) -> Int[Tensor, " t"]:
+        """The class of each row where all that are as near as the ``last`` that votes have its vote."""
+        equal = (similarity - last[:, None]).abs() <= _EQUAL
+        similarity = torch.where(equal, last[:, None], similarity).double()
+        weights = ((similarity - similarity.amax(1, keepdim=True)) / self.temperature).exp()
+        weights = torch.where(equal | (similarity > last[:, None]), weights, 0.0)
+        votes = torch.zeros(len(weights), classes, dtype=torch.float64)
+        return votes.scatter_add(1, labels.expand(len(weights), -1), weights).argmax(1)

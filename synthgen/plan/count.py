@@ -177,6 +177,8 @@ class _Line:
 
     def _compare_settings(self, stage: Stage) -> None:
         """What :meth:`Run.check` does, but for the prompts or images, which it would have to read."""
+        if not any(map(self.run.holds, stage.artifacts())):
+            return
         before = self.run.artifact("images")["settings"]
         changed = [name for name, value in stage.fingerprinted().items() if before.get(name) != value]
         if changed:

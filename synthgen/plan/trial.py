@@ -25,6 +25,7 @@ _MOST = {
     "images": 64,
     "pairs": 1024,
 }  # images of either side that are tried
+_APART = 0.01  # how far features of one image that stands for several are moved, as a share of each number
 _WARM = 16  # images on which everything is done once before
 
 
@@ -112,8 +113,10 @@ def enlarged(material: Material, sizes: tuple[int, int], classes: int) -> Materi
 
 
 def _labelled(given: Labelled, count: int, classes: int) -> Labelled:
-    rows = torch.arange(count)
-    return replace(given, features=_repeated(given.features, count), labels=rows % max(1, classes), keys=_keys(count))
+    rows, features = torch.arange(count), _repeated(given.features, count)
+    if count > len(given.features):  # images are not equally near, as copies would be: kNN looks longer at those
+        features = features * (1 + _APART * torch.randn(features.shape, generator=torch.Generator().manual_seed(count)))
+    return replace(given, features=features, labels=rows % max(1, classes), keys=_keys(count))
 
 
 def _mapped(given: Mapped, count: int, classes: int) -> Mapped:

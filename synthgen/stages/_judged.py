@@ -6,19 +6,25 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthgen.codecs import decode_masks, decode_meta
-from synthgen.errors import ConfigError
+from synthgen.errors import ConfigError, CorruptShard
 from synthgen.records import WordMasks
 from synthgen.run import Run, digest
+from synthgen.stores import located
+from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import read_tar
+from synthgen.units import checked_mark
+from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
     from synthgen.evaluators import Need
+    from synthgen.stages.evaluate import Evaluate
 
-__all__ = ["Lacking", "Source", "looked_at", "masks_of_run", "open_source", "spread_out", "thinned"]
+__all__ = ["Lacking", "Source", "looked_at", "masks_of_run", "open_source", "spread_out", "stamps", "thinned"]
 
 
 class Lacking(ConfigError):
@@ -113,14 +119,73 @@ def open_source(name: str, path: str) -> Source:
     Raises:
         MissingArtifact, CorruptShard: it is not there, holds nothing, or cannot be read.
     """
-    from synthgen.datasets import source_inputs
-
-    return _opened(name, path, digest(source_inputs(path)))
+    return _opened(name, path, _stamp(path))
 
 
 @lru_cache(maxsize=4)
 def _opened(name: str, path: str, stamp: str) -> Source:
     return Source(name, path)
+
+
+def stamps(stage: Evaluate, run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
+    """What tells the images and masks of an evaluation from others, without reading any.
+
+    Of the run's own that is what was noted when they were written; of others see :func:`_stamp`.
+
+    Raises:
+        MissingArtifact, CorruptShard: they are not there, or a commit mark cannot be read.
+    """
+    found = {}
+    for name, source in sources.items():
+        found[name] = _stamp(source.path) if getattr(stage, name) else _stamp_of_shards(run, source.path)
+    if stage.truth:
+        found["truth"] = _stamp(stage.truth)
+        found["predicted"] = _stamp(stage.predicted) if stage.predicted else _stamp_of_masks(run)
+    return found
+
+
+def _stamp(source: str) -> str:
+    """Of each file its name and size, and on this machine the time of its last change; not its content.
+
+    A label that is put right seldom changes the size, and the content may be hundreds of GB.
+    """
+    from synthgen.datasets import source_inputs
+    from synthgen.datasets.sources import tars_of
+
+    place = located(source)
+    if isinstance(place, RemotePath):
+        return digest(list(source_inputs(source).values()))
+    # with their folders, which are the labels where images lie in them
+    files = tars_of(source) or sorted(file for file in place.rglob("*") if file.is_file())
+    return digest([_told(file) for file in files])
+
+
+def _told(file: Path) -> list[str | int]:
+    about = file.stat()
+    return [file.as_posix(), about.st_size, about.st_mtime_ns]
+
+
+def _stamp_of_shards(run: Run, folder: str) -> str:
+    """Of each tar of the run's shards the sha256 that its commit mark tells; of one without see :func:`_stamp`."""
+    place = located(folder)
+    if isinstance(place, RemotePath):
+        return _stamp(folder)
+    found = list[Any]()
+    for tar in sorted(place.glob("*.tar")):
+        path = tar.with_name(f"{tar.stem}_stats.json")
+        try:
+            found.append([tar.name, checked_mark(read_json(read_file(path)))["sha256"]])
+        except FileNotFoundError:
+            found.append(_told(tar))
+        except ValueError:
+            raise CorruptShard(f"{path} cannot be read; delete it and run: {run.remedy('shards')}") from None
+    return digest(found)
+
+
+def _stamp_of_masks(run: Run) -> str:
+    """Of the run's masks what they were made with, and the sha256 of each unit that there is."""
+    made = sorted((unit, str(mark["sha256"])) for unit, mark in run.iter_marks("masks"))
+    return digest([run.artifact("masks")["fingerprint"], made])
 
 
 def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:

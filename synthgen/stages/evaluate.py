@@ -15,7 +15,7 @@ from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source
+from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source, stamps
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._rows import backbone_of, encoder_name, extractor_of, judges, rows_of
 from synthgen.stages._written import check_encoder, check_shards, encoder_hash, naming_damage
@@ -101,8 +101,12 @@ class Evaluate(Stage):
         return replace(self, evaluators=evaluators, generator=generator)
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The settings that the scores depend on: where there is no generator, none of how it is read."""
+        """The settings that the scores depend on: where there is no generator, none of how it is read.
+
+        What the encoder is called is none of them, for its hash is an input.
+        """
         settings = super().fingerprinted()
+        del settings["encoder"]
         return {name: value for name, value in settings.items() if self.generator or not name.startswith("generator")}
 
     # -- what there is to do
@@ -226,25 +230,14 @@ class Evaluate(Stage):
         return found
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The encoder's hash, that of its text tower, and names and sizes of the images."""
-        from synthgen.datasets import source_inputs
-
+        """The encoder's hash, that of its text tower, and what tells the images and masks from others."""
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
         if folder is not None:
             found["encoder"] = encoder_hash(folder)
             if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
                 found["text tower"] = sha256_of(folder / "text.safetensors")
-        if self.judges_images(run):
-            for name, source in self.sources(run).items():
-                found[name] = digest(list(source_inputs(source.path).values()))
-        if self.truth:
-            found["truth"] = digest(list(source_inputs(self.truth).values()))
-            predicted = (
-                list(source_inputs(self.predicted).values()) if self.predicted else run.artifact("masks")["fingerprint"]
-            )
-            found["predicted"] = digest(predicted)
-        return found
+        return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
 
     def path(self, run: Run) -> Path:
         """The file that gets the scores."""
@@ -259,9 +252,10 @@ class Evaluate(Stage):
             label = "-".join(parts)
         return run.folder("evaluate") / f"{label}.json"
 
-    def fingerprint(self, run: Run) -> str:
-        """Of settings and inputs."""
-        return digest({"seed": run.seed, "settings": self.fingerprinted(), "inputs": self.inputs(run)})
+    def fingerprint(self, run: Run, inputs: Mapping[str, str] | None = None) -> str:
+        """Of settings and inputs: of those that there are, unless others are given."""
+        inputs = self.inputs(run) if inputs is None else inputs
+        return digest({"seed": run.seed, "settings": self.fingerprinted(), "inputs": inputs})
 
     def plan(self, run: Run) -> list[int]:
         """All of it is one unit."""
@@ -285,7 +279,7 @@ class Evaluate(Stage):
         if before and before.get("fingerprint") != self.fingerprint(run):
             now = {**self.fingerprinted(), **{f"its input {k}": v for k, v in self.inputs(run).items()}}
             then = {**before.get("settings", {}), **{f"its input {k}": v for k, v in before.get("inputs", {}).items()}}
-            changes = ", ".join(name for name, value in now.items() if then.get(name) != value)
+            changes = ", ".join(name for name in {**now, **then} if then.get(name) != now.get(name))
             raise StaleArtifact(
                 f"{path} holds scores made differently (changed: {changes or 'the seed'}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
@@ -307,6 +301,7 @@ class Evaluate(Stage):
         def work(unit: int) -> Report:
             started = time.perf_counter()
             evaluators, skipped = self.chosen(run)
+            inputs = self.inputs(run)  # before they are read: what another command makes meanwhile makes the file stale
             result: dict[str, Any] = {"scores": {}, "warnings": [], "skipped": skipped}
             folder = self.encoder_folder(run)
             of_images = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
@@ -319,8 +314,8 @@ class Evaluate(Stage):
                 self.judge_masks(run, evaluators, result)
             result |= {
                 "settings": self.fingerprinted(),
-                "inputs": self.inputs(run),
-                "fingerprint": self.fingerprint(run),
+                "inputs": inputs,
+                "fingerprint": self.fingerprint(run, inputs),
                 "versions": versions(),
                 "seconds": round(time.perf_counter() - started, 3),
             }

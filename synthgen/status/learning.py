@@ -14,7 +14,7 @@ from synthgen.status.reading import is_number, read_object
 
 __all__ = ["Evaluation", "Score", "Training", "evaluations", "training_in"]
 
-_NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of an evaluation's file
+_NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of a file without ``scores``
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,13 @@ def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
     for path in sorted(run.folder("evaluate").glob("*.json")):
         value = read_object(path, problems)
         scores = value.get("scores")
+        if not isinstance(scores, dict):
+            scores = {key: item for key, item in value.items() if key not in _NOT_SCORES}
         warnings = value.get("warnings")
         found.append(
             Evaluation(
                 path.stem,
-                tuple(_score_rows(scores if isinstance(scores, dict) else value)),
+                tuple(_score_rows(scores)),
                 tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
                 float(value["seconds"]) if is_number(value.get("seconds")) else 0.0,
             )
@@ -90,9 +92,9 @@ def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
 
 def _score_rows(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Score]:
     """The innermost mappings that hold numbers; the keys on the way say of what and by whom."""
-    numbers = {key: float(item) for key, item in value.items() if is_number(item) and key not in _NOT_SCORES}
+    numbers = {key: float(item) for key, item in value.items() if is_number(item)}
     if numbers:
         yield Score(" ".join(path[:-1]), path[-1] if path else "", numbers)
     for key, item in value.items():
-        if isinstance(item, Mapping) and key not in _NOT_SCORES:
+        if isinstance(item, Mapping):
             yield from _score_rows(item, (*path, key))

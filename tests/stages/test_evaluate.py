@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import open_dataset
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.evaluators import EVALUATORS
 from synthgen.image import encode_png, resize
 from synthgen.models.dual import DualEncoder, save_dual_encoder
@@ -139,6 +140,115 @@ def test_masks_alone_need_no_encoder(run, tmp_path):
     shutil.rmtree(run.folder("pretrain"))
     run_stage(Evaluate(truth=str(run.path / "shards" / "train")), run, ONE)
     assert result(run, "masks")["scores"]["masks"]["mask_iou"]["mean_iou"] == 1.0
+
+
+KNN = {"evaluators": (Choice("knn"),), "baselines": False}
+
+
+def test_scores_of_half_made_masks_do_not_stand_for_the_rest(run, tmp_path):
+    stage = Evaluate(truth=str(run.path / "shards" / "train"), evaluators=(Choice("mask_iou"),))
+    made = [run.tar("masks", 1).with_suffix(suffix) for suffix in (".tar", ".json")]
+    for path in made:
+        path.rename(tmp_path / path.name)
+    run_stage(stage, run, ONE)
+    judged = result(run, "masks")["scores"]["masks"]["mask_iou"]
+    assert judged["mean_iou"] == 1.0  # images that have no prediction at all do not count
+    assert any("true masks have no prediction beside them" in warning for warning in result(run, "masks")["warnings"])
+    assert stage.complete().done(run, 0)
+    for path in made:
+        (tmp_path / path.name).rename(path)
+    with pytest.raises(StaleArtifact, match="changed: its input predicted"):
+        run_stage(stage, run, ONE)
+    (run.folder("evaluate") / "masks.json").unlink()
+    run_stage(stage, run, ONE)
+    assert result(run, "masks")["scores"]["masks"]["mask_iou"]["images"] > judged["images"]
+
+
+def test_what_comes_while_it_is_judged_makes_the_scores_stale(run, monkeypatch):
+    stage = Evaluate(truth=str(run.path / "shards" / "train"), evaluators=(Choice("mask_iou"),)).complete()
+    judge = Evaluate.judge_masks
+
+    def judge_and_lose(self, *given):
+        judge(self, *given)
+        run.tar("masks", 1).with_suffix(".json").unlink()
+
+    monkeypatch.setattr(Evaluate, "judge_masks", judge_and_lose)
+    with stage.open(run, Worker()) as work:
+        work(0)
+    assert result(run, "masks")["inputs"] != stage.inputs(run)
+    assert not stage.done(run, 0)
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    """The same file with other bytes, as long as before; changed a moment later, on any file system."""
+    before, whole = path.stat(), path.read_bytes()
+    assert len(old) == len(new)
+    assert old in whole
+    path.write_bytes(whole.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+
+def test_a_label_that_is_put_right_is_seen(run, tmp_path):
+    path = write_scenes(tmp_path / "test.tar", ("disc",), label="disc")
+    asked = Evaluate(test=str(path), truth=str(path), **KNN).complete()
+    run_stage(asked, run, ONE)
+    assert asked.done(run, 0)
+    rewrite(path, b'"label": "disc"', b'"label": "ball"')
+    with pytest.raises(ConfigError, match=r"share no class: disc, square, ... against ball"):
+        run_stage(asked, run, ONE)  # labels that were read before are not those of now
+    rewrite(path, b'"label": "ball"', b'"label": "disc"')
+    with pytest.raises(StaleArtifact, match="changed: its input test, its input truth"):
+        run_stage(asked, run, ONE)
+
+
+def test_an_image_in_another_class_folder_is_seen(run, tmp_path):
+    """Though all files have the names, the sizes, the dates and the order that they had."""
+    train = write_images(tmp_path / "train", {"disc": 4, "square": 4})
+    (train / "disc" / "3.png").rename(train / "disc" / "z.png")
+    for number in range(4):
+        (train / "square" / f"{number}.png").rename(train / "square" / f"z{number}.png")
+    asked = Evaluate(train=str(train), **KNN).complete()
+    run_stage(asked, run, ONE)
+    assert asked.done(run, 0)
+    (train / "disc" / "z.png").rename(train / "square" / "z.png")
+    assert not asked.done(run, 0)
+
+
+def test_shards_of_the_run_are_known_by_their_commit_marks(run):
+    asked = Evaluate(**KNN).complete()
+    run_stage(asked, run, ONE)
+    tar = run.folder("shards") / "val" / "000000.tar"
+    os.utime(tar, ns=(0, 0))
+    assert asked.done(run, 0)
+    mark = tar.with_name("000000_stats.json")
+    told = json.loads(mark.read_text())
+    mark.write_text(json.dumps(told | {"sha256": told["sha256"][::-1]}))  # as of other bytes of the same length
+    with pytest.raises(StaleArtifact, match=r"changed: its input test\)"):
+        run_stage(asked, run, ONE)
+    mark.write_text("{")
+    with pytest.raises(CorruptShard, match=r"000000_stats.json cannot be read; delete it and run: synthgen shards"):
+        run_stage(asked, run, ONE)
+
+
+def test_the_encoder_may_be_named_or_not(run, monkeypatch):
+    run_stage(Evaluate(**KNN), run, ONE)
+    folder = run.folder("pretrain") / "mae"
+    assert run_stage(Evaluate(encoder=str(folder), **KNN), run, ONE).done_before == 1
+    monkeypatch.chdir(run.path)
+    assert run_stage(Evaluate(encoder="pretrain/mae", **KNN), run, ONE).done_before == 1
+    assert result(run)["encoder"] == str(folder)
+    other = Path(shutil.copytree(folder, run.path / "other" / "mae"))
+    (other / "done.json").unlink()
+    weights = other / "encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(StaleArtifact, match=r"changed: its input encoder\)"):
+        run_stage(Evaluate(encoder=str(other), **KNN), run, ONE)
+
+
+def test_what_is_no_longer_asked_is_told_too(run, tmp_path):
+    run_stage(Evaluate(truth=str(run.path / "shards" / "train"), label="x", **KNN), run, ONE)
+    with pytest.raises(StaleArtifact, match=r"changed: truth, its input truth, its input predicted\)"):
+        run_stage(Evaluate(label="x", **KNN), run, ONE)
 
 
 def test_what_is_missing_is_told(run, tmp_path):

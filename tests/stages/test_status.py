@@ -203,6 +203,18 @@ def test_shards_training_and_scores_are_included(tmp_path):
     assert scores(Run.create(tmp_path / "other")) == []
 
 
+@pytest.mark.parametrize("name", ["test", "train", "seed", "settings"])
+def test_an_encoder_may_be_called_as_what_else_stands_in_the_file(run, name):
+    (run.path / "evaluate").mkdir()
+    scores_of = {name: {"knn": {"accuracy": 0.5}}, "pixels": {"knn": {"accuracy": 0.25}}}
+    told = {"scores": scores_of, "seed": 3, "seconds": 2, "settings": {"k": 20}, "test": {"images": 14}}
+    (run.path / "evaluate" / "a.json").write_text(json.dumps(told))
+    (run.path / "evaluate" / "b.json").write_text(json.dumps({**told, "scores": None, "mae": {"accuracy": 0.75}}))
+    first, second = status(run).evaluations
+    assert [(score.of, score.main[1]) for score in first.scores] == [(name, 0.5), ("pixels", 0.25)]
+    assert [score.main for score in second.scores] == [("accuracy", 0.75)]
+
+
 def test_strange_files_of_others_do_not_stop_it(run):
     for path, text in {
         "evaluate/flat.json": '{"accuracy": 0.25}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -71,6 +72,40 @@ def test_knn_takes_small_sets_and_unknown_classes():
     train = Labelled(torch.eye(3), torch.arange(3))
     test = Labelled(torch.eye(3), torch.tensor([0, 1, -1]))
     assert EVALUATORS.build("knn").evaluate(Material(train=train, test=test))["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_of_copies_of_an_image_all_vote_in_whatever_order():
+    """Five copies are the nearest, and two would have votes: of their classes the one of most copies wins."""
+    train = Labelled(torch.tensor([[1.0, 0]] * 5 + [[0, 1.0]] * 3), torch.tensor([2, 1, 0, 1, 2, 0, 0, 0]))
+    evaluator = EVALUATORS.build(Choice("knn", {"k": 2}))
+    for order in itertools.islice(itertools.permutations(range(8)), 0, None, 997):
+        rows = torch.tensor(order)
+        mixed = Labelled(train.features[rows], train.labels[rows])
+        assert evaluator.predict(mixed, torch.tensor([[1.0, 0.1], [0.1, 1.0]])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("k", [5, 20, 100])
+def test_of_a_collapsed_encoder_knn_has_the_score_of_the_majority_class(k):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 15 + [1] * 20 + [2] * 15)
+    train = Labelled(torch.ones(50, 64) + 1e-8 * torch.randn(50, 64, generator=generator), labels)
+    test = Labelled(torch.ones(40, 64), torch.arange(40) % 4 - 1)
+    evaluator = EVALUATORS.build(Choice("knn", {"k": k}))
+    for rows in (torch.arange(50), torch.randperm(50, generator=generator), torch.arange(50).flip(0)):
+        mixed = Labelled(train.features[rows], labels[rows])
+        assert evaluator.predict(mixed, test.features).tolist() == [1] * 40
+        assert evaluator.evaluate(Material(train=mixed, test=test))["accuracy"] == pytest.approx(1 / 4)
+
+
+def test_images_in_another_order_are_other_neighbours_to_no_row():
+    """Among 400 rows on a grid many are equally near; keys tell which image is which."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randint(-1, 2, (400, 3), generator=generator).float()
+    train = Labelled(features, torch.arange(400) % 7, tuple(f"{row:03d}" for row in range(400)))
+    order = torch.randperm(400, generator=generator)
+    mixed = Labelled(features[order], train.labels[order], tuple(train.keys[row] for row in order))
+    evaluator, asked = EVALUATORS.build("knn"), torch.randn(300, 3, generator=generator)
+    assert torch.equal(evaluator.predict(train, asked), evaluator.predict(mixed, asked))
 
 
 # -- linear probe

@@ -61,6 +61,10 @@ def test_files_and_stages_that_are_not_there(tmp_path):
         pipeline.select(only="shards")
     with pytest.raises(PipelineError, match="swap --from and --to"):
         pipeline.select(first="masks", last="generate")
+    with pytest.raises(ConfigError, match="--only masks and --from generate ask for different stages; give one of"):
+        pipeline.select(only="masks", first="generate")
+    with pytest.raises(ConfigError, match="--only generate and --to masks ask for different stages"):
+        pipeline.select(only="generate", last="masks")
     with pytest.raises(PipelineError, match="is a name"):
         read_pipeline(write(tmp_path, "stages: {masks: {refine: threshold}}"), [("stages.masks.refine.level", 1.0)])
 

@@ -1,0 +1,179 @@
+"""What options and ``--set`` ask for together: never dropped in silence, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+
+import pytest
+
+from synthgen import api
+from synthgen.errors import ConfigError
+from synthgen.methods import METHODS
+from synthgen.options import agree, backbone_of, chosen_of, export_of, method_of, with_set
+from synthgen.run import Run
+from synthgen.stages import make_stage
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A run of 8 images in units of 4, of which the second is not made yet; its prompts are p.txt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a [dog]\na [cat]\n")
+    stage = make_stage("generate", {"prompts": "p.txt", "images_per_prompt": 4, "unit_size": 4}).complete()
+    run = Run.create(tmp_path / "run")
+    run.note(stage)
+    for name in stage.artifacts():
+        with run.write(name, 0) as tar:
+            for row in range(4):
+                tar.add(f"000000000{row}", {"txt": b"x"})
+    return run
+
+
+def told_by(monkeypatch, capsys, *arguments):
+    """What the command line says: output, and what it says in one line of error."""
+    from synthgen.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["synthgen", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert (ended.value.code == 2) == bool(told.err), told.err
+    assert told.err.count("\n") <= 1
+    return told.out, told.err
+
+
+PLAN = ["plan", "--no-measure", "--prompts", "p.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["masks", "--set", "run=x"], "stages.masks.run: unknown setting"),
+        (["masks", "--set", "progress=1"], "stages.masks.progress: unknown setting"),
+        (["pretrain", "--set", "run=x"], "stages.pretrain.run: unknown setting"),
+        (["export", "--format", "coco", "--set", "run=x"], "export.run: unknown setting"),
+        (["export", "--format", "coco", "--set", "folder=x"], "export.folder: unknown setting"),
+        (["export", "--format", "coco", "--set", "progress=1"], "export.progress: unknown setting"),
+        (["export", "--format", "coco", "--set", "qualty=1"], "did you mean 'quality'"),
+        (["export", "--format", "coco", "--set", "format=yolo"], "--format coco and --set format=yolo ask for two"),
+        (["export", "--format", "tar"], "export.format: "),
+        ([*PLAN, "--set", "run=x"], "stages.generate.run: unknown setting"),
+        ([*PLAN, "--set", "stage=x"], "stages.generate.stage: unknown setting"),
+        ([*PLAN, "--set", "sample=3"], "stages.generate.sample: unknown setting"),
+        ([*PLAN, "--set", "measure=true"], "stages.generate.measure: unknown setting"),
+        ([*PLAN, "--set", "engine.wokers=1"], "did you mean 'workers'"),
+        ([*PLAN, "--set", "engine=3"], "expected a part's name"),
+        ([*PLAN, "--set", "unit_size=3"], "unit_size is 3 and was 4"),
+        (["masks", "--min-area", "0.01", "--set", "min_area=0.02"], "--min-area 0.01 and --set min_area=0.02 ask for"),
+        (["masks", "--attentioncut", "--set", "refine=threshold"], "--refine attentioncut and --set refine=threshold"),
+        (["masks", "--workers", "2", "--set", "engine.workers=3"], "--workers 2 and --set engine.workers=3 ask for"),
+        (["generate", "--steps", "5", "--set", "backbone={num_steps: 6}"], "two values of backbone.num_steps"),
+        (["evaluate", "--evaluator", "knn", "--evaluator", "retrieval", "--set", "evaluators=[{name: knn, k: 3}]"],
+         "--evaluator knn, retrieval and --set evaluators=[{name: knn, k: 3}] ask for two values of evaluators; give"),
+        (["evaluate", "--encoder", "a", "--set", "encoder=b"], "--encoder a and --set encoder=b"),
+        ([*PLAN, "--engine", "local", "--set", "engine=ray"], "--engine local and --set engine=ray"),
+        ([*PLAN, "--workers", "2", "--set", "engine.workers=3"], "--workers 2 and --set engine.workers=3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_set_is_one_line(monkeypatch, capsys, begun, arguments, says):
+    out, err = told_by(monkeypatch, capsys, *arguments, "--run", begun.path)
+    assert says in err
+    assert not out
+
+
+def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
+    (begun.path.parent / "line.yaml").write_text(
+        f"run: {begun.path}\nstages: {{generate: {{prompts: p.txt}}, masks: {{}}}}"
+    )
+    for command in ("run", "plan"):
+        given = [command, "line.yaml", "--engine", "local", "--set", "engine.name=ray"]
+        assert "--engine local and --set engine.name=ray ask for two" in told_by(monkeypatch, capsys, *given)[1]
+    _, err = told_by(monkeypatch, capsys, "run", "line.yaml", "--only", "masks", "--from", "generate")
+    assert err == "synthgen: --only masks and --from generate ask for different stages; give one of them\n"
+
+
+def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
+    out, err = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "engine.workers=1")
+    (generate,) = json.loads(out)["stages"]
+    numbers = ("units", "units_left", "images", "images_left")
+    assert ([generate[name] for name in numbers], err) == ([2, 1, 8, 4], "")
+    settings = chosen_of(begun, "generate", {"prompts": "p.txt", "template": "", "backbone": None}, None)[1]
+    begun.check(make_stage("generate", settings).complete())  # nor does that refuse it
+    monkeypatch.setattr(import_module("synthgen.plan.count"), "COMPARED", 1)
+    assert json.loads(told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path)[0])["images"] == 8
+    new = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", "new", "--set", "unit_size=3")[0]
+    assert [stage["units"] for stage in json.loads(new)["stages"]] == [1]
+    assert not (begun.path.parent / "new").exists()
+
+
+def test_nothing_made_refuses_nothing(begun, monkeypatch, capsys):
+    """Also where the prompts are so many that only settings are compared."""
+    for name in ("images", "maps"):
+        for path in begun.folder(name).glob("000000.*"):
+            path.unlink()
+        (begun.folder(name) / "000000.failed.json").write_text('{"error": "no"}')
+    monkeypatch.setattr(import_module("synthgen.plan.count"), "COMPARED", 1)
+    out, _ = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "unit_size=1")
+    assert [stage["units_left"] for stage in json.loads(out)["stages"]] == [2]
+    settings = chosen_of(begun, "generate", {"prompts": "p.txt"}, ["unit_size=1"])[1]
+    begun.check(make_stage("generate", settings).complete())
+
+
+def test_the_engine_of_a_plan_is_that_of_the_run(monkeypatch, capsys, begun):
+    seen = []
+    plan = api.plan_stage
+    monkeypatch.setattr(
+        api, "plan_stage", lambda *given, **options: seen.append(options["engine"]) or plan(*given, **options)
+    )
+    told_by(monkeypatch, capsys, *PLAN, "--run", begun.path, "--set", "engine={name: local, workers: 3}")
+    assert [engine.dump() for engine in seen] == [{"name": "local", "workers": 3}]
+    seen.clear()
+    (begun.path.parent / "line.yaml").write_text(
+        f"run: {begun.path}\nengine: {{name: local, workers: 3}}\n"
+        "stages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
+    )
+    monkeypatch.setattr("synthgen.plan.plan", lambda *given, **options: seen.append(options["engine"]))
+    api.plan_pipeline("line.yaml", engine="local")
+    api.plan_pipeline("line.yaml", engine="accelerate")
+    assert [engine.dump() for engine in seen] == [{"name": "local", "workers": 3}, {"name": "accelerate"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "extra"),
+    [
+        ({"min_area": 0.01}, ["min_area=1e-2"]),
+        ({"min_area": None, "limit": 4}, ["min_area=0.02"]),
+        ({"refine": {"name": "threshold"}}, ["refine=threshold", "refine.level=0.5"]),
+        ({"refine": {"name": "threshold"}}, ["refine={level: 0.5}"]),
+        ({"evaluators": ["knn"]}, ["evaluators=[knn]"]),
+        ({"template": ""}, ["template=t.txt"]),
+        ({"engine": {}}, ["engine=ray"]),
+    ],
+)
+def test_what_agrees_may_be_said_twice(given, extra):
+    agree(given, extra)
+
+
+def test_a_part_takes_the_options_of_both():
+    assert with_set({"refine": {"name": "threshold"}}, ["refine={level: 0.5}"]) == {
+        "refine": {"name": "threshold", "level": 0.5}
+    }
+    assert with_set({"encoder": "small"}, ["encoder={depth: 2}"]) == {"encoder": {"name": "small", "depth": 2}}
+    assert with_set({"backbone": {"num_steps": 5}}, ["backbone=tiny"]) == {"backbone": {"num_steps": 5, "name": "tiny"}}
+    assert chosen_of(None, "masks", {}, ["engine=ray"], {"workers": 2})[0].dump() == {"workers": 2, "name": "ray"}
+    assert export_of("coco", None, ["rle=true", "format=coco"]) == {"rle": True}
+
+
+def test_what_an_option_implies_gives_way():
+    assert backbone_of(None, ["backbone=tiny"], model="m") == {"name": "tiny", "model": "m"}  # which tiny then refuses
+    assert backbone_of(None, None, model="m") == {"name": "diffusers", "model": "m"}
+    assert backbone_of(None, None, model=None) is None
+    guided = method_of(None, True, None, ["method.name=vlp", "method.region_weight=2.0"])
+    assert guided == {"method": {"name": "vlp", **METHODS.load("vlp").guided}, "label": "vlp-guided"}
+    assert with_set(guided, ["method.region_weight=2.0"])["method"]["region_weight"] == 2.0
+    labelled = method_of("mae", True, None, ["label=mine"])
+    assert with_set(labelled, ["label=mine"])["label"] == "mine"
+    with pytest.raises(ConfigError, match=r"--method mae and --set method=vlp ask for two values of method.name"):
+        method_of("mae", True, None, ["method=vlp"])
