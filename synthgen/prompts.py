@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +46,11 @@ _SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
 _CHUNK = 2**18  # bytes that are read at once
 _BRACKETS = re.compile(r"([\[\]])")
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+# Scripts written without spaces: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, Han; and these marks of Han.
+_UNSPACED = (
+    "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3040-\u309f\u30a0-\u30ff\u31f0-\u31ff"
+    "\uff66-\uff9f\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+)
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
 
 
@@ -140,7 +147,7 @@ def _parse(path: Path, number: int, line: str) -> Prompt:
 
 
 def read_templates(path: str | Path) -> list[str]:
-    """The templates of a file: lines with one ``{}`` where a marked word goes.
+    """The templates of a file: lines with one ``{}`` where a marked word goes, and no brackets: that word is the mark.
 
     Raises:
         MissingArtifact, PromptError: as for :func:`read_prompts`.
@@ -152,6 +159,11 @@ def read_templates(path: str | Path) -> list[str]:
             continue
         if line.count("{}") != 1:
             raise PromptError(f"{path}, line {number}: a template has exactly one {{}} where the word goes")
+        if _BRACKETS.search(line):
+            raise PromptError(
+                f"{path}, line {number}: a template has no brackets, as only the word at {{}} gets a mask; leave them "
+                "out, or write whole prompts with brackets and give no template"
+            )
         templates.append(line)
     if not templates:
         raise PromptError(f"{path} holds no template; write one a line, such as: a photo of a {{}} in a park")
@@ -187,7 +199,7 @@ def parse_line(line: str) -> Prompt:
     if start is not None:
         raise ValueError("a '[' is not closed with ']'")
     if not words:
-        spans = [match.span() for match in _WORD.finditer(text) if match.group().lower() not in STOP_WORDS]
+        spans = [match.span() for match in _word_of(text).finditer(text) if match.group().lower() not in STOP_WORDS]
         return Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
     return Prompt(text, tuple(words), tuple(spans), words[0] if len(words) == 1 else None)
 
@@ -231,20 +243,67 @@ def _within_bounds(prompt: Prompt) -> Prompt:
 def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     """Where each of ``words`` stands in ``text``: whole words, either case, the n-th of equal ones at the n-th place.
 
+    Longer ones are placed first, so that "dog" is not looked for within a "hot dog" that is listed as well. Beside
+    letters of scripts that are written without spaces a word may begin and end anywhere.
+
     Raises:
         ValueError: a word does not stand there, or not so often; or there are more than ``MOST_WORDS``.
     """
     if len(words) > MOST_WORDS:
         raise ValueError(f"{len(words)} words are listed; {MOST_WORDS} are the most")
-    spans: list[tuple[int, int]] = []
-    for word in words:
-        for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text, re.IGNORECASE):
-            if all(match.end() <= first or match.start() >= last for first, last in spans):
-                spans.append(match.span())
-                break
-        else:
-            raise ValueError(f"the word {word!r} does not stand in the prompt {text!r} (or not so often)")
-    return spans
+    longest = sorted(range(len(words)), key=lambda number: -len(words[number].strip()))
+    for order in (longest, range(len(words))):  # the second for words that share a part: "hot dog" and "dog bun"
+        found: dict[int, tuple[int, int]] = {}
+        for number in order:
+            for first, last in _places(text, words[number].strip()):
+                if all(last <= start or first >= stop for start, stop in found.values()):
+                    found[number] = first, last
+                    break
+        if len(found) == len(words):
+            return [found[number] for number in range(len(words))]
+    lost = next(word for number, word in enumerate(words) if number not in found)
+    raise ValueError(f"the word {lost!r} does not stand in the prompt {text!r} (or not so often)")
+
+
+def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
+    """Where a word stands whole in a text, either case, from left to right."""
+    if text.isascii():
+        yield from (match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+        return
+    (before, after), spelled, at = _edges(), re.compile(re.escape(word), re.IGNORECASE), 0
+    while match := spelled.search(text, at):
+        if before.match(text, match.start()) and after.match(text, match.end()):
+            yield match.span()
+        at = match.start() + 1
+
+
+def _word_of(text: str) -> re.Pattern[str]:
+    """What a word of this text looks like: letters with their marks, hyphens and apostrophes between them."""
+    return _WORD if text.isascii() else _marked_word()
+
+
+@cache
+def _marked_word() -> re.Pattern[str]:
+    letters = rf"[^\W_]+(?:[{_marks()}]+[^\W_]*)*"
+    return re.compile(rf"{letters}(?:[-'’]{letters})*")
+
+
+@cache
+def _edges() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What is so before and after a whole word: no letter, or the letter on either side is of a script without spaces.
+
+    Nothing ends before a combining mark, which belongs to the letter that it follows.
+    """
+    marks, joined = _marks(), rf"(?<=[{_UNSPACED}])|(?=[{_UNSPACED}])"
+    before = rf"(?<![\w{marks}])|(?![{marks}])(?:{joined})"
+    return re.compile(before), re.compile(rf"(?![{marks}])(?:(?!\w)|{joined})")
+
+
+@cache
+def _marks() -> str:
+    """All combining marks, for within brackets of a pattern; not the selectors that make an emoji of a character."""
+    numbers = chain(range(0x300, 0xFE00), range(0xFE10, 0x20000), range(0xE0100, 0xE01F0))
+    return "".join(chr(number) for number in numbers if unicodedata.category(chr(number)) in ("Mn", "Mc"))
 
 
 def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:

@@ -74,7 +74,7 @@ class Recorder:
         cross_levels: the factors, against the latent, of the grids whose cross-attention counts.
         self_level: the factor of the grid whose self-attention is kept.
         text: where the text stands in the sequence of a transformer, before or after the image.
-        paused: while True nothing is added.
+        pausing: asked at every layer of every step; while it says True nothing is added.
     """
 
     latent_size: Size
@@ -83,7 +83,7 @@ class Recorder:
     cross_levels: tuple[int, ...] = (1, 2)
     self_level: int = 1
     text: Literal["first", "last"] = "first"
-    paused: bool = False  # steps at which nothing is added
+    pausing: Callable[[], bool] = lambda: False
     _cross: dict[Size, Tensor] = field(default_factory=dict)
     _self: Tensor | None = None
     _counts: dict[Size | str, int] = field(default_factory=dict)
@@ -101,6 +101,11 @@ class Recorder:
         return rows, columns
 
     # -- while the model runs
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is added now."""
+        return self.pausing()
 
     def cross(self, sight: Sight) -> None:
         """Add one cross-attention layer at one step: image rows, text columns."""
@@ -196,19 +201,21 @@ class Recorder:
     # -- when the images are done
 
     def weights(self) -> list[Float[np.ndarray, "words h w"]]:
-        """For each image its words' mean cross-attention probability, on the largest of the recorded grids.
+        """For each image its words' mean cross-attention probability, on the grid of the self-attention.
 
         Raises:
-            RuntimeError: a wanted grid had no attention layer.
+            RuntimeError: no layer that was recorded has a wanted grid.
         """
-        rows, columns = self.grid(min(self.cross_levels))
+        rows, columns = self.grid(self.self_level)
         if not self._num_words:
             return [np.zeros((0, rows, columns), np.float16) for _ in self.tokens]
         means = []
         for level in self.cross_levels:
             size = self.grid(level)
             if size not in self._cross:
-                raise RuntimeError(f"the model has no cross-attention on a {size[0]} x {size[1]} grid (level {level})")
+                raise RuntimeError(
+                    f"no recorded layer has cross-attention on a {size[0]} x {size[1]} grid (level {level})"
+                )
             mean = (self._cross[size] / self._counts[size]).reshape(*self._cross[size].shape[:2], *size)
             means.append(F.interpolate(mean, (rows, columns), mode="bilinear", align_corners=False))
         merged = torch.stack(means).mean(0).to(torch.float16).cpu().numpy()
@@ -218,10 +225,11 @@ class Recorder:
         """For each image its mean self-attention along ``AFFINITY_OFFSETS``, in multiples of uniform attention.
 
         Raises:
-            RuntimeError: the wanted grid had no attention layer.
+            RuntimeError: no layer that was recorded has the wanted grid.
         """
         if self._self is None:
-            raise RuntimeError(f"the model has no self-attention on the grid {self.grid(self.self_level)}")
+            rows, columns = self.grid(self.self_level)
+            raise RuntimeError(f"no recorded layer has self-attention on a {rows} x {columns} grid")
         mean = self._self / self._counts["self"]
         merged = mean.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).cpu().numpy()
         return list(merged)

@@ -35,7 +35,8 @@ def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordT
     """Find the tokens of each marked word of ``prompt`` in all text encoders of a model.
 
     Encoders that stand at the same place (Stable Diffusion XL's two) share positions; where they cut a word
-    differently, the positions of both count. A word is cut off where no encoder reads it.
+    differently, the positions of both count. A word is cut off where no encoder reads it; each that is has a warning of
+    its own, also the second of two equal ones.
 
     Raises:
         ValueError: a tokenizer gives no offsets (a slow one).
@@ -45,9 +46,10 @@ def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordT
     for k in range(len(prompt.words)):
         places = {encoder.start + at for encoder, one in zip(encoders, found, strict=True) for at in one.positions[k]}
         positions.append(tuple(sorted(places)))
-    read = {_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if places}
-    warnings = dict.fromkeys(warning for one in found for warning in one.warnings if warning not in read)
-    return WordTokens(tuple(positions), tuple(warnings))
+    of_words = {_cut_off(word) for word in prompt.words}
+    told = [*dict.fromkeys(warning for one in found for warning in one.warnings if warning not in of_words)]
+    lost = [_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if not places]
+    return WordTokens(tuple(positions), (*told[:1], *lost, *told[1:]))
 
 
 def words_cut_off(warnings: Iterable[str]) -> list[str]:

@@ -69,11 +69,11 @@ class Diffusers:
             width,
         )
         looking = family.looking_at
-        if layers:
-            looking = replace(looking, layers=layers)
         if skip_steps is not None:
             looking = replace(looking, first=skip_steps)
         self.family = family(pipeline, sampling, looking)
+        if layers:
+            self.family.look_at(layers)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from synthgen.attention.layers import levels_of
 from synthgen.attention.recorder import Recorder, record
 from synthgen.attention.words import TextEncoder, WordTokens, locate_in_encoders
-from synthgen.errors import SynthgenError
+from synthgen.errors import ConfigError, SynthgenError
 from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
 
@@ -118,6 +119,24 @@ class DiffusionBackbone(ABC):
 
     # -- what they share
 
+    def look_at(self, layers: tuple[str, ...]) -> None:
+        """Record these layers alone, on those of the wanted grids that they have.
+
+        Raises:
+            ConfigError: there are no such layers, or they have one kind of attention on none of these grids.
+        """
+        wanted = self.looking.cross_levels
+        found = [[level for level in wanted if level in levels] for levels in levels_of(self.network, layers)]
+        for kind, levels in zip(("cross-attention", "self-attention"), found, strict=True):
+            if not levels:
+                grids = " or ".join(f"1/{level}" for level in wanted)
+                raise ConfigError(
+                    f"the layers {', '.join(layers)} have no {kind} on a grid that is recorded ({grids} of the finest, "
+                    "each way); give other layers as well"
+                )
+        cross, own = found
+        self.looking = replace(self.looking, layers=layers, cross_levels=tuple(cross), self_level=min(own))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its images, in pixels."""
@@ -148,13 +167,13 @@ class DiffusionBackbone(ABC):
 
     def _generate(self, requests: Sequence[Request]) -> list[Generation]:
         located, tokens = self._locate(requests)
+        before = self.pipeline.vae.dtype
         try:
             images, recorder = self.sample(
                 [request.prompt.text for request in requests], [request.seed for request in requests], tokens
             )
         except torch.OutOfMemoryError:
-            if len(requests) == 1:
-                raise SynthgenError(TOO_LITTLE) from None
+            pass  # what follows stands outside, where nothing holds the tensors of the failed call any more
         else:
             flagged = self.flagged(images)
             made = _records(requests, located, images, recorder)
@@ -166,8 +185,8 @@ class DiffusionBackbone(ABC):
                 )
                 for generation, flag in zip(made, flagged, strict=True)
             ]
-        torch.cuda.empty_cache()
-        half = len(requests) // 2
+        self._put_back(before)
+        half = _half(requests)
         return [*self._generate(requests[:half]), *self._generate(requests[half:])]
 
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
@@ -191,22 +210,32 @@ class DiffusionBackbone(ABC):
         whose attention has values that are no numbers says so under ``failed``.
         """
         located, tokens = self._locate(requests)
+        before = self.pipeline.vae.dtype
         try:
             recorder = self._watch(images, requests, tokens, timesteps, inversion_steps)
         except torch.OutOfMemoryError:
-            if len(requests) == 1:
-                raise SynthgenError(TOO_LITTLE) from None
+            pass  # as in _generate
         else:
             made = _records(requests, located, images, recorder)
             return [
                 generation if _finite(generation.maps) else replace(generation, failed=UNSEEN) for generation in made
             ]
-        torch.cuda.empty_cache()
-        half = len(requests) // 2
+        self._put_back(before)
+        half = _half(requests)
         return [
             *self.attend(images[:half], requests[:half], timesteps, inversion_steps),
             *self.attend(images[half:], requests[half:], timesteps, inversion_steps),
         ]
+
+    def _put_back(self, dtype: torch.dtype) -> None:
+        """After a call that ran out of memory: the autoencoder in its own type, and no part left on the device.
+
+        A pipeline does both itself, but only at the end of a call that went well.
+        """
+        if self.pipeline.vae.dtype != dtype:
+            self.pipeline.vae.to(dtype)
+        self.pipeline.maybe_free_model_hooks()  # does nothing where nothing is offloaded
+        torch.cuda.empty_cache()
 
     def _watch(
         self,
@@ -246,10 +275,10 @@ class DiffusionBackbone(ABC):
     ) -> Float[Tensor, "b c h w"]:
         """Carry latents to noise, step by step; sampling without guidance from there leads back to them, nearly."""
         timesteps, step = self.inversion(num_steps, latents)
-        recorded = num_steps - int(self.looking.first * num_steps)
+        recorded, number = num_steps - int(self.looking.first * num_steps), 0
+        if recorder is not None:
+            recorder.pausing = lambda: number >= recorded
         for number, timestep in enumerate(timesteps):
-            if recorder is not None:
-                recorder.paused = number >= recorded
             latents = step(latents, number, look(latents, timestep))
         return latents
 
@@ -301,12 +330,14 @@ class DiffusionBackbone(ABC):
         }
         with torch.inference_mode():
             if recorded:
-                skipped = int(self.looking.first * sampling.num_steps)
-                recorder.paused = skipped > 0
+                done = 0  # calls of the network: some schedulers, such as Heun's, make two a step
 
                 def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                    recorder.paused = step + 1 < skipped
+                    nonlocal done
+                    done = step + 1
                     return tensors
+
+                recorder.pausing = lambda: done < int(self.looking.first * len(pipeline.scheduler.timesteps))
 
                 with record(self.network, recorder, self.looking.layers):
                     values = pipeline(**arguments, callback_on_step_end=after_step).images
@@ -319,6 +350,17 @@ class DiffusionBackbone(ABC):
 def _generator(seed: int) -> torch.Generator:
     """The source of an image's noise: on the CPU, whatever the device."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def _half(requests: Sequence[Request]) -> int:
+    """Where a batch that the device has too little memory for is cut.
+
+    Raises:
+        SynthgenError: it is a single image.
+    """
+    if len(requests) == 1:
+        raise SynthgenError(TOO_LITTLE)
+    return len(requests) // 2
 
 
 def _finite(maps: Maps) -> bool:

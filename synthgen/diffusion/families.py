@@ -19,6 +19,8 @@ from synthgen.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL"]
 
+NO_NEGATIVE = "takes no negative prompt: it was distilled to do without; leave it empty"
+
 
 class Family(DiffusionBackbone):
     """A family, with what is usual for it: the number of steps, the guidance scale, and which attention counts."""
@@ -94,6 +96,12 @@ class StableDiffusion(Family):
         return kept
 
     @override
+    def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        if self.sampling.negative_prompt and type(self.pipeline).__name__ == "LatentConsistencyModelPipeline":
+            raise ConfigError(f"a latent consistency model {NO_NEGATIVE}")
+        return super().arguments(texts)
+
+    @override
     def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
         pipeline = self.pipeline
         context, _ = pipeline.encode_prompt(list(texts), pipeline._execution_device, 1, False)
@@ -112,7 +120,7 @@ class StableDiffusion(Family):
 
     @override
     def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
-        """DDIM backwards (Song et al., 2021, section 4.3), on the grid of its "leading" spacing.
+        """DDIM backwards (Song et al., 2021, section 4.3), on its "leading" grid, whatever the sampler's.
 
         z_{t'} = sqrt(abar_{t'}) x + sqrt(1 - abar_{t'}) eps, with x and eps as the network sees them in z_t when it is
         told t'. So a step of DDIM from t' at which it predicts the same leads back to z_t exactly.
@@ -210,7 +218,11 @@ class JointAttention(Family):
 
     @override
     def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
-        """Euler's method from sigma 0 to 1, on the scheduler's own grid backwards."""
+        """Euler's method from sigma 0 to 1, in even steps that are leant to noise as the scheduler leans its own.
+
+        FLUX's pipeline samples at these very sigmas. Stable Diffusion 3's starts its even steps at the least sigma that
+        the scheduler has, not at 0, so its own lie a little higher.
+        """
         shift = self.shift(latents)
         share = [number / num_steps for number in range(num_steps + 1)]
         sigmas = [shift * x / (1 + (shift - 1) * x) for x in share]
@@ -315,7 +327,7 @@ class Flux(JointAttention):
     @override
     def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         if self.sampling.negative_prompt:
-            raise ConfigError("FLUX takes no negative prompt: it was distilled to do without; leave it empty")
+            raise ConfigError(f"FLUX {NO_NEGATIVE}")
         return {"max_sequence_length": self.max_sequence_length}
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from synthgen import codecs
@@ -14,14 +14,21 @@ from synthgen.units import UnitWriter
 __all__ = ["write_unit"]
 
 
-def write_unit(run: Run, unit: int, batches: Iterable[Sequence[Generation]], tick: Callable[[int], None]) -> Report:
+def write_unit(
+    run: Run,
+    unit: int,
+    batches: Iterable[Sequence[Generation]],
+    tick: Callable[[int], None],
+    unreadable: Collection[str] = (),
+) -> Report:
     """Write one unit of ``images`` and ``maps`` from batches, in their order.
 
     A batch is encoded and written in a thread of its own while the next one is drawn. Failed images are left out, with
-    their reasons in the unit's done mark.
+    their reasons in the unit's done mark. ``unreadable``, which may grow meanwhile, are the keys of those for which it
+    is their source that is to blame: trying again would not help, so a unit of nothing else is written empty.
 
     Raises:
-        SynthgenError: not one image is good.
+        SynthgenError: not one image is good, and not all of them were unreadable.
     """
     with (
         run.write("maps", unit) as maps,
@@ -35,8 +42,9 @@ def write_unit(run: Run, unit: int, batches: Iterable[Sequence[Generation]], tic
             writing = pool.submit(_write, batch, images, maps, tick)
         if writing is not None:
             writing.result()
-        if images.failed and not images.count:
-            raise SynthgenError(f"no image of the unit is good: {next(iter(images.failed.values()))}")
+        to_try = [reason for key, reason in images.failed.items() if key not in unreadable]
+        if to_try and not images.count:
+            raise SynthgenError(f"no image of the unit is good: {to_try[0]}")
     return Report(unit, images.count, notes=images.notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from synthgen.config import Choice
 from synthgen.errors import CorruptShard, PromptError
 from synthgen.image import resize
 from synthgen.prompts import expand, find_words, parse_line, sample_seed
-from synthgen.records import Generation, Maps, Prompt, Request, sample_key
+from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_key
 from synthgen.run import Run, digest
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._generations import write_unit
@@ -29,6 +30,7 @@ __all__ = ["Attend"]
 
 _MOST_WORDS = 255  # what an image of labels can tell apart
 _LONGEST = 2.0  # the longest side against the shortest at which the network sees an image
+_ADVICE = re.compile(r"; (?:delete|get|give|name) .*", re.DOTALL)  # to mend a sample: its run would refuse the new one
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Attend(Stage):
     image is noised to every one of ``timesteps`` and seen by the network once at each. With ``inversion_steps`` it is
     carried to noise without chance instead, as DiffusionSeg reportedly does, and recorded on the way.
 
-    The network sees the whole image, and so maps and masks are of the whole image. An image that cannot be read is left
-    out, with its reason. ``source`` in the image's json is its own name, so that masks can be held against true ones.
+    The network sees the whole image, and so maps and masks are of the whole image. What cannot be read, the image or in
+    a tar its caption, is left out with its reason; a unit may be left empty. ``source`` in the image's json is its own
+    name, so that masks can be held against true ones.
     """
 
     name: ClassVar = "attend"
@@ -79,6 +82,10 @@ class Attend(Stage):
         plain = self.caption.replace("{label}", "", 1)
         if any(mark in plain for mark in "{}") or (plain != self.caption and any(mark in plain for mark in "[]")):
             raise ValueError(f"caption must be as 'a photo of a {{label}}' or 'a [dog] outside', not {self.caption!r}")
+        try:
+            parse_line(self.caption)
+        except ValueError as error:
+            raise ValueError(f"caption {self.caption!r} cannot be read: {error}") from None
 
     def told(self) -> tuple[str, ...]:
         """The images."""
@@ -101,17 +108,28 @@ class Attend(Stage):
         return found
 
     def prepare(self, run: Run) -> None:
-        """See that every image of a folder has a caption; those of tars are read unit by unit.
+        """See that every image of a folder has a caption, and in tars at least one; the others are read unit by unit.
 
         Raises:
-            PromptError: one has none, or a listed word does not stand in it.
+            PromptError: of a folder one has none, or a listed word does not stand in it; of tars not one can be used.
         """
         from synthgen.datasets import CaptionedFolder
 
-        samples = self._samples()
-        if isinstance(samples, CaptionedFolder):
-            for number in range(self._total()):
+        samples, first = self._samples(), None
+        is_folder = isinstance(samples, CaptionedFolder)
+        for number in range(self._total()):
+            try:
                 prompt_of(samples, number, self.caption)
+                if not is_folder:
+                    return
+            except PromptError as error:
+                if is_folder:
+                    raise
+                first = first or error
+            except CorruptShard:
+                continue  # it is left out, as an image that cannot be read
+        if first is not None:
+            raise PromptError(f"no caption in {self.images} can be used: {first}")
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
@@ -128,24 +146,31 @@ class Attend(Stage):
 
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
-        def batches(unit: int) -> Iterator[list[Generation]]:
+        def batches(unit: int, unreadable: set[str]) -> Iterator[list[Generation]]:
             held = self.window * self.batch_size
             for start in range(0, self.size(run, unit), held):
                 rows = range(start, min(start + held, self.size(run, unit)))
-                yield self.look(backbone, [self.read(run, unit, row) for row in rows])
+                given = [self.read(run, unit, row) for row in rows]
+                unreadable |= {one.request.key for one in given if one.failed}
+                yield self.look(backbone, given)
+
+        def work(unit: int) -> Report:
+            unreadable: set[str] = set()
+            return write_unit(run, unit, batches(unit, unreadable), worker.tick, unreadable)
 
         with one_thread(worker.device):
-            yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)
+            yield work
 
     def read(self, run: Run, unit: int, row: int) -> Generation:
-        """An image with its request and no maps yet; one that cannot be read has failed."""
+        """An image with its request and no maps yet; one that cannot be read, or its caption, has failed."""
         samples, number, key = self._samples(), unit * self.unit_size + row, sample_key(unit, row)
         request = Request(key, Prompt(""), sample_seed(run.seed, key), samples.key(number))
         try:
             image = samples[number].image
             request = replace(request, prompt=prompt_of(samples, number, self.caption))
-        except CorruptShard as error:
-            return Generation(request, np.zeros((1, 1, 3), np.uint8), _nothing(), failed=str(error))
+        except (CorruptShard, PromptError) as error:
+            reason = _ADVICE.sub("", str(error))
+            return Generation(request, np.zeros((1, 1, 3), np.uint8), _nothing(), failed=reason)
         return Generation(request, image, _nothing())
 
     def look(self, backbone: Backbone, given: Sequence[Generation]) -> list[Generation]:

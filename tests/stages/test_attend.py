@@ -21,6 +21,7 @@ from synthgen.backbones.tiny import Tiny
 from synthgen.codecs import masks_to_labels
 from synthgen.config import Choice
 from synthgen.datasets import open_masks
+from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PromptError, StaleArtifact, UnitsFailed
 from synthgen.image import encode_png
@@ -316,8 +317,8 @@ def test_other_images_are_refused_and_bad_ones_named(finished, settings, tmp_pat
     with pytest.raises(StaleArtifact, match="its input 'images' has changed"):
         api.attend(finished, engine=HERE, **given)
     fresh = Run.create(tmp_path / "fresh")
-    with pytest.raises(UnitsFailed, match="sample 000000001: it has no caption"):
-        api.attend(fresh, engine=HERE, **given)
+    assert api.attend(fresh, engine=HERE, **given).notes == {"failed samples": 1}
+    assert fresh.mark("images", 0)["failed"] == {"0000000001": "sample 000000001: it has no caption"}
     api.attend(Run.create(tmp_path / "told"), engine=HERE, **given, caption="a [dog] or a [cat]")
     with pytest.raises(MissingArtifact, match=r"absent\.tar"):
         api.attend(Run.create(tmp_path / "f2"), **{**settings, "images": str(tmp_path / "absent.tar")})
@@ -373,9 +374,88 @@ def test_an_image_that_cannot_be_read_is_left_out_with_its_reason(photos, settin
         ({"caption": "a {lable}"}, "caption must be as"),
         ({"caption": "{label} and {label}"}, "caption must be as"),
         ({"caption": "a [photo] of {label}"}, "caption must be as"),
+        ({"caption": "a [dog"}, "caption 'a \\[dog' cannot be read: a '\\[' is not closed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, said):
     with pytest.raises(ConfigError, match=said):
         api.make_stage("attend", {"images": "x.tar", **wrong})
     assert Attend("x.tar", caption="a {label}").caption == "a {label}"
+
+
+# -- samples that cannot be used
+
+
+def picture(seed):
+    return encode_png(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def tar_of(path, *samples):
+    with TarWriter(path) as tar:
+        for row, members in enumerate(samples):
+            tar.add(f"{row:09d}", {name: data for name, data in members.items() if data is not None})
+    return path
+
+
+def test_a_caption_that_cannot_be_used_costs_one_sample_of_a_tar(settings, tmp_path):
+    captions = [b"a [dog", b"a [cat]", None, b" ".join([b"[dog]"] * 256), b"a dog"]
+    words = [None, None, None, None, b'{"words": ["cat"]}']
+    samples = [{"png": picture(row), "txt": captions[row], "json": words[row]} for row in range(5)]
+    run = Run.create(tmp_path / "r")
+    given = settings | {"images": str(tar_of(tmp_path / "x.tar", *samples)), "unit_size": 5}
+    assert api.attend(run, engine=HERE, **given).samples == 1
+    assert run.mark("images", 0)["failed"] == {
+        "0000000000": "sample 000000000: a '[' is not closed with ']'",
+        "0000000002": "sample 000000002: it has no caption",
+        "0000000003": "sample 000000003: its caption asks for 256 masks; 255 are the most, so mark fewer",
+        "0000000004": "sample 000000004: the word 'cat' does not stand in the prompt 'a dog' (or not so often)",
+    }
+    assert api.attend(run, engine=HERE, **given).done_before == 1
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_a_unit_of_nothing_but_unreadable_samples_is_done_and_empty(settings, units, tmp_path):
+    samples = [
+        {"png": b"this is no picture", "txt": b"a [dog]"},
+        {"png": picture(0), "txt": b"a [dog"},
+        {"png": picture(1), "txt": b"a [cat]"},
+    ]
+    run = Run.create(tmp_path / "r")
+    given = settings | {"images": str(tar_of(tmp_path / "x.tar", *samples[:units])), "unit_size": 1}
+    assert api.attend(run, engine=HERE, **given).samples == units // 3
+    marks = [run.mark("images", unit) for unit in range(units)]
+    assert [mark["count"] for mark in marks] == [0, 0, 1][:units]
+    (reason,) = marks[0]["failed"].values()
+    assert "cannot identify" in reason
+    assert not any(word in reason for word in ("delete", "leave it out", "get it anew"))  # its run would refuse that
+    assert api.attend(run, engine=HERE, **given).done_before == units
+    api.masks(run, engine=HERE, min_area=0.0, max_area=1.0)
+    assert [run.mark("masks", unit)["count"] for unit in range(units)] == [0, 0, 1][:units]
+    assert len(list(api.samples(run))) == units // 3
+    assert "synthgen shards" in status(run).advice
+    if units == 3:
+        api.shards(run, engine=HERE, val_ratio=0.0, image_format="png")
+        assert status(run).shards.splits == {"train": 1}
+        assert '"key":"0000020000"' in api.view(run).read_text().replace(" ", "")
+    else:
+        with pytest.raises(MissingArtifact, match="no image"):
+            api.shards(run, engine=HERE, val_ratio=0.0)
+
+
+def test_a_unit_of_which_the_model_made_nothing_still_fails(settings, tmp_path, monkeypatch):
+    samples = [{"png": b"this is no picture", "txt": b"a [dog]"}, {"png": picture(0), "txt": b"a [dog]"}]
+    given = settings | {"images": str(tar_of(tmp_path / "x.tar", *samples)), "unit_size": 2}
+    encode = StableDiffusion.encode
+    monkeypatch.setattr(StableDiffusion, "encode", lambda family, pixels: encode(family, pixels) * torch.nan)
+    with pytest.raises(UnitsFailed, match="no image of the unit is good: its attention came out with values"):
+        api.attend(Run.create(tmp_path / "r"), engine=HERE, **given)
+
+
+def test_tars_without_one_caption_that_can_be_used_are_refused_before_anything_is_loaded(tmp_path):
+    tar = tar_of(tmp_path / "x.tar", {"png": picture(0), "txt": b"a [dog"}, {"png": picture(1)})
+    missing = Choice("diffusers", {"model": str(tmp_path / "no-model")})
+    with pytest.raises(
+        PromptError, match=r"no caption in .*x\.tar can be used: sample 000000000: a '\[' is not closed"
+    ):
+        api.attend(Run.create(tmp_path / "r"), engine=HERE, images=str(tar), backbone=missing)
+    assert not (tmp_path / "r/images").exists()

@@ -14,8 +14,17 @@ import pytest
 from synthgen import api
 from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
+from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError, StaleArtifact, UnknownName
+from synthgen.errors import (
+    ConfigError,
+    CorruptShard,
+    MissingArtifact,
+    PromptError,
+    StaleArtifact,
+    UnitsFailed,
+    UnknownName,
+)
 from synthgen.prompts import read_prompts, request_for
 from synthgen.run import Run
 from synthgen.stages.generate import Generate
@@ -252,3 +261,19 @@ def test_missing_weights_are_one_line(settings, tmp_path):
             backbone=Choice("diffusers", {"model": str(tmp_path)}),
         )
     assert "\n" not in str(caught.value)
+
+
+def test_a_unit_without_one_good_image_fails(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "sample", black(StableDiffusion.sample))
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed, match="no image of the unit is good: the image came out black"):
+        api.generate(run, engine=Local(workers=1), **settings | {"images_per_prompt": 1})
+    assert run.mark("images", 0) is None
+
+
+def black(sample):
+    def blackened(*args, **kwargs):
+        images, recorder = sample(*args, **kwargs)
+        return np.zeros_like(images), recorder
+
+    return blackened

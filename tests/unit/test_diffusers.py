@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from synthgen.attention.recorder import _Recording
+from synthgen.attention.recorder import Recorder, _Recording
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.backbone import BLACK, FLAGGED, RETRIES
-from synthgen.errors import ConfigError, MissingWeights, UnknownName
+from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnknownName
 from synthgen.prompts import parse_line
 from synthgen.records import Request
 from tests import models
@@ -246,3 +249,154 @@ def test_a_compiled_network_gives_the_same_record(family: Any) -> None:
     for one, other in zip(plain, family.generate(ASKED), strict=True):
         np.testing.assert_array_equal(one.image, other.image)
         np.testing.assert_array_equal(one.maps.weights, other.maps.weights)
+
+
+# -- memory that does not suffice
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.make_stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
+
+
+def narrow(family: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> list[str]:
+    """Let the autoencoder decode ``most`` images at once at most; returns what happens, in its order.
+
+    "free" counts where no exception is at hand and nothing holds the latents of a failed call any more.
+    """
+    vae, happened = family.pipeline.vae, []
+    decode, free = vae.decode, family.pipeline.maybe_free_model_hooks
+    failed: list[Any] = []
+
+    def small(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        happened.append(f"decode {len(z)}")
+        if len(z) > most:
+            failed.append(weakref.ref(z))
+            raise torch.OutOfMemoryError
+        return decode(z, *args, **kwargs)
+
+    def freed() -> None:
+        if sys.exc_info()[0] is None and all(ref() is None for ref in failed):
+            happened.append("free")
+        free()
+
+    monkeypatch.setattr(vae, "decode", small)
+    monkeypatch.setattr(family.pipeline, "maybe_free_model_hooks", freed)
+    return happened
+
+
+def test_an_autoencoder_that_ran_out_of_memory_goes_on_in_its_own_type(
+    sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline casts Stable Diffusion XL's to float32 before it decodes, and back only where that went well."""
+    family = Diffusers(model=str(sdxl), num_steps=1, dtype="float16", height=32, width=32).family
+    alone = family.generate(ASKED[:1])[0]
+    with monkeypatch.context() as patch:
+        happened = narrow(family, patch, most=1)
+        made = family.generate(ASKED[:2])
+        assert [one.failed for one in made] == ["", ""]
+        np.testing.assert_array_equal(made[0].image, alone.image)
+        np.testing.assert_array_equal(made[0].maps.weights, alone.maps.weights)
+        assert happened == ["decode 2", "free", "decode 1", "free", "decode 1", "free"]  # each call frees at its end
+    with monkeypatch.context() as patch:
+        narrow(family, patch, most=0)
+        with pytest.raises(SynthgenError, match="too little memory for one image"):
+            family.generate(ASKED[:1])
+    assert family.pipeline.vae.dtype == torch.float16
+    np.testing.assert_array_equal(family.generate(ASKED[:1])[0].image, alone.image)
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_no_part_stays_on_the_device_after_it_ran_out_of_memory(
+    sdxl: Path, monkeypatch: pytest.MonkeyPatch, attends: bool
+) -> None:
+    family = Diffusers(model=str(sdxl), num_steps=1, guidance_scale=1.0, height=32, width=32).family
+    happened: list[str] = []
+    monkeypatch.setattr(family.pipeline, "maybe_free_model_hooks", lambda: happened.append("free"))
+
+    def see(_: Any, given: Any) -> None:
+        happened.append(f"see {len(given[0])}")
+        if len(given[0]) > 1:
+            raise torch.OutOfMemoryError
+
+    family.network.register_forward_pre_hook(see)
+    if attends:
+        images = np.zeros((2, 32, 32, 3), np.uint8)
+        assert len(family.attend(images, ASKED[:2], (100,))) == 2
+        assert happened == ["see 2", "free", "see 1", "see 1"]
+    else:
+        assert len(family.generate(ASKED[:2])) == 2
+        assert happened == ["see 2", "free", "see 1", "free", "see 1", "free"]
+
+
+# -- which attention is recorded
+
+
+@pytest.mark.parametrize(
+    ("layers", "cross", "own", "grid"),
+    [
+        (("up_blocks",), (2, 4), 2, (8, 8)),
+        (("up_blocks.1",), (2,), 2, (8, 8)),
+        (("up_blocks.0",), (4,), 4, (4, 4)),
+        (("mid_block", "down_blocks.2"), (4,), 4, (4, 4)),
+        (("down_blocks.1.attentions.0.transformer_blocks.0.attn2", "mid_block"), (2, 4), 4, (4, 4)),
+    ],
+)
+def test_layers_are_read_on_the_grids_that_they_have(
+    sdxl: Path, layers: tuple[str, ...], cross: tuple[int, ...], own: int, grid: tuple[int, int]
+) -> None:
+    family = Diffusers(model=str(sdxl), num_steps=1, layers=layers).family
+    assert (family.looking.cross_levels, family.looking.self_level) == (cross, own)
+    (made,) = family.generate(ASKED[:1])
+    assert made.maps.weights.shape[1:] == made.maps.affinity.shape[1:] == grid
+    assert made.maps.weights.any()
+    family.looking = replace(family.looking, cross_levels=(2, 4), self_level=2)
+    if grid == (8, 8) and len(cross) == 2:  # what was recorded before is what it was
+        np.testing.assert_array_equal(family.generate(ASKED[:1])[0].maps.weights, made.maps.weights)
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        (("upblocks",), r"begins with 'upblocks'; did you mean 'up_blocks'\? they begin with: down_blocks, up_bl"),
+        (("up_blocks", "down_blocks.0"), r"begins with 'down_blocks.0'; did you mean"),
+        (("down_blocks.1.attentions.0.transformer_blocks.0.attn1",), "have no cross-attention on a grid"),
+        (("mid_block.attentions.0.transformer_blocks.0.attn2",), r"no self-attention on a grid.*1/2 or 1/4 of"),
+    ],
+)
+def test_layers_without_what_is_recorded_are_refused_at_once(sdxl: Path, layers: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Diffusers(model=str(sdxl), layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "calls", "recorded"),
+    [("EulerDiscreteScheduler", 10, 5), ("HeunDiscreteScheduler", 19, 10), ("KDPM2DiscreteScheduler", 19, 10)],
+)
+def test_the_share_of_the_steps_that_is_skipped_is_of_all_calls(
+    sdxl: Path, scheduler: str, calls: int, recorded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = Diffusers(model=str(sdxl), num_steps=10, skip_steps=0.5, scheduler=scheduler, height=32, width=32).family
+    seen: list[bool] = []
+    family.network.register_forward_pre_hook(lambda *_: seen.append(False))
+    add = Recorder._add_words
+
+    def watched(recorder: Recorder, *args: Any, **kwargs: Any) -> None:
+        seen[-1] = True
+        add(recorder, *args, **kwargs)
+
+    monkeypatch.setattr(Recorder, "_add_words", watched)
+    family.generate(ASKED[:1])
+    assert seen == [False] * (calls - recorded) + [True] * recorded
+
+
+def test_a_consistency_model_takes_no_negative_prompt(stable_diffusion: Path, tmp_path: Path) -> None:
+    parts = dict(Diffusers(model=str(stable_diffusion)).family.pipeline.components)
+    torch.manual_seed(0)
+    unet = type(parts["unet"]).from_config({**parts["unet"].config, "time_cond_proj_dim": 8})
+    parts |= {"unet": unet, "scheduler": diffusers.LCMScheduler()}
+    diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"model": str(tmp_path), "num_steps": 1}
+    assert Diffusers(**options).generate(ASKED[:1])[0].maps.weights.any()
+    with pytest.raises(ConfigError, match="a latent consistency model takes no negative prompt"):
+        Diffusers(**options, negative_prompt="cat").generate(ASKED[:1])

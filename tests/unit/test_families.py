@@ -369,3 +369,24 @@ def test_an_inversion_is_recorded_on_its_way(case: tuple[Case, Path]) -> None:
     family.looking = replace(family.looking, first=0.5)
     early = family.attend(images, requests(), (), inversion_steps=4)
     assert not np.array_equal(whole[0].maps.weights, early[0].maps.weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "inverted", "sampled"),
+    [
+        (models.make_stable_diffusion_xl, [1, 201, 401, 601, 801], [1, 201, 401, 601, 801]),
+        (partial(models.make_stable_diffusion_xl, turbo=True), [1, 201, 401, 601, 801], [199, 399, 599, 799, 999]),
+        (partial(models.make_flux, dev=False), [0, 200, 400, 600, 800], [200, 400, 600, 800, 1000]),
+        (models.make_stable_diffusion_3, [0, 429, 667, 818, 923], [9, 503, 751, 900, 1000]),
+    ],
+)
+def test_where_the_steps_of_an_inversion_lie_and_those_of_the_sampler(
+    make: Any, inverted: list[int], sampled: list[int], tmp_path: Path
+) -> None:
+    """As docs/attend.md has it. A U-Net is told the same noise both ways, a transformer the two ends of each step."""
+    family = load((Case(make, 0.0), make(tmp_path)), num_steps=5, height=32, width=32)
+    family.generate(requests()[:1])
+    grid = family.grid(32, 32)
+    times, _ = family.inversion(5, torch.zeros(1, 4, 2 * grid[0], 2 * grid[1]))
+    assert [round(time) for time in times] == inverted
+    assert [round(float(time)) for time in reversed(family.pipeline.scheduler.timesteps)] == sampled

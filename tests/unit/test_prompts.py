@@ -1,7 +1,20 @@
+import random
+import re
+
 import pytest
 
 from synthgen.errors import MissingArtifact, PromptError
-from synthgen.prompts import expand, iter_prompts, parse_line, read_prompts, read_templates, request_for, sample_seed
+from synthgen.prompts import (
+    STOP_WORDS,
+    expand,
+    find_words,
+    iter_prompts,
+    parse_line,
+    read_prompts,
+    read_templates,
+    request_for,
+    sample_seed,
+)
 
 
 def test_brackets_mark_words_and_vanish_from_the_text():
@@ -146,3 +159,83 @@ def test_what_is_wrong_with_a_prompt_is_told_before_what_is_wrong_with_a_templat
     assert next(prompts).text == "a dog"
     with pytest.raises(PromptError, match=r"'the' marks no word to put into the template 'a \{\}'"):
         next(prompts)
+
+
+@pytest.mark.parametrize("template", ["a photo of a [{}]", "a {} in a [park]", "a {}]"])
+def test_brackets_in_a_template_are_refused_by_its_line(tmp_path, template):
+    (tmp_path / "p.txt").write_text("a [dog]\n")
+    path = tmp_path / "t.txt"
+    path.write_text(f"# templates\na photo of a {{}}\n{template}\n")
+    for read in (read_templates, lambda path: read_prompts(tmp_path / "p.txt", path)):
+        with pytest.raises(PromptError, match=r"t\.txt, line 3: a template has no brackets.*leave them out"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "starts"),
+    [
+        ("a hot dog and a dog", ["dog", "hot dog"], [16, 2]),
+        ("a hot dog and a dog", ["hot dog", "dog"], [2, 16]),
+        ("a teddy bear, a bear and a bear", ["bear", "teddy bear", "Bear"], [16, 2, 27]),
+        ("a hot dog bun", ["dog bun", "hot dog"], None),
+        ("a hot dog bun and a hot dog", ["dog bun", "hot dog"], [6, 20]),
+        ("a dog bun stand by a hot dog bun", ["hot dog", "dog bun"], [21, 2]),
+        ("b c d and a b c d", ["a b", "b c d"], [10, 0]),
+        ("a b c d and b c d", ["a b", "b c d"], [0, 12]),  # the longer one, placed first, would leave no room
+    ],
+)
+def test_longer_words_are_placed_first_and_given_back_in_their_order(text, words, starts):
+    if starts is None:
+        with pytest.raises(ValueError, match="not so often"):
+            find_words(text, words)
+        return
+    spans = find_words(text, words)
+    assert [first for first, _ in spans] == starts
+    assert [text[first:last].lower() for first, last in spans] == [word.lower() for word in words]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("re\u0301sume\u0301 on a table", ("re\u0301sume\u0301", "table")),
+        ("बिल्ली और कुत्ता", ("बिल्ली", "और", "कुत्ता")),
+        ("แมวที่นั่ง", ("แมวที่นั่ง",)),
+        ("l'e\u0301te\u0301 d'un semi-re\u0301el", ("l'e\u0301te\u0301", "d'un", "semi-re\u0301el")),
+        ("❤\ufe0f 1\ufe0f\u20e3 naïve", ("1", "naïve")),  # what makes an emoji of a character is no letter
+    ],
+)
+def test_combining_marks_belong_to_their_letters(line, words):
+    assert parse_line(line).words == words
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "found"),
+    [
+        ("一只猫在沙发上", ["猫", "沙发"], ["猫", "沙发"]),
+        ("ロボットとiPhoneを見る", ["iphone", "ロボット"], ["iPhone", "ロボット"]),
+        ("แมวที่นั่ง", ["แมว", "นั่ง"], ["แมว", "นั่ง"]),
+        ("ဆိုင်ခွေး", ["ခွေး"], ["ခွေး"]),
+        ("ที่", ["ท"], None),  # nothing ends before a mark
+        ("बिल्ली", ["बिल"], None),
+        ("a cafe\u0301", ["cafe"], None),
+        ("ein Hündchen", ["hünd"], None),
+        ("ein Hündchen", ["hündchen"], ["Hündchen"]),
+    ],
+)
+def test_where_a_word_ends_in_other_scripts(text, words, found):
+    if found is None:
+        with pytest.raises(ValueError, match="does not stand"):
+            find_words(text, words)
+    else:
+        assert [text[first:last] for first, last in find_words(text, words)] == found
+
+
+def test_words_of_ascii_text_are_what_they_were():
+    """By the plain pattern, also where other letters stand beside them."""
+    plain = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+    draw = random.Random(0)
+    for _ in range(300):
+        line = "".join(draw.choice("ab2 _-'.,!") for _ in range(30))
+        for text in (line, line + " é"):
+            words = [word for word in plain.findall(text) if word.lower() not in STOP_WORDS]
+            assert list(parse_line(text).words) == words

@@ -144,3 +144,18 @@ def test_words_that_were_cut_off_leave_the_record(model):
     (generation,) = model.generate([long])
     assert generation.request.prompt.words == generation.maps.words == ("dog",)
     assert len(generation.warnings) == 2
+
+
+def test_a_recorder_without_layers_on_its_grids_says_so(model):
+    (asked, *_) = requests()
+    model.looking, before = (
+        replace(model.looking, layers=("mid_block",), cross_levels=(2,), self_level=2),
+        model.looking,
+    )
+    try:
+        _, recorder = model.sample([asked.prompt.text], [0], [[(5,)]])
+    finally:
+        model.looking = before
+    for found, kind in ((recorder.weights, "cross"), (recorder.affinity, "self")):
+        with pytest.raises(RuntimeError, match=f"no recorded layer has {kind}-attention on a 8 x 8 grid"):
+            found()

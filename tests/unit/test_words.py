@@ -1,7 +1,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from synthgen.attention.words import locate_words, words_cut_off
+from synthgen.attention.words import TextEncoder, locate_in_encoders, locate_words, words_cut_off
 from synthgen.prompts import parse_line
 
 
@@ -53,3 +53,23 @@ def test_a_word_that_fell_off_the_end_is_a_warning(tokenizer):
 def test_no_special_token_ever_counts(tokenizer):
     prompt = parse_line("[a] [dog] [cat]")
     assert locate_words(tokenizer, prompt).positions == ((1,), (2,), (3,))
+
+
+def test_each_word_that_was_cut_off_is_told_also_beside_an_equal_one_that_was_read(tokenizer):
+    cats = "and a cat " * 4
+    for encoders in ([TextEncoder(tokenizer, 16)], [TextEncoder(tokenizer, 16), TextEncoder(tokenizer, 12)]):
+        prompt = parse_line(f"a [dog] {cats}and a [dog] and a [dog]")
+        found = locate_in_encoders(encoders, prompt)
+        assert [bool(positions) for positions in found.positions] == [True, False, False]
+        assert words_cut_off(found.warnings) == ["dog", "dog"]
+        assert ["longer than the" in warning for warning in found.warnings] == [True, False, False] + [True] * (
+            len(encoders) - 1
+        )
+
+
+def test_a_word_that_one_encoder_reads_is_not_cut_off(tokenizer):
+    prompt = parse_line("a photo of a cat and a [dog]")
+    found = locate_in_encoders([TextEncoder(tokenizer, 6), TextEncoder(tokenizer, 16, start=6)], prompt)
+    assert found.positions == ((14,),)
+    assert words_cut_off(found.warnings) == []
+    assert len(found.warnings) == 1
