@@ -225,7 +225,8 @@ class Wide(TrueMasks):
 
 def test_failures_training_and_scores_are_on_the_page(tmp_path):
     run = make_run(tmp_path / "demo")
-    (run.folder("masks") / "000001.failed.json").write_text('{"unit": 1, "error": "it broke"}')
+    (run.folder("masks") / "000009.failed.json").write_text('{"unit": 9, "error": "it broke"}')
+    (run.folder("masks") / "000001.failed.json").write_text('{"unit": 1, "error": "it outlived its success"}')
     folder = run.path / "pretrain" / "mae"
     folder.mkdir(parents=True)
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 1001)]
@@ -233,7 +234,7 @@ def test_failures_training_and_scores_are_on_the_page(tmp_path):
     (run.path / "evaluate").mkdir()
     (run.path / "evaluate" / "mae.json").write_text('{"scores": {"mae": {"knn": {"accuracy": NaN}}}}')
     data = read(write_page(run))
-    assert data["failures"] == [{"stage": "masks", "units": [1], "reason": "it broke"}]
+    assert data["failures"] == [{"stage": "masks", "units": [9], "reason": "it broke"}]
     (training,) = data["training"]
     steps, losses = zip(*training["curve"], strict=True)
     assert len(steps) == 240
