@@ -40,7 +40,7 @@ __all__ = [
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of this stage, e.g. min_area=0.01."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, or PART.NAME=VALUE: see synthgen schema."),
 ]
 EngineOption = Annotated[
     str | None,

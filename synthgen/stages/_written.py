@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run, digest
@@ -13,7 +14,15 @@ from synthgen.stores.remote import RemotePath
 from synthgen.stores.whole import check_whole, sha256_of
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["check_encoder", "check_shards", "encoder_hash", "listed_shards", "naming_damage"]
+__all__ = [
+    "check_encoder",
+    "check_shards",
+    "encoder_hash",
+    "listed_shards",
+    "naming_damage",
+    "weights_beside",
+    "weights_of",
+]
 
 
 def listed_shards(run: Run, split: str) -> dict[str, str]:
@@ -47,20 +56,36 @@ def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> No
         check_whole(folder / name, sha256, again)
 
 
-def check_encoder(folder: Path) -> None:
-    """See that the weights of an encoder have the sha256 that its ``done.json`` tells, where it has one.
+def weights_of(done: Mapping[str, Any]) -> dict[str, str]:
+    """The files of weights that a training left, each with its sha256, by what its ``done.json`` holds.
 
     Raises:
-        CorruptShard: they have another.
+        LookupError, TypeError, ValueError: it is none.
+    """
+    return {"encoder.safetensors": str(done["sha256"]), **dict(done.get("beside", {}))}
+
+
+def weights_beside(folder: Path) -> dict[str, str]:
+    """Those beside the encoder, such as a text tower."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {path.name: sha256_of(path) for path in files if path.name != "encoder.safetensors"}
+
+
+def check_encoder(folder: Path) -> None:
+    """See that the weights of an encoder, and those beside it, have the sha256 that its ``done.json`` tells, if any.
+
+    Raises:
+        MissingArtifact, CorruptShard: one is gone, or has another.
     """
     try:
-        sha256 = str(read_json(read_file(folder / "done.json"), finite=False)["sha256"])
+        weights = weights_of(read_json(read_file(folder / "done.json"), finite=False))
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # an encoder from elsewhere
         return
     again = "synthgen pretrain, with the same settings"
     if folder.parent.name == "pretrain":
         again = f"synthgen pretrain --label {shlex.quote(folder.name)} --run {shlex.quote(str(folder.parent.parent))}"
-    check_whole(folder / "encoder.safetensors", sha256, again)
+    for name, sha256 in weights.items():
+        check_whole(folder / name, sha256, again)
 
 
 def encoder_hash(folder: Path) -> str:

@@ -18,7 +18,7 @@ from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._written import check_shards, encoder_hash, listed_shards
+from synthgen.stages._written import check_shards, encoder_hash, listed_shards, weights_beside, weights_of
 from synthgen.stores import filled, listing, located
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
@@ -187,7 +187,7 @@ class Pretrain(Stage):
         folder = run.folder(name)
         try:
             done = read_json(read_file(folder / "done.json"), finite=False)
-            whole = done["sha256"] == sha256_of(folder / "encoder.safetensors")
+            whole = all(sha256_of(folder / name) == sha256 for name, sha256 in weights_of(done).items())
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return [0]
         return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
@@ -373,6 +373,7 @@ class Pretrain(Stage):
             done = {
                 "fingerprint": fingerprint,
                 "sha256": sha256_of(folder / "encoder.safetensors"),
+                "beside": weights_beside(folder),
                 "steps": order.steps,
                 "images": len(samples),
                 "loss": loss,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -105,8 +106,9 @@ def remedy(path: Path) -> str:
     """What to do about a damaged file: a run's own can be made again, and nobody else's is to be deleted."""
     folders = [folder for folder in list(path.absolute().parents)[1:3] if getattr(folder, "bucket", True)]
     with suppress(OSError, SynthgenError):  # the damage says more
-        if any((folder / "run.yaml").is_file() for folder in folders):
-            return "delete it and run the stage that made it again"
+        for folder in folders:
+            if (folder / "run.yaml").is_file():
+                return f"delete it; what makes it again is then told by: synthgen status {shlex.quote(str(folder))}"
     return "get it anew, or leave it out"
 
 

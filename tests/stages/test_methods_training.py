@@ -26,6 +26,7 @@ from synthgen.models.vit import load_encoder
 from synthgen.options import method_of
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
+from synthgen.stages._written import check_encoder
 from synthgen.stores.tar import TarWriter
 from synthgen.train.checkpoint import load_method
 from tests.factories import make_generation
@@ -210,9 +211,18 @@ def test_vlp_leaves_both_towers(run, data):
     assert torch.allclose(torch.nn.functional.normalize(told), u, atol=1e-6)
     assert torch.allclose(torch.nn.functional.normalize(seen), v, atol=1e-6)
     assert torch.allclose(dual.embed_texts(texts[:1]), u[:1], atol=1e-5)  # padding changes nothing
+    whole = (folder / "text.safetensors").read_bytes()
+    (folder / "text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        CorruptShard, match=r"text\.safetensors is cut off, or a byte of it is wrong.*synthgen pretrain"
+    ):
+        check_encoder(folder)
     (folder / "text.safetensors").write_bytes(b"no")
     with pytest.raises(CorruptShard, match="the text tower in"):
         load_dual_encoder(folder)
+    assert train(run, data, "vlp") == folder  # which makes it again
+    check_encoder(folder)
+    assert (folder / "text.safetensors").read_bytes() == whole
 
 
 def test_a_training_without_texts_has_no_text_tower(run, data):
