@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,23 +98,23 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """What evaluators ask: tokens of an image, a class token before those of its patches."""
 
     config: EncoderConfig
     has_class_token = True  # without one the mean of the patch tokens stands first
 
+    @abstractmethod
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b t d"]:
         """Tokens of whole, normalised images: the class token, then the patches row by row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def untrained(self) -> Encoder:
         """One of the same shape with new weights, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer(self, name: str) -> int:
         """Which layer a weight belongs to: 0 makes tokens of patches, k is block k - 1, depth + 1 what comes behind."""
-        raise NotImplementedError
 
     def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
         """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
