@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights, one_line
 from synthgen.models.vit import Encoder, EncoderConfig, load_encoder
 from synthgen.stores import located
+from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def encoder_folder(name: str) -> Path:
 
     Raises:
         MissingArtifact: there is no encoder there.
-        MissingWeights: it is a hub id, and the model is not on this machine and cannot be fetched.
+        MissingWeights: it is a hub id, and the model cannot be fetched and is not on this machine, or is pickled.
     """
     folder = located(name)
     if (folder / _OWN).is_file() or is_tower(folder):
@@ -83,17 +84,26 @@ def encoder_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        fetched = Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:
         raise MissingWeights(
             f"there is no folder {name}, and no such model can be had from the hub: {one_line(error)}; "
             f"download it first, for example with: hf download {name}"
         ) from None
+    if not is_tower(fetched):
+        raise MissingWeights(f"{name} on the hub is no model of transformers with safetensors, and no other is read")
+    return fetched
 
 
 def is_tower(folder: Path) -> bool:
-    """Whether a folder holds a model of ``transformers``."""
-    return not (folder / _OWN).is_file() and (folder / "config.json").is_file() and bool(_weights(folder))
+    """Whether a folder holds a model of ``transformers``, with safetensors."""
+    if (folder / _OWN).is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    try:
+        described = read_json(read_file(folder / "config.json"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and "model_type" in described
 
 
 def open_encoder(folder: str | Path) -> Encoder:
@@ -114,9 +124,11 @@ def load_tower(folder: Path, patches: int = 0) -> VisionTower:
         patches: along a side, if it is to see another number of them than it says; its positions are interpolated.
 
     Raises:
-        ConfigError: it is no plain vision transformer, or wants to run code of its own.
+        ConfigError: it is no plain vision transformer, wants to run code of its own, or lies in a store.
         CorruptShard: its files cannot be read, or do not fit each other.
     """
+    if isinstance(folder, RemotePath):
+        raise ConfigError(f"{folder} is in a store, and transformers reads folders; copy it to this machine first")
     try:
         described = read_json(read_file(folder / "config.json"))
         if not isinstance(described, dict):
@@ -221,10 +233,6 @@ def _three(values: Any, otherwise: tuple[float, float, float]) -> tuple[float, f
         return otherwise
     red, green, blue = (float(value) for value in values)
     return red, green, blue
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from synthgen.methods.mapet import as_seen_by
 from synthgen.models.tower import encoder_folder, is_tower, load_tower, open_encoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.stages._written import encoder_hash
+from synthgen.stores import located
+from synthgen.stores.tar import write_bytes
 
 SHAPE = {
     "hidden_size": 32,
@@ -190,9 +192,12 @@ def test_pickled_weights_are_never_read(tmp_path):
 
 def test_a_model_of_the_hub_is_fetched_without_pickles_and_without_code(tmp_path, monkeypatch):
     asked = {}
+    write(tmp_path)
 
     def fetch(name, allow_patterns):
         asked[name] = allow_patterns
+        if name == "somebody/pickled":
+            return str(tmp_path / "empty")
         if name == "somebody/absent":
             raise OSError("no network\nhere")
         return str(tmp_path)
@@ -203,6 +208,25 @@ def test_a_model_of_the_hub_is_fetched_without_pickles_and_without_code(tmp_path
     with pytest.raises(MissingWeights, match="hf download somebody/absent") as caught:
         encoder_folder("somebody/absent")
     assert "\n" not in str(caught.value)
+    with pytest.raises(MissingWeights, match=r"somebody/pickled on the hub is no .* with safetensors"):
+        encoder_folder("somebody/pickled")
+
+
+def test_a_training_without_its_encoder_is_no_tower(tmp_path):
+    config = EncoderConfig(image_size=32, patch_size=8, dim=32, depth=1, num_heads=4)
+    save_encoder(VisionTransformer(config), tmp_path)
+    (tmp_path / "encoder.safetensors").rename(tmp_path / "text.safetensors")
+    with pytest.raises(MissingArtifact, match="there is no encoder in"):
+        encoder_folder(str(tmp_path))
+
+
+def test_a_tower_in_a_store_is_not_read_there():
+    folder = located("memory://towers/one")
+    write_bytes(folder / "config.json", b'{"model_type": "vit"}')
+    write_bytes(folder / "model.safetensors", b"weights")
+    assert is_tower(folder)
+    with pytest.raises(ConfigError, match="copy it to this machine first"):
+        load_tower(folder)
 
 
 def test_a_tower_is_told_from_others_by_all_its_files(tmp_path):
