@@ -5,7 +5,7 @@ RUN ?= runs/latest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint test ray demo shards fuzz faults bench clean
+.PHONY: help install check lint test slow ray demo shards fuzz faults bench clean
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -26,6 +26,9 @@ shards: $(STAMP) ## training tars of RUN (runs/latest)
 
 test: $(STAMP)   ## the tests
 	$(BIN)/python -m pytest -q -n 2
+
+slow: $(STAMP)   ## the tests that take more than 20 seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 ray: $(STAMP)    ## the tests of the Ray engine, with a machine lost in the middle (installs ray)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'

@@ -266,7 +266,9 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Where a word stands whole in a text, either case, from left to right."""
+    """Where a word stands whole in a text, either case, from left to right; an empty one nowhere."""
+    if not word:
+        return
     if text.isascii():
         yield from (match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
         return

@@ -210,18 +210,20 @@ class Evaluate(Stage):
             )
         return folder
 
+    def splits(self, run: Run) -> dict[str, str]:
+        """What images are looked at, and the split of the run's shards that it is where no other source is given."""
+        learned = any(evaluator.needs not in ("pairs", "masks") for evaluator in self.wanted(run).values())
+        return {"train": "train", "test": "val"} if learned else {"test": "val"}
+
     def sources(self, run: Run) -> dict[str, Source]:
         """The images to learn from (unless nothing is learned) and those to be judged on.
 
         Raises:
             MissingArtifact: the run has no such shards, or a source that was given is not there.
         """
-        learned = any(evaluator.needs not in ("pairs", "masks") for evaluator in self.wanted(run).values())
         found = {}
-        for name, given, split in (("train", self.train, "train"), ("test", self.test, "val")):
-            if name == "train" and not learned:
-                continue
-            own = run.folder("shards") / split
+        for name, split in self.splits(run).items():
+            given, own = getattr(self, name), run.folder("shards") / split
             if not given and not any(own.glob("*.tar")):
                 raise MissingArtifact(
                     f"{run.path} has no shards/{split}; make shards with a val_ratio above 0, or give --{name}"
@@ -333,9 +335,9 @@ class Evaluate(Stage):
         """
         if folder is not None:
             check_encoder(folder)
-        for source in self.sources(run).values():
-            if not getattr(self, source.name):
-                check_shards(run, "train" if source.name == "train" else "val")
+        for name, split in self.splits(run).items():
+            if not getattr(self, name):
+                check_shards(run, split)
 
     def judge_images(
         self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]

@@ -214,6 +214,16 @@ def test_an_image_in_another_class_folder_is_seen(run, tmp_path):
     assert not asked.done(run, 0)
 
 
+@pytest.mark.parametrize("place", [100, 600])  # in a header, and in what it is of
+def test_a_damaged_shard_is_named_with_what_makes_it_again(run, place):
+    tar = run.folder("shards") / "val" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[place] ^= 255
+    tar.write_bytes(data)
+    with pytest.raises(CorruptShard, match=r"val/000000\.tar .*sha256.*; delete it and run: synthgen shards --run"):
+        run_stage(Evaluate(**KNN), run, ONE)
+
+
 def test_shards_of_the_run_are_known_by_their_commit_marks(run):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)

@@ -60,6 +60,7 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
     run = Run(line.parent / "run")
     planned = plan_pipeline(line, sample=7)

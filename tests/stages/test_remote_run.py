@@ -49,7 +49,7 @@ ALL = (
 )
 
 
-@pytest.mark.parametrize("kind", ["s3", "memory"])
+@pytest.mark.parametrize("kind", [pytest.param("s3", marks=pytest.mark.slow), "memory"])
 def test_the_whole_line_gives_the_bytes_of_a_local_run_through_faults(
     store: Store, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,8 @@ def test_combining_marks_belong_to_their_letters(line, words):
         ("बिल्ली", ["बिल"], None),
         ("a cafe\u0301", ["cafe"], None),
         ("ein Hündchen", ["hünd"], None),
+        ("un chien au café", ["chien", ""], None),
+        ("a dog on a cafe", ["dog", ""], None),
         ("ein Hündchen", ["hündchen"], ["Hündchen"]),
     ],
 )
