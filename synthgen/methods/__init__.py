@@ -41,6 +41,7 @@ class Method(nn.Module, ABC):
 
     guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` stands for
     added: ClassVar[Mapping[str, Any]] = {}  # options that trainings of earlier versions had not, and what theirs were
+    reads_texts: ClassVar[bool] = False  # whether a text tower is left beside the encoder
     min_images: ClassVar[int] = 1  # at once on all processes; a method that compares images needs two
 
     encoder: VisionTransformer
@@ -49,6 +50,14 @@ class Method(nn.Module, ABC):
     def uses_masks(self) -> bool:
         """Whether batches must come with word masks."""
         return False
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Averages and teachers, and what each follows, by how names of tensors begin: ``{"teacher.": "encoder."}``.
+
+        Where a training begins from weights that lack them, they begin as what they follow. None by default.
+        """
+        return {}
 
     def fit_to(self, data: ImageDataset) -> None:
         """Take from the data what must be known before the first step, such as its classes. Nothing by default.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -90,6 +91,11 @@ class AutoMAE(Method):
     def uses_masks(self) -> bool:
         """Masks matter where p is to look like them."""
         return self.prior == "masks"
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """A scorer that is no file's follows the encoder."""
+        return {"scorer.": "encoder."} if self.follows else {}
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The error of the hidden patches, and those of generator and discriminator."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -95,6 +95,11 @@ class Contrastive(Method):
     def uses_masks(self) -> bool:
         """Masks say where objects are."""
         return self.instance_share > 0
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """The teacher follows the encoder and its first head."""
+        return {"teacher.": "encoder.", "teacher_project.": "project."}
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Masks if guided, and more than one word, for there must be another to be told apart from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,6 +18,7 @@ from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._average import check_decay, follow
 from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
 from synthgen.methods._pixels import pixel_target, to_pixels
@@ -91,9 +92,8 @@ class MaskDiT(Method):
         config = encoder.config
         if mask_ratio:
             check_ratio("mask_ratio", mask_ratio, config.grid**2)
-        for name, share in (("tuning_share", tuning_share), ("ema_decay", ema_decay)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
+        if not 0 <= tuning_share <= 1:
+            raise ValueError(f"tuning_share must lie between 0 and 1, not {tuning_share}")
         if not 0 <= rebuild_weight < math.inf:
             raise ValueError(f"rebuild_weight must be 0 or more, not {rebuild_weight}")
         if not (noise_std >= 0 and abs(noise_mean) + 5.3 * noise_std <= 12):  # no draw lies further out
@@ -115,13 +115,18 @@ class MaskDiT(Method):
         self.classes = ClassEmbedding(config.dim) if class_labels else None
         self.label_dropout = check_dropout(label_dropout)
         self.average = copy.deepcopy(self).requires_grad_(False)
-        self.ema_decay = ema_decay
+        self.ema_decay = check_decay(ema_decay)
         self.register_buffer("steps", torch.zeros(()))
 
     @property
     def uses_masks(self) -> bool:
         """Masks matter where they guide the hiding."""
         return self.hiding.guided
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """The average follows all."""
+        return {"average.": ""}
 
     def fit_to(self, data: ImageDataset) -> None:
         """The classes there are."""
@@ -224,14 +229,9 @@ class MaskDiT(Method):
         answers: Tensor = self.decoder(features, visible, hidden, time)
         return answers
 
-    @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """The average follows: it forgets at ``ema_decay`` a step, and faster while few steps are done."""
-        self.steps += 1
-        rate = 1 - ((1 + self.steps) / (10 + self.steps)).clamp(max=self.ema_decay)
-        own = dict(self.named_parameters())
-        for name, slow in self.average.named_parameters():
-            slow.lerp_(own[name], rate)
+        follow(self.average, self, self.steps, self.ema_decay)
 
     def export(self, folder: Path) -> None:
         """The averaged encoder, as a folder of its own."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._average import check_decay, follow
 from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
 from synthgen.methods._hiding import Hiding, check_ratio, coverage
 from synthgen.methods._pixels import pixel_range, to_pixels
@@ -22,7 +25,7 @@ from synthgen.models.classes import ClassEmbedding
 from synthgen.models.decoder import NoiseDecoder
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, TimeEmbedding, patchify, take, unpatchify
-from synthgen.models.vit import VisionTransformer
+from synthgen.models.vit import VisionTransformer, save_encoder
 
 __all__ = ["UMD"]
 
@@ -48,14 +51,20 @@ class UMD(Method):
     have none told, and clean images never. So the network can draw with a class and without, and with guidance away
     from none.
 
+    The paper's fine-tuning for drawing goes on from a training without classes, with nothing of noised images hidden,
+    classes, and an average of the weights (``ema_decay``), which then draws the images; its encoder is left in
+    ``average/``.
+
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``: in clean and noised
     images alike. That is our own combination; the paper has no masks of words.
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
-    added: ClassVar = {"class_labels": False, "label_dropout": 0.1}
+    added: ClassVar = {"class_labels": False, "label_dropout": 0.1, "ema_decay": 0.0, "crop_area": 0.8}
 
     levels: Tensor
+    steps: Tensor
+    average: UMD | None
 
     def __init__(
         self,
@@ -69,10 +78,14 @@ class UMD(Method):
         decoder_depth: int = 0,  # 0: a third of the encoder's
         class_labels: bool = False,  # the network is told each noised image's class, for drawing by class
         label_dropout: float = 0.1,  # class_labels: share of those whose class is not told, for drawing without
+        ema_decay: float = 0.0,  # of an average of the weights; lower over the first steps; 0: there is none
+        crop_area: float = 0.8,  # least share of the image that a view shows; 0.95 in the paper's fine-tuning
     ) -> None:
         super().__init__()
         if not 0 <= clean_share < 1:
             raise ValueError(f"clean_share must be at least 0 and below 1 (that would be mae), not {clean_share}")
+        if not 0.01 <= crop_area <= 1:
+            raise ValueError(f"crop_area must lie between 0.01 and 1, not {crop_area}")
         config = encoder.config
         num_patches = config.grid**2
         self.clean_visible = check_ratio("clean_mask_ratio", clean_mask_ratio, num_patches)
@@ -87,7 +100,12 @@ class UMD(Method):
         self.decoder = NoiseDecoder(encoder, depth=decoder_depth or max(1, config.depth // 3))
         self.classes = ClassEmbedding(config.dim, deep=True) if class_labels else None
         self.label_dropout = check_dropout(label_dropout)
+        self.crop_area = crop_area
         self.register_buffer("levels", cosine_schedule(TIMES), persistent=False)
+        self.ema_decay = check_decay(ema_decay)
+        self.average = copy.deepcopy(self).requires_grad_(False) if ema_decay else None
+        if ema_decay:
+            self.register_buffer("steps", torch.zeros(()))
 
     @property
     def uses_masks(self) -> bool:
@@ -98,6 +116,13 @@ class UMD(Method):
         """The classes there are."""
         if self.classes is not None:
             self.classes.learn(labels_of(data))
+            if self.average is not None:
+                self.average.classes = copy.deepcopy(self.classes).requires_grad_(False)
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """The average, if there is one, follows all."""
+        return {"average.": ""} if self.average is not None else {}
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Labels, if they are told, and masks if guided."""
@@ -106,8 +131,8 @@ class UMD(Method):
             check_labels(samples)
 
     def views(self) -> Augment:
-        """The paper's code: a crop of 80 % of the area or more, and a flip."""
-        return Augment(size=self.encoder.config.image_size, scale=(0.8, 1.0))
+        """The paper's code: a crop of 80 % of the area or more (``crop_area``), and a flip."""
+        return Augment(size=self.encoder.config.image_size, scale=(self.crop_area, 1.0))
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The loss of a batch: its first images are noised, its last ones stay clean."""
@@ -175,6 +200,16 @@ class UMD(Method):
         _, noise = self.run(x, visible, visible[:, :0], torch.full((len(x),), time, device=x.device), numbers)
         return noise
 
+    def after_step(self, progress: float) -> None:
+        """The average, if there is one, follows: it forgets at ``ema_decay`` a step, and faster at first."""
+        if self.average is not None:
+            follow(self.average, self, self.steps, self.ema_decay)
+
+    def export(self, folder: Path) -> None:
+        """The averaged encoder, if there is one, as a folder of its own."""
+        if self.average is not None:
+            save_encoder(self.average.encoder, folder / "average")
+
     @torch.no_grad()
     def sample(
         self,
@@ -186,7 +221,8 @@ class UMD(Method):
     ) -> Float[Tensor, "b 3 H W"]:
         """New images in [0, 1], one a seed: DDIM with eta 1 from the noise that the network sees, nothing hidden.
 
-        Without the paper's short training on whole noised images, which follows its pretraining, expect rough ones.
+        By the averaged weights, if there are any. Without the paper's short training on whole noised images, which
+        follows its pretraining, expect rough ones.
         ``labels``, by name or number, are the classes to draw, and None is none. A ``guidance_scale`` w other than 1
         asks twice as often, with the class and without: noise' = none + w (class - none).
 
@@ -201,13 +237,14 @@ class UMD(Method):
         seeds = seeds.to(device)
         b, n, p = len(seeds), config.grid**2, 3 * config.patch_size**2
         low, high = pixel_range(config, device)
-        numbers = asked(self.classes, labels, b, guidance_scale)
+        network = self if self.average is None else self.average
+        numbers = asked(network.classes, labels, b, guidance_scale)
         stride = TIMES // num_steps
         levels = [*range(TIMES - 1, 0, -stride), 0]
         x = normal(seeds, n, p, stream=SAMPLING)
         for number, level in enumerate(levels):
             a = self.levels[level]
-            noise = guided(partial(self.noise, x, level + 1), numbers, guidance_scale)
+            noise = guided(partial(network.noise, x, level + 1), numbers, guidance_scale)
             clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(low, high)
             if not level:
                 break

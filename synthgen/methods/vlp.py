@@ -62,6 +62,7 @@ class VLP(Method):
     """
 
     guided: ClassVar = {"region_weight": 1.0}
+    reads_texts: ClassVar = True
     min_images: ClassVar = 2
 
     def __init__(

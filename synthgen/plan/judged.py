@@ -143,9 +143,9 @@ def _has_texts(encoder: str, training: Pretrain | None) -> bool:
         return True
     if training is None:
         return False
-    from synthgen.methods import METHODS, Method
+    from synthgen.methods import METHODS
 
-    return METHODS.load(training.method.name).export is not Method.export
+    return METHODS.load(training.method.name).reads_texts
 
 
 def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Looked | None) -> Looked:

@@ -159,7 +159,7 @@ def _took(meter: Meter, taken: list[float], counts: list[int]) -> Took:
 
 def _pretrain(stage: Pretrain, sample: Sample, counted: Counts, meter: Meter) -> Took:
     device, whole = devices_for(stage)[0], counted.batch_size
-    stage = replace(stage, batch_size=whole)
+    stage = replace(stage, batch_size=whole, start="")  # which may not be there yet, and costs no step anything
     if not stage.data:
         tars = sorted(sample.run("rounds").folder("shards").glob("train/*.tar"))
         stage = replace(stage, data=(str(repeated(tars, sample.folder / "data", whole)),))

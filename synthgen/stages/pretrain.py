@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from synthgen.config import Choice, build
-from synthgen.errors import ConfigError, MissingArtifact
+from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run, versions
 from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._written import check_shards, encoder_hash, listed_shards, weights_beside, weights_of
-from synthgen.stores import filled, listing, located
+from synthgen.stages._start import begin, option_inputs, start_inputs
+from synthgen.stages._written import check_shards, check_there, weights_beside, weights_of
+from synthgen.stores import filled
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
@@ -35,6 +34,7 @@ __all__ = ["Pretrain"]
 
 _PRECISIONS = ("no", "bf16", "fp16")
 _MASKS = ("own", "elsewhere", "scattered")
+_ADDED = {"start": "", "beta2": 0.95}  # settings that earlier versions had not, and what theirs were
 _LOOKED_AT = 32  # samples, evenly spread, that a method may see before it says that the data will do
 
 
@@ -62,11 +62,13 @@ class Pretrain(Stage):
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
+    start: str = ""  # weights to begin from: folder of a training or of a ViT of transformers, or hub id; empty: none
     epochs: int = 20
     samples_seen: int = 0  # images to train on in all, instead of epochs; 0: epochs
     batch_size: int = 64  # images a step, over all processes and accumulated parts
     base_learning_rate: float = 0.0  # for 256 images a step; 0: 1.5e-4, or 3e-3 for encoders of fewer than 12 blocks
     weight_decay: float = 0.05
+    beta2: float = 0.95  # of AdamW, whose first is 0.9
     warmup_ratio: float = 0.05  # share of the steps
     max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
     precision: str = "no"  # bf16, fp16, or no (float32)
@@ -99,8 +101,9 @@ class Pretrain(Stage):
             raise ValueError(f"samples_seen must be 1 or more (or 0, to count epochs), not {self.samples_seen}")
         if not 0 <= self.base_learning_rate < float("inf"):
             raise ValueError(f"base_learning_rate must be above 0 (or 0, to choose it), not {self.base_learning_rate}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        for name in ("beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain folder name, not {self.label!r}")
         if self.data:  # then the run's own shards need not be there
@@ -134,7 +137,7 @@ class Pretrain(Stage):
         return replace(self, method=METHODS.complete(self.method, "encoder"))
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Without a method's later options where they are what earlier versions did, so that those trainings hold."""
+        """Without later settings and options where they are what earlier versions did, so that those trainings hold."""
         return self.as_before(super().fingerprinted())
 
     def noted(self, run: Run) -> dict[str, Any]:
@@ -146,19 +149,18 @@ class Pretrain(Stage):
         from synthgen.methods import METHODS
 
         added, method = METHODS.load(self.method.name).added, settings["method"]
+        settings = {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}
         return {**settings, "method": {k: v for k, v in method.items() if k not in added or v != added[k]}}
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Names and sizes of the shards, and hashes of the encoders that options of the method name."""
+        """Names and sizes of the shards, and hashes of the start, and of encoders that options of the method name."""
         from synthgen.datasets import source_inputs
-        from synthgen.models.tower import is_tower
 
         found = source_inputs(*self.sources(run))
         found = found if self.data else {"shards/train": next(iter(found.values()))}
-        for option, value in self.method.options.items():
-            folder = located(value) if isinstance(value, str) and value else None
-            if folder and ((folder / "encoder.safetensors").is_file() or is_tower(folder)):
-                found[f"method.{option}"] = encoder_hash(folder)
+        found |= option_inputs(self.method)
+        if self.start:
+            found |= start_inputs(self.start, self.method.name, run.begun(*self.artifacts()))
         return found
 
     def sources(self, run: Run) -> list[str]:
@@ -170,12 +172,8 @@ class Pretrain(Stage):
         """
         if self.data:
             return list(self.data)
-        folder = run.folder("shards") / "train"
-        if gone := sorted(listed_shards(run, "train").keys() - listing(folder).keys()):
-            raise MissingArtifact(
-                f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
-            )
-        return [str(folder)]
+        check_there(run, "train")
+        return [str(run.folder("shards") / "train")]
 
     def plan(self, run: Run) -> list[int]:
         """A training is one unit."""
@@ -201,8 +199,8 @@ class Pretrain(Stage):
         """See that the method can be built and the data fit it, before anything heavy begins.
 
         Raises:
-            ConfigError: a method's or encoder's option is wrong, or the data lacks what the method needs.
-            CorruptShard: a sample that was looked at cannot be read.
+            ConfigError: an option is wrong, the data lacks what the method needs, or the start does not fit.
+            CorruptShard: a sample that was looked at, or the start, cannot be read.
             MissingDependency: a tracker's library is not installed, or no compiler.
         """
         from synthgen.train.launch import check_compiler, check_trackers
@@ -220,9 +218,16 @@ class Pretrain(Stage):
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
                 f"{self.batch_size}, accumulate {self.accumulate}) are too few; it needs {method.min_images} or more"
             )
+        if self.todo(run):  # what is finished needs the weights no more that it began from
+            self.begun(run, method)
         check_trackers(self.trackers)
         if self.compile:
             check_compiler()
+
+    def begun(self, run: Run, method: Method) -> dict[str, Any]:
+        """Put the weights of ``start`` into ``method``; what ``done.json`` says of it."""
+        inputs = run.artifact(*self.artifacts())["inputs"]
+        return {"start": begin(method, self.start, self.method, inputs)} if self.start else {}
 
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
@@ -311,7 +316,7 @@ class Pretrain(Stage):
         from synthgen.loader import workers_for
         from synthgen.models.vit import save_encoder
         from synthgen.train.checkpoint import Checkpoints
-        from synthgen.train.loop import Training
+        from synthgen.train.loop import Training, last_loss
         from synthgen.train.optim import OptimSettings
 
         started = time.perf_counter()
@@ -321,6 +326,7 @@ class Pretrain(Stage):
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
         samples = self.dataset(run)
         method = self.build_method(run, samples)
+        begun = self.begun(run, method)
         order = self.order(run, len(samples))
         training = Training(
             method=method,
@@ -332,6 +338,7 @@ class Pretrain(Stage):
                 warmup_ratio=self.warmup_ratio,
                 weight_decay=self.weight_decay,
                 max_norm=self.max_norm,
+                beta2=self.beta2,
             ),
             accelerator=accelerator,
             checkpoints=Checkpoints(folder / "checkpoints", fingerprint),
@@ -369,7 +376,7 @@ class Pretrain(Stage):
 
                 export_encoder(encoder, folder / "transformers")
             if not count:  # killed between the last checkpoint and here: the loss stands in the metrics
-                loss = _last_loss(folder / "metrics.jsonl")
+                loss = last_loss(folder / "metrics.jsonl")
             done = {
                 "fingerprint": fingerprint,
                 "sha256": sha256_of(folder / "encoder.safetensors"),
@@ -382,12 +389,8 @@ class Pretrain(Stage):
                 "device": str(accelerator.device),
                 "processes": accelerator.num_processes,
                 "versions": versions(),
+                **begun,
             }
             write_json(folder / "done.json", done)
         accelerator.wait_for_everyone()
         return Report(unit, count, time.perf_counter() - started)
-
-
-def _last_loss(path: Path) -> float:
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return float(lines[-1]["loss"]) if lines else float("nan")

@@ -28,9 +28,11 @@ from synthgen.stores import located, temporaries
 from synthgen.stores.tar import is_abandoned, write_bytes
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["Checkpoints", "load_method"]
+__all__ = ["Checkpoints", "load_method", "method_hash", "method_tensors"]
 
 logger = logging.getLogger(__name__)
+
+_METHOD = "model."  # before the names of a method's tensors
 
 
 def load_method(folder: str | Path) -> Method:
@@ -58,6 +60,33 @@ def load_method(folder: str | Path) -> Method:
             f"the training in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
     return method.eval()
+
+
+def method_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a method by their names in it, from a checkpoint whose every byte is as it was written.
+
+    Raises:
+        CorruptShard: it is not.
+    """
+    try:
+        _, tensors = _read(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptShard(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
+    return _of_method(tensors)
+
+
+def method_hash(path: Path) -> str:
+    """The sha256 of the tensors of a method in a checkpoint: not of how long it took, nor of the optimizer.
+
+    Raises:
+        CorruptShard: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(_METHOD)]  # noqa: SIM118 - not a mapping
+            return _checksum("", {name: file.get_tensor(name) for name in names})
+    except (SafetensorError, OSError) as error:
+        raise CorruptShard(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
 
 
 @dataclass(frozen=True)
@@ -102,15 +131,7 @@ class Checkpoints:
         broken = ""
         for path in reversed(self.paths()):
             try:
-                with safe_open(path, framework="pt") as file:
-                    about = file.metadata() or {}
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                header = about.get("state", "{}")
-                if "sha256" in about and about["sha256"] != _checksum(header, tensors):  # earlier versions told none
-                    raise ValueError("a byte of it is wrong, by its sha256")
-                state = read_json(header, finite=False)
-                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-                    raise ValueError("its header holds no state of a training")
+                state, tensors = _read(path)
             except FileNotFoundError:  # another command, with the same training, is ahead and has deleted it
                 continue
             except (SafetensorError, OSError, ValueError) as error:
@@ -123,15 +144,13 @@ class Checkpoints:
                 self._load(tensors, module, optimizer)
             except (RuntimeError, LookupError, ValueError) as error:
                 raise CorruptShard(f"{path} does not fit the model: {one_line(error)}; delete it") from None
-            found: dict[str, Any] = state
-            return found
+            return state
         if broken:
             raise CorruptShard(f"{broken}; delete {self.folder} to start this training anew")
         return {}
 
     def _load(self, tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        module.load_state_dict(weights)
+        module.load_state_dict(_of_method(tensors))
         parameters = dict(module.named_parameters())
         optimizer.state.clear()
         for full, tensor in tensors.items():
@@ -140,6 +159,28 @@ class Checkpoints:
                 # AdamW keeps its step count on the CPU and its moments beside the weights
                 place = torch.device("cpu") if moment == "step" else parameters[name].device
                 optimizer.state[parameters[name]][moment] = tensor.to(place)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state and the tensors of a checkpoint.
+
+    Raises:
+        SafetensorError, OSError, ValueError: it cannot be read, or is not as it was written.
+    """
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    header = about.get("state", "{}")
+    if "sha256" in about and about["sha256"] != _checksum(header, tensors):  # earlier versions told none
+        raise ValueError("a byte of it is wrong, by its sha256")
+    state = read_json(header, finite=False)
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError("its header holds no state of a training")
+    return state, tensors
+
+
+def _of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_METHOD): tensor for name, tensor in tensors.items() if name.startswith(_METHOD)}
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

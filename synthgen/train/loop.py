@@ -33,7 +33,7 @@ from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Record", "Training", "seed_everything"]
+__all__ = ["Record", "Training", "last_loss", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,12 @@ class Training:
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written when the process was killed
         write_bytes(self.metrics_path, "".join(kept).encode())
+
+
+def last_loss(path: Path) -> float:
+    """The loss of the last record in a training's metrics; NaN where there is none."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return float(lines[-1]["loss"]) if lines else float("nan")
 
 
 def _rounded(value: float) -> float:

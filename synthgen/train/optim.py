@@ -13,13 +13,14 @@ __all__ = ["OptimSettings", "build_optimizer", "learning_rate"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """How weights are changed. Betas are MAE's (0.9, 0.95)."""
+    """How weights are changed."""
 
     base_learning_rate: float  # for 256 images a step; the peak is this times batch_size / 256
     batch_size: int
     warmup_ratio: float  # share of all steps in which the rate rises from 0
     weight_decay: float  # of matrices; biases, norms and tokens have none
     max_norm: float  # of the gradient; 0 leaves it as it is
+    beta2: float = 0.95  # of AdamW, whose first is 0.9: MAE's
 
     @property
     def peak(self) -> float:
@@ -35,7 +36,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, *, fused: bool =
         {"params": [p for name, p in learning if name not in plain], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in learning if name in plain], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.95), fused=fused or None)
+    return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, settings.beta2), fused=fused or None)
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:

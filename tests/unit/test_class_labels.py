@@ -20,6 +20,7 @@ from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import uniform
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 from synthgen.stages.pretrain import Pretrain
+from synthgen.train.start import take_over
 
 CONFIG = EncoderConfig(image_size=8, patch_size=2, dim=32, depth=1, num_heads=2)
 COLOURS = {"red": (0.9, 0.1, 0.1), "blue": (0.1, 0.1, 0.9)}
@@ -280,11 +281,8 @@ def test_what_cannot_be_drawn_is_told(given, said):
         asked(None, "red", 3, 1.0)
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
-def test_labels_decide_what_is_drawn(name):
-    """Two colours, told as classes: images of one are nearer to it than to the other."""
-    whole = {"clean_share": 0.0, "noisy_mask_ratio": 0.0} if name == "umd" else {"decoder_dim": 32}
-    method, steps, rate = build(name, label_dropout=0.2, **whole), 400 if name == "umd" else 200, 5e-3
+def train(method, steps, rate=5e-3):
+    """Some steps on even images, each of one of two colours."""
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -292,17 +290,43 @@ def test_labels_decide_what_is_drawn(name):
         method(make_batch(32, step), step / steps).loss.backward()
         optimizer.step()
         method.after_step(step / steps)
+
+
+def redness(method, **given):
+    """How often an image is nearer to red than to blue."""
     red, blue = torch.tensor(COLOURS["red"]), torch.tensor(COLOURS["blue"])
+    means = method.sample(torch.arange(24), 20, **given).mean((2, 3))
+    return float(((means - red).norm(dim=1) < (means - blue).norm(dim=1)).float().mean())
 
-    def redness(**given):
-        """How often an image is nearer to red than to blue."""
-        means = method.sample(torch.arange(24), 20, **given).mean((2, 3))
-        return float(((means - red).norm(dim=1) < (means - blue).norm(dim=1)).float().mean())
 
-    assert redness(labels="red") > 0.75
-    assert redness(labels="blue") < 0.25
-    assert redness(labels="red", guidance_scale=2.0) > 0.75
-    assert redness(labels="blue", guidance_scale=2.0) < 0.25
+@pytest.mark.parametrize("name", METHODS_TOLD)
+def test_labels_decide_what_is_drawn(name):
+    """Two colours, told as classes: images of one are nearer to it than to the other."""
+    whole = {"clean_share": 0.0, "noisy_mask_ratio": 0.0} if name == "umd" else {"decoder_dim": 32}
+    method = build(name, label_dropout=0.2, **whole)
+    train(method, 400 if name == "umd" else 200)
+    assert redness(method, labels="red") > 0.75
+    assert redness(method, labels="blue") < 0.25
+    assert redness(method, labels="red", guidance_scale=2.0) > 0.75
+    assert redness(method, labels="blue", guidance_scale=2.0) < 0.25
+
+
+def test_a_network_that_was_told_no_class_is_tuned_to_draw_by_class():
+    """UMD's two phases: the second begins with the first one's weights, hides nothing and draws by its average."""
+    first = build("umd", class_labels=False)
+    train(first, 200)
+    tuned = build("umd", label_dropout=0.2, clean_share=0.05, noisy_mask_ratio=0.0, ema_decay=0.9)
+    begun = take_over(tuned, first.state_dict())
+    assert begun.new_parts == ("classes", "steps")
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tuned.state_dict()[name], tensor)
+        assert torch.equal(tuned.state_dict()[f"average.{name}"], tensor)  # it begins as what it follows
+    train(tuned, 250)
+    told = {label: redness(tuned, labels=label, guidance_scale=2.0) for label in COLOURS}
+    assert told["red"] > 0.75
+    assert told["blue"] < 0.25
+    tuned.average = None
+    assert redness(tuned, labels="red", guidance_scale=2.0) > 0.75  # the weights themselves learned it as well
 
 
 # -- settings
@@ -315,9 +339,25 @@ def test_a_wrong_share_is_told(name):
             build(name, label_dropout=share)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"ema_decay": 1.1}, "ema_decay must lie between 0 and 1, not 1.1"),
+        ({"crop_area": 0.0}, "crop_area must lie between 0.01 and 1, not 0.0"),
+    ],
+)
+def test_wrong_options_of_tuning_are_told(option, said):
+    with pytest.raises(ConfigError, match=said):
+        build("umd", **option)
+
+
+def test_views_show_as_much_as_is_asked_for():
+    assert [build("umd", **option).views().scale for option in ({}, {"crop_area": 0.95})] == [(0.8, 1.0), (0.95, 1.0)]
+
+
 @pytest.mark.parametrize("name", METHODS_TOLD)
 def test_trainings_of_earlier_versions_are_still_the_same(name):
-    """Their options were all there are but these two, and are all that is hashed."""
+    """Their options were all there are but those added since, and are all that is hashed."""
 
     def hashed(**options):
         stage = make_stage("pretrain", {"method": {"name": name, **options}})
@@ -325,8 +365,10 @@ def test_trainings_of_earlier_versions_are_still_the_same(name):
         return stage.complete().fingerprinted()["method"]
 
     known = inspect.signature(METHODS.load(name).__init__).parameters.keys() - {"self", "encoder"}
-    assert hashed().keys() - {"name"} == known - {"class_labels", "label_dropout"}
-    assert hashed(class_labels=True).keys() - {"name"} == known - {"label_dropout"}
+    added = METHODS.load(name).added.keys()
+    assert {"class_labels", "label_dropout"} <= added
+    assert hashed().keys() - {"name"} == known - added
+    assert hashed(class_labels=True).keys() - {"name"} == known - (added - {"class_labels"})
     assert hashed(class_labels=True, label_dropout=0.2)["label_dropout"] == 0.2
     assert (
         "class_labels" in make_stage("pretrain", {"method": name}).complete().settings()["method"]

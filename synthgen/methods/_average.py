@@ -1,0 +1,29 @@
+"""An average of the weights that follows a training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_decay", "follow"]
+
+
+def check_decay(ema_decay: float) -> float:
+    """The decay as it is.
+
+    Raises:
+        ValueError: it does not lie between 0 and 1.
+    """
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}")
+    return ema_decay
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, steps: Tensor, ema_decay: float) -> None:
+    """Another step is done: ``average`` forgets at ``ema_decay`` a step, and faster while few ``steps`` are done."""
+    steps += 1
+    rate = 1 - ((1 + steps) / (10 + steps)).clamp(max=ema_decay)
+    own = dict(module.named_parameters())
+    for name, slow in average.named_parameters():
+        slow.lerp_(own[name], rate)

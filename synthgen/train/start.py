@@ -1,0 +1,92 @@
+"""Weights that a training begins from, put into its method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from synthgen.errors import ConfigError
+from synthgen.methods import Method
+
+__all__ = ["Begun", "take_over"]
+
+_STATE = "_extra_state"  # what a module keeps that is no weight, such as the names of classes
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What became of the tensors of a method, and of those that it was to begin from."""
+
+    taken: int  # tensors that are those of the start
+    copied: int  # of averages and teachers that the start has not: they begin as what they follow
+    anew: int  # tensors that begin as without a start
+    new_parts: tuple[str, ...]  # where those are
+    left_parts: tuple[str, ...]  # of the start, which the method has not
+
+    def __str__(self) -> str:
+        copied = f", {self.copied} copied from what they follow" if self.copied else ""
+        anew = f"{self.anew} begun anew" + (f" ({', '.join(self.new_parts)})" if self.new_parts else "")
+        left = f"; left out: {', '.join(self.left_parts)}" if self.left_parts else ""
+        return f"{self.taken} tensors taken{copied}, {anew}{left}"
+
+
+def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
+    """Put ``tensors``, by their names in a method, into ``method``.
+
+    A part (decoder, classes, ...) is taken whole, or begins anew whole, or is left out whole; the encoder is taken.
+
+    Raises:
+        ConfigError: a tensor has another shape, a part fits only half, or classes have other names.
+    """
+    own, copies = method.state_dict(), method.copies
+    both = [name for name in own if name in tensors]
+    new, left = [name for name in own if name not in tensors], [name for name in tensors if name not in own]
+    for name in both:
+        if name.endswith(_STATE) and not _same(own[name], tensors[name]):
+            raise ConfigError(
+                f"its {_part(name, copies)} have other names than those of the data; train on data with the same "
+                "classes, or leave class_labels out and tell none"
+            )
+    for name in both:
+        if own[name].shape != tensors[name].shape:
+            raise ConfigError(
+                f"its {name} has the shape {tuple(tensors[name].shape)}, and that of this training "
+                f"{tuple(own[name].shape)}; give the options that it was trained with"
+            )
+    taken = _parts(both, copies)
+    for name in (*new, *left):
+        part = _part(name, copies)
+        if part in taken or part == "encoder":
+            lacks = "lacks" if name in own else "has besides"
+            raise ConfigError(
+                f"its {part} fits only in part: it {lacks} {name}; give the options that it was trained with"
+            )
+    state: dict[str, Tensor] = {**own, **{name: tensors[name] for name in both}}
+    copied = {name: source for name in new if (source := _followed(name, copies)) in state}
+    state |= {name: state[source].clone() for name, source in copied.items()}
+    method.load_state_dict(state)
+    fresh = [name for name in new if name not in copied]
+    return Begun(
+        len(both), len(copied), len(fresh), tuple(sorted(_parts(fresh, copies))), tuple(sorted(_parts(left, copies)))
+    )
+
+
+def _followed(name: str, copies: Mapping[str, str]) -> str:
+    """The tensor that one of an average or teacher follows; empty for any other."""
+    return next((fast + name.removeprefix(slow) for slow, fast in copies.items() if name.startswith(slow)), "")
+
+
+def _part(name: str, copies: Mapping[str, str]) -> str:
+    """The part of a method that a tensor belongs to; those of an average count each by itself."""
+    inside = next((slow for slow, fast in copies.items() if not fast and name.startswith(slow)), "")
+    return inside + name.removeprefix(inside).partition(".")[0]
+
+
+def _parts(names: Iterable[str], copies: Mapping[str, str]) -> set[str]:
+    return {_part(name, copies) for name in names}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
