@@ -14,17 +14,19 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from synthgen.engines import Listener
 from synthgen.engines._work import opened
-from synthgen.errors import ConfigError, one_line
+from synthgen.errors import ConfigError, SynthgenError, one_line
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
 from synthgen.stores import is_in_memory
 
 __all__ = ["Ray"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,9 @@ class Ray:
     RAY_ADDRESS, else one of this machine that begins and ends with this process. Its machines need synthgen installed
     and must see the run, and the files that settings name, under the same paths.
 
-    A unit whose worker is killed, or whose machine is lost, is given to another up to ``retries`` times. Ray begins the
-    worker again on any machine with room; where there is none, a worker that finds no more units makes some.
+    A unit whose worker is killed, or whose machine is lost, is given to another up to ``retries`` times. The worker is
+    begun again on any machine with room; where there is none, a worker that finds no more units makes some. One that
+    ends while it opens the stage is begun again as often in a row, and then left out.
     """
 
     collective: ClassVar = False
@@ -45,7 +48,7 @@ class Ray:
     address: str = ""  # of the cluster, such as head:6379; RAY_ADDRESS, or one here, where it is empty
     cpus: float = 1.0  # of each worker
     gpus: float = -1.0  # of each worker of a stage that can use them; -1: 1 where the cluster has any
-    retries: int = 3  # of a unit whose worker was lost
+    retries: int = 3  # of a unit whose worker was lost, and of a worker that is lost while it loads
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -62,23 +65,29 @@ class Ray:
 
         Raises:
             ConfigError: there is no cluster at the address, or its workers cannot see the run.
-            SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
+            SynthgenError, or whatever else the stage could not be opened for (no weights, say, or every worker ends
+                while it loads): no unit can be made.
         """
         if is_in_memory(run.path):
             raise ConfigError(f"{run.path} lies in the memory of this process, where Ray's workers cannot see it")
         self.join()
         gpus = self.gpus_of(stage)
         count = min(self.workers or self.room(gpus), len(units))
-        options = {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD", "max_restarts": -1}
+        options = {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
         shared = (stage, replace(run, path=run.path.absolute()), str(Path.cwd()))
-        actors = [_ACTOR.options(**options).remote(*shared, rank, count) for rank in range(count)]
-        doing: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
-        del actors  # an actor lives as long as something in ``doing`` holds it
-        left, lost = deque(units), Counter[int]()
+        doing: dict[Any, tuple[Any, int, int | None]] = {}  # task → its actor, the rank of that, and the unit, if any
+
+        def begin(rank: int) -> None:  # an actor lives as long as something in ``doing`` holds it
+            actor = _ACTOR.options(**options).remote(*shared, rank, count)
+            doing[actor.ready.remote()] = (actor, rank, None)
+
+        for rank in range(count):
+            begin(rank)
+        left, lost, fallen = deque(units), Counter[int](), Counter[int]()
         try:
-            while left or any(unit is not None for _, unit in doing.values()):
+            while left or any(unit is not None for _, _, unit in doing.values()):
                 (task,), _ = ray.wait(list(doing))
-                actor, unit = doing.pop(task)
+                actor, rank, unit = doing.pop(task)
                 report, reason = _result(task)
                 if reason and unit is not None:  # elsewhere then; this worker has no other until it is back
                     lost[unit] += 1
@@ -86,19 +95,32 @@ class Ray:
                         left.append(unit)
                     else:
                         report = Report(unit, error=f"its worker was lost {lost[unit]} times: {reason}")
-                    doing[actor.ready.remote()] = (actor, None)
-                elif left:
-                    following = left.popleft()
-                    doing[actor.work.remote(following)] = (actor, following)
+                    begin(rank)
+                elif reason:
+                    fallen[rank] += 1
+                    if fallen[rank] <= self.retries:
+                        begin(rank)
+                    elif not doing:
+                        raise SynthgenError(
+                            f"every Ray worker ended while it loaded what {stage.name} needs, the last one "
+                            f"{fallen[rank]} times in a row: {reason}; give them more memory, or a smaller model"
+                        )
+                    else:
+                        logger.warning("worker %d is left out: it ended while it loaded; %s", rank, reason)
+                else:
+                    del fallen[rank]
+                    if left:
+                        following = left.popleft()
+                        doing[actor.work.remote(following)] = (actor, rank, following)
                 if not left:  # wait for no new workers, and let one without work make room
-                    doing = {task: pair for task, pair in doing.items() if pair[1] is not None}
+                    doing = {task: value for task, value in doing.items() if value[2] is not None}
                 del actor
                 if report is not None:
                     if not report.error:
                         listener.advance(stage.size(run, report.unit))
                     yield report
         finally:
-            for actor, _ in doing.values():
+            for actor, _, _ in doing.values():
                 ray.kill(actor)
 
     def join(self) -> None:
@@ -167,11 +189,11 @@ def _result(task: Any) -> tuple[Report | None, str]:
         return ray.get(task), ""
     except RayTaskError as error:  # units report what goes wrong with them: this is the stage that cannot be opened
         raise error.cause from None
-    except ActorDiedError as error:  # for good, though it may be begun again as often as it takes
-        raise ConfigError(
-            f"a Ray worker could not be begun ({one_line(error)}); synthgen must be installed on every machine"
-        ) from None
     except RayError as error:
+        if getattr(error, "actor_init_failed", False):
+            raise ConfigError(
+                f"a Ray worker could not be begun ({one_line(error)}); synthgen must be installed on every machine"
+            ) from None
         return None, f"killed, or out of memory ({one_line(error)})"
 
 
@@ -186,10 +208,9 @@ class _Actor:
         self._error: Exception | None = None
         try:
             self._work = self._stack.enter_context(opened(stage, run, Worker(rank, count, device)))
-        except Exception as error:  # told by ``ready``: an actor that cannot be made is begun again and again
+        except Exception as error:  # told by ``ready``, as it was raised
             self._error = error
 
-    @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]  # until there is room for this worker
     def ready(self) -> None:
         """Return when the stage is open, or raise why it is not."""
         if self._error is not None:

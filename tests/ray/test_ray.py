@@ -15,7 +15,7 @@ from synthgen import api
 from synthgen.config import Choice
 from synthgen.engines import ENGINES
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, MissingWeights, UnitsFailed
+from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFailed
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from tests.factories import Drawn
@@ -114,6 +114,20 @@ class TestHere:
         with pytest.raises(UnitsFailed, match="1 of 4 units failed; unit 000002: its worker was lost 2 times"):
             run_stage(Numbers(trouble="die"), run, Ray(workers=2, retries=1))
         assert run.units("numbers") == [0, 1, 3]
+
+    def test_workers_that_end_while_they_load_end_the_call(self, tmp_path):
+        run = Run.create(tmp_path / "r")
+        told = (
+            r"^every Ray worker ended while it loaded what numbers needs, the last one 3 times in a row: [^\n]*model$"
+        )
+        with pytest.raises(SynthgenError, match=told):
+            run_stage(Numbers(trouble="die at once"), run, Ray(workers=2, retries=2))
+        assert len(list(run.path.glob("begun-*"))) == 6
+
+    def test_a_worker_that_ends_while_it_loads_is_left_out(self, tmp_path, caplog):
+        run = Run.create(tmp_path / "r")
+        assert run_stage(Numbers(units=40, trouble="die alone"), run, Ray(workers=2, retries=0)).samples == 80
+        assert "worker 0 is left out: it ended while it loaded; killed, or out of memory" in caplog.text
 
     def test_a_stage_that_cannot_be_opened_says_why_once(self, tmp_path):
         with pytest.raises(MissingWeights, match=r"^no weights; fetch them$"):

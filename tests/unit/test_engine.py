@@ -45,6 +45,8 @@ class Numbers(Stage):
         if self.trouble == "die at once":
             run.path.joinpath(f"begun-{os.getpid()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "die alone" and worker.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "die before" and worker.world_size > 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
