@@ -43,6 +43,8 @@ class UnitWriter:
         self.notes: dict[str, int] = {}
         self.failed: dict[str, str] = {}
         self.about: dict[str, Any] = {}  # what else its done mark is to tell
+        self.second = ""  # the other artifact of the unit, where there is one that is written after this one
+        self.first: UnitWriter | None = None  # that of the other, where it is written before this one
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
@@ -73,8 +75,12 @@ class UnitWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         path = self._tar.path
-        made = kind is None and self.run.has(self.artifact, self.unit, self._fingerprint)
-        if made:  # by another worker, meanwhile: the same bytes
+        try:
+            made = kind is None and self._is_made()
+        except BaseException as failed:  # the disk is full, say: nothing half written stays
+            self._tar.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        if made:  # by another worker, meanwhile
             self._tar.discard()
         elif kind is None:
             path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of another tar
@@ -93,3 +99,29 @@ class UnitWriter:
             write_json(path.with_suffix(".json"), mark)
         if kind is None:
             path.with_suffix(".failed.json").unlink(missing_ok=True)
+
+    def _is_made(self) -> bool:
+        """Whether what is there stays: it has the same bytes, or those of another kind of device, and is whole.
+
+        Of two artifacts of one unit, such as images and their maps, both come from one worker. So what another left of
+        one alone is replaced if its bytes differ, and the second is kept only beside the first that belongs to it.
+        """
+        there = self.run.has(self.artifact, self.unit, self._fingerprint)
+        if not self.second and self.first is None:
+            return there
+        self._tar.seal()
+        if self.first is not None:
+            if self.first.sha256 != self._sha256_of(self.first.artifact):
+                return True
+        elif there and self.run.has(self.second, self.unit, self._fingerprint):
+            return True
+        return there and self.sha256 == self._sha256_of(self.artifact)
+
+    @property
+    def sha256(self) -> str:
+        """That of the tar, once it is sealed."""
+        return self._tar.sha256
+
+    def _sha256_of(self, artifact: str) -> str:
+        mark = self.run.mark(artifact, self.unit)
+        return str(mark["sha256"]) if mark else ""

@@ -21,7 +21,7 @@ def write_unit(
     tick: Callable[[int], None],
     unreadable: Collection[str] = (),
 ) -> Report:
-    """Write one unit of ``images`` and ``maps`` from batches, in their order.
+    """Write one unit of ``images`` and ``maps`` from batches, in their order; both will be of one worker.
 
     A batch is encoded and written in a thread of its own while the next one is drawn. Failed images are left out, with
     their reasons in the unit's done mark. ``unreadable``, which may grow meanwhile, are the keys of those for which it
@@ -35,6 +35,7 @@ def write_unit(
         run.write("images", unit) as images,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as pool,
     ):
+        images.second, maps.first = "maps", images
         writing: Future[None] | None = None
         for batch in batches:
             if writing is not None:

@@ -174,6 +174,20 @@ class TarWriter:
             raise storage_error(self.path, error) from error
         self.count += 1
 
+    def seal(self) -> None:
+        """Put the end down: from now on ``sha256`` and ``size`` are known, and nothing can be added."""
+        if self.sha256:
+            return
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        self._file.seek(0)
+        self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self.size = self._file.tell()
+
     def discard(self) -> None:
         """Leave what is at ``path`` as it is when the block ends."""
         self._wanted = False
@@ -183,12 +197,7 @@ class TarWriter:
     ) -> None:
         try:
             if kind is None and self._wanted:
-                self._tar.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.seek(0)
-                self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
-                self.size = self._file.tell()
+                self.seal()
                 if isinstance(self.path, RemotePath):
                     self.path.upload(self._temporary)
                 else:
