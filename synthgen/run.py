@@ -300,12 +300,11 @@ class Run:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def marks(self, artifact: str) -> dict[int, dict[str, Any]]:
-        """The done marks of all units whose tars are there and as long as their marks say, read together."""
-        return dict(self.iter_marks(artifact))
-
     def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """What :meth:`marks` holds, one after another: all marks of a large run take much memory."""
+        """The done marks of all units whose tars are there and as long as their marks say, one after another.
+
+        They are read together, but all of a large run would take much memory.
+        """
         folder = self.folder(artifact)
         sizes = listing(folder)
         names = sorted(name for name in sizes if name.endswith(".json") and name[:-5].isdecimal())

@@ -169,10 +169,7 @@ class _Line:
             self._compare_settings(stage)
         else:
             self.run.check(stage)
-        done = [
-            {unit for unit, mark in self.run.marks(name).items() if mark["fingerprint"] == made["fingerprint"]}
-            for name, made in ((name, self.run.artifact(name)) for name in stage.artifacts())
-        ]
+        done = [self.run.made(name, self.run.artifact(name)["fingerprint"]) for name in stage.artifacts()]
         return sorted(set.intersection(*done))
 
     def _compare_settings(self, stage: Stage) -> None:
@@ -231,6 +228,8 @@ class _Line:
         if not planned or self.whole:
             done = self._trained(stage, order.steps) * order.batch_size
         basis = self.shards.basis if planned else "counted"
+        if stage.start:
+            basis += f"; begins with {stage.start}"
         return Counts(1, int(done < images), images, images - done, basis=basis, batch_size=order.batch_size)
 
     def _trained(self, stage: Pretrain, steps: int) -> int:

@@ -15,7 +15,7 @@ from synthgen.run import Run
 from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
-from synthgen.status.samples import Shards, finished_shards, tallies_of
+from synthgen.status.samples import Counted, Shards, finished_shards
 from synthgen.tallies import Tally
 
 __all__ = [
@@ -77,10 +77,11 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     problems: list[str] = []
     artifacts: dict[str, ArtifactStatus] = {}
     entries = run.manifest()["artifacts"]
-    marks: dict[str, dict[str, dict[str, Any]]] = {}
+    counted = Counted()
     for name, entry in entries.items():
-        artifacts[name], marks[name] = artifact_status(run, name, entry, artifacts, problems)
-    labels, words = tallies_of(run, marks["masks"], problems) if counts and "masks" in artifacts else ((), ())
+        hear = (counted.hear,) if counts and name == "masks" else ()
+        artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *hear)
+    labels, words = counted.ranked(run, problems) if counts and "masks" in artifacts else ((), ())
     training = tuple(
         training_in(folder, artifacts.get(f"pretrain/{folder.name}"))
         for folder in sorted(run.folder("pretrain").glob("*/"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,48 +41,70 @@ class ArtifactStatus:
         return self.samples / self.seconds if self.seconds else 0.0
 
 
+Hear = Callable[[str, Mapping[str, Any]], None]  # takes what is done, as "000012", and its mark
+
+
 def artifact_status(
-    run: Run, name: str, entry: Mapping[str, Any], earlier: Mapping[str, ArtifactStatus], problems: list[str]
-) -> tuple[ArtifactStatus, dict[str, dict[str, Any]]]:
-    """How far an artifact is, with the marks of what is done of it."""
+    run: Run,
+    name: str,
+    entry: Mapping[str, Any],
+    earlier: Mapping[str, ArtifactStatus],
+    problems: list[str],
+    hear: Hear = lambda stem, mark: None,
+) -> ArtifactStatus:
+    """How far an artifact is. ``hear`` is told of each done mark, of which one at a time is held: there may be many."""
     folder = run.folder(name)
     files = listing(folder)
     failures = {}
     for file in sorted(files):
-        if (unit := file.removesuffix(".failed.json")).isdigit() and unit != file:
+        if (unit := file.removesuffix(".failed.json")).isdecimal() and unit != file:
             failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was written down"))
-    marks = {}
-    unfinished = set()
+    sums = _Sums()
+    known = {f"{unit:06d}" for unit in failures}
     for stem, length, mark in _marks(folder, files, problems):
+        known.add(stem)
         if length is not None and _is_done(length, mark, entry):
-            marks[stem] = mark
-        else:
-            unfinished.add(stem)
-    failures = {unit: reason for unit, reason in failures.items() if f"{unit:06d}" not in marks}  # done after all
-    known = marks.keys() | unfinished | {f"{unit:06d}" for unit in failures}
+            sums.add(mark)
+            if stem.isdecimal():
+                failures.pop(int(stem), None)  # done after all
+            hear(stem, mark)
     planned = _planned(run, entry)
     if planned is None:  # a stage is mostly as long as what it reads
         inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
         planned = max([len(known), *inputs])
-    notes: dict[str, int] = {}
-    for mark in marks.values():
-        for remark, count in (mark.get("notes") or {}).items():
-            if count:
-                notes[remark] = notes.get(remark, 0) + int(count)
-    told = ArtifactStatus(
+    return ArtifactStatus(
         name,
         str(entry.get("stage", name)),
-        len(marks),
-        max(planned, len(marks)),
-        sum(int(mark.get("count", 0)) for mark in marks.values()),
-        round(sum(float(mark.get("seconds", mark.get("duration", 0))) for mark in marks.values()), 3),
-        sum(int(mark.get("bytes", 0)) for mark in marks.values()),
-        notes,
+        sums.done,
+        max(planned, sums.done),
+        sums.samples,
+        round(sums.seconds, 3),
+        sums.bytes,
+        sums.notes,
         failures,
         dict(entry.get("settings") or {}),
         dict(entry.get("versions") or {}),
     )
-    return told, marks
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Of done marks."""
+
+    done: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, mark: Mapping[str, Any]) -> None:
+        self.done += 1
+        self.samples += int(mark.get("count", 0))
+        self.seconds += float(mark.get("seconds", mark.get("duration", 0)))
+        self.bytes += int(mark.get("bytes", 0))
+        for remark, count in (mark.get("notes") or {}).items():
+            if count:
+                self.notes[remark] = self.notes.get(remark, 0) + int(count)
 
 
 def _marks(

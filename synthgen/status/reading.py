@@ -20,16 +20,17 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same of several files of a folder, which are read together; one may be gone meanwhile."""
-    found = dict(read_many(folder, names, MOST_JSON))
+    """The same of several files of a folder, read together and held one at a time; any that are gone come last."""
+    left = dict.fromkeys(names)
+    for name, data in read_many(folder, names, MOST_JSON):
+        del left[name]
+        yield name, _object(folder / name, partial(bytes, data), problems)
+    for name in left:
+        yield name, _object(folder / name, _gone, problems)
 
-    def taken(name: str) -> bytes:
-        if name not in found:
-            raise ValueError("it is gone, or may not be read")
-        return found[name]
 
-    for name in names:
-        yield name, _object(folder / name, partial(taken, name), problems)
+def _gone() -> bytes:
+    raise ValueError("it is gone, or may not be read")
 
 
 def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from synthgen.stores import listing
 from synthgen.stores.tar import read_tar
 from synthgen.tallies import CUT_OFF, Tallies, Tally
 
-__all__ = ["Shards", "finished_shards", "tallies_of"]
+__all__ = ["Counted", "Shards", "finished_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +30,29 @@ class Shards:
     bytes: int
 
 
-def tallies_of(
-    run: Run, marks: Mapping[str, Mapping[str, Any]], problems: list[str]
-) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
-    """Masks by class and by word: from the done marks; of units whose marks tell none, from their tars."""
-    tallies = Tallies()
-    told = set()
-    for unit, mark in marks.items():
+class Counted:
+    """Masks by class and by word: from the done marks as they are read; of units whose marks tell none, from tars."""
+
+    def __init__(self) -> None:
+        self._tallies = Tallies()
+        self._told: set[str] = set()  # names of tars
+
+    def hear(self, unit: str, mark: Mapping[str, Any]) -> None:
+        """Count what the mark of a unit tells."""
         with suppress(ValueError):
-            tallies.add(mark.get("tallies"))
-            told.add(f"{unit}.tar")
-    folder = run.folder("masks")
-    for name in sorted(listing(folder).keys() - told):
-        if name.endswith(".tar") and name[:1].isdigit():
-            try:
-                _count(tallies, run.folder("images") / name, folder / name)
-            except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
-                problems.append(str(error))
-    return tallies.ranked()
+            self._tallies.add(mark.get("tallies"))
+            self._told.add(f"{unit}.tar")
+
+    def ranked(self, run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
+        """Classes and words, those of most samples first, once all marks have been heard."""
+        folder = run.folder("masks")
+        for name in sorted(listing(folder).keys() - self._told):
+            if name.endswith(".tar") and name[:1].isdigit():
+                try:
+                    _count(self._tallies, run.folder("images") / name, folder / name)
+                except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
+                    problems.append(str(error))
+        return self._tallies.ranked()
 
 
 def _count(tallies: Tallies, images: Path, masks: Path) -> None:

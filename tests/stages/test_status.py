@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -307,6 +308,26 @@ def test_done_marks_tell_what_the_tars_would(tmp_path):
         if unit:  # of an older version: counted from the tars
             mark.write_text(json.dumps(plain))
     assert (status(run).labels, status(run).words) == (told.labels, told.words)
+
+
+def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
+    """A run may have a million."""
+    monkeypatch.setattr("synthgen.status.reading.MOST_JSON", 2**16)  # room for so much is made before one is read
+    run = make_run(tmp_path / "run", units=1, unit_size=2)
+    for name in ("images", "maps", "masks"):
+        tar = run.tar(name, 0)
+        mark = json.loads(tar.with_suffix(".json").read_text()) | {"remark": "x" * 20_000}
+        for unit in range(200):
+            run.tar(name, unit).write_bytes(tar.read_bytes())
+            run.tar(name, unit).with_suffix(".json").write_text(json.dumps(mark))
+    before = status(run)
+    tracemalloc.start()
+    found = status(run)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == before
+    assert [(artifact.done, artifact.samples) for artifact in found.artifacts] == [(200, 400)] * 3
+    assert peak < 1_000_000  # the marks of one artifact have 4 million characters
 
 
 @pytest.mark.parametrize("broken", [1, {"words": 3}, {"labels": {}, "words": {"a": {"masks": -1}}}])
