@@ -27,6 +27,8 @@ from synthgen.options import (
     EngineOption,
     MetadataOption,
     ModelOption,
+    PathSetOption,
+    PlannedRunOption,
     RunOption,
     SetOption,
     WorkersOption,
@@ -97,9 +99,7 @@ def attend(
         str | None,
         typer.Option(help="How the network sees an image: aspect (its proportions) or stretch.  [default: aspect]"),
     ] = None,
-    inversion_steps: Annotated[
-        int | None, typer.Option(help="Invert the image in so many steps instead of adding noise to it.")
-    ] = None,
+    inversion_steps: Annotated[int | None, typer.Option(help="Invert in so many steps; no noise is added.")] = None,
     backbone: BackboneOption = None,
     model: ModelOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images seen together.  [default: 16]")] = None,
@@ -214,9 +214,7 @@ def run_file(
     first: Annotated[str, typer.Option("--from", help="Begin with this stage.")] = "",
     last: Annotated[str, typer.Option("--to", help="End with this stage.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and say what would run.")] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="e.g. stages.masks.min_area=0.01")
-    ] = None,
+    settings: PathSetOption = None,
     engine: EngineOption = None,
     workers: WorkersOption = 0,
     address: AddressOption = None,
@@ -246,7 +244,7 @@ def plan(
     metadata: MetadataOption = None,
     caption: CaptionOption = None,
     model: ModelOption = None,
-    run: RunOption = LATEST,
+    run: PlannedRunOption = None,
     measure: Annotated[bool, typer.Option(help="Make a small sample, or count only.")] = True,
     sample: Annotated[int, typer.Option(min=0, help="Images of it; 0: what takes about a minute.")] = 0,
     engine: EngineOption = None,
@@ -263,14 +261,16 @@ def plan(
     agree({"engine": engine_of(engine, workers, None)}, settings)
     options: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample}
     given: dict[str, Any] = {"backbone": backbone_of(None, settings, model=model)}
+    if file and run:
+        raise ConfigError(f"{file} names the run that it is for; leave --run out, or give --set run={run}")
     if file and not any((prompts, images, metadata, caption, model)):
         found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), engine=engine, **options)
     elif prompts and not any((file, images, metadata, caption)):
         given |= {"prompts": prompts, "template": ""}
-        found = api.plan_stage("generate", run, **options, **planned_of(run, "generate", given, settings, engine))
+        found = api.plan_stage("generate", **options, **planned_of(run, "generate", given, settings, engine))
     elif images and not any((file, prompts)):
         given |= {"images": images, "metadata": metadata, "caption": caption}
-        found = api.plan_stage("attend", run, **options, **planned_of(run, "attend", given, settings, engine))
+        found = api.plan_stage("attend", **options, **planned_of(run, "attend", given, settings, engine))
     else:
         raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))

@@ -22,6 +22,8 @@ __all__ = [
     "EngineOption",
     "MetadataOption",
     "ModelOption",
+    "PathSetOption",
+    "PlannedRunOption",
     "RunOption",
     "SetOption",
     "WorkersOption",
@@ -41,6 +43,13 @@ RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, or PART.NAME=VALUE: see synthgen schema."),
+]
+PathSetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="e.g. stages.masks.min_area=0.01")
+]
+PlannedRunOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Run directory; a pipeline file has its own (--set run=DIR).  [default: runs/latest]"),
 ]
 EngineOption = Annotated[
     str | None,
@@ -214,18 +223,19 @@ def chosen_of(
 
 
 def planned_of(
-    path: Path, stage: str, given: dict[str, Any], extra: list[str] | None, engine: str | None
+    path: Path | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: str | None
 ) -> dict[str, Any]:
-    """The engine and the settings with which that stage would go on with a run, or begin one."""
+    """The run, the engine and the settings with which that stage would go on with it, or begin it."""
     from synthgen.errors import MissingArtifact
     from synthgen.run import Run
 
+    path = path or LATEST
     try:
         run = Run.open(path)
     except MissingArtifact:
         run = None
     chosen, settings = chosen_of(run, stage, given, extra, engine_of(engine, 0, None))
-    return {"engine": chosen, **settings}
+    return {"run": path, "engine": chosen, **settings}
 
 
 def export_of(format: str, image_format: str | None, extra: list[str] | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import UInt8
 
-from synthgen.diffusion import FAMILIES, DType, Loading, Sampling, load_pipeline
+from synthgen.diffusion import FAMILIES, DType, Loading, Sampling, load_pipeline, pipeline_class, refuse_negative
 from synthgen.records import Generation, Request
 
 __all__ = ["Diffusers"]
@@ -52,6 +52,8 @@ class Diffusers:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
         if skip_steps is not None and not 0 <= skip_steps < 1:
             raise ValueError(f"skip_steps must be in [0, 1), not {skip_steps}")
+        if negative_prompt:
+            refuse_negative(pipeline_class(model))
         loading = Loading(
             model, dtype, variant, scheduler, lora, textual_inversion, without, safety_checker, offload, device
         )

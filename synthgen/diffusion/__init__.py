@@ -1,8 +1,15 @@
 """Diffusion pipelines of ``diffusers``: loading them, generating with them, and recording their attention."""
 
 from synthgen.diffusion.backbone import DiffusionBackbone, Looking, Sampling, one_thread
-from synthgen.diffusion.families import FAMILIES, Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
-from synthgen.diffusion.loading import SHORT_NAMES, DType, Loading, load_pipeline
+from synthgen.diffusion.families import (
+    FAMILIES,
+    Flux,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    refuse_negative,
+)
+from synthgen.diffusion.loading import SHORT_NAMES, DType, Loading, load_pipeline, pipeline_class
 
 __all__ = [
     "FAMILIES",
@@ -18,4 +25,6 @@ __all__ = [
     "StableDiffusionXL",
     "load_pipeline",
     "one_thread",
+    "pipeline_class",
+    "refuse_negative",
 ]

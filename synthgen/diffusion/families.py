@@ -17,9 +17,9 @@ from synthgen.attention.words import TextEncoder
 from synthgen.diffusion.backbone import DiffusionBackbone, Look, Looking, Step
 from synthgen.errors import ConfigError
 
-__all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL"]
+__all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "refuse_negative"]
 
-NO_NEGATIVE = "takes no negative prompt: it was distilled to do without; leave it empty"
+_NO_NEGATIVE = {"LatentConsistencyModelPipeline": "a latent consistency model", "FluxPipeline": "FLUX"}
 
 
 class Family(DiffusionBackbone):
@@ -94,12 +94,6 @@ class StableDiffusion(Family):
             raise ConfigError(f"{kind} tells no noise levels; give another scheduler, such as DDIMScheduler")
         kept: Tensor = self.pipeline.scheduler.alphas_cumprod
         return kept
-
-    @override
-    def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
-        if self.sampling.negative_prompt and type(self.pipeline).__name__ == "LatentConsistencyModelPipeline":
-            raise ConfigError(f"a latent consistency model {NO_NEGATIVE}")
-        return super().arguments(texts)
 
     @override
     def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
@@ -326,8 +320,6 @@ class Flux(JointAttention):
 
     @override
     def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
-        if self.sampling.negative_prompt:
-            raise ConfigError(f"FLUX {NO_NEGATIVE}")
         return {"max_sequence_length": self.max_sequence_length}
 
     @override
@@ -367,3 +359,15 @@ FAMILIES: dict[str, type[Family]] = {  # by the class of the pipeline
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
+
+
+def refuse_negative(kind: str) -> None:
+    """See that a pipeline of this class can be given a negative prompt.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if kind in _NO_NEGATIVE:
+        raise ConfigError(
+            f"{_NO_NEGATIVE[kind]} takes no negative prompt: it was distilled to do without; leave it empty"
+        )

@@ -16,7 +16,7 @@ from synthgen.untrusted import read_file, read_json
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
 
-__all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline"]
+__all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline", "pipeline_class"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -127,12 +127,12 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
 
 
 def pipeline_class(model: str) -> str:
-    """The name of the class that a folder's or a hub id's ``model_index.json`` asks for.
+    """The name of the class that the ``model_index.json`` of a short name, folder or hub id asks for.
 
     Raises:
         MissingWeights, UnknownName: there is no such file, here or on the hub.
     """
-    return str(_index(model).get("_class_name", "model without a class"))
+    return str(_index(SHORT_NAMES.get(model, model)).get("_class_name", "model without a class"))
 
 
 def _index(model: str) -> dict[str, Any]:

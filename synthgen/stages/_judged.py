@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthgen.codecs import decode_masks, decode_meta
-from synthgen.errors import ConfigError, CorruptShard
+from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.run import Run, digest
-from synthgen.stores import located
+from synthgen.stages._written import listed_shards
+from synthgen.stores import listing, located
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import read_tar
-from synthgen.units import checked_mark
-from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
@@ -133,11 +132,11 @@ def stamps(stage: Evaluate, run: Run, sources: Mapping[str, Source]) -> dict[str
     Of the run's own that is what was noted when they were written; of others see :func:`_stamp`.
 
     Raises:
-        MissingArtifact, CorruptShard: they are not there, or a commit mark cannot be read.
+        MissingArtifact, CorruptShard: they are not there, or what was noted of them cannot be read.
     """
-    found = {}
+    found, splits = {}, stage.splits(run)
     for name, source in sources.items():
-        found[name] = _stamp(source.path) if getattr(stage, name) else _stamp_of_shards(run, source.path)
+        found[name] = _stamp(source.path) if getattr(stage, name) else _stamp_of_shards(run, splits[name])
     if stage.truth:
         found["truth"] = _stamp(stage.truth)
         found["predicted"] = _stamp(stage.predicted) if stage.predicted else _stamp_of_masks(run)
@@ -165,21 +164,14 @@ def _told(file: Path) -> list[str | int]:
     return [file.as_posix(), about.st_size, about.st_mtime_ns]
 
 
-def _stamp_of_shards(run: Run, folder: str) -> str:
-    """Of each tar of the run's shards the sha256 that its commit mark tells; of one without see :func:`_stamp`."""
-    place = located(folder)
-    if isinstance(place, RemotePath):
-        return _stamp(folder)
-    found = list[Any]()
-    for tar in sorted(place.glob("*.tar")):
-        path = tar.with_name(f"{tar.stem}_stats.json")
-        try:
-            found.append([tar.name, checked_mark(read_json(read_file(path)))["sha256"]])
-        except FileNotFoundError:
-            found.append(_told(tar))
-        except ValueError:
-            raise CorruptShard(f"{path} cannot be read; delete it and run: {run.remedy('shards')}") from None
-    return digest(found)
+def _stamp_of_shards(run: Run, split: str) -> str:
+    """Of each tar of a split the sha256 that ``dataset.json`` tells, here and in a store; of one it does not, the size.
+
+    Raises:
+        MissingArtifact, CorruptShard: see :func:`~synthgen.stages._written.listed_shards`.
+    """
+    sums, sizes = listed_shards(run, split), listing(run.folder("shards") / split)
+    return digest([[name, sums.get(name, size)] for name, size in sorted(sizes.items()) if name.endswith(".tar")])
 
 
 def _stamp_of_masks(run: Run) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run, digest
+from synthgen.stores import listing
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.whole import check_whole, sha256_of
 from synthgen.untrusted import read_file, read_json
@@ -17,6 +18,7 @@ from synthgen.untrusted import read_file, read_json
 __all__ = [
     "check_encoder",
     "check_shards",
+    "check_there",
     "encoder_hash",
     "listed_shards",
     "naming_damage",
@@ -40,6 +42,20 @@ def listed_shards(run: Run, split: str) -> dict[str, str]:
         raise MissingArtifact(f"{run.path} has no finished shards yet; run: {again}") from None
     except (ValueError, LookupError, TypeError):
         raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
+
+
+def check_there(run: Run, split: str) -> None:
+    """See that no shard of a split is gone, by the names alone.
+
+    Raises:
+        MissingArtifact: the shards are not finished, or one is gone.
+        CorruptShard: their ``dataset.json`` cannot be read.
+    """
+    folder = run.folder("shards") / split
+    if gone := sorted(listed_shards(run, split).keys() - listing(folder).keys()):
+        raise MissingArtifact(
+            f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
+        )
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:

@@ -51,6 +51,7 @@ class Shards(Stage):
     reads: ClassVar[tuple[str, ...]] = ("images", "masks")
     writes: ClassVar = ("shards",)
     _units: ClassVar[Collection[int] | None] = None  # of images, that ``inputs`` found; it goes to the workers
+    _labels: ClassVar[list[str] | None] = None  # that ``prepare`` found; they too
 
     samples_per_shard: int = 1000
     val_ratio: float = 0.05  # share of the samples that go to val; 0: no val split
@@ -92,6 +93,18 @@ class Shards(Stage):
                 )
             found["units of masks"] = content_of(run, "masks", units)
         return found
+
+    def prepare(self, run: Run) -> None:
+        """Find the classes, so that workers need not: for attended images that is one reading of every json.
+
+        Raises:
+            CorruptShard: a label cannot be read.
+        """
+        object.__setattr__(self, "_labels", _classes(run, self._units))
+
+    def classes(self, run: Run) -> list[str]:
+        """The labels in the order of their numbers; none where a sample may be without."""
+        return _classes(run, self._units) if self._labels is None else self._labels
 
     def layout(self, run: Run) -> Sequence[Shard]:
         """Every shard with its samples: reads the done marks of all image units, once for as long as none is added.
@@ -163,7 +176,7 @@ class Shards(Stage):
         folder = run.folder("shards")
         splits = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
         prompts = set().union(*(counts.pop("prompts") for counts in splits.values()))
-        classes = _classes(run, self._units)
+        classes = self.classes(run)
         members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -221,7 +234,7 @@ class Packer:
         self.stage, self.run = stage, run
         self.fingerprint = run.artifact("shards")["fingerprint"]
         self.source = source_of(run)
-        self.classes = {label: number for number, label in enumerate(_classes(run, stage._units))}
+        self.classes = {label: number for number, label in enumerate(stage.classes(run))}
 
     def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
         """Write the tar, its parquet, and last the ``_stats.json`` that says both are whole.

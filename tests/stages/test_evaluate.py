@@ -30,7 +30,8 @@ from synthgen.stages._rows import extractor_of, rows_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
-from synthgen.stores.tar import TarWriter
+from synthgen.stores import located
+from synthgen.stores.tar import TarWriter, write_bytes
 from tests.factories import make_generation, make_run
 
 ONE = Local(workers=1)
@@ -224,20 +225,51 @@ def test_a_damaged_shard_is_named_with_what_makes_it_again(run, place):
         run_stage(Evaluate(**KNN), run, ONE)
 
 
-def test_shards_of_the_run_are_known_by_their_commit_marks(run):
+def test_shards_of_the_run_are_known_by_the_sums_that_were_noted(run):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)
     tar = run.folder("shards") / "val" / "000000.tar"
     os.utime(tar, ns=(0, 0))
     assert asked.done(run, 0)
-    mark = tar.with_name("000000_stats.json")
-    told = json.loads(mark.read_text())
-    mark.write_text(json.dumps(told | {"sha256": told["sha256"][::-1]}))  # as of other bytes of the same length
+    noted = run.folder("shards") / "dataset.json"
+    (sha256,) = (row["sha256"] for row in json.loads(noted.read_text())["shards"] if row["file"] == "val/000000.tar")
+    rewrite(noted, sha256.encode(), sha256[::-1].encode())  # as of other bytes of the same length
     with pytest.raises(StaleArtifact, match=r"changed: its input test\)"):
         run_stage(asked, run, ONE)
-    mark.write_text("{")
-    with pytest.raises(CorruptShard, match=r"000000_stats.json cannot be read; delete it and run: synthgen shards"):
+    noted.write_text("{")
+    with pytest.raises(CorruptShard, match=r"dataset.json cannot be read; delete it and run: synthgen shards"):
         run_stage(asked, run, ONE)
+
+
+def test_a_shard_that_somebody_put_beside_the_run_s_own_is_seen(run):
+    asked = Evaluate(**KNN).complete()
+    run_stage(asked, run, ONE)
+    tar = run.folder("shards") / "val" / "000000.tar"
+    shutil.copy(tar, tar.with_name("000009.tar"))
+    assert not asked.done(run, 0)
+
+
+def test_scores_hold_where_their_run_is_carried_to_a_store(run, tmp_path):
+    asked = Evaluate(**KNN).complete()
+    run_stage(asked, run, ONE)
+    there = located(f"memory://{tmp_path.name}/run")
+    for file in sorted(file for file in run.path.rglob("*") if file.is_file()):
+        write_bytes(there / file.relative_to(run.path).as_posix(), file.read_bytes())
+    assert run_stage(asked, Run.open(there), ONE).done_before == 1
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_shard_that_is_gone_is_told(source, tmp_path, verify):
+    run = Run.open(shutil.copytree(source, tmp_path / "run"))
+    shutil.rmtree(run.folder("shards"))
+    run_stage(Shards(val_ratio=0.3, samples_per_shard=5), run, ONE)
+    gone = run.folder("shards") / "val" / "000001.tar"
+    gone.unlink()
+    told = rf"^1 of the shards in {gone.parent} are gone \(first: 000001.tar\); run: synthgen shards --run {run.path}$"
+    with pytest.raises(MissingArtifact, match=told):
+        run_stage(Evaluate(verify=verify, **KNN), run, ONE)
+    run_stage(Shards(val_ratio=0.3, samples_per_shard=5), run, ONE)
+    run_stage(Evaluate(verify=verify, **KNN), run, ONE)
 
 
 def test_the_encoder_may_be_named_or_not(run, monkeypatch):

@@ -275,6 +275,22 @@ def test_classes_follow_the_prompts_of_the_run(run: Run) -> None:
         assert int(sample["cls"]) == {"square": 0, "disc": 2}[json.loads(sample["json"])["label"]]
 
 
+def test_the_labels_of_images_are_read_once_for_all_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no prompts, they stand in the json of each image."""
+    alone = pack(copy(run.path, run.path.parent / "alone"))
+    read = list[Path]()
+    monkeypatch.setattr("synthgen.stages.shards.read_tar", lambda tar, names: read.append(tar) or read_tar(tar, names))
+
+    class Elsewhere(Accelerate):
+        def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+            for unit in units:
+                yield from Local(workers=1).map(pickle.loads(pickle.dumps(stage)), run, [unit], Progress())
+
+    run_stage(Shards(**SETTINGS), run, Elsewhere())
+    assert read == [run.tar("images", unit) for unit in range(3)]
+    assert samples(run) == samples(alone)
+
+
 def test_one_prompt_without_label_and_no_sample_has_a_class(run: Run) -> None:
     prompts = [Prompt("a square", label="square"), Prompt("a disc", label="disc"), Prompt("a cloud")]
     lines = [json.dumps(codecs.prompt_to_json(prompt)) for prompt in prompts]

@@ -94,6 +94,19 @@ def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
     assert err == "synthgen: --only masks and --from generate ask for different stages; give one of them\n"
 
 
+def test_a_plan_of_a_file_is_for_the_run_of_the_file(monkeypatch, capsys, begun):
+    line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
+    (begun.path.parent / "line.yaml").write_text(line)
+    given = ["plan", "line.yaml", "--no-measure", "--json"]
+    for run in (begun.path, "runs/latest"):
+        _, err = told_by(monkeypatch, capsys, *given, "--run", run)
+        says = f"line.yaml names the run that it is for; leave --run out, or give --set run={run}"
+        assert err == f"synthgen: {says}\n"
+    for run, left in (("elsewhere", 2), (begun.path, 1)):
+        (generate,) = json.loads(told_by(monkeypatch, capsys, *given, "--set", f"run={run}")[0])["stages"]
+        assert generate["units_left"] == left
+
+
 def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
     out, err = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "engine.workers=1")
     (generate,) = json.loads(out)["stages"]
