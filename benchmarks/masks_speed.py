@@ -33,8 +33,7 @@ from scipy.ndimage import gaussian_filter
 from synthgen.graphcut import MaximumFlow, expand, fastest
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import Refiner
-from synthgen.refiners._words import resize
-from synthgen.refiners.attentioncut import AttentionCut, colors, enlarged, finer
+from synthgen.refiners.attentioncut import AttentionCut, between, colors, enlarged, finer
 from synthgen.refiners.threshold import Threshold
 
 GRID = 16  # cells a side of the maps
@@ -58,7 +57,7 @@ class Whole(Plain):
         """Labels of the image's pixels."""
         size = finer((image.shape[0], image.shape[1]), cells.shape, self.max_size)[-1]
         labels = enlarged(cells, len(likely), size)
-        share = resize(self.above_floor(likely), size)
+        share = self.above_floor(between(likely, size))
         prices, edges = self.energy_of(colors(image, size), share, share, math.sqrt(labels.size / cells.size))
         labels = expand(prices, edges, start=labels, max_rounds=self.max_rounds, solver=self.solver)
         return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))

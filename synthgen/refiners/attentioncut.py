@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,8 +23,9 @@ __all__ = ["AttentionCut"]
 #: Half of the 8-neighbourhood; the other half is the same edge seen from its other end.
 NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: Colours are counted in this many bins a channel, blurred by PALETTE_BLUR bins, each label with UNSEEN of its own.
-PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.7, 1e-5
-PALETTE_KERNEL = gaussian_filter1d(np.eye(PALETTE_BINS), PALETTE_BLUR, mode="constant")
+PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.5, 1e-5
+#: So they are in this many windows on the image's long side, blurred by WINDOW_BLUR windows.
+WINDOWS, WINDOW_BLUR = 5, 0.7
 #: Every word looks at least so much at every cell, in multiples of its highest.
 FAINT = 1e-6
 #: Pixels in a cell's side where ``smoothness`` is the price of an edge, and at most on the first grid of pixels.
@@ -42,7 +44,7 @@ class AttentionCut:
 
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
         t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's level: calibrated per image
-        G_v = F_v of ``object_steps`` steps with ``object_spread``, over its sum: the word's attention, object by object
+        G_v = F_v of ``object_steps`` steps with ``object_spread``: the word's attention, object by object
         P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - clip(t_v, min_level, max_level)) / softness)
         P_0 = 1 - sum_v P_v
         U   = -log P
@@ -57,23 +59,27 @@ class AttentionCut:
     as fine as the one before. Free is a band around the outline so far, ``band`` cells to each side on the first of
     these grids and ``reach`` pixels on later ones:
 
-        U   = -log P - palette log Q,  Q_l = share of label l in a pixel's colour
+        U   = -log P - palette T log Q,  Q_l = share of label l in a pixel's colour thereabouts
         w   = smoothness (cell / 8 px) B_ij / distance
 
-    Q is counted over the image with weight P, and later with P and the labels so far, mixed by ``trust``. One word:
-    every minimum is exact. Several are solved together by alpha-expansion, each move exact. Images longer than
-    ``max_size`` are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map is flat
-    gets an empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
+    Between the cells' centres log P is linear, and P then scaled to sum 1. Q is of histograms, counted with weight P,
+    and later with P and the labels so far, mixed by ``trust``: one in each window, WINDOWS on the image's long side,
+    its neighbours' blurred in and as much of the whole image's as it has pixels; between the windows' centres log Q is
+    linear. T in [0, 1] says how well colours tell labels: 1 - mean_l H_l / log(labels), H_l the mean of -log Q_l over
+    what label l counts, and 0 where that is negative. One word: every minimum is exact. Several are solved together by
+    alpha-expansion, each move exact. Images longer than ``max_size`` are cut at that size and the outline is enlarged,
+    so it is no finer than that. A word whose map is flat gets an empty mask. Attention that is high elsewhere stays:
+    what is no object is the filter's to drop.
     """
 
     solver: ClassVar[type[Solver] | None] = None  # the fastest there is; it changes no mask
 
     num_steps: int = 2  # steps of the walk along self-attention
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
-    level: float = 0.35  # where word and background are as likely, on the way from the low side's mean to the high's
+    level: float = 0.4  # where word and background are as likely, on the way from the low side's mean to the high's
     min_level: float = 0.15  # bounds for that, in [0, 1]
     max_level: float = 0.5  # its upper bound
-    softness: float = 0.08  # difference of scaled attention that is worth one nat
+    softness: float = 0.1  # difference of scaled attention that is worth one nat
     object_steps: int = 8  # steps of the walk that tells which word's an object is
     object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
     rivalry: float = 8.0  # how much a word that looks at an object more than the others has of it
@@ -82,8 +88,8 @@ class AttentionCut:
     coherence: float = 0.05  # nats for parting two neighbouring cells, whatever their colours
     color: float = 0.4  # nats more where their colours are equal
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 2.0  # weight of the colours' own vote; 0 asks contrast alone
-    smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    palette: float = 9.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
+    smoothness: float = 10.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the finer grids after the first, in their pixels
     trust: float = 0.3  # share of the labels so far in what the colours are counted by, on those grids
     max_rounds: int = 1  # of alpha-expansion, on each grid of pixels
@@ -138,9 +144,7 @@ class AttentionCut:
     def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Links) -> Float64[np.ndarray, "words h w"]:
         """Which word's a cell can be, sum 1: G of the class docstring, compared."""
         far = walk(attention, links, self.object_steps, self.object_spread) + FAINT
-        which: Float64[np.ndarray, "words h w"] = softmax(
-            self.rivalry * np.log(far / far.sum(axis=(1, 2), keepdims=True)), axis=0
-        )
+        which: Float64[np.ndarray, "words h w"] = softmax(self.rivalry * np.log(far), axis=0)
         return which
 
     def above_floor(self, share: Float[np.ndarray, "labels h w"]) -> Float[np.ndarray, "labels h w"]:
@@ -173,17 +177,19 @@ class AttentionCut:
         cells: Int[np.ndarray, "h w"],
     ) -> Int[np.ndarray, "H W"]:
         """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
-        labels, model, floored = cells, likely, self.above_floor(likely)
-        share = floored
+        labels, share = cells, likely
         for size in finer((image.shape[0], image.shape[1]), cells.shape, self.max_size):
-            if labels is not cells:
-                model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
+            first, before = labels is cells, share
+            share = self.above_floor(between(likely, size))
+            model = share
+            if not first:
+                model = (1 - self.trust) * before + self.trust * one_hot(labels, len(likely))
+                model = resize(self.above_floor(model), size)
             labels = enlarged(labels, len(likely), size)
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
-            free = near_border(labels, max(1, round(self.band * cell)) if model is likely else self.reach)
-            share = resize(floored, size)
+            free = near_border(labels, max(1, round(self.band * cell)) if first else self.reach)
             if free.any():
-                prices, edges = self.energy_of(colors(image, size), share, resize(model, size), cell, free)
+                prices, edges = self.energy_of(colors(image, size), share, model, cell, free)
                 labels = expand(prices, edges, free=free, start=labels, max_rounds=self.max_rounds, solver=self.solver)
         return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
 
@@ -225,18 +231,61 @@ def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Fl
 def palette_surprise(
     seen: UInt8[np.ndarray, "h w 3"], model: Float32[np.ndarray, "labels h w"]
 ) -> Float32[np.ndarray, "labels h w"]:
-    """-log Q: histograms of colours weighted by ``model``, each of sum 1, compared bin by bin."""
+    """-T log Q less that of label 0, which changes no cut: histograms weighted by ``model``, compared bin by bin.
+
+    Label 0 has 0, and one word takes half the time.
+    """
+    (height, width), bins = seen.shape[:2], PALETTE_BINS**3
+    rows, columns = (max(1, round(WINDOWS * side / max(height, width))) for side in (height, width))
     places = np.array([PALETTE_BINS**2, PALETTE_BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
     color = ((seen // (256 // PALETTE_BINS)).astype(np.float32) @ places).astype(np.intp)
-    bins = (PALETTE_BINS,) * 3
-    counts = [np.bincount(color.ravel(), weights=one.ravel(), minlength=PALETTE_BINS**3).reshape(bins) for one in model]
-    smooth: Float64[np.ndarray, "labels r g b"] = np.stack(counts, dtype=np.float64)
-    for _ in bins:  # along one axis after the other
-        smooth = (smooth @ PALETTE_KERNEL).transpose(0, 3, 1, 2)
-    votes = smooth.reshape(len(model), -1)
-    votes = votes / votes.sum(axis=1, keepdims=True) + UNSEEN
-    surprise = -np.log(votes / votes.sum(axis=0)).astype(np.float32)  # of each bin
-    return np.asarray(surprise.take(color, axis=1))
+    window = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
+    place, size = (window * bins + color).ravel(), rows * columns * bins
+    counts = np.stack([np.bincount(place, weights=one.ravel(), minlength=size) for one in model], dtype=np.float32)
+    smooth = counts.reshape(-1, *[PALETTE_BINS] * 3)
+    for _ in range(3):  # along one channel after the other
+        smooth = (smooth @ blur(PALETTE_BINS, PALETTE_BLUR)).transpose(0, 3, 1, 2)
+    there = smooth.reshape(len(model), rows, columns, bins)
+    whole = there.sum(axis=(1, 2), keepdims=True)
+    whole /= whole.sum(axis=3, keepdims=True)
+    near = (blur(rows, WINDOW_BLUR) @ there.reshape(len(model), rows, -1)).reshape(there.shape)
+    near = blur(columns, WINDOW_BLUR) @ near
+    own = height * width / (rows * columns)  # a window's pixels
+    votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
+    surprise = -np.log(votes / votes.sum(axis=0)).reshape(len(model), size)  # of each bin
+    average = (counts * surprise).sum(axis=1, dtype=np.float64) / counts.sum(axis=1, dtype=np.float64)
+    surprise *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
+    result = np.zeros((len(model), height, width), dtype=np.float32)
+    for row, low in corners(height, rows):
+        for column, left in corners(width, columns):
+            index, part = color + (row[:, None] * columns + column) * bins, low[:, None] * left
+            for one, of_bin in zip(result[1:], surprise[1:] - surprise[0], strict=True):
+                one += part * of_bin.take(index)
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
+    """What each of so many places in a row has of each when they are blurred."""
+    kernel: Float32[np.ndarray, "count count"] = gaussian_filter1d(
+        np.eye(count, dtype=np.float32), sigma, mode="constant"
+    )
+    return kernel
+
+
+def corners(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
+    """The windows before and after each of ``size`` pixels in a row, each with its share: linear between centres."""
+    place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+    before = place.astype(np.intp)
+    part = (place - before).astype(np.float32)
+    return (before, 1 - part), (np.minimum(before + 1, count - 1), part)
+
+
+def between(likely: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:
+    """Shares on a finer grid, sum 1: their logarithms linear between the cells' centres."""
+    share = np.exp(resize(np.log(likely), size))
+    result: Float32[np.ndarray, "labels H W"] = share / share.sum(axis=0)
+    return result
 
 
 def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
