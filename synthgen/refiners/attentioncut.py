@@ -48,7 +48,7 @@ class AttentionCut:
         P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - clip(t_v, min_level, max_level)) / softness)
         P_0 = 1 - sum_v P_v
         U   = -log P
-        w   = affinity A_ij + [neighbours] (coherence + color B_ij) / distance
+        w   = affinity A_ij + [neighbours] color B_ij / distance
 
     So F says whether a cell is a word's, and G which word's it can be: an object whose parts draw different words goes
     to the one that looks at it most, for all that this word looks at. A is what self-attention along
@@ -85,8 +85,7 @@ class AttentionCut:
     rivalry: float = 8.0  # how much a word that looks at an object more than the others has of it
     floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
-    coherence: float = 0.05  # nats for parting two neighbouring cells, whatever their colours
-    color: float = 0.4  # nats more where their colours are equal
+    color: float = 0.4  # nats for parting two neighbouring cells of equal colour
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
     palette: float = 9.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
     smoothness: float = 10.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
@@ -96,7 +95,7 @@ class AttentionCut:
     max_size: int = 128  # pixels on the long side of the finest cut
 
     def __post_init__(self) -> None:
-        weights = ("affinity", "coherence", "color", "palette", "smoothness", "band", "rivalry")
+        weights = ("affinity", "color", "palette", "smoothness", "band", "rivalry")
         for name in ("num_steps", "object_steps", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative or infinite, but is {getattr(self, name)}")
@@ -159,8 +158,7 @@ class AttentionCut:
         """Labels of the maps' cells: the first of the two cuts."""
         start = likely.argmax(axis=0)
         near = (
-            (offset, (self.coherence + self.color * same) / math.hypot(*offset))
-            for offset, same in contrast(colors(image, start.shape))
+            (offset, self.color / math.hypot(*offset) * same) for offset, same in contrast(colors(image, start.shape))
         )
         edges = affinity.times(self.affinity) + grid_edges(start.shape, near)
         free = np.ones(start.shape, dtype=bool)

@@ -12,7 +12,7 @@ from synthgen.tiny.loop import Losses
 
 __all__ = ["Autoencoding", "Denoising", "WrittenOutAttention", "halved", "noise_like"]
 
-LAYOUT = 0.3  # added to every noise level's weight: near pure noise, where min(SNR, 5) is 0, objects get their places
+LAYOUT = 1.0  # added to every noise level's weight: near pure noise, where min(SNR, 5) is 0, objects get their places
 
 OBJECTS = 2.0  # what objects count more than scenes, which fill most of an image of two and are easier
 

@@ -266,7 +266,7 @@ def test_outline_follows_the_colours(column):
 
 def test_no_cut_takes_all_or_nothing():
     image, maps, _ = make_scene(5, 2)
-    for options in ({"coherence": 1e3}, {"affinity": 1e3}, {"color": 1e3}):
+    for options in ({"affinity": 1e3}, {"color": 1e3}):
         masks = check(REFINERS.build(Choice("attentioncut", options)), image, maps)
         assert masks.any(axis=(1, 2)).all()
         assert not masks.any(axis=0).all()
