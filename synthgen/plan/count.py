@@ -16,6 +16,7 @@ from synthgen.records import Prompt, sample_key
 from synthgen.run import Run
 from synthgen.stages import Stage
 from synthgen.stages._layout import split_of
+from synthgen.stages._start import find_start
 from synthgen.stages.attend import Attend
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.generate import Generate
@@ -105,6 +106,7 @@ class _Line:
     shards: Counts = NOTHING
     training: Pretrain | None = None
     made: set[str] = field(default_factory=set)  # artifacts
+    trainings: set[Path] = field(default_factory=set)  # folders of those that are not finished
     whole: bool = True  # every stage so far has done all
 
     def count(self, stage: Stage) -> Counts:
@@ -225,12 +227,22 @@ class _Line:
         planned = not stage.data and "shards" in self.made
         order = stage.order(self.run, self.shards.train if planned else len(stage.dataset(self.run)))
         images, done = order.steps * order.batch_size, 0
-        if not planned or self.whole:
+        begun = all(map(self._in_run, stage.artifacts()))
+        if stage.start and not begun and not self._begins_later(stage):
+            find_start(stage.start, stage.method.name)
+        if begun and (not planned or self.whole):
             done = self._trained(stage, order.steps) * order.batch_size
         basis = self.shards.basis if planned else "counted"
         if stage.start:
             basis += f"; begins with {stage.start}"
+        if done < images:
+            self.trainings.add(self.run.folder(stage.artifacts()[0]).absolute())
         return Counts(1, int(done < images), images, images - done, basis=basis, batch_size=order.batch_size)
+
+    def _begins_later(self, stage: Pretrain) -> bool:
+        """Whether the weights that a training begins from are yet to be made, by one before it."""
+        start = located(stage.start).absolute()
+        return any(folder in (start, *start.parents) for folder in self.trainings)
 
     def _trained(self, stage: Pretrain, steps: int) -> int:
         """Steps that need not be made again."""

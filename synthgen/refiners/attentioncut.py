@@ -87,7 +87,7 @@ class AttentionCut:
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     color: float = 0.4  # nats for parting two neighbouring cells of equal colour
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 9.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
+    palette: float = 5.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
     smoothness: float = 10.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the finer grids after the first, in their pixels
     trust: float = 0.3  # share of the labels so far in what the colours are counted by, on those grids

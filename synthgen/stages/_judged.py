@@ -13,8 +13,8 @@ from synthgen.codecs import decode_masks, decode_meta
 from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.run import Run, digest
-from synthgen.stages._written import listed_shards
-from synthgen.stores import listing, located
+from synthgen.stages._written import check_there
+from synthgen.stores import located
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import read_tar
 
@@ -168,9 +168,9 @@ def _stamp_of_shards(run: Run, split: str) -> str:
     """Of each tar of a split the sha256 that ``dataset.json`` tells, here and in a store; of one it does not, the size.
 
     Raises:
-        MissingArtifact, CorruptShard: see :func:`~synthgen.stages._written.listed_shards`.
+        MissingArtifact, CorruptShard: see :func:`~synthgen.stages._written.check_there`.
     """
-    sums, sizes = listed_shards(run, split), listing(run.folder("shards") / split)
+    sums, sizes = check_there(run, split)
     return digest([[name, sums.get(name, size)] for name, size in sorted(sizes.items()) if name.endswith(".tar")])
 
 

@@ -97,7 +97,7 @@ def start_inputs(name: str, method: str, begun: Mapping[str, Any] | None) -> dic
         noted = {key: value for key, value in begun["inputs"].items() if key in (_ENCODER, _WHOLE)}
     try:
         found = find_start(name, method).hashes()
-    except (MissingArtifact, MissingWeights):
+    except (MissingArtifact, MissingWeights, CorruptShard, OSError):
         if noted:
             return noted
         raise
@@ -177,7 +177,7 @@ def _check_shape(name: str, theirs: EncoderConfig, ours: EncoderConfig) -> None:
 
 
 def _plain(value: Any) -> str:
-    return "[" + ",".join(f"{part:g}" for part in value) + "]" if isinstance(value, tuple) else str(value)
+    return "[" + ",".join(f"{part!r}" for part in value) + "]" if isinstance(value, tuple) else str(value)
 
 
 def _check_named(name: str, theirs: Choice, ours: Choice) -> None:

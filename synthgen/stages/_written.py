@@ -13,7 +13,7 @@ from synthgen.run import Run, digest
 from synthgen.stores import listing
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.whole import check_whole, sha256_of
-from synthgen.untrusted import read_file, read_json
+from synthgen.untrusted import MOST_BYTES, read_file, read_json
 
 __all__ = [
     "check_encoder",
@@ -36,7 +36,7 @@ def listed_shards(run: Run, split: str) -> dict[str, str]:
     """
     path, again = run.folder("shards") / "dataset.json", run.remedy("shards")
     try:
-        rows = [row for row in read_json(read_file(path))["shards"] if row["split"] == split]
+        rows = [row for row in read_json(read_file(path), MOST_BYTES)["shards"] if row["split"] == split]
         return {Path(row["file"]).name: str(row["sha256"]) for row in rows}
     except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifact(f"{run.path} has no finished shards yet; run: {again}") from None
@@ -44,18 +44,20 @@ def listed_shards(run: Run, split: str) -> dict[str, str]:
         raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
 
 
-def check_there(run: Run, split: str) -> None:
-    """See that no shard of a split is gone, by the names alone.
+def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
+    """See that no shard of a split is gone, by the names alone; return what is listed, and the size of what is there.
 
     Raises:
         MissingArtifact: the shards are not finished, or one is gone.
         CorruptShard: their ``dataset.json`` cannot be read.
     """
     folder = run.folder("shards") / split
-    if gone := sorted(listed_shards(run, split).keys() - listing(folder).keys()):
+    listed, there = listed_shards(run, split), listing(folder)
+    if gone := sorted(listed.keys() - there.keys()):
         raise MissingArtifact(
             f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
         )
+    return listed, there
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:

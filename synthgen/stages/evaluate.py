@@ -18,7 +18,7 @@ from synthgen.stages import Stage, Work, Worker, free
 from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source, stamps
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._rows import backbone_of, encoder_name, extractor_of, judges, rows_of
-from synthgen.stages._written import check_encoder, check_shards, check_there, encoder_hash, naming_damage
+from synthgen.stages._written import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stores.tar import write_json
 from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json, visible
@@ -219,7 +219,7 @@ class Evaluate(Stage):
         """The images to learn from (unless nothing is learned) and those to be judged on.
 
         Raises:
-            MissingArtifact: the run has no such shards or lacks one, or a source that was given is not there.
+            MissingArtifact: the run has no such shards, or a source that was given is not there.
         """
         found = {}
         for name, split in self.splits(run).items():
@@ -228,8 +228,6 @@ class Evaluate(Stage):
                 raise MissingArtifact(
                     f"{run.path} has no shards/{split}; make shards with a val_ratio above 0, or give --{name}"
                 )
-            if not given:
-                check_there(run, split)
             found[name] = open_source(name, given or str(own))
         return found
 

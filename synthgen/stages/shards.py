@@ -31,7 +31,7 @@ from synthgen.stages._layout import Shard, lay_out
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, read_tar, storage_error, write_bytes, write_json
 from synthgen.units import checked_mark
-from synthgen.untrusted import read_file, read_json
+from synthgen.untrusted import MOST_BYTES, read_file, read_json
 
 __all__ = ["Shards"]
 
@@ -125,7 +125,7 @@ class Shards(Stage):
     def planned(self, run: Run) -> int:
         """How many shards there are: once they are finished, as ``dataset.json`` says."""
         try:
-            listed = read_json(read_file(run.folder("shards") / "dataset.json"))["shards"]
+            listed = read_json(read_file(run.folder("shards") / "dataset.json"), MOST_BYTES)["shards"]
         except (OSError, ValueError, LookupError, TypeError):
             listed = None
         return len(listed) if isinstance(listed, list) else len(self.plan(run))

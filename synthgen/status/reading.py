@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from synthgen.stores import read_many
-from synthgen.untrusted import MOST_JSON, read_file, read_json
+from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json
 
 __all__ = ["finite", "is_number", "read_object", "read_objects"]
 
@@ -35,7 +35,7 @@ def _gone() -> bytes:
 
 def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:
     try:
-        value = read_json(content(), finite=False)
+        value = read_json(content(), MOST_BYTES, finite=False)
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
         return {}

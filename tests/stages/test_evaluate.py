@@ -30,6 +30,7 @@ from synthgen.stages._rows import extractor_of, rows_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
+from synthgen.status import status
 from synthgen.stores import located
 from synthgen.stores.tar import TarWriter, write_bytes
 from tests.factories import make_generation, make_run
@@ -256,6 +257,17 @@ def test_scores_hold_where_their_run_is_carried_to_a_store(run, tmp_path):
     for file in sorted(file for file in run.path.rglob("*") if file.is_file()):
         write_bytes(there / file.relative_to(run.path).as_posix(), file.read_bytes())
     assert run_stage(asked, Run.open(there), ONE).done_before == 1
+
+
+def test_many_thousand_shards_are_not_too_many(run):
+    noted = run.folder("shards") / "dataset.json"
+    told = json.loads(noted.read_text())
+    row = next(row for row in told["shards"] if row["split"] == "val")
+    many = [{**row, "split": "other", "file": f"other/{number:06d}.tar"} for number in range(120_000)]
+    noted.write_text(json.dumps({**told, "shards": told["shards"] + many}))
+    assert noted.stat().st_size > 2**24
+    run_stage(Evaluate(**KNN), run, ONE)
+    assert status(run).shards.num_shards == len(told["shards"]) + len(many)
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -138,6 +138,11 @@ def test_killed_it_ends_the_same_and_what_is_finished_needs_its_start_no_more(ru
         train(run, TUNED, "tuned", start=str(umd))
     moved.rename(umd)
     assert equal(load_file(train(run, TUNED, "tuned", start=str(umd)) / "encoder.safetensors"), whole, atol=0.0)
+    (last,) = (umd / "checkpoints").glob("step-00000003.*")
+    last.write_bytes(last.read_bytes()[:-9])
+    assert started(run, TUNED, "tuned", start=str(umd)).done_before == 1
+    (umd / "config.json").write_text("{")
+    assert started(run, TUNED, "tuned", start=str(umd)).done_before == 1
     shutil.rmtree(umd / "checkpoints")
     assert started(run, TUNED, "tuned", start=str(umd)).done_before == 1
     shutil.rmtree(umd)
@@ -325,6 +330,15 @@ def test_a_training_begins_from_transformers(run, tmp_path):
 def test_what_is_built_otherwise_is_one_line(run, tmp_path, kind, changes, said):
     with pytest.raises(ConfigError, match=said):
         train(run, "mae", "begun", start=str(of_transformers(tmp_path / kind, kind, **changes)))
+
+
+def test_the_advice_of_another_mean_leads_on(run, tmp_path):
+    start = of_transformers(tmp_path / "vit")
+    mean = [0.48145466, 0.4578275, 0.40821073]
+    (start / "preprocessor_config.json").write_text(json.dumps({"size": 32, **SEEN, "image_mean": mean}))
+    with pytest.raises(ConfigError, match=r"give: --set encoder.mean=\[0.48145466,0.4578275,0.40821073\]$"):
+        train(run, "mae", "begun", start=str(start))
+    train(run, "mae", "begun", start=str(start), encoder={**ENCODER, "mean": mean})
 
 
 def test_classes_may_be_new_in_maskdit_and_its_average_tells_the_same(run):

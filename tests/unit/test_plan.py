@@ -5,9 +5,11 @@ import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from synthgen.api import plan_pipeline, plan_stage
+from synthgen.codecs import encode_png
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, PromptError, StaleArtifact
@@ -167,6 +169,24 @@ def test_what_the_run_would_be_refused_for_is_told(tmp_path, stages, prompts, er
     with pytest.raises(error, match=says) as caught:
         plan_pipeline(pipeline(tmp_path, dict(stages), prompts), measure=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_training_may_begin_where_one_before_it_is_yet_to_end(tmp_path):
+    with TarWriter(tmp_path / "data.tar") as tar:
+        for row in range(8):
+            tar.add(f"{row:010d}", {"png": encode_png(np.zeros((32, 32, 3), np.uint8)), "txt": b"a"})
+    first = {"data": [str(tmp_path / "data.tar")], "epochs": 2, "batch_size": 4}
+    start = str(tmp_path / "run" / "pretrain" / "mae")
+    line = pipeline(tmp_path, {"pretrain": [first, {**first, "method": "contrastive", "start": start}]})
+    for _ in range(2):  # without a run, and with one
+        one, other = plan_pipeline(line, measure=False).stages[1:]
+        assert (one.images_left, other.images_left) == (16, 16)
+        assert other.basis == f"counted; begins with {start}"
+        if not (tmp_path / "run").exists():
+            Run.create(tmp_path / "run")
+    line = pipeline(tmp_path, {"pretrain": {**first, "start": f"{start}s"}})
+    with pytest.raises(MissingArtifact, match=r"there is no encoder in .*pretrain/maes"):
+        plan_pipeline(line, measure=False)
 
 
 def test_a_pipeline_without_images_is_refused(tmp_path):
