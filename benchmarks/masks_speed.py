@@ -2,9 +2,9 @@
 
 ``python benchmarks/masks_speed.py`` draws scenes with known masks, gives all contenders the same maps, lets them take
 turns on one core, and writes ``results/masks_speed.json``. All times are the processor's, so that other work on the
-machine weighs on none. "whole" is what AttentionCut would be without its bands: the same energy through SciPy's maximum
-flow on the full grid, from the same labels of the cells. Compiling is in none of the rates: ``compile_seconds`` is what
-it takes once on a machine.
+machine weighs on none. "whole" is what AttentionCut would be without its bands: the same energies through SciPy's
+maximum flow on the full grid, from the same labels of the cells. Compiling is in none of the rates: ``compile_seconds``
+is what it takes once on a machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import functools
-import math
 import subprocess
 import sys
 import tempfile
@@ -26,14 +25,14 @@ from typing import Any
 
 import numpy as np
 from _common import rounds, write_result
-from jaxtyping import Bool, Float, Float64, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from synthgen.graphcut import MaximumFlow, expand, fastest
+from synthgen.graphcut import MaximumFlow, fastest
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import Refiner
-from synthgen.refiners.attentioncut import AttentionCut, between, colors, enlarged, finer
+from synthgen.refiners.attentioncut import AttentionCut
 from synthgen.refiners.threshold import Threshold
 
 GRID = 16  # cells a side of the maps
@@ -46,21 +45,11 @@ class Plain(AttentionCut):
 
 
 class Whole(Plain):
-    """AttentionCut's energy of the image's pixels, minimised over all of them by SciPy."""
+    """AttentionCut whose cuts of pixels are of all of them, by SciPy."""
 
-    def cut_pixels(
-        self,
-        image: UInt8[np.ndarray, "H W 3"],
-        likely: Float64[np.ndarray, "labels h w"],
-        cells: Int[np.ndarray, "h w"],
-    ) -> Int[np.ndarray, "H W"]:
-        """Labels of the image's pixels."""
-        size = finer((image.shape[0], image.shape[1]), cells.shape, self.max_size)[-1]
-        labels = enlarged(cells, len(likely), size)
-        share = self.above_floor(between(likely, size))
-        prices, edges = self.energy_of(colors(image, size), share, share, math.sqrt(labels.size / cells.size))
-        labels = expand(prices, edges, start=labels, max_rounds=self.max_rounds, solver=self.solver)
-        return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
+    def band_of(self, labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
+        """All pixels."""
+        return np.ones(labels.shape, dtype=bool)
 
 
 NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours

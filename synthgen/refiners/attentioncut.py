@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import label as connected
 from scipy.special import expit, softmax
 
 from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges
@@ -45,7 +46,7 @@ class AttentionCut:
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
         t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's level: calibrated per image
         G_v = F_v of ``object_steps`` steps with ``object_spread``: the word's attention, object by object
-        P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - clip(t_v, min_level, max_level)) / softness)
+        P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - t_v) / softness)
         P_0 = 1 - sum_v P_v
         U   = -log P
         w   = affinity A_ij + [neighbours] color B_ij / distance
@@ -56,20 +57,21 @@ class AttentionCut:
     rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. Each word
     keeps the cell that speaks most for it, and so does the background; hence no cut takes all or nothing. Then on
     pixels: the image's own, and where a cell would be more than 8 of them wide first on coarser ones, each grid twice
-    as fine as the one before. Free is a band around the outline so far, ``band`` cells to each side on the first of
-    these grids and ``reach`` pixels on later ones:
+    as fine as the one before. The first of these grids is cut twice, the others once. Free is a band around the outline
+    so far, ``band`` cells to each side on the first and ``reach`` pixels on the others:
 
         U   = -log P - palette T log Q,  Q_l = share of label l in a pixel's colour thereabouts
         w   = smoothness (cell / 8 px) B_ij / distance
 
-    Between the cells' centres log P is linear, and P then scaled to sum 1. Q is of histograms, counted with weight P,
-    and later with P and the labels so far, mixed by ``trust``: one in each window, WINDOWS on the image's long side,
-    its neighbours' blurred in and as much of the whole image's as it has pixels; between the windows' centres log Q is
-    linear. T in [0, 1] says how well colours tell labels: 1 - mean_l H_l / log(labels), H_l the mean of -log Q_l over
-    what label l counts, and 0 where that is negative. One word: every minimum is exact. Several are solved together by
-    alpha-expansion, each move exact. Images longer than ``max_size`` are cut at that size and the outline is enlarged,
-    so it is no finer than that. A word whose map is flat gets an empty mask. Attention that is high elsewhere stays:
-    what is no object is the filter's to drop.
+    Between the cells' centres log P is linear, and P then scaled to sum 1. Q is of histograms, counted with weight P in
+    the first cut, and with P and the labels so far, mixed by ``trust``, in later ones: one in each window, WINDOWS on
+    the image's long side, its neighbours' blurred in and as much of the whole image's as it has pixels; between the
+    windows' centres log Q is linear. T in [0, 1] says how well colours tell labels: 1 - mean_l H_l / log(labels), H_l
+    the mean of -log Q_l over what label l counts, and 0 where that is negative. One word: every minimum is exact.
+    Several are solved together by alpha-expansion, each move exact. A connected part of a label that has no pixel of
+    that label before the cut is a stray of like colour: its pixels stay what they were. Images longer than ``max_size``
+    are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map is flat gets an
+    empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
     """
 
     solver: ClassVar[type[Solver] | None] = None  # the fastest there is; it changes no mask
@@ -77,20 +79,18 @@ class AttentionCut:
     num_steps: int = 2  # steps of the walk along self-attention
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
     level: float = 0.4  # where word and background are as likely, on the way from the low side's mean to the high's
-    min_level: float = 0.15  # bounds for that, in [0, 1]
-    max_level: float = 0.5  # its upper bound
-    softness: float = 0.1  # difference of scaled attention that is worth one nat
+    softness: float = 0.08  # difference of scaled attention that is worth one nat
     object_steps: int = 8  # steps of the walk that tells which word's an object is
     object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
     rivalry: float = 8.0  # how much a word that looks at an object more than the others has of it
-    floor: float = 1e-3  # no label is less likely than this, nor dearer than its surprise
+    floor: float = 1e-4  # no label is less likely than this, nor dearer than its surprise
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     color: float = 0.4  # nats for parting two neighbouring cells of equal colour
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 5.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
-    smoothness: float = 10.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
-    reach: int = 6  # half the width of the band on the finer grids after the first, in their pixels
-    trust: float = 0.3  # share of the labels so far in what the colours are counted by, on those grids
+    palette: float = 7.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
+    smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    reach: int = 6  # half the width of the band on the grids after that, in their pixels
+    trust: float = 0.7  # share of the labels so far in what the colours are counted by, after the first cut of pixels
     max_rounds: int = 1  # of alpha-expansion, on each grid of pixels
     max_size: int = 128  # pixels on the long side of the finest cut
 
@@ -102,8 +102,6 @@ class AttentionCut:
         for name in ("spread", "object_spread", "level", "trust"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if not 0 <= self.min_level <= self.max_level <= 1:
-            raise ValueError(f"0 <= min_level <= max_level <= 1 must hold, not {self.min_level} and {self.max_level}")
         if not 1e-3 <= self.softness < math.inf:
             raise ValueError(f"softness must be at least 0.001, not {self.softness}")
         if not 0 < self.floor <= 0.01:
@@ -135,7 +133,7 @@ class AttentionCut:
         """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
         near = walk(attention, links, self.num_steps, self.spread)
         means = np.array([side_means(one) for one in near])
-        levels = np.clip(means @ (1 - self.level, self.level), self.min_level, self.max_level)
+        levels = means @ (1 - self.level, self.level)
         whether = expit((near - levels[:, None, None]) / self.softness)
         share = whether if len(attention) == 1 else whether * self.rivals(attention, links)
         return self.above_floor(np.concatenate([1 - share.sum(axis=0, keepdims=True), share]))
@@ -176,20 +174,23 @@ class AttentionCut:
     ) -> Int[np.ndarray, "H W"]:
         """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
         labels, share = cells, likely
-        for size in finer((image.shape[0], image.shape[1]), cells.shape, self.max_size):
-            first, before = labels is cells, share
+        sizes = finer((image.shape[0], image.shape[1]), cells.shape, self.max_size)
+        for turn, size in enumerate([sizes[0], *sizes]):  # the first grid again, with colours counted by what it gave
+            model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
             share = self.above_floor(between(likely, size))
-            model = share
-            if not first:
-                model = (1 - self.trust) * before + self.trust * one_hot(labels, len(likely))
-                model = resize(self.above_floor(model), size)
-            labels = enlarged(labels, len(likely), size)
+            start = labels = enlarged(labels, len(likely), size)
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
-            free = near_border(labels, max(1, round(self.band * cell)) if first else self.reach)
+            free = self.band_of(labels, max(1, round(self.band * cell)) if turn < 2 else self.reach)
             if free.any():
-                prices, edges = self.energy_of(colors(image, size), share, model, cell, free)
-                labels = expand(prices, edges, free=free, start=labels, max_rounds=self.max_rounds, solver=self.solver)
+                counted = resize(model, size) if turn else share
+                prices, edges = self.energy_of(colors(image, size), share, counted, cell, free)
+                labels = expand(prices, edges, free=free, start=start, max_rounds=self.max_rounds, solver=self.solver)
+                labels = anchored(labels, start, len(likely))
         return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
+
+    def band_of(self, labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
+        """Which pixels may change their label: those near another one."""
+        return near_border(labels, reach)
 
     def energy_of(
         self,
@@ -305,6 +306,21 @@ def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, 
             near = wider
         wide += step
     return near
+
+
+def anchored(labels: Int[np.ndarray, "h w"], start: Int[np.ndarray, "h w"], count: int) -> Int[np.ndarray, "h w"]:
+    """Labels without strays: where a part of a label shares no pixel with that label of ``start``, ``start`` stands.
+
+    Parts hang together over sides and corners.
+    """
+    kept = labels.copy()
+    for label in range(count):
+        parts, number = connected(labels == label, np.ones((3, 3)))
+        if number > 1:
+            stray = np.ones(number + 1, dtype=bool)
+            stray[0] = stray[parts[start == label]] = False
+            np.copyto(kept, start, where=stray[parts])
+    return kept
 
 
 def one_hot(labels: Int[np.ndarray, "h w"], count: int) -> Float32[np.ndarray, "count h w"]:

@@ -202,7 +202,7 @@ def test_unknown_options_are_refused(refiner):
         ("attentioncut", {"num_steps": 1.5}, "num_steps"),
         ("attentioncut", {"num_steps": -1}, "num_steps"),
         ("attentioncut", {"spread": 1.1}, "spread"),
-        ("attentioncut", {"min_level": 0.7}, "min_level"),
+        ("attentioncut", {"level": 1.5}, "level"),
         ("attentioncut", {"softness": 0.0}, "softness"),
         ("attentioncut", {"rivalry": -1.0}, "rivalry"),
         ("attentioncut", {"object_spread": 1.5}, "object_spread"),
@@ -259,7 +259,7 @@ def test_outline_follows_the_colours(column):
     image = np.full((64, 64, 3), 90, dtype=np.uint8)
     image[:, :column] = 160
     weights = np.clip((7.5 - np.arange(16)) / 4 + 0.5, 0, 1)[None, None].repeat(16, axis=1)
-    contrast_alone = REFINERS.build(Choice("attentioncut", {"palette": 0.0, "level": 1.0}))
+    contrast_alone = REFINERS.build(Choice("attentioncut", {"palette": 0.0, "level": 0.5}))
     (mask,) = contrast_alone.refine(image, make_maps(weights))
     assert (mask == (np.arange(64) < column)).all()
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.ndimage import maximum_filter, minimum_filter
+from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 
 from synthgen.config import Choice
 from synthgen.errors import MissingDependency
@@ -15,7 +15,7 @@ from synthgen.graphcut import MaximumFlow
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import REFINERS
 from synthgen.refiners._words import otsu_level, resize, side_means
-from synthgen.refiners.attentioncut import AttentionCut, enlarged, finer, near_border
+from synthgen.refiners.attentioncut import AttentionCut, anchored, enlarged, finer, near_border
 from synthgen.refiners.grabcut import GrabCut
 from synthgen.refiners.propagation import Propagation
 from synthgen.refiners.threshold import Threshold
@@ -150,6 +150,27 @@ def test_the_same_masks_without_numba(size):
         fast, plain = (refiner.refine(image, generation.maps) for refiner in (AttentionCut(), Plain()))
         assert fast.any()
         assert (fast == plain).all()
+
+
+def test_parts_that_came_from_nowhere_stay_what_they_were():
+    start = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2]])
+    labels = np.array([[0, 0, 1, 0, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 2], [1, 1, 1, 0, 2]])
+    kept = labels.copy()
+    kept[0, 4], kept[2, 1] = 0, 1  # a spot of the word beside it, a hole in it
+    assert (anchored(labels, start, 3) == kept).all()
+    assert (anchored(start, start, 3) == start).all()
+
+
+def test_a_spot_of_the_objects_colour_beside_it_is_not_the_words():
+    image = np.full((128, 128, 3), 90, dtype=np.uint8)
+    image[48:80, 40:72] = image[60:68, 82:88] = (200, 60, 60)
+    cells = np.zeros((16, 16))
+    cells[6:10, 5:9] = 1
+    weights = gaussian_filter(cells, 1.0)[None].astype(np.float16)
+    maps = Maps(("box",), weights, np.ones((len(AFFINITY_OFFSETS), 16, 16), np.float16))
+    (mask,) = AttentionCut().refine(image, maps)
+    assert mask[48:80, 40:72].all()
+    assert mask.sum() == 32 * 32
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 4, 6, 9, 24])
