@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-__all__ = ["attention_with_normaliser", "log_normaliser"]
+__all__ = ["attention_with_normaliser", "chosen_kernel", "log_normaliser"]
 
 _CHUNK = 2**24  # logits that are held at a time where no kernel gives the normaliser
-_FLASH, _EFFICIENT, _CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend
+_FLASH, _EFFICIENT, _CUDNN = (
+    int(backend.value)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+)
 _PROBE = 8  # rows of the first head that a kernel's normaliser is checked on, once
 _trusted: dict[tuple[Any, ...], bool] = {}
 
@@ -46,11 +50,14 @@ def attention_with_normaliser(
         or is_causal
         or (attn_mask is not None and query.is_cuda)
     )
-    kernel = -1 if plain else torch._fused_sdp_choice(query, key, value, attn_mask, **options)
+    kernel = -1 if plain else chosen_kernel(query, key, value, attn_mask, **options)
     kind = (query.device.type, kernel, query.dtype, query.shape[-1])
     if not _trusted.get(kind, True):
         kernel = -1
-    found = _call(kernel, query, key, value, attn_mask, options)
+    try:
+        found = _call(kernel, query, key, value, attn_mask, options)
+    except AttributeError:  # a PyTorch that has no kernel of that name
+        found = None
     if found is None:
         options["enable_gqa"] = enable_gqa
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), None
@@ -64,6 +71,12 @@ def attention_with_normaliser(
         if not near:
             return output, None
     return output, normaliser
+
+
+def chosen_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> int:
+    """The ``SDPBackend`` that PyTorch's public function would take; -1 where this PyTorch does not tell."""
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    return -1 if choose is None else int(choose(query, key, value, attn_mask, **options))
 
 
 def _call(

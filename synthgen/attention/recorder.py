@@ -249,11 +249,20 @@ class _Tap(TorchFunctionMode):
         return self._attention(*args, **(kwargs or {}))
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        output, normaliser = attention_with_normaliser(query, key, value, attn_mask, *args, **kwargs)
-        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        self.look(Sight(query, key, normaliser, scale, attn_mask))
+        if is_causal or enable_gqa:
+            raise RuntimeError("attention that is causal, or grouped by queries, cannot be recorded")
+        output, normaliser = attention_with_normaliser(query, key, value, attn_mask, dropout_p, scale=scale)
+        self.look(Sight(query, key, normaliser, query.shape[-1] ** -0.5 if scale is None else scale, attn_mask))
         return output
 
 

@@ -59,7 +59,7 @@ def words_cut_off(warnings: Iterable[str]) -> list[str]:
 
 
 def _cut_off(word: str) -> str:
-    return f"the word {word!r} is cut off and has no mask"
+    return f'the word "{word}" is cut off and has no mask'
 
 
 def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> WordTokens:

@@ -61,9 +61,8 @@ def extras() -> tuple[Extra, ...]:
     for extra, name, _ in _requirements():
         if extra:
             groups.setdefault(extra, []).append(name)
-    installs = {extra: f"pip install 'synthgen[{extra}]'" for extra in groups}
     return tuple(
-        Extra(group, _ADDS.get(group, ""), {name: _version(name) for name in names}, installs[group])
+        Extra(group, _ADDS.get(group, ""), {name: _version(name) for name in names}, f"pip install {' '.join(names)}")
         for group, names in sorted(groups.items(), key=lambda item: (item[0] == "dev", item[0]))
     )
 

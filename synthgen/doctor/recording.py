@@ -56,7 +56,7 @@ def _attention_at(device: str, dtype: str, shape: str) -> Attention:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend
 
-    from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
+    from synthgen.attention.kernel import attention_with_normaliser, chosen_kernel, log_normaliser
     from synthgen.diffusion.loading import DTYPES
 
     rows, keys, width = SHAPES[shape]
@@ -66,7 +66,7 @@ def _attention_at(device: str, dtype: str, shape: str) -> Attention:
         for length, spread in ((rows, 4), (keys, 1), (keys, 1))
     )
     with torch.inference_mode():
-        kernel = SDPBackend(torch._fused_sdp_choice(query, key, value)).name.lower().removesuffix("_attention")
+        kernel = SDPBackend(chosen_kernel(query, key, value)).name.lower().removesuffix("_attention")
         output, told = attention_with_normaliser(query, key, value)
         same = torch.equal(output, F.scaled_dot_product_attention(query, key, value))
         normaliser = log_normaliser(query, key, scale=None) if told is None else told

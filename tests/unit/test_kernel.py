@@ -1,5 +1,7 @@
 """The fused kernels' own normaliser, against the public function and a plain logsumexp."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,20 @@ def test_what_no_kernel_tells_is_left_to_the_caller():
     output, normaliser = attention_with_normaliser(query, key, value, is_causal=True)
     assert normaliser is None
     assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+def test_a_pytorch_without_these_names_computes_the_same(monkeypatch):
+    query, key, value = qkv()
+    expected = F.scaled_dot_product_attention(query, key, value)
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    output, normaliser = attention_with_normaliser(query, key, value)
+    assert torch.equal(output, expected)
+    assert normaliser is None
+    monkeypatch.setattr(kernel, "chosen_kernel", lambda *arguments, **options: kernel._FLASH)
+    monkeypatch.setattr(kernel.torch, "ops", SimpleNamespace(aten=SimpleNamespace()))
+    output, normaliser = attention_with_normaliser(query, key, value)
+    assert torch.equal(output, expected)
+    assert normaliser is None
 
 
 def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from synthgen.attention.recorder import Recorder, record
+from synthgen.attention.recorder import Recorder, _Tap, record
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.prompts import parse_line
 from synthgen.records import AFFINITY_OFFSETS, Request
@@ -132,6 +133,13 @@ def test_the_model_is_as_it_was_afterwards_even_after_an_error(model):
     with pytest.raises(ZeroDivisionError), record(unet, Recorder((16, 16), [], lambda: False)):
         raise ZeroDivisionError
     assert unet.attn_processors == before
+
+
+@pytest.mark.parametrize("kind", ["is_causal", "enable_gqa"])
+def test_attention_whose_softmax_is_another_is_refused(kind):
+    query = torch.zeros(1, 2, 4, 8)
+    with _Tap(lambda seen: None), pytest.raises(RuntimeError, match="cannot be recorded"):
+        F.scaled_dot_product_attention(query, query, query, **{kind: True})
 
 
 def test_rows_of_a_grid_that_does_not_halve_evenly():

@@ -3,6 +3,7 @@ from transformers import CLIPTokenizer
 
 from synthgen.attention.words import TextEncoder, locate_in_encoders, locate_words, words_cut_off
 from synthgen.prompts import parse_line
+from synthgen.records import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,16 @@ def test_a_word_that_fell_off_the_end_is_a_warning(tokenizer):
     words, warnings = spelled(tokenizer, "a [dog] and an [umbrella umbrella]")
     assert words == ["dog ", ""]
     assert "longer than the 16 tokens" in warnings[0]
-    assert "'umbrella umbrella' is cut off" in warnings[1]
+    assert '"umbrella umbrella" is cut off' in warnings[1]
     assert words_cut_off(warnings) == ["umbrella umbrella"]
     assert words_cut_off(["""the word "cat's" is cut off and has no mask""", "the word is cut off"]) == ["cat's"]
+
+
+@pytest.mark.parametrize("word", ["cat's", "a\\b", "café\xa0noir", "\u200bdog", 'the "big" cat\'s'])
+def test_a_word_that_was_cut_off_is_told_as_it_is(tokenizer, word):
+    text = "a dog and a cat and a dog and a cat and a dog and " + word
+    prompt = Prompt(text, (word,), ((len(text) - len(word), len(text)),))
+    assert words_cut_off(locate_words(tokenizer, prompt).warnings) == [word]
 
 
 def test_no_special_token_ever_counts(tokenizer):
