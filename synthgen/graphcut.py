@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Num
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-__all__ = ["Edges", "MaximumFlow", "Solver", "cut", "ends", "energy", "expand", "fastest", "grid_edges"]
+__all__ = ["Edges", "MaximumFlow", "Solver", "ends", "energy", "expand", "fastest", "grid_edges"]
 
 #: A window of a grid.
 Slices = tuple[slice, slice]
@@ -161,37 +161,6 @@ def energy(unaries: Float[np.ndarray, "labels *grid"], edges: Edges, labels: Int
     return float(own + weight[flat[first] != flat[second]].sum(dtype=np.float64))
 
 
-def cut(
-    inside: Float[np.ndarray, "h w"],
-    outside: Float[np.ndarray, "h w"],
-    edges: Edges,
-    *,
-    free: Bool[np.ndarray, "h w"] | None = None,
-    held: Bool[np.ndarray, "h w"] | None = None,
-    solver: type[Solver] | None = None,
-) -> Bool[np.ndarray, "h w"]:
-    """The cheapest division of the pixels in two, exact up to rounding each price.
-
-    A price is rounded to a power of two, at most 2^-28 of the dearest edge times the most edges of a pixel.
-
-    Where several divisions cost the same, the one that lies inside all the others; so the result depends on the
-    arguments alone and not on the order in which a solver works.
-
-    Args:
-        inside: the price of each pixel inside, in the unit of ``edges``; may be negative, must be finite.
-        outside: its price outside.
-        edges: the price of each pair of which one is inside and one outside.
-        free: the pixels to decide, all by default. The others are as ``held`` says, and only free pixels are solved.
-        held: the pixels that are inside for certain, where not free; none by default.
-        solver: what finds the cut, by default the fastest; it changes no pixel.
-
-    Raises:
-        ValueError: a price is not finite.
-    """
-    labels = np.zeros(inside.shape, dtype=np.intp) if held is None else held.astype(np.intp)
-    return _solve(np.stack([outside, inside]), edges, labels, free, 1, solver).astype(bool)
-
-
 def expand(
     unaries: Float[np.ndarray, "labels h w"],
     edges: Edges,
@@ -203,7 +172,10 @@ def expand(
 ) -> Int[np.ndarray, "h w"]:
     """A cheap labelling by alpha-expansion: each label in turn takes the pixels that lower the energy most.
 
-    Stops when no label can take any, or after ``max_rounds`` rounds. Two labels are one cut, and exact.
+    Stops when no label can take any, or after ``max_rounds`` rounds. Two labels are one cut, and exact up to rounding:
+    prices are multiples of a power of two of at most 2^-28 of the dearest edge times the most edges of a pixel, those
+    of edges of twice as much. Of cuts that cost the same it is the one inside all others, so the result depends on the
+    arguments alone and not on the order in which a solver works.
 
     Args:
         unaries: the price of each label at each pixel, finite.
@@ -258,8 +230,7 @@ def _solve(
         if held is not None:
             np.copyto(gain, np.where(labels == 1, HELD, -HELD), where=held)
         return pairs.cut(gain, 2 * half).astype(labels.dtype).reshape(shape)
-    # labels in a row whose move would change nothing: one that only costs the same does not, nor one just made
-    stuck = 0
+    stuck = 0  # moves in a row that took no pixel; the last one that did counts, for the same again would take none
     for label in [*range(1, count), 0] * max_rounds:
         gain, capacity = pairs.move(whole, half, labels, label)
         has_it = labels == label
@@ -293,7 +264,7 @@ def _rounded(
 
 
 def _most_edges(edges: Edges) -> int:
-    """At least how many edges any pixel has: the most that begin at one, and the most that end at one."""
+    """An upper bound on the edges of any pixel: the most that begin at one, and the most that end at one."""
     there_is = edges.weight > 0
     ending = np.zeros(there_is.shape[1:], dtype=np.int16)
     for offset, begins in zip(edges.offsets, there_is, strict=True):

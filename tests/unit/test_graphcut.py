@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from synthgen import graphcut
-from synthgen.graphcut import Edges, MaximumFlow, cut, ends, energy, expand, fastest, grid_edges
+from synthgen.graphcut import Edges, MaximumFlow, ends, energy, expand, fastest, grid_edges
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 1), (-1, 2), (2, -3))
 SHAPES = ((2, 3), (3, 2), (1, 5), (3, 3), (2, 4), (3, 4))
@@ -22,6 +22,12 @@ def random_problem(seed, shape, labels=2):
     offsets = [offset for offset in OFFSETS if rng.random() < 0.6]
     edges = grid_edges(shape, [(offset, rng.random(shape) * rng.integers(0, 2, shape) * 2) for offset in offsets])
     return unaries, edges
+
+
+def cut(inside, outside, edges, *, free=None, held=None, solver=None):
+    """The pixels inside: labels of two, by their prices."""
+    start = np.zeros(inside.shape, dtype=int) if held is None else held.astype(int)
+    return expand(np.stack([outside, inside]), edges, free=free, start=start, solver=solver).astype(bool)
 
 
 def all_labellings(shape, labels=2):
