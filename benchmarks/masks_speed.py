@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds in which all contenders take turns")
     args = parser.parse_args()
     if fastest() is MaximumFlow:
-        parser.error("numba is not there; install it with: pip install 'synthgen[fast]'")
+        parser.error("numba is not there; install it with: pip install numba")
     figures: dict[str, Any] = {"grid": GRID, "scenes": args.scenes, "rounds": args.repeats, "threads": 1}
     figures["compile_seconds"] = compile_seconds()
     for size in (64, 128):

@@ -24,7 +24,7 @@ try:
     from pycocotools.cocoeval import COCOeval
 except ModuleNotFoundError:
     raise MissingDependency(
-        "the evaluator 'detection' needs the library 'pycocotools'; install it with: pip install 'synthgen[detection]'"
+        "the evaluator 'detection' needs the library 'pycocotools'; install it with: pip install pycocotools"
     ) from None
 
 __all__ = ["Detection"]

@@ -15,7 +15,7 @@ try:
     import cv2
 except ModuleNotFoundError:
     raise MissingDependency(
-        "the refiner 'grabcut' needs OpenCV; install it with: pip install 'synthgen[opencv]'"
+        "the refiner 'grabcut' needs OpenCV; install it with: pip install opencv-python-headless"
     ) from None
 
 __all__ = ["GrabCut"]

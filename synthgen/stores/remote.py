@@ -43,7 +43,7 @@ PATIENCE = 120.0  # seconds after which a request is not begun again
 _FIRST_WAIT = 0.25  # seconds; each wait is up to twice as long as the one before it
 _AT_ONCE = 256  # small objects that are asked for together
 
-_PACKAGES = {"s3": '"synthgen[s3]"', "s3a": '"synthgen[s3]"', "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 _PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs"}
 _IN_PARTS = {"s3", "s3a", "gs", "gcs"}  # whose clients take the size of the parts
 _file_systems: dict[tuple[int, str, str], Any] = {}  # process, protocol, bucket → file system
