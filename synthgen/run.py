@@ -8,7 +8,7 @@ import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +185,7 @@ class Run:
         for name in stage.artifacts():
             before = self._entry(name)
             if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
-                self._refuse(name, before, settings, inputs)
+                self._refuse(name, before, stage, inputs)
         entry = {"stage": stage.name, "seed": self.seed, "settings": stage.noted(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 
@@ -258,9 +258,10 @@ class Run:
     def _failure_notes(self, name: str) -> list[Path]:
         return sorted(self.folder(name).glob(f"*{FAILED}"))
 
-    def _refuse(self, name: str, before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        old = {key: value for key, value in before["settings"].items() if key in settings}
-        told = [*changes(old, settings)]
+    def _refuse(self, name: str, before: dict[str, Any], stage: Stage, inputs: dict[str, str]) -> None:
+        counted = {item.name for item in fields(stage) if not item.metadata.get("free")}
+        old = {key: value for key, value in before["settings"].items() if key in counted}
+        told = [*changes(old, stage.fingerprinted())]
         told += [
             f"its input {key!r} has changed"
             for key in {**before["inputs"], **inputs}

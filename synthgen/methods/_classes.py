@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from synthgen.datasets import ImageDataset, Sample
-from synthgen.errors import ConfigError
+from synthgen.errors import ConfigError, SynthgenError
+from synthgen.methods._processes import world_size
 from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import uniform
 
-__all__ = ["Labels", "asked", "check_dropout", "check_labels", "guided", "labels_of", "told", "vectors"]
+__all__ = [
+    "Labels",
+    "asked",
+    "check_dropout",
+    "check_labels",
+    "class_numbers",
+    "classifier_free_guidance",
+    "labels_of",
+    "vectors",
+]
 
 Labels = str | int | Sequence[str | int | None] | None  # a class for all images, or one for each; None is no class
 
@@ -42,13 +55,28 @@ def check_labels(samples: Sequence[Sample]) -> None:
         )
 
 
-def labels_of(data: ImageDataset) -> Iterator[str]:
-    """The class of every sample that has one."""
-    found = (data.label(number) for number in range(len(data)))
-    return (label for label in found if label is not None)
+@lru_cache(maxsize=1)  # a training asks before it begins, and again when it does
+def labels_of(data: ImageDataset) -> frozenset[str]:
+    """The classes there are. Each of several processes reads the labels of its share, and all are told all.
+
+    Raises:
+        SynthgenError: a label cannot be read; every process raises it, so that none waits for another in vain.
+    """
+    rank, size = (dist.get_rank(), world_size()) if world_size() > 1 else (0, 1)
+    share = range(len(data) * rank // size, len(data) * (rank + 1) // size)
+    every: list[Any] = [None] * size
+    try:
+        every[rank] = {label for number in share if (label := data.label(number)) is not None}
+    except SynthgenError as error:
+        every[rank] = error
+    if size > 1:
+        dist.all_gather_object(every, every[rank])
+    if failed := [found for found in every if isinstance(found, SynthgenError)]:
+        raise failed[0]
+    return frozenset().union(*every)
 
 
-def told(
+def class_numbers(
     classes: ClassEmbedding | None,
     labels: Sequence[str | None],
     seeds: Int[Tensor, " b"],
@@ -100,7 +128,7 @@ def asked(
     return classes.numbers(each)
 
 
-def guided(
+def classifier_free_guidance(
     ask: Callable[[Int[Tensor, " b"] | None], Tensor], numbers: Int[Tensor, " b"] | None, guidance_scale: float
 ) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022): none + w (class - none), which at w = 1 asks for one of them.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Hiding", "check_ratio", "coverage"]
+__all__ = ["Hiding", "coverage", "num_visible_patches"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def coverage(masks: Bool[Tensor, "b k H W"], patch_size: int) -> Float[Tensor, "
     return F.avg_pool2d(masks.any(1, keepdim=True).float(), patch_size).flatten(1)
 
 
-def check_ratio(name: str, ratio: float, num_patches: int) -> int:
+def num_visible_patches(name: str, ratio: float, num_patches: int) -> int:
     """The number of visible patches.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import check_ratio, coverage
+from synthgen.methods._hiding import coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_decoder, pixel_target
 from synthgen.models.draws import uniform
 from synthgen.models.layers import Block, patchify, take
@@ -77,7 +77,7 @@ class AutoMAE(Method):
         if not 0.001 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0.001 or more, not {temperature}")
         config = encoder.config
-        self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.num_visible = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.encoder = encoder
         self.decoder = pixel_decoder(encoder, decoder_dim, decoder_depth)
         self.scorer = (_loaded(scorer, encoder) if scorer else copy.deepcopy(encoder)).requires_grad_(False)

@@ -182,18 +182,18 @@ class Contrastive(Method):
         everyone = gather(across).flatten(0, 1)
         numbers = torch.arange(len(everyone), device=device)
         positives = numbers.view(-1, k)[own_rows(b)].flatten()
-        counts = gather(regions.present).flatten() & self.differ(words, gather(regions.words).flatten())
-        counts |= positives[:, None] == numbers
-        counts_within = regions.present[:, None] & self.differ(regions.words[:, :, None], regions.words[:, None])
-        counts_within &= ~torch.eye(k, dtype=torch.bool, device=device)  # a query's own key is no negative
+        allowed_across = gather(regions.present).flatten() & self.differ(words, gather(regions.words).flatten())
+        allowed_across |= positives[:, None] == numbers
+        allowed_within = regions.present[:, None] & self.differ(regions.words[:, :, None], regions.words[:, None])
+        allowed_within &= ~torch.eye(k, dtype=torch.bool, device=device)  # a query's own key is no negative
         filled = torch.arange(len(self.queue_keys), device=device) < self.queue_end
-        counts_queue = filled & self.differ(words, self.queue_words)
+        allowed_queue = filled & self.differ(words, self.queue_words)
 
         logits = torch.cat(
             [q @ everyone.T, (queries @ within.transpose(1, 2)).flatten(0, 1), q @ self.queue_keys.to(q.dtype).T], dim=1
         )
-        counted = torch.cat([counts, counts_within.flatten(0, 1), counts_queue], dim=1)
-        logits = (logits.float() / self.temperature).masked_fill(~counted, -torch.inf)
+        allowed = torch.cat([allowed_across, allowed_within.flatten(0, 1), allowed_queue], dim=1)
+        logits = (logits.float() / self.temperature).masked_fill(~allowed, -torch.inf)
         losses = F.cross_entropy(logits, positives, reduction="none")
         right = (logits.detach().argmax(1) == positives) & present
         return 2 * self.temperature * share_of_mean(losses, present), right.sum() / present.sum()

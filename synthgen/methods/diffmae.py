@@ -11,7 +11,7 @@ from torch import Tensor
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_range, pixel_target
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
@@ -64,7 +64,7 @@ class DiffMAE(Method):
         if not 0.01 <= rho <= 3:
             raise ValueError(f"rho must lie between 0.01 and 3, and be 1 for DDPM's schedule, not {rho}")
         config = encoder.config
-        self.num_visible = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.num_visible = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
         self.norm_target = norm_target
         self.encoder = encoder

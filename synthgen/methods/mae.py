@@ -11,7 +11,7 @@ from torch import Tensor
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_decoder, pixel_target
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
@@ -52,7 +52,7 @@ class MAE(Method):
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
-        self.num_visible = check_ratio("mask_ratio", mask_ratio, encoder.config.grid**2)
+        self.num_visible = num_visible_patches("mask_ratio", mask_ratio, encoder.config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
         self.encoder = encoder
         self.decoder = pixel_decoder(encoder, decoder_dim, decoder_depth)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._processes import gather, world_size
 from synthgen.models.codebook import Codebook
 from synthgen.models.draws import uniform
@@ -71,7 +71,7 @@ class MaPeT(Method):
         if num_tokens < 2:
             raise ValueError(f"num_tokens must be 2 or more, or there is nothing to tell apart, not {num_tokens}")
         config = encoder.config
-        self.num_given = check_ratio("mask_ratio", mask_ratio, config.grid**2)
+        self.num_given = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
         self.encoder = encoder
         self.tokenizer = load_tokenizer(tokenizer, encoder) if tokenizer else None

@@ -19,8 +19,17 @@ from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._average import check_decay, follow
-from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
-from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._classes import (
+    Labels,
+    asked,
+    check_dropout,
+    check_labels,
+    class_numbers,
+    classifier_free_guidance,
+    labels_of,
+    vectors,
+)
+from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_target, to_pixels
 from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import normal, uniform
@@ -91,7 +100,7 @@ class MaskDiT(Method):
         super().__init__()
         config = encoder.config
         if mask_ratio:
-            check_ratio("mask_ratio", mask_ratio, config.grid**2)
+            num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         if not 0 <= tuning_share <= 1:
             raise ValueError(f"tuning_share must lie between 0 and 1, not {tuning_share}")
         if not 0 <= rebuild_weight < math.inf:
@@ -150,7 +159,7 @@ class MaskDiT(Method):
         sigma = self.levels(batch.seeds)
         y = x + sigma[:, None, None] * normal(batch.seeds, *x.shape[1:], stream=NOISE)
         visible, hidden = self.split(batch, progress)
-        numbers, shares = told(self.classes, batch.labels, batch.seeds, self.label_dropout, stream=LABEL)
+        numbers, shares = class_numbers(self.classes, batch.labels, batch.seeds, self.label_dropout, stream=LABEL)
         denoised = self.denoise(y, sigma, visible, hidden, numbers)
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
         loss = (weight * ((denoised[:, : visible.shape[1]] - take(x, visible)) ** 2).mean((1, 2))).mean()
@@ -265,7 +274,7 @@ class MaskDiT(Method):
 
         def slope(y: Tensor, sigma: float) -> Tensor:
             level = torch.full((len(y),), sigma, device=device)
-            clean = guided(partial(self.average.denoise, y, level, *places), numbers, guidance_scale)
+            clean = classifier_free_guidance(partial(self.average.denoise, y, level, *places), numbers, guidance_scale)
             return (y - clean) / sigma
 
         high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)

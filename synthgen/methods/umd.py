@@ -18,8 +18,17 @@ from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._average import check_decay, follow
-from synthgen.methods._classes import Labels, asked, check_dropout, check_labels, guided, labels_of, told, vectors
-from synthgen.methods._hiding import Hiding, check_ratio, coverage
+from synthgen.methods._classes import (
+    Labels,
+    asked,
+    check_dropout,
+    check_labels,
+    class_numbers,
+    classifier_free_guidance,
+    labels_of,
+    vectors,
+)
+from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_range, to_pixels
 from synthgen.models.classes import ClassEmbedding
 from synthgen.models.decoder import NoiseDecoder
@@ -88,9 +97,9 @@ class UMD(Method):
             raise ValueError(f"crop_area must lie between 0.01 and 1, not {crop_area}")
         config = encoder.config
         num_patches = config.grid**2
-        self.clean_visible = check_ratio("clean_mask_ratio", clean_mask_ratio, num_patches)
+        self.clean_visible = num_visible_patches("clean_mask_ratio", clean_mask_ratio, num_patches)
         self.noisy_visible = (
-            check_ratio("noisy_mask_ratio", noisy_mask_ratio, num_patches) if noisy_mask_ratio else num_patches
+            num_visible_patches("noisy_mask_ratio", noisy_mask_ratio, num_patches) if noisy_mask_ratio else num_patches
         )
         self.hiding = Hiding(foreground_share, foreground_share_start)
         self.clean_share = clean_share
@@ -149,7 +158,7 @@ class UMD(Method):
         levels = (uniform(seeds, stream=TIME) * TIMES).long()
         noise = normal(seeds, *x.shape[1:], stream=NOISE)
         visible, hidden = self.hiding.split(lot[:noisy], foreground[:noisy], self.noisy_visible, progress)
-        numbers, shares = told(self.classes, batch.labels[:noisy], seeds, self.label_dropout, stream=LABEL)
+        numbers, shares = class_numbers(self.classes, batch.labels[:noisy], seeds, self.label_dropout, stream=LABEL)
         pixels, guess = self.run(self.noised(x, noise, levels), visible, hidden, levels + 1, numbers)
         noise_error = _error(guess[:, : visible.shape[1]], take(noise, visible))
         whole = not hidden.shape[1]  # nothing hidden: pixels of all patches are asked for
@@ -244,7 +253,7 @@ class UMD(Method):
         x = normal(seeds, n, p, stream=SAMPLING)
         for number, level in enumerate(levels):
             a = self.levels[level]
-            noise = guided(partial(network.noise, x, level + 1), numbers, guidance_scale)
+            noise = classifier_free_guidance(partial(network.noise, x, level + 1), numbers, guidance_scale)
             clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(low, high)
             if not level:
                 break

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VisionTower", "encoder_folder", "is_tower", "load_tower", "open_encoder"]
 
-_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+_DESCRIBED = ("config.json", "preprocessor_config.json")
+_INDEX = "model.safetensors.index.json"  # where the weights are several files
+_FILES = (*_DESCRIBED, "*.safetensors", "*.safetensors.index.json")
 _OWN = "encoder.safetensors"
 _BLOCK = re.compile(r"\.(?:layer|layers)\.(\d+)\.")
 _UNUSED = re.compile(r"(?:^|\.)(?:pooler|mask_token|head)(?:\.|$)")  # nothing of it is in last_hidden_state
@@ -69,6 +71,8 @@ class VisionTower(Encoder):
 def encoder_folder(name: str) -> Path:
     """The folder of an encoder: one of ``pretrain``, or of a vision model of ``transformers``, or one from the hub.
 
+    The hub is asked once: what came into its cache stays what is meant, until ``hf download`` brings a newer one.
+
     Raises:
         MissingArtifact: there is no encoder there.
         MissingWeights: it is a hub id, and the model cannot be fetched and is not on this machine, or is pickled.
@@ -84,8 +88,8 @@ def encoder_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        fetched = Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except (OSError, ValueError) as error:
+        fetched = _cached(name) or Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # what a network does wrong has many names, and the hub's library changes them
         raise MissingWeights(
             f"there is no folder {name}, and no such model can be had from the hub: {one_line(error)}; "
             f"download it first, for example with: hf download {name}"
@@ -93,6 +97,19 @@ def encoder_folder(name: str) -> Path:
     if not is_tower(fetched):
         raise MissingWeights(f"{name} on the hub is no model of transformers with safetensors, and no other is read")
     return fetched
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of the hub's cache that holds a model; None where it holds none, or what others fetched of it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_FILES), local_files_only=True))
+        several = (folder / _INDEX).is_file()
+        weights = read_json(read_file(folder / _INDEX))["weight_map"].values() if several else ["model.safetensors"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return folder if all((folder / file).is_file() for file in (*_DESCRIBED, *weights)) else None
 
 
 def is_tower(folder: Path) -> bool:

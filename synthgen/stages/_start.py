@@ -38,7 +38,7 @@ class Start:
         """What tells these weights from others."""
         from synthgen.train.checkpoint import method_hash
 
-        found = {_ENCODER: encoder_hash(self.folder)}
+        found = {_ENCODER: encoder_hash(self.folder, processor=False)}
         return found if self.whole is None else found | {_WHOLE: method_hash(self.whole)}
 
 

@@ -26,6 +26,8 @@ __all__ = [
     "weights_of",
 ]
 
+_NETWORK = ("*.safetensors", "*.safetensors.index.json", "config.json")  # what decides one of transformers
+
 
 def listed_shards(run: Run, split: str) -> dict[str, str]:
     """The tars of a split that ``dataset.json`` lists: the name of each, and its sha256.
@@ -106,15 +108,17 @@ def check_encoder(folder: Path) -> None:
         check_whole(folder / name, sha256, again)
 
 
-def encoder_hash(folder: Path) -> str:
-    """What tells an encoder from others: the sha256 of its weights; of a model of ``transformers``, of all its files.
+def encoder_hash(folder: Path, *, processor: bool = True) -> str:
+    """What tells an encoder from others: the sha256 of its weights; of a model of ``transformers``, of its weights, its
+    config.json and, unless the network alone is wanted, what its ``processor`` does to pixels.
 
     Raises:
         OSError: it cannot be read.
     """
     if (folder / "encoder.safetensors").is_file():
         return sha256_of(folder / "encoder.safetensors")
-    files = [path for pattern in ("*.json", "*.safetensors") for path in sorted(folder.glob(pattern))]
+    patterns = (*_NETWORK, "preprocessor_config.json") if processor else _NETWORK
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     return digest({path.name: sha256_of(path) for path in files})
 
 

@@ -59,6 +59,7 @@ class Pretrain(Stage):
     writes: ClassVar = ("pretrain",)
     collective: ClassVar = True
     accelerated: ClassVar = True
+    _samples: ClassVar[ImageDataset | None] = None  # that ``prepare`` opened; what it learned of them need not be again
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
@@ -206,13 +207,14 @@ class Pretrain(Stage):
         from synthgen.train.launch import check_compiler, check_trackers
 
         samples = self.dataset(run)
+        object.__setattr__(self, "_samples", samples)
+        part = self.order(run, len(samples)).batch_size // self.accumulate  # first: processes meet in it
         method = self.build_method(run, samples)
         spread = range(0, len(samples), max(1, len(samples) // _LOOKED_AT))
         try:
             method.check([samples[index] for index in spread])
         except ConfigError as error:
             raise ConfigError(f"{self.folder_name}, {', '.join(self.sources(run))}: {error}") from None
-        part = self.order(run, len(samples)).batch_size // self.accumulate
         if part < method.min_images:
             raise ConfigError(
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
@@ -324,7 +326,7 @@ class Pretrain(Stage):
         folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
-        samples = self.dataset(run)
+        samples = self._samples or self.dataset(run)
         method = self.build_method(run, samples)
         begun = self.begun(run, method)
         order = self.order(run, len(samples))

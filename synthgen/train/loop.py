@@ -79,6 +79,7 @@ class Training:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
         state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
         self.step = int(state.get("step", 0))
+        self._check_together()
         self.seconds = float(state.get("seconds", 0.0))
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -166,6 +167,20 @@ class Training:
         self.method.after_step(progress)
         return outputs
 
+    def _check_together(self) -> None:
+        """See that all processes go on from the same step; their losses would be added up all the same.
+
+        Raises:
+            SynthgenError: they do not; names the steps.
+        """
+        own = torch.tensor([self.step], device=self.accelerator.device)
+        steps = sorted(set(self.accelerator.gather(own).tolist()))
+        if len(steps) > 1:
+            raise SynthgenError(
+                f"the processes of this training would go on from different steps ({', '.join(map(str, steps))}), as "
+                f"not all of them see the same {self.checkpoints.folder}; put the run where every machine sees it"
+            )
+
     def _check_finite(self) -> None:
         bad = int(self.accelerator.gather(self._first_bad).min())
         if bad < self.order.steps:
@@ -186,8 +201,8 @@ class Training:
     def _save(self) -> None:
         scaler = self.accelerator.scaler
         state = {} if scaler is None else {"scaler": scaler.state_dict()}
+        self._metrics.flush()  # first: killed in between, it makes these records again, and later ones never
         self.checkpoints.save(self.method, self.optimizer.optimizer, self.step, seconds=round(self.seconds, 3), **state)
-        self._metrics.flush()
 
     def _append(self, record: dict[str, Any]) -> None:
         try:
@@ -211,8 +226,8 @@ class Training:
 
 def last_loss(path: Path) -> float:
     """The loss of the last record in a training's metrics; NaN where there is none."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return float(lines[-1]["loss"]) if lines else float("nan")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return float(json.loads(lines[-1])["loss"]) if lines else float("nan")
 
 
 def _rounded(value: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
+from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.loop import Training
 from tests.factories import make_run
 
@@ -176,6 +178,45 @@ def test_broken_checkpoint_falls_back_to_the_one_before(run, whole, caplog):
     run_stage(Pretrain(**SMALL), run, ONE)
     assert "step-00000006.safetensors cannot be read" in caplog.text
     assert sha256(folder) == sha256(whole)
+
+
+def test_killed_behind_a_checkpoint_in_a_store_it_loses_no_record(run, whole, tmp_path, monkeypatch):
+    """There the metrics are sent as a whole, now and then."""
+    there = Run.create(f"memory://{tmp_path.name}/killed")
+    settings = SMALL | {"data": (str(run.folder("shards") / "train"),)}
+    save = Checkpoints.save
+
+    def killed(checkpoints, module, optimizer, step, **state):
+        save(checkpoints, module, optimizer, step, **state)
+        if step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(Killed):
+            run_stage(Pretrain(**settings), there, ONE)
+    run_stage(Pretrain(**settings), there, ONE)
+    assert losses(there.folder("pretrain/mae")) == losses(whole)
+
+
+def test_without_its_metrics_a_training_ends_all_the_same(run, whole):
+    folder = shutil.copytree(whole, run.folder("pretrain/mae"))
+    run.note(Pretrain(**SMALL).complete())
+    for name in ("metrics.jsonl", "done.json"):
+        (folder / name).unlink()
+    run_stage(Pretrain(**SMALL), run, ONE)
+    assert math.isnan(json.loads((folder / "done.json").read_text())["loss"])
+
+
+def test_processes_that_see_other_checkpoints_are_told(run, monkeypatch):
+    """Machines that share no folder: the first would go on, the others begin, and their gradients be added up."""
+    with pytest.raises(Killed):
+        run_stage(Pretrain(**SMALL), run, ONE, Killer(8))
+    monkeypatch.setattr("accelerate.Accelerator.gather", lambda self, own: torch.stack([own, 0 * own]).flatten())
+    with pytest.raises(
+        SynthgenError, match=r"go on from different steps \(0, 6\), as not all of them see the same .*mae"
+    ):
+        run_stage(Pretrain(**SMALL), run, ONE)
 
 
 def test_parts_of_a_step_add_up(run, whole):

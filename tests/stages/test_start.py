@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from synthgen.api import make_stage
+from synthgen.datasets import ShardDataset
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
 from synthgen.models.adopted import adopt
@@ -162,8 +163,11 @@ def test_another_start_is_another_training(run, umd):
     save_file(tensors | {"model.decoder.mask_token": tensors["model.decoder.mask_token"] + 1}, checkpoint, about)
     with pytest.raises(StaleArtifact, match=r"its input 'start\.method' has changed"):
         train(run, **again)
-    with pytest.raises(StaleArtifact, match=r"differently: its input 'start' has changed"):
+    with pytest.raises(StaleArtifact, match=r"differently: start is not set and was '.*umd'; its input 'start' has"):
         train(run, TUNED, "tuned")
+    train(run, "mae", "other", beta2=0.999, save_every=2)
+    with pytest.raises(StaleArtifact, match=r"differently: beta2 is not set and was 0\.999; use the same settings"):
+        train(run, "mae", "other")
     with pytest.raises(StaleArtifact, match=r"differently: .*start is '.*umd' and was not set"):
         train(run, "mae", "mae", start=str(umd))
 
@@ -175,6 +179,17 @@ def test_without_a_start_nothing_is_another_training(run):
     other = make_stage("pretrain", {"method": "umd", "start": "a", "beta2": 0.999}).complete().fingerprinted()
     assert (other["start"], other["beta2"]) == ("a", 0.999)
     assert plain.settings()["start"] == ""  # told all the same
+
+
+def test_labels_are_read_once_for_a_training(run, umd, monkeypatch):
+    """And again by one that goes on: the data may have other ones."""
+    read, label = [], ShardDataset.label
+    monkeypatch.setattr(ShardDataset, "label", lambda data, index: read.append(index) or label(data, index))
+    with pytest.raises(Killed):
+        train(run, TUNED, "tuned", KillAt(2), start=str(umd))
+    assert read == list(range(16))
+    train(run, TUNED, "tuned", start=str(umd))
+    assert read == list(range(16)) * 2
 
 
 # -- what does not fit
@@ -314,6 +329,21 @@ def test_a_training_begins_from_transformers(run, tmp_path):
     exported = train(run, "mae", "exported", export=True) / "transformers"
     again = train(run, "mae", "again", start=str(exported), **STILL)
     assert equal(load_encoder(again).state_dict(), load_encoder(exported.parent).state_dict(), atol=1e-6)
+
+
+def test_only_what_decides_the_encoder_of_transformers_makes_another_start(run, tmp_path):
+    start = of_transformers(tmp_path / "vit")
+    with pytest.raises(Killed):
+        train(run, "mae", "begun", KillAt(2), start=str(start))
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (start / name).write_text("{}")
+    (start / "preprocessor_config.json").write_text(json.dumps({"size": 224, **SEEN}))
+    train(run, "mae", "begun", start=str(start))
+    assert started(run, "mae", "begun", start=str(start)).done_before == 1
+    described = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(described | {"layer_norm_eps": 1e-9}))
+    with pytest.raises(StaleArtifact, match="its input 'start' has changed"):
+        train(run, "mae", "begun", start=str(start))
 
 
 @pytest.mark.parametrize(

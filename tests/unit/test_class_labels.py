@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import ImageDataset
-from synthgen.errors import ConfigError, UnknownName
+from synthgen.errors import ConfigError, CorruptShard, UnknownName
 from synthgen.loader import Batch
-from synthgen.methods import METHODS
-from synthgen.methods._classes import asked, guided, told
+from synthgen.methods import METHODS, _classes
+from synthgen.methods._classes import asked, class_numbers, classifier_free_guidance, labels_of
 from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import uniform
 from synthgen.models.vit import EncoderConfig, VisionTransformer
@@ -75,6 +75,66 @@ def make_batch(count=8, step=0):
     masks = torch.zeros(count, 0, 8, 8, dtype=torch.bool)
     names = {"keys": ("",) * count, "texts": ("",) * count, "words": ((),) * count, "labels": tuple(labels)}
     return Batch(images, masks, masks.flatten(2).any(2), torch.arange(count) + count * step, **names)
+
+
+# -- what the data tells
+
+
+class Counted(Labelled):
+    """It keeps which labels were read."""
+
+    def __init__(self, *labels):
+        super().__init__(*labels)
+        self.read = []
+
+    def label(self, index):
+        self.read.append(index)
+        return super().label(index)
+
+
+def test_labels_are_read_once_and_by_each_process_those_of_its_share(monkeypatch):
+    labels = ("dog", None, "cat", "cat", "dog", "hen", "hen")
+    data = Counted(*labels)
+    assert labels_of(data) == labels_of(data) == {"cat", "dog", "hen"}
+    assert data.read == list(range(7))
+    monkeypatch.setattr(_classes, "world_size", lambda: 3)
+    read, said = [], []
+    for rank in range(3):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+
+        def gather(every, found):
+            said.append(found)
+            every[:] = [{"dog"}, {"ant"}, found]
+
+        monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+        data = Counted(*labels)
+        assert labels_of(data) == {"dog", "ant", *said[rank]}  # what others found counts
+        assert 2 <= len(data.read) <= 3
+        read += data.read
+    assert read == list(range(7))
+    assert set().union(*said) == {"cat", "dog", "hen"}
+
+
+def test_a_label_that_one_process_cannot_read_ends_all(monkeypatch):
+    class Broken(Counted):
+        def label(self, index):
+            if index == 3:
+                raise CorruptShard("sample 3 cannot be read")
+            return super().label(index)
+
+    with pytest.raises(CorruptShard, match="sample 3"):
+        labels_of(Broken(*"abcd"))
+    monkeypatch.setattr(_classes, "world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    said = []
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: said.append(found))
+    with pytest.raises(CorruptShard, match="sample 3"):
+        labels_of(Broken(*"abcd"))
+    (error,) = said  # the other one is told before this one ends
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: every.__setitem__(1, error))
+    with pytest.raises(CorruptShard, match="sample 3"):
+        labels_of(Broken(*"abcd"))
 
 
 # -- vectors and names
@@ -156,14 +216,14 @@ def test_the_share_that_is_left_untold_is_the_lot_of_each_seed():
     classes = ClassEmbedding(4)
     classes.learn(["cat", "dog"])
     seeds, labels = torch.arange(20000), ("dog",) * 20000
-    numbers, shares = told(classes, labels, seeds, 0.1, stream=4)
+    numbers, shares = class_numbers(classes, labels, seeds, 0.1, stream=4)
     untold = numbers == 2
     assert shares["told"].item() == pytest.approx(1 - untold.float().mean().item())
     assert torch.equal(untold, uniform(seeds, stream=4) < 0.1)
     assert untold.float().mean().item() == pytest.approx(0.1, abs=0.01)  # 4.7 deviations
-    assert (told(classes, labels, seeds, 0.0, stream=4)[0] == 1).all()
-    assert told(classes, ("cat", None, "dog"), seeds[:3], 0.0, stream=4)[0].tolist() == [0, 2, 1]
-    assert told(None, labels, seeds, 0.1, stream=4) == (None, {})
+    assert (class_numbers(classes, labels, seeds, 0.0, stream=4)[0] == 1).all()
+    assert class_numbers(classes, ("cat", None, "dog"), seeds[:3], 0.0, stream=4)[0].tolist() == [0, 2, 1]
+    assert class_numbers(None, labels, seeds, 0.1, stream=4) == (None, {})
 
 
 @pytest.mark.parametrize("name", METHODS_TOLD)
@@ -221,11 +281,11 @@ def test_guidance_is_its_formula_and_asks_once_where_it_is_1():
         return answers[None if numbers is None else "class"]
 
     numbers = torch.tensor([0, 0])
-    assert guided(ask, numbers, 1.5).tolist() == [1.0 + 1.5 * 2.0, 2.0 - 1.5]
+    assert classifier_free_guidance(ask, numbers, 1.5).tolist() == [1.0 + 1.5 * 2.0, 2.0 - 1.5]
     assert len(asks) == 2
     asks.clear()
-    assert guided(ask, numbers, 1.0).tolist() == [3.0, 1.0]
-    assert guided(ask, None, 1.0).tolist() == [1.0, 2.0]
+    assert classifier_free_guidance(ask, numbers, 1.0).tolist() == [3.0, 1.0]
+    assert classifier_free_guidance(ask, None, 1.0).tolist() == [1.0, 2.0]
     assert len(asks) == 2
 
 

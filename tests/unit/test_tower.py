@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights
@@ -194,7 +196,9 @@ def test_a_model_of_the_hub_is_fetched_without_pickles_and_without_code(tmp_path
     asked = {}
     write(tmp_path)
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, local_files_only=False):
+        if local_files_only:
+            raise OSError("nothing in the cache")
         asked[name] = allow_patterns
         if name == "somebody/pickled":
             return str(tmp_path / "empty")
@@ -210,6 +214,51 @@ def test_a_model_of_the_hub_is_fetched_without_pickles_and_without_code(tmp_path
     assert "\n" not in str(caught.value)
     with pytest.raises(MissingWeights, match=r"somebody/pickled on the hub is no .* with safetensors"):
         encoder_folder("somebody/pickled")
+
+
+def test_the_hub_is_asked_for_what_is_not_whole_in_the_cache_alone(tmp_path, monkeypatch):
+    """The cache as the hub's library lays it out; a program that asks file by file leaves no listing in it."""
+    kept = tmp_path / "models--somebody--tower"
+    there, fresh, asked = kept / "snapshots" / ("1" * 40), tmp_path / "fresh", []
+    write(there)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1" * 40)
+    write(fresh)
+    local = huggingface_hub.snapshot_download
+
+    def fetch(name, allow_patterns, local_files_only=False):
+        if local_files_only:
+            return local(name, allow_patterns=allow_patterns, local_files_only=True)
+        asked.append(name)
+        return str(fresh)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert (encoder_folder("somebody/tower"), asked) == (there, [])
+    about = (there / "preprocessor_config.json").rename(tmp_path / "aside")  # without it other pixels would be seen
+    assert (encoder_folder("somebody/tower"), asked.pop()) == (fresh, "somebody/tower")
+    about.rename(there / "preprocessor_config.json")
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    index = {"weight_map": {"cls_token": first, "layernorm.weight": second}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index))
+    (there / "model.safetensors").rename(there / first)
+    assert (encoder_folder("somebody/tower"), asked.pop()) == (fresh, "somebody/tower")
+    (there / second).write_bytes((there / first).read_bytes())
+    assert (encoder_folder("somebody/tower"), asked) == (there, [])
+    (there / "model.safetensors.index.json").write_text("[]")
+    assert (encoder_folder("somebody/tower"), asked.pop()) == (fresh, "somebody/tower")
+
+
+def test_whatever_a_network_does_wrong_is_one_line(monkeypatch):
+    class Refused(Exception):
+        """As the proxy's error of the hub's library, which is no OSError."""
+
+    def fetch(name, allow_patterns, local_files_only=False):
+        raise LocalEntryNotFoundError("not here") if local_files_only else Refused("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(MissingWeights, match=r"can be had from the hub: 403 Forbidden; download it first"):
+        encoder_folder("somebody/tower")
 
 
 def test_a_training_without_its_encoder_is_no_tower(tmp_path):
@@ -229,12 +278,21 @@ def test_a_tower_in_a_store_is_not_read_there():
         load_tower(folder)
 
 
-def test_a_tower_is_told_from_others_by_all_its_files(tmp_path):
+def test_a_tower_is_told_from_others_by_what_decides_it_alone(tmp_path):
     write(tmp_path)
-    before = encoder_hash(tmp_path)
-    assert encoder_hash(tmp_path) == before
+    before, network = encoder_hash(tmp_path), encoder_hash(tmp_path, processor=False)
+    for name in ("tokenizer.json", "vocab.json", "generation_config.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+    assert (encoder_hash(tmp_path), encoder_hash(tmp_path, processor=False)) == (before, network)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "image_std": [1, 1, 1]}))
     assert encoder_hash(tmp_path) != before
+    assert encoder_hash(tmp_path, processor=False) == network
+    for path in (tmp_path / "config.json", tmp_path / "model.safetensors"):
+        data = path.read_bytes()
+        path.write_bytes(data + b" ")
+        assert encoder_hash(tmp_path) != before
+        assert encoder_hash(tmp_path, processor=False) != network
+        path.write_bytes(data)
 
 
 def test_images_are_resized_and_normalised_for_another():
