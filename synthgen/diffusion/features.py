@@ -22,7 +22,7 @@ from synthgen.diffusion.backbone import TOO_LITTLE, DiffusionBackbone, Look
 from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 
-__all__ = ["Activations", "FeatureReader", "block_names", "middle_block", "watched"]
+__all__ = ["Activations", "FeatureReader", "as_map", "block_names", "middle_block", "watched"]
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class FeatureReader:
                 self._inverted(latents, look) if self.inversion_steps else self._noised(latents, keys, look)
             )
             grid = model.grid(images.shape[1], images.shape[2])
-            return [_as_map(seen[block], grid).float() for seen in passes for block in self.blocks]
+            return [as_map(seen[block], grid).float() for seen in passes for block in self.blocks]
 
     def _noised(self, latents: Tensor, keys: Sequence[str], look: Look) -> Iterator[Mapping[str, Any]]:
         """What the blocks give at each timestep, for noised latents."""
@@ -275,7 +275,7 @@ def watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -
             handle.remove()
 
 
-def _as_map(output: Any, grid: tuple[int, int]) -> Tensor:
+def as_map(output: Any, grid: tuple[int, int]) -> Tensor:
     """A block's output as b d h w: a tensor or the last of several, which of a transformer is the image's tokens."""
     values: Tensor = output if isinstance(output, Tensor) else output[-1]
     return values if values.dim() == 4 else values.mT.reshape(len(values), -1, *grid)

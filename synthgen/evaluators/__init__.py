@@ -40,8 +40,8 @@ Need = Literal["features", "patches", "maps", "latents", "images", "pairs", "mas
 OF_LABELLED: frozenset[Need] = frozenset(
     {"features", "maps", "latents", "images"}
 )  # the needs that are of images with labels
-Baseline = Literal["random", "pixels"]
-Row = Literal["encoder", "generator", "random", "pixels"]  # of the table
+Baseline = Literal["random", "random generator", "pixels"]
+Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  # of the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class Pictured:
-    """Images whose class is known, at the encoder's size."""
+    """Images whose class is known, at the size at which the encoder or the generator sees them."""
 
     pixels: UInt8[Tensor, "n S S 3"]
     labels: Int[Tensor, " n"]  # as in Labelled
@@ -133,13 +133,14 @@ class Material:
     test_maps: Mapped | None = None
     train_latents: Latents | None = None
     test_latents: Latents | None = None
-    reader: FeatureReader | None = None  # of the generator whose latents they are
+    reader: FeatureReader | None = None  # of the generator, whose latents they are
     train_images: Pictured | None = None
     test_images: Pictured | None = None
     encoder: Encoder | None = None  # of the row; its weights are for all, and a training takes a copy
     pool: str = "mean"  # what of its tokens is a feature: see Encoder.features
     device: str = "cpu"  # where heads are trained
     describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
+    fresh: bool = False  # the row is of the generator with new weights
 
     def labelled(self) -> tuple[Labelled, Labelled]:
         """Training and test images of known class.
@@ -176,17 +177,18 @@ class Material:
         _finite(train.values, test.values)
         return train, test, reader
 
-    def images(self) -> tuple[Pictured, Pictured, Encoder]:
-        """Training and test images of known class, and the encoder.
+    def images(self) -> tuple[Pictured, Pictured, Encoder | FeatureReader]:
+        """Training and test images of known class, and the encoder, or where there is none what reads the generator.
 
         Raises:
             ConfigError: there are none, or the encoder's weights are not numbers.
         """
-        train, test, encoder = self.train_images, self.test_images, self.encoder
-        if train is None or test is None or encoder is None or not len(train.labels) or not len(test.labels):
+        train, test, network = self.train_images, self.test_images, self.encoder or self.reader
+        if train is None or test is None or network is None or not len(train.labels) or not len(test.labels):
             raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no encoder")
-        _finite(*(weight.detach().reshape(1, -1) for weight in encoder.parameters()), what="weights")
-        return train, test, encoder
+        if self.encoder is not None:
+            _finite(*(weight.detach().reshape(1, -1) for weight in self.encoder.parameters()), what="weights")
+        return train, test, network
 
     def scenes(self) -> tuple[Scenes, Scenes]:
         """Training and test images in which it is known what is where.
@@ -220,7 +222,7 @@ class Evaluator(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
     needs: ClassVar[Need]
-    baselines: ClassVar[tuple[Baseline, ...]]  # what stands beside the encoder: a random one, the pixels themselves
+    baselines: ClassVar[tuple[Baseline, ...]]  # what stands beside: random ones, the pixels themselves
 
     def evaluate(self, material: Material) -> dict[str, float]:
         """Named numbers, the same each time; the order of the images does not matter.

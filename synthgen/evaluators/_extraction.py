@@ -54,7 +54,8 @@ class Extracted:
     embeddings: Float32[Tensor, "n e"] | None = None
     maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, of each block
     latents: Float32[Tensor, "l c h w"] | None = None
-    images: UInt8[Tensor, "l S S 3"] | None = None
+    images: UInt8[Tensor, "l S S 3"] | None = None  # at the encoder's size
+    drawn: UInt8[Tensor, "l s s 3"] | None = None  # at the generator's
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ class Extractor:
             side = self.generator.image_size
             total += self.generator.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).nbytes
         if "images" in self.needs:
-            total += 3 * self.view.image_size**2
+            total += 3 * self.view.image_size**2 if self.networks else 0
+            total += 3 * self.generator.image_size**2 if self.generator is not None else 0
         return total
 
     def extract(
@@ -242,9 +244,12 @@ class Extractor:
             found.latents = _put(found.latents, seen.latents[chosen], start, length)
 
     def _keep_images(self, found: Extracted, batch: Sequence[Viewed], start: int, length: int) -> None:
-        if "images" in self.needs:
+        if "images" in self.needs and self.networks:
             pixels = torch.from_numpy(np.stack([row.view.image for row in batch]))
             found.images = _put(found.images, pixels, start, length)
+        if "images" in self.needs and self.generator is not None:
+            drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
+            found.drawn = _put(found.drawn, drawn, start, length)
 
     def _classed(self, view: Sample) -> bool:
         """Whether the class of each masked pixel is known: with ``by_label``, where there is one word and a label."""
@@ -297,9 +302,9 @@ def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latent
     return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
 
 
-def pictured(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Pictured | None:
+def pictured(pixels: UInt8[Tensor, "n S S 3"] | None, numbers: Tensor, keys: Sequence[str]) -> Pictured | None:
     """The images themselves, if they were kept, with the classes ``numbers``."""
-    return None if found.images is None else Pictured(found.images, numbers, tuple(keys))
+    return None if pixels is None else Pictured(pixels, numbers, tuple(keys))
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:

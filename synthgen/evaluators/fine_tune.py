@@ -1,10 +1,10 @@
-"""What an encoder becomes when all of it learns the classes."""
+"""What an encoder, or a generator, becomes when all of it learns the classes."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
+from synthgen.diffusion.truncated import Shape, TruncatedGenerator
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import Baseline, Material, Need, Pictured
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
@@ -24,28 +25,34 @@ from synthgen.models.vit import Encoder, EncoderConfig
 __all__ = ["FineTune"]
 
 _TOLD = 10  # steps between two remarks
-_AT_ONCE = 64  # images that are judged together
+_AT_ONCE = {"encoder": 64, "generator": 16}  # images that are judged together
+_RATES = {"encoder": "learning_rate", "generator": "generator_learning_rate"}  # the setting of each
 _WORSE = 2.0  # times the loss of a guess, of which a sound training has less at any time
 _GUESS = 0.9  # of the loss of a guess: with more at the end nothing was learned
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Classification by the encoder itself, all of whose weights are trained further with a linear layer behind it.
+    """Classification by the encoder or generator itself, all of it trained further with a linear layer behind it.
 
     The end-to-end fine-tuning of He et al. (2022, appendix A), scaled down: mean of the patch tokens, norm, linear
     layer; AdamW (0.9, 0.999), a learning rate that falls from layer to layer by ``layer_decay``, warm-up and half a
     cosine. Theirs learns for 100 epochs, 1024 images a step, at 2e-3 with a ``layer_decay`` of 0.65 (base), and has
     RandAugment, erasing, mixup, cutmix and drop path; ours has crops and mirror images of the middle square.
+
+    Of a generator it is the fine-tuning of DDAE (Xiang et al., 2023): the network up to the block that is read, the
+    mean over space of what that gives, and the same head. The recipe is not known; ours is the encoder's, at a
+    rate of its own. The noise is another draw at each step, and one draw an image where it is judged.
     """
 
     needs: ClassVar[Need] = "images"
-    baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
+    baselines: ClassVar[tuple[Baseline, ...]] = ("random", "random generator")
 
     seeds: int = 3  # trainings, of which the score is the mean
     steps: int = 300  # of a training
     batch_size: int = 32  # images a step
     learning_rate: float = 1e-3  # at its highest, of the last layers
+    generator_learning_rate: float = 1e-4  # the same, where it is a generator that learns
     layer_decay: float = 0.75  # the rate of a layer, as a share of that of the one behind it; 1: all the same
     weight_decay: float = 0.05  # of matrices, by AdamW; biases, norms and tokens have none
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises from 0
@@ -57,8 +64,10 @@ class FineTune:
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.batch_size) < 1:
             raise ValueError("seeds, steps and batch_size must be 1 or more")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.max_norm >= 0):
-            raise ValueError("learning_rate must be above 0, and max_norm and weight_decay 0 or more")
+        if not (self.learning_rate > 0 and self.generator_learning_rate > 0):
+            raise ValueError("learning_rate and generator_learning_rate must be above 0")
+        if not (self.weight_decay >= 0 and self.max_norm >= 0):
+            raise ValueError("max_norm and weight_decay must be 0 or more")
         if not (0 < self.layer_decay <= 1 and 0 < self.crop <= 1):
             raise ValueError("layer_decay and crop must be above 0, and at most 1")
         if not (0 <= self.warmup_ratio <= 1 and 0 <= self.flip <= 1 and 0 <= self.label_smoothing < 1):
@@ -78,9 +87,11 @@ class FineTune:
                 learner = self.learned(material, seed)
                 right.append(_right(learner, test, material.device))
                 fit.append(float(_right(learner, train, material.device).mean()))
+                del learner  # or two would be held while the next one is made
         except torch.OutOfMemoryError:
+            what = "generator" if material.encoder is None else "encoder"
             raise SynthgenError(
-                f"the device has too little memory to train the encoder on {self.batch_size} images at once; "
+                f"the device has too little memory to train the {what} on {self.batch_size} images at once; "
                 "give fine_tune a smaller batch_size"
             ) from None
         accuracy, low, high = mean_with_interval(torch.stack(right).mean(0).numpy())
@@ -94,21 +105,22 @@ class FineTune:
         }
 
     def learned(self, material: Material, seed: int) -> Learner:
-        """A copy of the encoder with a linear layer, trained on images in the order of their keys.
+        """A copy of the encoder or generator with a linear layer, trained on images in the order of their keys.
 
         Raises:
             ConfigError: there is nothing to learn from, or the training diverged.
         """
-        train, _, encoder = material.images()
+        train, _, _ = material.images()
         num_classes, losses = int(train.labels.max()) + 1, list[Tensor]()
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
-            learner = Learner(encoder, num_classes, material.pool).to(material.device)
+            learner = Learner(_copied(material), num_classes, material.pool).to(material.device)
             optimizer = torch.optim.AdamW(layers(learner, self.layer_decay, self.weight_decay), betas=(0.9, 0.999))
-            for step, (images, numbers) in enumerate(self.batches(train, encoder.config, seed)):
+            for step, (images, numbers) in enumerate(self.batches(train, learner.encoder.config, seed)):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step) * group["share"]
-                scores, labels = learner(images.to(material.device)), train.labels[numbers].to(material.device)
+                    group["lr"] = self.rate(step, generator=material.encoder is None) * group["share"]
+                drawn = [f"{train.keys[number]} at step {step} of training {seed}" for number in numbers.tolist()]
+                scores, labels = learner(images.to(material.device), drawn), train.labels[numbers].to(material.device)
                 loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -119,18 +131,19 @@ class FineTune:
                 if step % _TOLD == 0:
                     done = f"training {seed + 1} of {self.seeds}, step {step} of {self.steps}"
                     material.describe(f"{done}, loss {float(losses[-1]):.3f}")
-        _see_that_it_learned(torch.stack(losses), num_classes)
+        _see_that_it_learned(torch.stack(losses), num_classes, learner.what)
         return learner.eval()
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, *, generator: bool = False) -> float:
         """The learning rate of the last layers: up in a line over the warm-up, then down half a cosine to 0."""
+        highest = self.generator_learning_rate if generator else self.learning_rate
         warmup = self.warmup_ratio * self.steps
         if step < warmup:
-            return self.learning_rate * (step + 1) / (warmup + 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, self.steps - warmup)))
+            return highest * (step + 1) / (warmup + 1)
+        return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, self.steps - warmup)))
 
     def batches(
-        self, train: Pictured, config: EncoderConfig, seed: int
+        self, train: Pictured, config: EncoderConfig | Shape, seed: int
     ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
         """Normalised views of the images of each step, and their numbers; all is drawn from the seed."""
         by_key, size = _by_key(train), min(self.batch_size, len(train.keys))
@@ -169,34 +182,42 @@ class Held(ImageDataset):
 
 
 class Learner(nn.Module):
-    """A copy of an encoder, and behind its features a norm and a linear layer that starts as good as silent."""
+    """An encoder or a generator, and behind its features a norm and a linear layer that starts as good as silent."""
 
-    def __init__(self, encoder: Encoder, num_classes: int, pool: str = "mean") -> None:
+    def __init__(self, encoder: Encoder | TruncatedGenerator, num_classes: int, pool: str = "mean") -> None:
         super().__init__()
-        self.encoder, self.pool = copy.deepcopy(encoder).requires_grad_(True).train(), pool
+        self.encoder, self.pool = encoder.requires_grad_(True).train(), pool
         self.norm = nn.LayerNorm(encoder.config.dim, eps=1e-6)
         self.classify = nn.Linear(encoder.config.dim, num_classes)
         nn.init.trunc_normal_(self.classify.weight, std=2e-5)  # as in MAE's code
         nn.init.zeros_(self.classify.bias)
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k"]:
-        """Class scores of normalised images."""
-        scores: Tensor = self.classify(self.norm(self.encoder.features(images, self.pool)))
+    @property
+    def what(self) -> str:
+        """What learns: an encoder, or a generator."""
+        return "generator" if isinstance(self.encoder, TruncatedGenerator) else "encoder"
+
+    def forward(self, images: Float[Tensor, "b 3 H W"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
+        """Class scores of normalised images; a generator's noise for each is that of its key."""
+        encoder = self.encoder
+        seen = encoder(images, keys) if isinstance(encoder, TruncatedGenerator) else encoder.features(images, self.pool)
+        scores: Tensor = self.classify(self.norm(seen))
         return scores
 
-    def scores(self, pixels: UInt8[Tensor, "b S S 3"]) -> Float[Tensor, "b k"]:
+    def scores(self, pixels: UInt8[Tensor, "b S S 3"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
         """Class scores of images as they are."""
         config = self.encoder.config
         mean, std = (torch.tensor(value, device=pixels.device) for value in (config.mean, config.std))
-        scores: Tensor = self(((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2))
+        scores: Tensor = self(((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2), keys)
         return scores
 
 
-def share(name: str, encoder: Encoder, layer_decay: float) -> float:
+def share(name: str, encoder: Encoder | TruncatedGenerator, layer_decay: float) -> float:
     """The learning rate of a weight of :class:`Learner`, as a share of the highest.
 
     As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms behind
-    them have the rate of the linear layer: layer_decay ^ (depth + 1 - layer).
+    them have the rate of the linear layer: layer_decay ^ (depth + 1 - layer). Of a generator layer 0 is whatever lies
+    before its blocks.
     """
     inside = name.removeprefix("encoder.")
     return layer_decay ** (encoder.config.depth + 1 - encoder.layer(inside)) if inside != name else 1.0
@@ -212,7 +233,15 @@ def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[di
     return [{"params": weights, "share": part, "weight_decay": decay} for (part, decay), weights in groups.items()]
 
 
-def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int) -> None:
+def _copied(material: Material) -> Encoder | TruncatedGenerator:
+    """What will learn: a copy, so that the encoder or the generator stays as it is."""
+    _, _, network = material.images()
+    if isinstance(network, Encoder):
+        return copy.deepcopy(network)
+    return TruncatedGenerator(network, fresh=material.fresh, device=material.device)
+
+
+def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
     """Refuse a training whose loss, in the mean of a tenth of the steps, rose far above a guess's and never came down.
 
     Raises:
@@ -226,7 +255,7 @@ def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int) -> N
     )
     if not math.isfinite(worst) or (worst > _WORSE * max(1.0, guess) and last > _GUESS * guess):
         raise ConfigError(
-            "the training of the encoder diverged; give the evaluator a lower learning_rate (its loss rose to "
+            f"the training of the {what} diverged; give the evaluator a lower {_RATES[what]} (its loss rose to "
             f"{worst:.3g} and ended at {last:.3g}; that of a guess is {guess:.3g})"
         )
 
@@ -239,9 +268,12 @@ def _by_key(given: Pictured) -> Int[Tensor, " n"]:
 def _right(learner: Learner, given: Pictured, device: str) -> Tensor:
     """For each image, in the order of the keys, 1 where its class is named, else 0."""
     by_key = _by_key(given)
+    what, parts = learner.what, list[Tensor]()
     with torch.inference_mode():
-        parts = [learner.scores(given.pixels[numbers].to(device)) for numbers in torch.split(by_key, _AT_ONCE)]
+        for numbers in torch.split(by_key, _AT_ONCE[what]):
+            keys = [given.keys[number] for number in numbers.tolist()]
+            parts.append(learner.scores(given.pixels[numbers].to(device), keys))
     scores = torch.cat(parts)
     if not scores.isfinite().all():
-        raise ConfigError("the training of the encoder diverged; give the evaluator a lower learning_rate")
+        raise ConfigError(f"the training of the {what} diverged; give the evaluator a lower {_RATES[what]}")
     return (scores.argmax(1).cpu() == given.labels[by_key]).double()

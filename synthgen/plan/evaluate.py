@@ -212,7 +212,8 @@ class _Looking:
         ends = [(0, time.perf_counter())]
 
         def tick(count: int) -> None:
-            ends.append((ends[-1][0] + count, time.perf_counter()))
+            if count:  # of images that are left out there may be none
+                ends.append((ends[-1][0] + count, time.perf_counter()))
 
         material = gathered(sources, extractor, kinds, stage.patch_memory, tick, {"warnings": []})
         beside = ends[0][1] - started + time.perf_counter() - ends[-1][1]  # to find images, and to sort what was seen
@@ -272,8 +273,9 @@ def _map_bytes(material: Material) -> int:
 
 
 def _pixel_bytes(materials: Collection[Material]) -> int:
-    """What an image's own pixels take in memory, which all rows share."""
-    return max((given.test_images.pixels[0].nbytes for given in materials if given.test_images), default=0)
+    """What an image's own pixels take in memory, which all rows of encoders share, and all of the generator."""
+    sizes = {given.encoder is None: given.test_images.pixels[0].nbytes for given in materials if given.test_images}
+    return sum(sizes.values())
 
 
 def _held(materials: Collection[Material], sizes: Mapping[Need, tuple[tuple[int, int], int]]) -> int:

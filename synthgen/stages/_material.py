@@ -107,7 +107,8 @@ def _add_labelled(
         labels = [source.labels.get(number) for number in numbers[name]]
         keys = [source.samples.key(number) for number in numbers[name]]
         for kind, part in parts.items():
-            part[name] = labelled(found[name], kind, labels, keys, classes)
+            if kind in found[name].features:
+                part[name] = labelled(found[name], kind, labels, keys, classes)
 
 
 def _add_mapped(
@@ -125,15 +126,18 @@ def _add_mapped(
             part[f"{name}_maps"] = mapped(found[name], kind, numbers, keys)
             if kind in extractor.networks:
                 part |= {
-                    f"{name}_images": pictured(found[name], numbers, keys),
+                    f"{name}_images": pictured(found[name].images, numbers, keys),
                     "encoder": extractor.networks[kind],
                     "pool": extractor.pool,
                 }
+            if kind in ("generator", "random generator"):
+                part |= {
+                    f"{name}_images": pictured(found[name].drawn, numbers, keys),
+                    "reader": extractor.generator,
+                    "fresh": kind == "random generator",
+                }
         if "generator" in parts:
-            parts["generator"] |= {
-                f"{name}_latents": as_latents(found[name], numbers, keys),
-                "reader": extractor.generator,
-            }
+            parts["generator"][f"{name}_latents"] = as_latents(found[name], numbers, keys)
 
 
 def _add_scenes(parts: Parts, found: Mapping[str, Extracted], result: dict[str, Any]) -> None:

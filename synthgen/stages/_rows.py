@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["backbone_of", "encoder_name", "extractor_of", "judges", "rows_of"]
 
-_BASELINES: dict[str, Baseline] = {"random encoder": "random", "pixels": "pixels"}
+_BASELINES: dict[str, Baseline] = {
+    "random encoder": "random",
+    "random generator": "random generator",
+    "pixels": "pixels",
+}
 
 
 def judges(evaluator: Evaluator, row: Row) -> bool:
     """Whether an evaluator has something to say of a row.
 
-    Of a generator what needs neither texts nor an encoder's own weights; what needs latents of it alone.
+    Of a generator what needs no texts; what needs latents of it alone.
     """
     if row == "generator":
-        return evaluator.needs not in ("images", "pairs", "masks")
+        return evaluator.needs not in ("pairs", "masks")
     return (row == "encoder" and evaluator.needs != "latents") or row in evaluator.baselines
 
 
@@ -47,10 +51,11 @@ def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluat
         if name in rows:
             raise ConfigError(f"the encoder in {folder} is called as another row of the table; give it another name")
         rows = {name: "encoder", **rows}
+    there = {"random": bool(folder), "random generator": bool(stage.generator)}
     return {
         row: kind
         for row, kind in rows.items()
-        if any(judges(one, kind) for one in evaluators) and (folder or kind != "random")
+        if any(judges(one, kind) for one in evaluators) and there.get(kind, True)
     }
 
 
@@ -98,6 +103,7 @@ def extractor_of(
 def _reader(stage: Evaluate, run: Run, worker: Worker, needs: Collection[Need]) -> FeatureReader:
     from synthgen.diffusion.features import FeatureReader
     from synthgen.diffusion.feedback import FeedbackNetwork
+    from synthgen.diffusion.truncated import see_that_it_can_be_cut
 
     assert stage.generator is not None
     backbone = BACKBONES.build(backbone_of(stage.generator), device=worker.device)
@@ -108,8 +114,10 @@ def _reader(stage: Evaluate, run: Run, worker: Worker, needs: Collection[Need]) 
         inversion_steps=stage.generator_inversion_steps,
         seed=run.seed,
     )
-    if "latents" in needs:
-        FeedbackNetwork(reader)  # what it would refuse is refused before images are read
+    if "latents" in needs:  # what would be refused later is refused before images are read
+        FeedbackNetwork(reader)
+    if "images" in needs:
+        see_that_it_can_be_cut(reader)
     return reader
 
 

@@ -37,7 +37,7 @@ class Evaluate(Stage):
 
     ``evaluate/<label>.json`` gets the scores. Two rows stand beside the encoder's own, without which a score says
     nothing: a ``random encoder`` of the same shape, and the ``pixels`` themselves. With ``generator`` there is a row
-    of a diffusion model's own activations, which needs no encoder beside it. What makes a score doubtful (few images,
+    of a diffusion model, which needs no encoder beside it. What makes a score doubtful (few images,
     classes that training does not know) is told under ``warnings``, and under ``skipped`` why an evaluator that nobody
     asked for by name was left out.
     """
@@ -165,8 +165,6 @@ class Evaluate(Stage):
                 raise Lacking(f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)")
             return
         folder, sources = self.encoder_folder(run), self.sources(run)
-        if need == "images" and folder is None:
-            raise Lacking(f"{name} trains an encoder further, and there is only the generator; give --encoder FOLDER")
         if need == "pairs":
             if folder is None:
                 raise Lacking(f"{name} needs an encoder with a text tower, and there is only the generator")

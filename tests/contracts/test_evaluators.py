@@ -77,7 +77,7 @@ def test_the_order_of_images_does_not_matter(judged):
 def test_what_is_lacking_is_said(name):
     evaluator = build(name)
     assert evaluator.needs in ("features", "patches", "maps", "latents", "images", "pairs", "masks")
-    assert set(evaluator.baselines) <= {"random", "pixels"}
+    assert set(evaluator.baselines) <= {"random", "random generator", "pixels"}
     with pytest.raises(ConfigError, match=r"there are no|share no sample"):
         evaluator.evaluate(Material())
     with pytest.raises(ConfigError, match="unknown setting"):

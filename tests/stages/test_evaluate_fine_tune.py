@@ -108,14 +108,72 @@ def test_how_far_it_is_is_told_by_name(run):  # noqa: F811
     assert told[3:] == ["knn of mae"]
 
 
-def test_a_generator_has_no_row_of_it(run, stable_diffusion):  # noqa: F811
-    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,)), run, ONE)
+def test_a_generator_is_trained_further_beside_a_fresh_one(run, stable_diffusion):  # noqa: F811
+    """And beside encoders, of which each has its own pixels; knn says nothing of the fresh one."""
+    stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK, Choice("knn")))
+    run_stage(stage, run, ONE)
     found = result(run, "mae-generator")
-    assert list(found["scores"]) == ["mae", "random encoder"]
-    assert "the generator has no row: fine_tune can say nothing of it" in found["warnings"]
+    side = found["generator"]["image_size"]
+    assert {row: list(values) for row, values in found["scores"].items()} == {
+        "mae": ["fine_tune", "knn"],
+        "generator": ["fine_tune", "knn"],
+        "random encoder": ["fine_tune", "knn"],
+        "random generator": ["fine_tune"],
+        "pixels": ["knn"],
+    }
+    for row in ("generator", "random generator"):
+        numbers = found["scores"][row]["fine_tune"]
+        assert 0 <= numbers["low"] <= numbers["accuracy"] <= numbers["high"] <= 1
+    assert found["generator"]["timesteps"] == [50]
+    assert found["patch_memory_mb"] == round(40 * (IMAGE + 3 * side**2) / 1e6, 1)
+    assert found["settings"]["evaluators"][0]["generator_learning_rate"] == 1e-4
     shutil.rmtree(run.folder("pretrain"))
-    with pytest.raises(ConfigError, match="fine_tune trains an encoder further, and there is only the generator"):
-        run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,), label="alone"), run, ONE)
+    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,), baselines=False), run, ONE)
+    alone = result(run, "generator")
+    assert list(alone["scores"]) == ["generator"]
+    assert alone["scores"]["generator"]["fine_tune"] == found["scores"]["generator"]["fine_tune"]
+    assert alone["patch_memory_mb"] == round(40 * 3 * side**2 / 1e6, 1)
+
+
+def test_the_encoders_figures_are_the_same_beside_a_generator(run, stable_diffusion):  # noqa: F811
+    run_stage(Evaluate(evaluators=(QUICK,)), run, ONE)
+    run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,)), run, ONE)
+    alone, beside = (result(run, name)["scores"] for name in ("mae", "mae-generator"))
+    assert {row: beside[row] for row in alone} == alone
+
+
+def test_a_generator_is_seen_at_its_own_size(run, stable_diffusion):  # noqa: F811
+    told = {"warnings": []}
+    stage = Evaluate(generator=Choice(str(stable_diffusion)))
+    names, folder = {"train": "train", "test": "val"}, run.folder("pretrain") / "mae"
+    extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
+    sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
+    kinds = ("encoder", "generator", "random generator")
+    material = gathered(sources, extractor, kinds, 1.0, lambda count: None, told)
+    train, _, reader = material["generator"].images()
+    assert reader is extractor.generator
+    assert (material["generator"].fresh, material["random generator"].fresh) == (False, True)
+    assert material["random generator"].train_images.pixels is train.pixels
+    assert material["encoder"].train_images.pixels.shape[1:] == (32, 32, 3)
+    assert train.keys == material["encoder"].train_images.keys
+    for number in range(3):
+        view = CenterCrop(size=reader.image_size)(sources["train"].samples[number])
+        assert torch.equal(train.pixels[number], torch.tensor(view.image))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"generator_timesteps": (50, 150)}, "at one timestep"),
+        ({"generator_blocks": ("mid_block", "up_blocks.0.attentions.0")}, "up to one block"),
+        ({"generator_inversion_steps": 5}, "on noised images"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_beforehand(run, stable_diffusion, monkeypatch, how, said):  # noqa: F811
+    monkeypatch.setattr("synthgen.evaluators._extraction.Extractor.extract", None)
+    stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,), **how)
+    with pytest.raises(ConfigError, match=f"a generator is fine-tuned {said}"), stage.open(run, Worker()) as work:
+        work(0)
 
 
 def test_beside_latents_the_generator_is_not_read(run, stable_diffusion, monkeypatch):  # noqa: F811
@@ -128,7 +186,8 @@ def test_beside_latents_the_generator_is_not_read(run, stable_diffusion, monkeyp
     found = result(run, "mae-generator")
     assert {row: list(values) for row, values in found["scores"].items()} == {
         "mae": ["fine_tune"],
-        "generator": ["diffeed"],
+        "generator": ["fine_tune", "diffeed"],
         "random encoder": ["fine_tune"],
+        "random generator": ["fine_tune"],
     }
     assert found["train"]["images_with_maps"] == found["train"]["images_with_pixels"] == 28

@@ -19,7 +19,7 @@ from synthgen.plan.evaluate import measure_evaluation
 from synthgen.plan.judged import expected, judged
 from synthgen.plan.meter import Meter
 from synthgen.plan.sample import Sample
-from synthgen.plan.source import survey_pictures
+from synthgen.plan.source import Pictures, survey_pictures
 from synthgen.plan.text import render
 from synthgen.run import Run
 from synthgen.runner import run_stage
@@ -142,6 +142,21 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
     assert "knn: 500 x 6 images" in took.basis
     assert "segmentation: 256 x 6 images of 500 x 6, 10 of 400 steps" in took.basis
     assert "fine_tune: 64 x 6 images of 500 x 6, 10 of 300 steps" in took.basis
+
+
+def test_a_generator_that_is_trained_further_is_measured(tmp_path, stable_diffusion):
+    """Beside one that begins anew; both share the pixels, at the generator's own size."""
+    run = make_run(tmp_path / "rounds", units=1, unit_size=6, image_size=32)
+    run_stage(Shards(val_ratio=0.0), run, Local(workers=1))
+    choice = Choice("fine_tune", {"seeds": 1, "batch_size": 2})
+    stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(choice,)).complete()
+    own = expected(90, [make_prompt()], [0] * 90, masks=True)
+    found = judged(stage, Run(tmp_path / "planned"), (own, own), None)
+    sample = Sample(tmp_path, Pictures(90, ()), seed=0, most=6, seconds=1.0)
+    took = measure_evaluation(stage, sample, found, 1, Meter(time.time()))
+    assert min(took.rounds) > 0
+    assert took.held == 180 * 3 * 32 * 32
+    assert took.parts == ("fine_tune: 64 x 64 images of 90 x 90, 10 of 300 steps",)
 
 
 def write_truth_of(folder: Path, count: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -183,7 +184,7 @@ def test_a_step_is_that_of_plain_adamw():
     images, numbers = next(evaluator.batches(material.train_images, material.encoder.config, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = Learner(material.encoder, 3)
+        start = Learner(copy.deepcopy(material.encoder), 3)
     targets = F.one_hot(material.train_images.labels[numbers], 3) * 0.9 + 0.1 / 3
     (-(start(images).log_softmax(1) * targets).sum(1).mean()).backward()
     for name, weight in start.named_parameters():
@@ -226,7 +227,7 @@ def test_images_that_tell_nothing_are_no_divergence():
 
 
 def test_a_device_that_is_too_small_is_told(monkeypatch):
-    def full(self, images):
+    def full(self, images, keys):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Learner, "forward", full)
@@ -238,6 +239,7 @@ def test_a_device_that_is_too_small_is_told(monkeypatch):
     "options",
     [
         {"seeds": 0}, {"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
+        {"generator_learning_rate": 0.0}, {"generator_learning_rate": math.nan},
         {"weight_decay": -0.1}, {"max_norm": -1.0}, {"layer_decay": 0.0}, {"layer_decay": 1.1}, {"crop": 0.0},
         {"crop": 1.5}, {"warmup_ratio": -0.1}, {"warmup_ratio": 1.1}, {"flip": 2.0}, {"label_smoothing": 1.0},
         {"label_smoothing": -0.1},

@@ -1,0 +1,212 @@
+"""A diffusion network cut off behind the block that is read, as an image encoder all of whose weights can learn.
+
+That is what DDAE fine-tunes (Xiang et al., 2023): the network up to one block, at one timestep, averaged over space.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, remove_hook_from_module
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from synthgen.diffusion.backbone import DiffusionBackbone, Look
+from synthgen.diffusion.features import UNFIT, FeatureReader, as_map, block_names, watched
+from synthgen.errors import ConfigError
+from synthgen.prompts import sample_seed
+
+__all__ = ["Shape", "TruncatedGenerator", "see_that_it_can_be_cut"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What :class:`~synthgen.models.vit.EncoderConfig` tells of an encoder, of a generator."""
+
+    image_size: int  # pixels a side
+    dim: int  # channels of the block that is read
+    depth: int  # blocks, that one included
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class TruncatedGenerator(nn.Module):
+    """A copy of a generator's network up to the block that is read, in float32, ready to learn.
+
+    Of what computes behind that block there is no copy. Images are encoded by the generator's own autoencoder and
+    noised to the timestep that the network is told; the prompt is empty. Autoencoder and text encoder are shared with
+    the generator, frozen; the generator itself is left as it is. A network of bfloat16 computes in bfloat16 here too,
+    with weights of float32; one of float16 in float32, for its gradients would be lost.
+
+    Args:
+        reader: tells the generator, the timestep, the block, and the seed of the noise.
+        fresh: begin with new weights, drawn from the reader's seed, as if never trained.
+        device: where the copy lies and computes.
+
+    Raises:
+        ConfigError: see :func:`see_that_it_can_be_cut`; or the block gives no finite numbers, or a layer of a kind that
+            is not known cannot begin anew.
+    """
+
+    def __init__(self, reader: FeatureReader, *, fresh: bool = False, device: str = "cpu") -> None:
+        super().__init__()
+        see_that_it_can_be_cut(reader)
+        self.reader, (self.timestep,), (self.block,) = reader, reader.timesteps, reader.blocks
+        original: nn.Module = reader.model.network
+        names = block_names(original)
+        self.blocks = names[: names.index(self.block) + 1]
+        with torch.inference_mode(False):
+            reached, dim = _reached(reader, self.block)
+            self.network = _copied(original, reached, "cpu" if fresh else device)
+            if fresh:
+                _begin_anew(self.network, reader.seed)
+                self.network.to(device)
+        self.network.register_forward_pre_hook(_in_float32, with_kwargs=True)
+        self.config = Shape(reader.image_size, dim, len(self.blocks))
+        self.halves = original.dtype == torch.bfloat16
+        self._model = _with_network(reader.model, self.network)
+        self._look: tuple[torch.Size, Look] | None = None
+
+    def forward(self, images: Float[Tensor, "b 3 S S"], keys: Sequence[str]) -> Float[Tensor, "b d"]:
+        """The mean over space of what the block gives for normalised images; the noise of each is its key's."""
+        device, side = images.device, self.config.image_size
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        latents = self.reader.latents(pixels)
+        noise = self._model.noise([sample_seed(self.reader.seed, key) for key in keys], latents)
+        noised = self._model.noised(latents, noise, self.timestep).to(device)
+        look, halves = self._looking(noised), torch.autocast(device.type, torch.bfloat16, enabled=self.halves)
+        with halves, watched(self.network, [self.block]) as seen:
+            look(noised, self.timestep)
+        return as_map(seen[self.block], self._model.grid(side, side)).float().mean((2, 3))
+
+    def layer(self, name: str) -> int:
+        """Which layer a weight belongs to: 0 lies before all blocks, k is block k in the order in which they compute.
+
+        What changes the size belongs to the block before it.
+        """
+        inside = name.removeprefix("network.")
+        for number, block in enumerate(self.blocks, start=1):
+            if inside.startswith((f"{block}.", f"{block}.".replace(".attentions.", ".resnets."))):
+                return number
+        level = re.match(r"(down|up)_blocks\.\d+\.", inside)
+        of_level = [number for number, block in enumerate(self.blocks, 1) if level and block.startswith(level[0])]
+        return max(of_level, default=0)
+
+    def _looking(self, noised: Tensor) -> Look:
+        """As a reader looks; the prompt is encoded so that gradients may pass by."""
+        if self._look is None or self._look[0] != noised.shape:
+            with torch.inference_mode(False), torch.no_grad():
+                self._look = noised.shape, self._model.seer([""] * len(noised), noised)
+        return self._look[1]
+
+
+def see_that_it_can_be_cut(reader: FeatureReader) -> None:
+    """See that images are read at one timestep, from one block, and noised.
+
+    Raises:
+        ConfigError: they are not; says what to give.
+    """
+    if reader.inversion_steps:
+        raise ConfigError("a generator is fine-tuned on noised images; leave generator_inversion_steps 0")
+    if len(reader.timesteps) != 1:
+        raise ConfigError(
+            f"a generator is fine-tuned at one timestep, not at {list(reader.timesteps)}; give one generator_timesteps"
+        )
+    if len(reader.blocks) != 1:
+        raise ConfigError(
+            f"a generator is fine-tuned up to one block, not {', '.join(reader.blocks)}; give one generator_blocks"
+        )
+
+
+def _reached(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
+    """The modules that compute, in a pass over a black image, before the block has; and the channels that it gives."""
+    model, side, reached = reader.model, reader.image_size, set[nn.Module]()
+    network: nn.Module = model.network
+    latents = reader.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).to(model.pipeline._execution_device)
+    handles = [
+        module.register_forward_pre_hook(lambda module, given: reached.add(module)) for module in network.modules()
+    ]
+    try:
+        with torch.no_grad(), watched(network, [block]) as seen:
+            model.seer([""], latents)(latents, reader.timesteps[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = as_map(seen[block], model.grid(side, side))
+    if not found.isfinite().all():
+        raise ConfigError(UNFIT)
+    return reached, found.shape[1]
+
+
+def _copied(network: nn.Module, reached: set[nn.Module], device: str) -> nn.Module:
+    """A copy of the modules that are reached, in float32, whose weights can learn; nothing stands for the others.
+
+    It is made weight by weight: there is no second copy meanwhile. What moves the network to the device and away again
+    (offloading) does not move the copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if own and module not in reached:
+            memo[id(module)] = nn.Identity()
+        elif own:
+            memo |= {id(weight): _learning(weight, device) for weight in own}
+        if hasattr(module, "_hf_hook"):  # it knows the other parts of the pipeline, which must not be copied
+            memo[id(module._hf_hook)] = ModelHook()
+    copied = copy.deepcopy(network, memo)
+    remove_hook_from_module(copied, recurse=True)
+    return copied.to(device, torch.float32)
+
+
+def _learning(weight: nn.Parameter, device: str) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+
+
+def _begin_anew(network: nn.Module, seed: int) -> None:
+    """New weights, as torch's layers begin; drawn on the CPU, so that they are the same for any device.
+
+    Raises:
+        ConfigError: a layer does not say how it begins.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in network.modules():
+            own = dict(module.named_parameters(recurse=False))
+            reset = getattr(module, "reset_parameters", None)
+            if own and reset is not None:
+                reset()
+            elif own.keys() <= {"weight", "bias"} and all(weight.ndim == 1 for weight in own.values()):  # of a norm
+                for name, weight in own.items():
+                    weight.fill_(float(name == "weight"))
+            else:
+                raise ConfigError(
+                    f"a {type(module).__name__} of the generator cannot begin anew, as the row 'random generator' "
+                    "needs; give baselines=false"
+                )
+
+
+def _with_network(model: DiffusionBackbone, network: nn.Module) -> DiffusionBackbone:
+    """The same backbone with another network; all else is shared, and the backbone itself is as it was."""
+    other = copy.copy(model)
+    other.pipeline = copy.copy(model.pipeline)
+    (name,) = (name for name, part in model.pipeline.components.items() if part is model.network)
+    setattr(other.pipeline, name, network)
+    return other
+
+
+def _in_float32(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a network is called with, such as a prompt that was encoded in halves, as its weights are."""
+    return _cast(given), _cast(named)
+
+
+def _cast(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(part) for part in value)
+    return {name: _cast(part) for name, part in value.items()} if isinstance(value, dict) else value
