@@ -64,7 +64,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
     template: Annotated[str | None, typer.Option(help="File of templates for the marked words.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images of each prompt.  [default: 1]")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many images; 0 is all.")] = None,
     backbone: BackboneOption = None,
     model: ModelOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -94,7 +94,7 @@ def attend(
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
     metadata: MetadataOption = None,
     caption: CaptionOption = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many images; 0 is all.")] = None,
     fit: Annotated[
         str | None,
         typer.Option(help="How the network sees an image: aspect (its proportions) or stretch.  [default: aspect]"),

@@ -63,6 +63,7 @@ class ConsoleProgress(Progress):
     def start(self, stage: str, total: int, done: int) -> None:
         """Begin a bar at ``done`` of ``total`` samples."""
         self._stage, self._total, self._done, self._before = stage, total, done, done
+        self._measured = False
         self._started = self._said = time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
@@ -81,16 +82,16 @@ class ConsoleProgress(Progress):
         """Move on by ``count`` samples."""
         self._done += count
         now = time.monotonic()
+        if not self._measured:  # libraries and models were loaded before the first samples; that is no rate
+            self._measured, self._started, self._before = True, now, self._done
         rate = (self._done - self._before) / max(now - self._started, 1e-6)
-        if not rate:
-            return
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
-        elif now - self._said >= self.every_seconds:
+            self._bar.update(self._task, completed=self._done, rate=f"{_short(rate)}/s" if rate else "")
+        elif rate and now - self._said >= self.every_seconds:
             self._said = now
             left = duration((self._total - self._done) / rate)
             text = f", {self._text}" if self._text else ""
-            print(f"{self._stage}: {self._done}/{self._total}, {rate:.1f}/s, {left} left{text}", file=sys.stderr)
+            print(f"{self._stage}: {self._done}/{self._total}, {_short(rate)}/s, {left} left{text}", file=sys.stderr)
 
     def skip(self, count: int) -> None:
         """Move on by ``count`` samples that an earlier call made: they say nothing of the rate."""
@@ -109,3 +110,8 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _short(rate: float) -> str:
+    """Two digits that count, all of those before the point."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -27,10 +27,11 @@ class FolderDataset(ImageDataset):
 
     def __init__(self, path: str | Path) -> None:
         self.path = located(path)
-        endings = {*(f".{name}" for name in IMAGES), ".bmp"}
+        endings = {*(f".{name}" for name in IMAGES), ".bmp", ".gif"}
         self._files = _shown(self.path, (file for file in self.path.rglob("*") if file.suffix.lower() in endings))
         if not self._files:
-            raise MissingArtifact(f"there are neither tars nor images in {self.path}")
+            kinds = ", ".join(sorted(endings))
+            raise MissingArtifact(f"there are neither tars nor images ({kinds}) in {self.path}")
 
     def __len__(self) -> int:
         return len(self._files)
