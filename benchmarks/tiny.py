@@ -41,7 +41,7 @@ from synthgen.tiny.truth import BATCH, SEED, held_out
 JUDGE = Path(__file__).with_name("tiny_judge.safetensors")
 STEPS = (4, 8, 12, 16, 25)
 GUIDANCE = (2.0, 3.0, 4.0, 5.0)
-NUM_PAIRS = 128
+NUM_PAIRS = 512
 CHUNK = 16  # images a batch
 ROWS = 1000  # images of one run of keys
 
