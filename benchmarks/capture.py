@@ -93,7 +93,7 @@ class Scene:
     def sizes(self) -> dict[int, Size]:
         """The grids whose attention to the text counts, by their number of tokens; the finest first."""
         found = {}
-        for level in sorted(self.family.looking.cross_levels):
+        for level in sorted(self.family.selection.cross_levels):
             rows, columns = self.family.grid(*self.family.size)
             for _ in range(level.bit_length() - 1):
                 rows, columns = -(-rows // 2), -(-columns // 2)
@@ -114,7 +114,7 @@ class Scene:
     @functools.cached_property
     def candidates(self) -> list[str]:
         """The names of processors that may attend to the text."""
-        names = (name for name in self.network.attn_processors if name.startswith(self.family.looking.layers))
+        names = (name for name in self.network.attn_processors if name.startswith(self.family.selection.layers))
         return [name for name in names if self.joint or "attn2" in name]
 
     @functools.cached_property
@@ -136,7 +136,7 @@ class Scene:
 
     def conditional(self, values: Tensor) -> Tensor:
         """The conditional half of a batch."""
-        return values.chunk(2)[1] if self.family.guided() else values
+        return values.chunk(2)[1] if self.family.uses_cfg() else values
 
     def draw(self, *, recorded: bool = False) -> Any:
         """Draw the images; returns the recorder."""
@@ -151,7 +151,7 @@ def make_scene(family: str, size: str, options: argparse.Namespace) -> Scene:
     side = options.resolution or preset.resolution
     guidance = kind.guidance_scale if options.guidance is None else options.guidance
     sampling = Sampling(options.steps or preset.steps or kind.num_steps, guidance, "", side, side)
-    drawn = kind(pipeline, sampling, kind.looking_at)
+    drawn = kind(pipeline, sampling, kind.default_selection)
     prompts = [parse_line(LINES[row % len(LINES)]) for row in range(options.batch)]
     encoders = drawn.encoders()
     tokens = [list(locate_in_encoders(encoders, prompt).positions) for prompt in prompts]

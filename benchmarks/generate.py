@@ -17,7 +17,7 @@ from _common import rounds, write_result
 
 from synthgen import tiny
 from synthgen.attention.words import locate_words
-from synthgen.diffusion import Loading, Looking, Sampling, StableDiffusion, load_pipeline
+from synthgen.diffusion import AttentionSelection, Loading, Sampling, StableDiffusion, load_pipeline
 from synthgen.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +63,8 @@ def main() -> None:
     pipeline = load_pipeline(Loading(str(tiny.WEIGHTS)), ["StableDiffusionPipeline"])
     side = StableDiffusion.native_size(pipeline)
     sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", side, side)
-    model = StableDiffusion(pipeline, sampling, Looking(cross_levels=(1, 2), self_level=1))
-    part = StableDiffusion(pipeline, sampling, Looking((1, 2), 1, layers=("up_blocks",), first=0.5))
+    model = StableDiffusion(pipeline, sampling, AttentionSelection(cross_levels=(1, 2), self_level=1))
+    part = StableDiffusion(pipeline, sampling, AttentionSelection((1, 2), 1, layers=("up_blocks",), skip_steps=0.5))
     prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: options.batch_size]
     texts, seeds = [prompt.text for prompt in prompts], list(range(len(prompts)))
     tokens = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]

@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Family(Generic[T]):
+class Registry(Generic[T]):
     """All parts of one kind: the modules of ``package``, each with the one name of its ``__all__``, and entry points.
 
-    ``Family("synthgen.refiners").build(Choice("threshold"))`` imports that module alone.
+    ``Registry("synthgen.refiners").build(Choice("threshold"))`` imports that module alone.
     """
 
     package: str

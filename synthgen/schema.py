@@ -18,20 +18,20 @@ from typing import Any
 
 from synthgen.config import Choice, dump, settings_model
 from synthgen.errors import UnknownName
-from synthgen.registry import Family
+from synthgen.registry import Registry
 from synthgen.stages import STAGES
 from synthgen.text import WIDTH, columns, table, wrap
 
 __all__ = ["listing", "remarks", "settings_schema"]
 
 #: By the setting that names a part: its family, and which arguments are no options because the stage gives them.
-_PARTS: dict[str, tuple[Family[Any], tuple[str, ...]]] = {
-    "attend.backbone": (Family("synthgen.backbones"), ("device",)),
-    "generate.backbone": (Family("synthgen.backbones"), ("device",)),
-    "masks.refine": (Family("synthgen.refiners"), ()),
-    "pretrain.method": (Family("synthgen.methods"), ("encoder",)),
-    "evaluate.evaluators": (Family("synthgen.evaluators"), ()),
-    "engine": (Family("synthgen.engines"), ()),
+_PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
+    "attend.backbone": (Registry("synthgen.backbones"), ("device",)),
+    "generate.backbone": (Registry("synthgen.backbones"), ("device",)),
+    "masks.refine": (Registry("synthgen.refiners"), ()),
+    "pretrain.method": (Registry("synthgen.methods"), ("encoder",)),
+    "evaluate.evaluators": (Registry("synthgen.evaluators"), ()),
+    "engine": (Registry("synthgen.engines"), ()),
 }
 _NO_REMARK = re.compile(r"(type|noqa|fmt|pragma|mypy)\b")  # comments for tools
 
@@ -131,13 +131,13 @@ def _everything() -> dict[str, Any]:
     return {"stages": STAGES.names(), "parts": {path: _names(path) for path in _PARTS}}
 
 
-def _choice(family: Family[Any]) -> dict[str, Any]:
+def _choice(family: Registry[Any]) -> dict[str, Any]:
     """The JSON schema of a part's name."""
     parts = [{"const": name, "description": _summary(family, name)} for name in family.names()]
     return {"title": family.kind, "type": "string", "oneOf": parts}
 
 
-def _summary(family: Family[Any], name: str) -> str:
+def _summary(family: Registry[Any], name: str) -> str:
     """The first line of a part's module, which is not imported for that."""
     spec = importlib.util.find_spec(f"{family.package}.{name}")
     if spec is None or not spec.origin or not Path(spec.origin).is_file():

@@ -31,13 +31,13 @@ from torch.overrides import TorchFunctionMode
 from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
 from synthgen.records import AFFINITY_OFFSETS
 
-__all__ = ["Recorder", "Sight", "record"]
+__all__ = ["AttentionCall", "Recorder", "record"]
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionCall:
     """What one attention layer computes with, once: both halves of a guided batch, all heads."""
 
     query: Float[Tensor, "b h n d"]
@@ -46,20 +46,20 @@ class Sight:
     scale: float
     mask: Tensor | None = None  # what was added to the logits, or bool: which keys are seen; spreads over b h n k
 
-    def half(self) -> Sight:
+    def conditional(self) -> AttentionCall:
         """The second half of the batch, which is the conditional one."""
         mask = self.mask
         if mask is not None and mask.dim() == 4 and len(mask) > 1:
             mask = mask.chunk(2)[1]
         normaliser = None if self.normaliser is None else self.normaliser.chunk(2)[1]
-        return Sight(self.query.chunk(2)[1], self.key.chunk(2)[1], normaliser, self.scale, mask)
+        return AttentionCall(self.query.chunk(2)[1], self.key.chunk(2)[1], normaliser, self.scale, mask)
 
-    def normalised(self) -> Sight:
+    def normalised(self) -> AttentionCall:
         """With the normaliser, in float32."""
         if self.normaliser is not None:
             return self
         normaliser = log_normaliser(self.query, self.key, scale=self.scale, mask=self.mask)
-        return Sight(self.query, self.key, normaliser, self.scale, self.mask)
+        return AttentionCall(self.query, self.key, normaliser, self.scale, self.mask)
 
 
 @dataclass
@@ -69,24 +69,24 @@ class Recorder:
     Args:
         latent_size: rows and columns of the finest grid of tokens: the latent of a U-Net, its patches of a transformer.
         tokens: for each image of the batch, for each word, the positions of its tokens in the text.
-        guided: whether the batch holds an unconditional half first. Asked while recording, so that it is the
+        uses_cfg: whether the batch holds an unconditional half first. Asked while recording, so that it is the
             pipeline's own flag that counts and not the batch's size.
         cross_levels: the factors, against the latent, of the grids whose cross-attention counts.
         self_level: the factor of the grid whose self-attention is kept.
         text: where the text stands in the sequence of a transformer, before or after the image.
-        pausing: asked at every layer of every step; while it says True nothing is added.
+        paused: asked at every layer of every step; while it says True nothing is added.
     """
 
     latent_size: Size
     tokens: Sequence[Sequence[Sequence[int]]]
-    guided: Callable[[], bool]
-    cross_levels: tuple[int, ...] = (1, 2)
+    uses_cfg: Callable[[], bool]
+    cross_levels: tuple[int, ...]
     self_level: int = 1
     text: Literal["first", "last"] = "first"
-    pausing: Callable[[], bool] = lambda: False
-    _cross: dict[Size, Tensor] = field(default_factory=dict)
-    _self: Tensor | None = None
-    _counts: dict[Size | str, int] = field(default_factory=dict)
+    paused: Callable[[], bool] = lambda: False
+    _cross: dict[Size, Tensor] = field(default_factory=dict, init=False)
+    _self: Tensor | None = field(default=None, init=False)
+    _counts: dict[Size | str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._cross_sizes = {rows * columns: (rows, columns) for rows, columns in map(self.grid, self.cross_levels)}
@@ -102,53 +102,48 @@ class Recorder:
 
     # -- while the model runs
 
-    @property
-    def paused(self) -> bool:
-        """Whether nothing is added now."""
-        return self.pausing()
-
-    def cross(self, sight: Sight) -> None:
+    def cross_attention(self, call: AttentionCall) -> None:
         """Add one cross-attention layer at one step: image rows, text columns."""
-        size = self._cross_sizes.get(sight.query.shape[2])
+        size = self._cross_sizes.get(call.query.shape[2])
         if size is not None and self._num_words:
-            sight = self._conditional(sight).normalised()
-            self._add_words(size, sight, slice(None), first_key=0)
+            call = self._conditional(call).normalised()
+            self._add_words(size, call, slice(None), first_key=0)
 
-    def own(self, sight: Sight) -> None:
+    def self_attention(self, call: AttentionCall) -> None:
         """Add one self-attention layer at one step: only the edges of ``AFFINITY_OFFSETS`` are kept."""
         rows, columns = self.grid(self.self_level)
-        if sight.query.shape[2] == rows * columns:
-            sight = self._conditional(sight).normalised()
-            self._add_edges(sight, slice(None))
+        if call.query.shape[2] == rows * columns:
+            call = self._conditional(call).normalised()
+            self._add_edges(call, slice(None))
 
-    def joint(self, sight: Sight) -> None:
+    def joint_attention(self, call: AttentionCall) -> None:
         """Add one layer over text and image together (or over the image alone) at one step."""
         rows, columns = self.latent_size
-        num_pixels, num_all = rows * columns, sight.query.shape[2]
+        num_pixels, num_all = rows * columns, call.query.shape[2]
         if num_all < num_pixels:
             return
-        sight = self._conditional(sight).normalised()
+        call = self._conditional(call).normalised()
         start = num_all - num_pixels if self.text == "first" else 0
         image = slice(start, start + num_pixels)
-        self._add_edges(sight, image)
+        self._add_edges(call, image)
         if num_all > num_pixels and self._num_words:
-            self._add_words((rows, columns), sight, image, first_key=0 if self.text == "first" else num_pixels)
+            self._add_words((rows, columns), call, image, first_key=0 if self.text == "first" else num_pixels)
 
-    def _conditional(self, sight: Sight) -> Sight:
-        return sight.half() if self.guided() else sight
+    def _conditional(self, call: AttentionCall) -> AttentionCall:
+        return call.conditional() if self.uses_cfg() else call
 
-    def _add_words(self, size: Size, sight: Sight, image: slice, *, first_key: int) -> None:
+    def _add_words(self, size: Size, call: AttentionCall, image: slice, *, first_key: int) -> None:
         """exp(scale q · k - L) in the rows ``image`` at the words' keys, mean over heads, mean over a word's tokens."""
-        assert sight.normaliser is not None
-        query, normaliser = sight.query[:, :, image], sight.normaliser[:, :, image]
+        assert call.normaliser is not None
+        query, normaliser = call.query[:, :, image], call.normaliser[:, :, image]
         if self._columns is None:
             self._columns = self._wanted(query.device)
         places, weights = self._columns  # b t and b words t
         wanted = (places + first_key)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        keys = torch.gather(sight.key, 2, wanted).float()
-        logits = keys @ (query.float() * sight.scale).transpose(-1, -2)  # b h t n
-        if sight.mask is not None:
-            logits = logits + self._mask_at(sight.mask, places + first_key, logits)
+        keys = torch.gather(call.key, 2, wanted).float()
+        logits = keys @ (query.float() * call.scale).transpose(-1, -2)  # b h t n
+        if call.mask is not None:
+            logits = logits + self._mask_at(call.mask, places + first_key, logits)
         probabilities = torch.exp(logits - normaliser[:, :, None]).mean(dim=1)
         maps = weights @ probabilities
         if size in self._cross:
@@ -165,14 +160,14 @@ class Recorder:
             row = torch.zeros_like(row, dtype=logits.dtype).masked_fill(~row, float("-inf"))
         return torch.gather(row, 1, places)[:, None, :, None].to(logits.dtype)
 
-    def _add_edges(self, sight: Sight, image: slice) -> None:
+    def _add_edges(self, call: AttentionCall, image: slice) -> None:
         """For each edge between pixels the mean of both ways' probabilities, in multiples of uniform attention."""
-        assert sight.normaliser is not None
+        assert call.normaliser is not None
         rows, columns = self.grid(self.self_level)
-        b, heads, _, d = sight.query.shape
-        q = (sight.query[:, :, image].float() * sight.scale).reshape(b, heads, rows, columns, d)
-        k = sight.key[:, :, image].float().reshape(b, heads, rows, columns, d)
-        level = sight.normaliser[:, :, image].reshape(b, heads, rows, columns)
+        b, heads, _, d = call.query.shape
+        q = (call.query[:, :, image].float() * call.scale).reshape(b, heads, rows, columns, d)
+        k = call.key[:, :, image].float().reshape(b, heads, rows, columns, d)
+        level = call.normaliser[:, :, image].reshape(b, heads, rows, columns)
         if self._self is None:
             self._self = q.new_zeros((len(q), len(AFFINITY_OFFSETS), rows, columns))
         for edge, (down, right) in enumerate(AFFINITY_OFFSETS):
@@ -236,11 +231,11 @@ class Recorder:
 
 
 class _Tap(TorchFunctionMode):
-    """While active, hands what PyTorch's attention is called with to ``look``; its output is as without."""
+    """While active, hands what PyTorch's attention is called with to ``observe``; its output is as without."""
 
-    def __init__(self, look: Callable[[Sight], None]) -> None:
+    def __init__(self, observe: Callable[[AttentionCall], None]) -> None:
         super().__init__()
-        self.look, self.seen = look, False
+        self.observe, self.seen = observe, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -262,7 +257,8 @@ class _Tap(TorchFunctionMode):
         if is_causal or enable_gqa:
             raise RuntimeError("attention that is causal, or grouped by queries, cannot be recorded")
         output, normaliser = attention_with_normaliser(query, key, value, attn_mask, dropout_p, scale=scale)
-        self.look(Sight(query, key, normaliser, query.shape[-1] ** -0.5 if scale is None else scale, attn_mask))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.observe(AttentionCall(query, key, normaliser, scale, attn_mask))
         return output
 
 
@@ -284,10 +280,12 @@ class _Recording:
     ) -> Any:
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, *args)
         recorder = self.recorder
-        if recorder.paused:
+        if recorder.paused():
             return self.inner(*arguments, **kwargs)
-        look = recorder.joint if self.joint else recorder.own if encoder_hidden_states is None else recorder.cross
-        with _Tap(look) as tap:
+        cross = encoder_hidden_states is not None
+        unet = recorder.cross_attention if cross else recorder.self_attention
+        observe = recorder.joint_attention if self.joint else unet
+        with _Tap(observe) as tap:
             output = self.inner(*arguments, **kwargs)
         if not tap.seen:
             if self.joint:
@@ -295,11 +293,11 @@ class _Recording:
                     f"{type(self.inner).__name__} does not call PyTorch's attention, so there is nothing to record"
                 )
             text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            look(projected(attn, hidden_states, text))
+            observe(projected(attn, hidden_states, text))
         return output
 
 
-def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k e"]) -> Sight:
+def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k e"]) -> AttentionCall:
     """The queries and keys of a U-Net's attention layer, projected once more, for processors that keep them hidden.
 
     Such are sliced attention and xFormers'. ``layer`` has no norms before its projections, as in the transformer
@@ -309,7 +307,7 @@ def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float
         project(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
         for project, x in ((layer.to_q, queries_from), (layer.to_k, keys_from))
     )
-    return Sight(query, key, None, layer.scale)
+    return AttentionCall(query, key, None, layer.scale)
 
 
 @contextmanager

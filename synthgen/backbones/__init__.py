@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from synthgen.records import Generation, Request
-from synthgen.registry import Family
+from synthgen.registry import Registry
 
 __all__ = ["BACKBONES", "Backbone"]
 
@@ -47,4 +47,4 @@ class Backbone(Protocol):
         ...
 
 
-BACKBONES: Family[Backbone] = Family(__name__, "generate.backbone")
+BACKBONES: Registry[Backbone] = Registry(__name__, "generate.backbone")

@@ -70,12 +70,12 @@ class Diffusers:
             height,
             width,
         )
-        looking = family.looking_at
+        selection = family.default_selection
         if skip_steps is not None:
-            looking = replace(looking, first=skip_steps)
-        self.family = family(pipeline, sampling, looking)
+            selection = replace(selection, skip_steps=skip_steps)
+        self.family = family(pipeline, sampling, selection)
         if layers:
-            self.family.look_at(layers)
+            self.family.select_layers(layers)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from synthgen import tiny
-from synthgen.diffusion import Loading, Looking, Sampling, StableDiffusion, load_pipeline
+from synthgen.diffusion import AttentionSelection, Loading, Sampling, StableDiffusion, load_pipeline
 
 __all__ = ["Tiny"]
 
@@ -32,6 +32,5 @@ class Tiny(StableDiffusion):
         pipeline = load_pipeline(Loading(str(tiny.WEIGHTS), device=device), ["StableDiffusionPipeline"])
         side = self.native_size(pipeline)
         sampling = Sampling(num_steps, guidance_scale, negative_prompt, side, side)
-        super().__init__(
-            pipeline, sampling, Looking(cross_levels=(1,), self_level=1, layers=("up_blocks.2.",), first=0.6)
-        )
+        selection = AttentionSelection(cross_levels=(1,), self_level=1, layers=("up_blocks.2.",), skip_steps=0.6)
+        super().__init__(pipeline, sampling, selection)

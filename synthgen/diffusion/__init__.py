@@ -1,6 +1,6 @@
 """Diffusion pipelines of ``diffusers``: loading them, generating with them, and recording their attention."""
 
-from synthgen.diffusion.backbone import DiffusionBackbone, Looking, Sampling, one_thread
+from synthgen.diffusion.backbone import AttentionSelection, DiffusionBackbone, Sampling, one_thread
 from synthgen.diffusion.families import (
     FAMILIES,
     Flux,
@@ -14,11 +14,11 @@ from synthgen.diffusion.loading import SHORT_NAMES, DType, Loading, load_pipelin
 __all__ = [
     "FAMILIES",
     "SHORT_NAMES",
+    "AttentionSelection",
     "DType",
     "DiffusionBackbone",
     "Flux",
     "Loading",
-    "Looking",
     "Sampling",
     "StableDiffusion",
     "StableDiffusion3",

@@ -20,7 +20,7 @@ from synthgen.errors import ConfigError, SynthgenError
 from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
 
-__all__ = ["BLACK", "FLAGGED", "RETRIES", "UNSEEN", "DiffusionBackbone", "Looking", "Sampling", "one_thread"]
+__all__ = ["BLACK", "FLAGGED", "RETRIES", "UNSEEN", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
 
 RETRIES = 2  # other seeds that a failed image is tried with
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
@@ -30,7 +30,7 @@ TOO_LITTLE = (
     "the device has too little memory for one image; try dtype float16 or bfloat16, offload: true, or a smaller size"
 )
 
-Look = Callable[[Tensor, float], Tensor]  # noised latents and a timestep to what the network says of them
+Denoiser = Callable[[Tensor, float], Tensor]  # noised latents and a timestep to what the network says of them
 Step = Callable[[Tensor, int, Tensor], Tensor]  # latents, the number of a step, and what the network said of them
 
 
@@ -58,13 +58,13 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Looking:
+class AttentionSelection:
     """Which attention counts."""
 
     cross_levels: tuple[int, ...] = (1,)  # the grids of cross-attention, as factors against the finest
     self_level: int = 1  # and that of self-attention
     layers: tuple[str, ...] = ("",)  # beginnings of the names of the layers; "" is all
-    first: float = 0.0  # the share of the steps, the noisiest ones, that are not recorded
+    skip_steps: float = 0.0  # the share of the steps, the noisiest ones, that are not recorded
 
 
 class DiffusionBackbone(ABC):
@@ -73,13 +73,13 @@ class DiffusionBackbone(ABC):
     Args:
         pipeline: a text-to-image pipeline of the family, on its device.
         sampling: steps, guidance and size.
-        looking: which attention is recorded.
+        selection: which attention is recorded.
     """
 
     text: ClassVar[Literal["first", "last"]] = "first"  # where a transformer's sequence has its text
 
-    def __init__(self, pipeline: Any, sampling: Sampling, looking: Looking) -> None:
-        self.pipeline, self.sampling, self.looking = pipeline, sampling, looking
+    def __init__(self, pipeline: Any, sampling: Sampling, selection: AttentionSelection) -> None:
+        self.pipeline, self.sampling, self.selection = pipeline, sampling, selection
 
     # -- what differs between families
 
@@ -101,7 +101,7 @@ class DiffusionBackbone(ABC):
         negative = self.sampling.negative_prompt
         return {"negative_prompt": [negative] * len(texts)} if negative else {}
 
-    def guided(self) -> bool:
+    def uses_cfg(self) -> bool:
         """Whether the network sees an unconditional half first, by the pipeline's own flag."""
         return bool(self.pipeline.do_classifier_free_guidance)
 
@@ -110,7 +110,7 @@ class DiffusionBackbone(ABC):
         """The latents as they would be at a timestep of training (0 to 999)."""
 
     @abstractmethod
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+    def denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
         """A function that runs the network once, without guidance, on noised latents of its own type at a timestep."""
 
     @abstractmethod
@@ -119,13 +119,13 @@ class DiffusionBackbone(ABC):
 
     # -- what they share
 
-    def look_at(self, layers: tuple[str, ...]) -> None:
+    def select_layers(self, layers: tuple[str, ...]) -> None:
         """Record these layers alone, on those of the wanted grids that they have.
 
         Raises:
             ConfigError: there are no such layers, or they have one kind of attention on none of these grids.
         """
-        wanted = self.looking.cross_levels
+        wanted = self.selection.cross_levels
         found = [[level for level in wanted if level in levels] for levels in levels_of(self.network, layers)]
         for kind, levels in zip(("cross-attention", "self-attention"), found, strict=True):
             if not levels:
@@ -135,7 +135,7 @@ class DiffusionBackbone(ABC):
                     "each way); give other layers as well"
                 )
         cross, own = found
-        self.looking = replace(self.looking, layers=layers, cross_levels=tuple(cross), self_level=min(own))
+        self.selection = replace(self.selection, layers=layers, cross_levels=tuple(cross), self_level=min(own))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,8 +145,8 @@ class DiffusionBackbone(ABC):
     @property
     def multiple(self) -> int:
         """Sides that are multiples of so many pixels fill every recorded grid to its edge."""
-        looking = self.looking
-        return int(self.pipeline.vae_scale_factor) * max(2, looking.self_level, *looking.cross_levels)
+        selection = self.selection
+        return int(self.pipeline.vae_scale_factor) * max(2, selection.self_level, *selection.cross_levels)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request.
@@ -186,8 +186,8 @@ class DiffusionBackbone(ABC):
                 for generation, flag in zip(made, flagged, strict=True)
             ]
         self._put_back(before)
-        half = _half(requests)
-        return [*self._generate(requests[:half]), *self._generate(requests[half:])]
+        middle = _split_point(requests)
+        return [*self._generate(requests[:middle]), *self._generate(requests[middle:])]
 
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
         """Whether a safety checker objects to each image. None is asked unless a family says otherwise."""
@@ -205,9 +205,9 @@ class DiffusionBackbone(ABC):
         Each image is noised to every timestep and seen by the network once at each: one draw of noise an image, from
         its request's seed. With ``inversion_steps`` there is no noise and no use for ``timesteps``: the image is
         carried to noise in so many deterministic steps (DDIM inversion; for linear mixtures Euler's method), and the
-        record is made on the way, without the noisiest share of the steps that ``looking.first`` says. Both with the
-        image's own prompt and without guidance. A batch for which the device has too little memory is halved; an image
-        whose attention has values that are no numbers says so under ``failed``.
+        record is made on the way, without the noisiest share of the steps that ``selection.skip_steps`` says. Both with
+        the image's own prompt and without guidance. A batch for which the device has too little memory is halved; an
+        image whose attention has values that are no numbers says so under ``failed``.
         """
         located, tokens = self._locate(requests)
         before = self.pipeline.vae.dtype
@@ -221,10 +221,10 @@ class DiffusionBackbone(ABC):
                 generation if _finite(generation.maps) else replace(generation, failed=UNSEEN) for generation in made
             ]
         self._put_back(before)
-        half = _half(requests)
+        middle = _split_point(requests)
         return [
-            *self.attend(images[:half], requests[:half], timesteps, inversion_steps),
-            *self.attend(images[half:], requests[half:], timesteps, inversion_steps),
+            *self.attend(images[:middle], requests[:middle], timesteps, inversion_steps),
+            *self.attend(images[middle:], requests[middle:], timesteps, inversion_steps),
         ]
 
     def _put_back(self, dtype: torch.dtype) -> None:
@@ -247,17 +247,17 @@ class DiffusionBackbone(ABC):
     ) -> Recorder:
         """The recorder that looked on while the network saw the images."""
         device = self.pipeline._execution_device
-        recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, guided=lambda: False)
+        recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, uses_cfg=lambda: False)
         with torch.inference_mode():
             latents = self.encode(torch.from_numpy(images).to(device)).float()
-            look = self.seer([request.prompt.text for request in requests], latents)
-            with record(self.network, recorder, self.looking.layers):
+            denoise = self.casting_denoiser([request.prompt.text for request in requests], latents)
+            with record(self.network, recorder, self.selection.layers):
                 if inversion_steps:
-                    self.invert(latents, look, inversion_steps, recorder)
+                    self.invert(latents, denoise, inversion_steps, recorder)
                 else:
                     noise = self.noise([request.seed for request in requests], latents)
                     for timestep in timesteps:
-                        look(self.noised(latents, noise, timestep), timestep)
+                        denoise(self.noised(latents, noise, timestep), timestep)
         return recorder
 
     def noise(self, seeds: Sequence[int], latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -265,21 +265,21 @@ class DiffusionBackbone(ABC):
         draws = [torch.randn(latents.shape[1:], generator=_generator(seed)) for seed in seeds]
         return torch.stack(draws).to(latents.device)
 
-    def seer(self, texts: Sequence[str], latents: Tensor) -> Look:
-        """:meth:`looker` for latents of any type: they keep theirs, so that halves lose nothing from step to step."""
-        look, dtype = self.looker(texts, latents.to(self.network.dtype)), self.network.dtype
-        return lambda noised, timestep: look(noised.to(dtype), timestep).to(noised.dtype)
+    def casting_denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
+        """:meth:`denoiser` for latents of any type: they keep theirs, so that halves lose nothing from step to step."""
+        denoise, dtype = self.denoiser(texts, latents.to(self.network.dtype)), self.network.dtype
+        return lambda noised, timestep: denoise(noised.to(dtype), timestep).to(noised.dtype)
 
     def invert(
-        self, latents: Float[Tensor, "b c h w"], look: Look, num_steps: int, recorder: Recorder | None = None
+        self, latents: Float[Tensor, "b c h w"], denoise: Denoiser, num_steps: int, recorder: Recorder | None = None
     ) -> Float[Tensor, "b c h w"]:
         """Carry latents to noise, step by step; sampling without guidance from there leads back to them, nearly."""
         timesteps, step = self.inversion(num_steps, latents)
-        recorded, number = num_steps - int(self.looking.first * num_steps), 0
+        recorded, number = num_steps - int(self.selection.skip_steps * num_steps), 0
         if recorder is not None:
-            recorder.pausing = lambda: number >= recorded
+            recorder.paused = lambda: number >= recorded
         for number, timestep in enumerate(timesteps):
-            latents = step(latents, number, look(latents, timestep))
+            latents = step(latents, number, denoise(latents, timestep))
         return latents
 
     def encode(self, images: UInt8[Tensor, "b H W 3"]) -> Tensor:
@@ -305,9 +305,9 @@ class DiffusionBackbone(ABC):
         located = [locate_in_encoders(encoders, request.prompt) for request in requests]
         return located, [[positions for positions in found.positions if positions] for found in located]
 
-    def _recorder(self, grid: tuple[int, int], tokens: Any, guided: Callable[[], bool]) -> Recorder:
-        looking = self.looking
-        return Recorder(grid, tokens, guided, looking.cross_levels, looking.self_level, self.text)
+    def _recorder(self, grid: tuple[int, int], tokens: Any, uses_cfg: Callable[[], bool]) -> Recorder:
+        selection = self.selection
+        return Recorder(grid, tokens, uses_cfg, selection.cross_levels, selection.self_level, self.text)
 
     def sample(
         self, texts: list[str], seeds: list[int], tokens: Sequence[Sequence[Sequence[int]]], *, recorded: bool = True
@@ -317,7 +317,7 @@ class DiffusionBackbone(ABC):
         An image with values that are no numbers is black.
         """
         sampling, pipeline = self.sampling, self.pipeline
-        recorder = self._recorder(self.grid(*self.size), tokens, self.guided)
+        recorder = self._recorder(self.grid(*self.size), tokens, self.uses_cfg)
         arguments: dict[str, Any] = {
             "prompt": texts,
             "num_inference_steps": sampling.num_steps,
@@ -337,9 +337,9 @@ class DiffusionBackbone(ABC):
                     done = step + 1
                     return tensors
 
-                recorder.pausing = lambda: done < int(self.looking.first * len(pipeline.scheduler.timesteps))
+                recorder.paused = lambda: done < int(self.selection.skip_steps * len(pipeline.scheduler.timesteps))
 
-                with record(self.network, recorder, self.looking.layers):
+                with record(self.network, recorder, self.selection.layers):
                     values = pipeline(**arguments, callback_on_step_end=after_step).images
             else:
                 values = pipeline(**arguments).images
@@ -352,7 +352,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _half(requests: Sequence[Request]) -> int:
+def _split_point(requests: Sequence[Request]) -> int:
     """Where a batch that the device has too little memory for is cut.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from synthgen.attention.words import TextEncoder
-from synthgen.diffusion.backbone import DiffusionBackbone, Look, Looking, Step
+from synthgen.diffusion.backbone import AttentionSelection, Denoiser, DiffusionBackbone, Step
 from synthgen.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "refuse_negative"]
@@ -27,7 +27,7 @@ class Family(DiffusionBackbone):
 
     num_steps: ClassVar[int] = 30
     guidance_scale: ClassVar[float] = 7.5
-    looking_at: ClassVar[Looking]
+    default_selection: ClassVar[AttentionSelection]
 
     @staticmethod
     @abstractmethod
@@ -42,7 +42,7 @@ class StableDiffusion(Family):
     the half: the finest cross-attention is noisy, and its self-attention large. That is our choice.
     """
 
-    looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
+    default_selection: ClassVar = AttentionSelection(cross_levels=(2, 4), self_level=2)
 
     @override
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
@@ -79,11 +79,11 @@ class StableDiffusion(Family):
     @override
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, section 2)."""
-        kept = float(self.kept[timestep])
-        return math.sqrt(kept) * latents + math.sqrt(1 - kept) * noise
+        alpha_bar = float(self.alphas_cumprod[timestep])
+        return math.sqrt(alpha_bar) * latents + math.sqrt(1 - alpha_bar) * noise
 
     @property
-    def kept(self) -> Float[Tensor, " timesteps"]:
+    def alphas_cumprod(self) -> Float[Tensor, " timesteps"]:
         """abar_t, the share of the signal's variance that is left at each timestep of training.
 
         Raises:
@@ -92,11 +92,11 @@ class StableDiffusion(Family):
         if not hasattr(self.pipeline.scheduler, "alphas_cumprod"):
             kind = type(self.pipeline.scheduler).__name__
             raise ConfigError(f"{kind} tells no noise levels; give another scheduler, such as DDIMScheduler")
-        kept: Tensor = self.pipeline.scheduler.alphas_cumprod
-        return kept
+        alphas_cumprod: Tensor = self.pipeline.scheduler.alphas_cumprod
+        return alphas_cumprod
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+    def denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
         pipeline = self.pipeline
         context, _ = pipeline.encode_prompt(list(texts), pipeline._execution_device, 1, False)
         unguided = self.unguided(latents)
@@ -119,11 +119,11 @@ class StableDiffusion(Family):
         z_{t'} = sqrt(abar_{t'}) x + sqrt(1 - abar_{t'}) eps, with x and eps as the network sees them in z_t when it is
         told t'. So a step of DDIM from t' at which it predicts the same leads back to z_t exactly.
         """
-        config, kept = self.pipeline.scheduler.config, self.kept.double()
-        stride, last = len(kept) // num_steps, len(kept) - 1
+        config, alpha_bar = self.pipeline.scheduler.config, self.alphas_cumprod.double()
+        stride, last = len(alpha_bar) // num_steps, len(alpha_bar) - 1
         times = [min(number * stride + int(config.get("steps_offset", 0)), last) for number in range(num_steps)]
-        clean = 1.0 if config.get("set_alpha_to_one", True) else float(kept[0])  # what DDIM's last step leads to
-        levels = [clean, *(float(kept[timestep]) for timestep in times)]
+        clean = 1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0])  # what DDIM's last step leads to
+        levels = [clean, *(float(alpha_bar[timestep]) for timestep in times)]
         kind = config.get("prediction_type", "epsilon")
 
         def step(latents: Tensor, number: int, output: Tensor) -> Tensor:
@@ -133,13 +133,15 @@ class StableDiffusion(Family):
         return [float(timestep) for timestep in times], step
 
 
-def separate(kind: str, latents: Tensor, output: Tensor, kept: float, told: float) -> tuple[Tensor, Tensor]:
-    """Image x and noise e in z = sqrt(kept) x + sqrt(1 - kept) e, from what a network predicts that was told ``told``.
+def separate(kind: str, latents: Tensor, output: Tensor, alpha_bar: float, told: float) -> tuple[Tensor, Tensor]:
+    """Image x and noise e in z = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) e, from what a network predicted.
+
+    ``told`` is the alpha_bar of the timestep that it was told.
 
     Raises:
         ConfigError: synthgen does not know what it predicts.
     """
-    signal, share = math.sqrt(kept), math.sqrt(1 - kept)
+    signal, share = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     if kind == "epsilon":
         return (latents - share * output) / signal, output
     if kind == "v_prediction":  # v = sqrt(told) e - sqrt(1 - told) x (Salimans and Ho, 2022, appendix D)
@@ -158,10 +160,10 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     guidance_scale: ClassVar = 5.0
-    looking_at: ClassVar = Looking(cross_levels=(2, 4), self_level=2)
+    default_selection: ClassVar = AttentionSelection(cross_levels=(2, 4), self_level=2)
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+    def denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -173,7 +175,7 @@ class StableDiffusionXL(StableDiffusion):
         conditions = {"text_embeds": pooled, "time_ids": ids.to(device).repeat(len(texts), 1)}
         unguided = self.unguided(latents)
 
-        def look(noised: Tensor, timestep: float) -> Tensor:
+        def denoise(noised: Tensor, timestep: float) -> Tensor:
             predicted: Tensor = pipeline.unet(
                 noised,
                 timestep,
@@ -183,7 +185,7 @@ class StableDiffusionXL(StableDiffusion):
             ).sample
             return predicted
 
-        return look
+        return denoise
 
 
 class JointAttention(Family):
@@ -247,7 +249,7 @@ class StableDiffusion3(JointAttention):
     text: ClassVar = "last"
     num_steps: ClassVar = 28
     guidance_scale: ClassVar = 7.0
-    looking_at: ClassVar = Looking()
+    default_selection: ClassVar = AttentionSelection()
     max_sequence_length = 256  # T5's tokens, as in the pipeline
 
     @override
@@ -271,7 +273,7 @@ class StableDiffusion3(JointAttention):
         return {**super().arguments(texts), "max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+    def denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, _, pooled, _ = pipeline.encode_prompt(
@@ -283,14 +285,14 @@ class StableDiffusion3(JointAttention):
             max_sequence_length=self.max_sequence_length,
         )
 
-        def look(noised: Tensor, timestep: float) -> Tensor:
+        def denoise(noised: Tensor, timestep: float) -> Tensor:
             times = torch.full((len(noised),), float(timestep), device=device)
             velocity: Tensor = pipeline.transformer(
                 hidden_states=noised, timestep=times, encoder_hidden_states=context, pooled_projections=pooled
             ).sample
             return velocity
 
-        return look
+        return denoise
 
 
 class Flux(JointAttention):
@@ -303,7 +305,7 @@ class Flux(JointAttention):
 
     num_steps: ClassVar = 28
     guidance_scale: ClassVar = 3.5
-    looking_at: ClassVar = Looking(layers=("transformer_blocks.",))
+    default_selection: ClassVar = AttentionSelection(layers=("transformer_blocks.",))
 
     @property
     def max_sequence_length(self) -> int:
@@ -311,7 +313,7 @@ class Flux(JointAttention):
         return 512 if self.pipeline.transformer.config.guidance_embeds else 256
 
     @override
-    def guided(self) -> bool:
+    def uses_cfg(self) -> bool:
         return False
 
     @override
@@ -323,7 +325,7 @@ class Flux(JointAttention):
         return {"max_sequence_length": self.max_sequence_length}
 
     @override
-    def looker(self, texts: Sequence[str], latents: Tensor) -> Look:
+    def denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
         pipeline = self.pipeline
         device = pipeline._execution_device
         context, pooled, text_ids = pipeline.encode_prompt(
@@ -335,7 +337,7 @@ class Flux(JointAttention):
         if pipeline.transformer.config.guidance_embeds:
             guidance = torch.full((b,), self.sampling.guidance_scale, device=device)
 
-        def look(noised: Tensor, timestep: float) -> Tensor:
+        def denoise(noised: Tensor, timestep: float) -> Tensor:
             packed = pipeline.transformer(
                 hidden_states=pipeline._pack_latents(noised, b, channels, height, width),
                 timestep=torch.full((b,), timestep / 1000, device=device, dtype=noised.dtype),
@@ -349,7 +351,7 @@ class Flux(JointAttention):
             velocity: Tensor = pipeline._unpack_latents(packed, height * factor, width * factor, factor)
             return velocity
 
-        return look
+        return denoise
 
 
 FAMILIES: dict[str, type[Family]] = {  # by the class of the pipeline

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import TOO_LITTLE, DiffusionBackbone, Look
+from synthgen.diffusion.backbone import TOO_LITTLE, Denoiser, DiffusionBackbone
 from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 
@@ -80,7 +80,7 @@ class FeatureReader:
         self.model, self.timesteps, self.inversion_steps, self.seed = model, tuple(timesteps), inversion_steps, seed
         self.seen_at: tuple[float, ...] = ()  # timesteps of the inversion, once an image was read
         self.blocks = tuple(sorted(set(blocks), key=known.index)) or (middle_block(model.network),)
-        self._look: tuple[torch.Size, Look] | None = None
+        self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
     @property
     def image_size(self) -> int:
@@ -166,41 +166,41 @@ class FeatureReader:
         resized = [
             F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
         ]
-        return Activations(pooled, _half(torch.cat(resized, 1)), self._own(maps, largest) if largest else ())
+        return Activations(pooled, _to_float16(torch.cat(resized, 1)), self._own(maps, largest) if largest else ())
 
     def _own(self, maps: Sequence[Tensor], largest: int) -> tuple[Float16[Tensor, "b t _ _ _"], ...]:
         """The maps of each block at all timesteps, at their own size."""
         small = [F.adaptive_avg_pool2d(one, (min(one.shape[2], largest), min(one.shape[3], largest))) for one in maps]
         blocks = len(self.blocks)
-        return tuple(_half(torch.stack(small[block::blocks], 1)) for block in range(blocks))
+        return tuple(_to_float16(torch.stack(small[block::blocks], 1)) for block in range(blocks))
 
     def _maps(self, images: Tensor, keys: Sequence[str]) -> list[Float32[Tensor, "b _ _ _"]]:
         """The map of each block at each timestep: of all blocks at the first one, then of all at the second."""
         model = self.model
         with torch.no_grad():  # and no inference mode: what offloading moves in it could have no gradients later
             latents = model.encode(images.to(model.pipeline._execution_device)).float()
-            look = self._looking(latents)
+            denoise = self._denoiser_for(latents)
             passes: Iterable[Mapping[str, Any]] = (
-                self._inverted(latents, look) if self.inversion_steps else self._noised(latents, keys, look)
+                self._inverted(latents, denoise) if self.inversion_steps else self._noised(latents, keys, denoise)
             )
             grid = model.grid(images.shape[1], images.shape[2])
             return [as_map(seen[block], grid).float() for seen in passes for block in self.blocks]
 
-    def _noised(self, latents: Tensor, keys: Sequence[str], look: Look) -> Iterator[Mapping[str, Any]]:
+    def _noised(self, latents: Tensor, keys: Sequence[str], denoise: Denoiser) -> Iterator[Mapping[str, Any]]:
         """What the blocks give at each timestep, for noised latents."""
         noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
         for timestep in self.timesteps:
             with watched(self.model.network, self.blocks) as seen:
-                look(self.model.noised(latents, noise, timestep), timestep)
+                denoise(self.model.noised(latents, noise, timestep), timestep)
             yield seen
 
-    def _inverted(self, latents: Tensor, look: Look) -> list[Mapping[str, Any]]:
+    def _inverted(self, latents: Tensor, denoise: Denoiser) -> list[Mapping[str, Any]]:
         """What the blocks give on the way to noise, at the step nearest to each timestep."""
         times, step = self.model.inversion(self.inversion_steps, latents)
         seen_at, found = self._nearest(times), dict[int, Mapping[str, Any]]()
         for number, time in enumerate(times[: max(seen_at) + 1]):
             with watched(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
-                output = look(latents, time)
+                output = denoise(latents, time)
             latents, found[number] = step(latents, number, output), seen
         return [found[number] for number in seen_at]
 
@@ -215,11 +215,11 @@ class FeatureReader:
         self.seen_at = tuple(round(times[number], 1) for number in nearest)
         return nearest
 
-    def _looking(self, latents: Tensor) -> Look:
+    def _denoiser_for(self, latents: Tensor) -> Denoiser:
         """What looks at latents of this shape with an empty prompt, which is encoded again only for another shape."""
-        if self._look is None or self._look[0] != latents.shape:
-            self._look = latents.shape, self.model.seer([""] * len(latents), latents)
-        return self._look[1]
+        if self._denoiser is None or self._denoiser[0] != latents.shape:
+            self._denoiser = latents.shape, self.model.casting_denoiser([""] * len(latents), latents)
+        return self._denoiser[1]
 
 
 def block_names(network: nn.Module) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def as_map(output: Any, grid: tuple[int, int]) -> Tensor:
     return values if values.dim() == 4 else values.mT.reshape(len(values), -1, *grid)
 
 
-def _half(values: Tensor) -> Float16[Tensor, "*_"]:
+def _to_float16(values: Tensor) -> Float16[Tensor, "*_"]:
     """On the CPU, as float16; what is too large for it is its largest number."""
     return values.clamp(-_LARGEST, _LARGEST).half().cpu()
 

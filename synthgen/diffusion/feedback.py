@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import Look
+from synthgen.diffusion.backbone import Denoiser
 from synthgen.diffusion.features import UNFIT, FeatureReader, block_names, watched
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
@@ -67,7 +67,7 @@ class FeedbackNetwork:
                 "give one such generator_blocks"
             )
         (self.timestep,), (self.block,) = reader.timesteps, reader.blocks
-        self._look: tuple[torch.Size, Look] | None = None
+        self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -104,17 +104,17 @@ class FeedbackNetwork:
         return _with_gradient(read, _GRADIENT_SCALE)
 
     def _maps(self, noised: Tensor, blocks: Sequence[str]) -> list[Tensor]:
-        look = self._looking(noised)
+        denoise = self._denoiser_for(noised)
         with _frozen(self.model.network), watched(self.model.network, blocks) as seen:
-            look(noised, self.timestep)
+            denoise(noised, self.timestep)
         return [_values(seen[block]).float() for block in blocks]
 
-    def _looking(self, noised: Tensor) -> Look:
+    def _denoiser_for(self, noised: Tensor) -> Denoiser:
         """As a reader looks; the prompt is encoded so that gradients may pass by."""
-        if self._look is None or self._look[0] != noised.shape:
+        if self._denoiser is None or self._denoiser[0] != noised.shape:
             with torch.inference_mode(False), torch.no_grad():
-                self._look = noised.shape, self.model.seer([""] * len(noised), noised)
-        return self._look[1]
+                self._denoiser = noised.shape, self.model.casting_denoiser([""] * len(noised), noised)
+        return self._denoiser[1]
 
 
 def feedback_pairs(network: nn.Module) -> tuple[Pair, ...]:

@@ -16,7 +16,7 @@ from accelerate.hooks import ModelHook, remove_hook_from_module
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import DiffusionBackbone, Look
+from synthgen.diffusion.backbone import Denoiser, DiffusionBackbone
 from synthgen.diffusion.features import UNFIT, FeatureReader, as_map, block_names, watched
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
@@ -70,7 +70,7 @@ class TruncatedGenerator(nn.Module):
         self.config = Shape(reader.image_size, dim, len(self.blocks))
         self.halves = original.dtype == torch.bfloat16
         self._model = _with_network(reader.model, self.network)
-        self._look: tuple[torch.Size, Look] | None = None
+        self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
     def forward(self, images: Float[Tensor, "b 3 S S"], keys: Sequence[str]) -> Float[Tensor, "b d"]:
         """The mean over space of what the block gives for normalised images; the noise of each is its key's."""
@@ -79,9 +79,9 @@ class TruncatedGenerator(nn.Module):
         latents = self.reader.latents(pixels)
         noise = self._model.noise([sample_seed(self.reader.seed, key) for key in keys], latents)
         noised = self._model.noised(latents, noise, self.timestep).to(device)
-        look, halves = self._looking(noised), torch.autocast(device.type, torch.bfloat16, enabled=self.halves)
+        denoise, halves = self._denoiser_for(noised), torch.autocast(device.type, torch.bfloat16, enabled=self.halves)
         with halves, watched(self.network, [self.block]) as seen:
-            look(noised, self.timestep)
+            denoise(noised, self.timestep)
         return as_map(seen[self.block], self._model.grid(side, side)).float().mean((2, 3))
 
     def layer(self, name: str) -> int:
@@ -97,12 +97,12 @@ class TruncatedGenerator(nn.Module):
         of_level = [number for number, block in enumerate(self.blocks, 1) if level and block.startswith(level[0])]
         return max(of_level, default=0)
 
-    def _looking(self, noised: Tensor) -> Look:
+    def _denoiser_for(self, noised: Tensor) -> Denoiser:
         """As a reader looks; the prompt is encoded so that gradients may pass by."""
-        if self._look is None or self._look[0] != noised.shape:
+        if self._denoiser is None or self._denoiser[0] != noised.shape:
             with torch.inference_mode(False), torch.no_grad():
-                self._look = noised.shape, self._model.seer([""] * len(noised), noised)
-        return self._look[1]
+                self._denoiser = noised.shape, self._model.casting_denoiser([""] * len(noised), noised)
+        return self._denoiser[1]
 
 
 def see_that_it_can_be_cut(reader: FeatureReader) -> None:
@@ -133,7 +133,7 @@ def _reached(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
     ]
     try:
         with torch.no_grad(), watched(network, [block]) as seen:
-            model.seer([""], latents)(latents, reader.timesteps[0])
+            model.casting_denoiser([""], latents)(latents, reader.timesteps[0])
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from synthgen.devices import place
 from synthgen.records import Report
-from synthgen.registry import Family
+from synthgen.registry import Registry
 from synthgen.run import Run
 from synthgen.stages import Stage
 
@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: Family[Engine] = Family(__name__, "engine")
+ENGINES: Registry[Engine] = Registry(__name__, "engine")
 
 
 def default_engine() -> str:

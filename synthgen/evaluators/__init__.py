@@ -13,7 +13,7 @@ from torch import Tensor
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
-from synthgen.registry import Family
+from synthgen.registry import Registry
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
@@ -236,7 +236,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: Family[Evaluator] = Family(__name__, "evaluate.evaluators")
+EVALUATORS: Registry[Evaluator] = Registry(__name__, "evaluate.evaluators")
 
 
 def named(choices: Sequence[Choice]) -> dict[str, Choice]:

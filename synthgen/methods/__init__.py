@@ -20,7 +20,7 @@ from synthgen.datasets import ImageDataset, Sample
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.models.vit import VisionTransformer
-from synthgen.registry import Family
+from synthgen.registry import Registry
 
 __all__ = ["METHODS", "Method", "StepOutput"]
 
@@ -96,4 +96,4 @@ class Method(nn.Module, ABC):
         """Write what is worth keeping beside the encoder. Nothing by default."""
 
 
-METHODS: Family[Method] = Family(__name__, "pretrain.method")
+METHODS: Registry[Method] = Registry(__name__, "pretrain.method")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from synthgen.records import Maps
-from synthgen.registry import Family
+from synthgen.registry import Registry
 
 __all__ = ["REFINERS", "Refiner"]
 
@@ -21,4 +21,4 @@ class Refiner(Protocol):
         ...
 
 
-REFINERS: Family[Refiner] = Family(__name__, "masks.refine")
+REFINERS: Registry[Refiner] = Registry(__name__, "masks.refine")

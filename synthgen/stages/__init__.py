@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from synthgen.config import build, dump
 from synthgen.records import Report
 from synthgen.redact import redacted
-from synthgen.registry import Family
+from synthgen.registry import Registry
 
 if TYPE_CHECKING:
     from synthgen.run import Run
@@ -128,7 +128,7 @@ class Stage(ABC):
         return {name: value for name, value in self.settings().items() if name in kept}
 
 
-STAGES: Family[Stage] = Family(__name__)
+STAGES: Registry[Stage] = Registry(__name__)
 
 
 def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:

@@ -243,7 +243,7 @@ def attention_maps(pipeline: StableDiffusionPipeline, batch: Composites) -> list
     prompts = [Prompt(*row) for row in zip(batch.captions, batch.words, batch.spans, strict=True)]
     places = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
     grid = (latents.shape[2], latents.shape[3])
-    with record(pipeline.unet, Recorder(grid, places, guided=lambda: False, cross_levels=(1,))) as recorder:
+    with record(pipeline.unet, Recorder(grid, places, uses_cfg=lambda: False, cross_levels=(1,))) as recorder:
         for t in TIMESTEPS:
             alpha = pipeline.scheduler.alphas_cumprod[t]
             pipeline.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, context)

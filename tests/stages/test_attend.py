@@ -180,13 +180,13 @@ def test_the_shipped_model_finds_back_from_noise_to_its_image():
     pipeline = model.pipeline
     with torch.inference_mode():
         latent = model.encode(torch.tensor(drawn.image[None]))
-        look = model.seer([request.prompt.text], latent)
-        found = model.invert(latent, look, 40)
+        denoise = model.casting_denoiser([request.prompt.text], latent)
+        found = model.invert(latent, denoise, 40)
         assert 0.7 < float(found.std()) < 1.3  # nearly noise
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading")
         scheduler.set_timesteps(40)
         for timestep in scheduler.timesteps:
-            found = scheduler.step(look(found, float(timestep)), timestep, found).prev_sample
+            found = scheduler.step(denoise(found, float(timestep)), timestep, found).prev_sample
         images = pipeline.vae.decode(torch.cat([latent, found]) / pipeline.vae.config.scaling_factor).sample
     first, second = images.clamp(-1, 1) / 2
     assert -10 * float((first - second).square().mean().log10()) > 22

@@ -4,7 +4,7 @@ import pytest
 
 from synthgen.config import Choice, build, dump, load_yaml
 from synthgen.errors import ConfigError, MissingDependency, UnknownName
-from synthgen.registry import Family
+from synthgen.registry import Registry
 from synthgen.stages import STAGES
 
 
@@ -64,7 +64,7 @@ def test_a_missing_library_names_what_to_install(tmp_path, monkeypatch):
     (package / "cloud.py").write_text("import no_such_library\n__all__ = ['Cloud']\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependency, match="pip install no_such_library"):
-        Family("someparts").load("cloud")
+        Registry("someparts").load("cloud")
 
 
 def test_options_alone_are_those_of_the_default_part():

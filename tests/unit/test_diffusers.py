@@ -101,7 +101,7 @@ def test_a_negative_prompt_counts_and_flux_takes_none(stable_diffusion: Path, tm
 
 
 def test_layers_that_are_not_recorded_keep_their_processor(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    family.looking = replace(family.looking, layers=("up_blocks",))
+    family.selection = replace(family.selection, layers=("up_blocks",))
     seen: dict[str, bool] = {}
     put = type(family.network).set_attn_processor
 
@@ -346,11 +346,11 @@ def test_layers_are_read_on_the_grids_that_they_have(
     sdxl: Path, layers: tuple[str, ...], cross: tuple[int, ...], own: int, grid: tuple[int, int]
 ) -> None:
     family = Diffusers(model=str(sdxl), num_steps=1, layers=layers).family
-    assert (family.looking.cross_levels, family.looking.self_level) == (cross, own)
+    assert (family.selection.cross_levels, family.selection.self_level) == (cross, own)
     (made,) = family.generate(ASKED[:1])
     assert made.maps.weights.shape[1:] == made.maps.affinity.shape[1:] == grid
     assert made.maps.weights.any()
-    family.looking = replace(family.looking, cross_levels=(2, 4), self_level=2)
+    family.selection = replace(family.selection, cross_levels=(2, 4), self_level=2)
     if grid == (8, 8) and len(cross) == 2:  # what was recorded before is what it was
         np.testing.assert_array_equal(family.generate(ASKED[:1])[0].maps.weights, made.maps.weights)
 

@@ -83,7 +83,7 @@ class Witness:
 def by_hand(case: Case, family: Any, calls: Any, num: int) -> tuple[dict[tuple[int, int], list[Any]], list[Any]]:
     """Image-to-text probabilities by grid and image-to-image ones, a mean over heads each, of the conditional half."""
     guided = case.guidance > 1 and not hasattr(family.network.config, "guidance_embeds")
-    levels = [family.looking.cross_levels, (family.looking.self_level,)]
+    levels = [family.selection.cross_levels, (family.selection.self_level,)]
     fine = family.grid(HEIGHT, WIDTH)
     cross_grids, (own_grid,) = ([(fine[0] // level, fine[1] // level) for level in found] for found in levels)
     cross: dict[tuple[int, int], list[Any]] = {grid: [] for grid in cross_grids}
@@ -116,7 +116,7 @@ def test_maps_equal_a_softmax_by_hand(case: tuple[Case, Path], monkeypatch: pyte
     _, tokens = family._locate(asked)
     texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
     _, recorder = family.sample(texts, seeds, tokens)
-    witness = Witness(monkeypatch, family.network, family.looking.layers)
+    witness = Witness(monkeypatch, family.network, family.selection.layers)
     family.sample(texts, seeds, [], recorded=False)
     cross, own = by_hand(case[0], family, witness.calls, len(asked))
     for grid, found in cross.items():
@@ -127,7 +127,7 @@ def test_maps_equal_a_softmax_by_hand(case: tuple[Case, Path], monkeypatch: pyte
                 expected = mean[row][:, list(positions)].mean(1)
                 recorded = recorder._cross[grid][row, word].double() / recorder._counts[grid]
                 torch.testing.assert_close(recorded, expected, atol=1e-5, rtol=0)
-    rows, columns = recorder.grid(family.looking.self_level)
+    rows, columns = recorder.grid(family.selection.self_level)
     assert len(own) == recorder._counts["self"] > 0
     mean = torch.stack(own).mean(0) * rows * columns
     assert recorder._self is not None
@@ -220,7 +220,7 @@ def test_attend_records_images_that_exist(case: tuple[Case, Path]) -> None:
     assert not np.array_equal(first[0].maps.weights, other[0].maps.weights)
 
 
-def back(family: Any, latents: torch.Tensor, look: Any, num_steps: int) -> torch.Tensor:
+def back(family: Any, latents: torch.Tensor, denoise: Any, num_steps: int) -> torch.Tensor:
     """Sample without guidance, by a scheduler of diffusers, from where an inversion ended."""
     scheduler = family.pipeline.scheduler
     if hasattr(scheduler, "alphas_cumprod"):
@@ -233,7 +233,7 @@ def back(family: Any, latents: torch.Tensor, look: Any, num_steps: int) -> torch
         mu = calculate_shift(patches, *(config[name] for name in names)) if config.use_dynamic_shifting else None
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
     for timestep in scheduler.timesteps:
-        latents = scheduler.step(look(latents, float(timestep)), timestep, latents).prev_sample
+        latents = scheduler.step(denoise(latents, float(timestep)), timestep, latents).prev_sample
     return latents
 
 
@@ -245,12 +245,12 @@ def test_sampling_from_where_an_inversion_ended_leads_back(case: tuple[Case, Pat
     image = torch.zeros(1, 32, 48, 3, dtype=torch.uint8)
     with torch.inference_mode():
         latents = torch.randn(family.encode(image).shape, generator=torch.Generator().manual_seed(0))
-        look = family.seer(["a dog"], latents)
+        denoise = family.casting_denoiser(["a dog"], latents)
         errors = []
         for num_steps in (10, 40):
-            noise = family.invert(latents, look, num_steps)
+            noise = family.invert(latents, denoise, num_steps)
             assert not torch.allclose(noise, latents, atol=0.1)
-            errors.append(float((back(family, noise, look, num_steps) - latents).norm() / latents.norm()))
+            errors.append(float((back(family, noise, denoise, num_steps) - latents).norm() / latents.norm()))
     assert errors[1] < 0.02
     assert errors[1] < errors[0] / 2
 
@@ -282,11 +282,11 @@ def test_the_latents_of_half_precision_keep_their_own(name: str, tmp_path: Path)
     seen = []
     with torch.inference_mode():
         latents = family.encode(torch.from_numpy(images)).float()
-        look = family.seer(["a dog"], latents)
+        denoise = family.casting_denoiser(["a dog"], latents)
 
         def watched(noised: torch.Tensor, timestep: float) -> torch.Tensor:
             seen.append(noised.dtype)
-            return look(noised, timestep)
+            return denoise(noised, timestep)
 
         noise = family.invert(latents, watched, 3)
     assert {noise.dtype, *seen} == {torch.float32}
@@ -366,7 +366,7 @@ def test_an_inversion_is_recorded_on_its_way(case: tuple[Case, Path]) -> None:
     other_seeds = [replace(request, seed=request.seed + 1) for request in requests()]
     for one, other in zip(whole, family.attend(images, other_seeds, (), inversion_steps=4), strict=True):
         np.testing.assert_array_equal(one.maps.weights, other.maps.weights)  # no chance in it
-    family.looking = replace(family.looking, first=0.5)
+    family.selection = replace(family.selection, skip_steps=0.5)
     early = family.attend(images, requests(), (), inversion_steps=4)
     assert not np.array_equal(whole[0].maps.weights, early[0].maps.weights)
 

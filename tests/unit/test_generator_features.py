@@ -65,7 +65,7 @@ def by_hand(backbone: Any, images: Tensor, timestep: int, seed: int) -> dict[str
                 for key in KEYS
             ]
         )
-        model.looker([""] * len(images), latents)(model.noised(latents, noise, timestep), timestep)
+        model.denoiser([""] * len(images), latents)(model.noised(latents, noise, timestep), timestep)
     for handle in handles:
         handle.remove()
     return seen
@@ -218,10 +218,10 @@ def test_an_inverted_image_is_seen_on_its_way_to_noise(drawn):
     with torch.no_grad():
         latents = model.encode(images).float()
         times, step = model.inversion(steps, latents)
-        look = model.seer([""] * len(images), latents)
+        denoise = model.casting_denoiser([""] * len(images), latents)
         handle = model.network.get_submodule(names[0]).register_forward_hook(lambda *given: seen.append(given[-1]))
         for number, time in enumerate(times):
-            latents = step(latents, number, look(latents, time))
+            latents = step(latents, number, denoise(latents, time))
         handle.remove()
     asked = [times[4] + 1, times[1] - 1]
     reader = FeatureReader(backbone, timesteps=[round(time) for time in asked], blocks=names, inversion_steps=steps)

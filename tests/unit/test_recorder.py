@@ -130,7 +130,7 @@ def test_an_image_does_not_depend_on_its_batch(model):
 def test_the_model_is_as_it_was_afterwards_even_after_an_error(model):
     unet = model.pipeline.unet
     before = dict(unet.attn_processors)
-    with pytest.raises(ZeroDivisionError), record(unet, Recorder((16, 16), [], lambda: False)):
+    with pytest.raises(ZeroDivisionError), record(unet, Recorder((16, 16), [], lambda: False, cross_levels=(1, 2))):
         raise ZeroDivisionError
     assert unet.attn_processors == before
 
@@ -143,7 +143,7 @@ def test_attention_whose_softmax_is_another_is_refused(kind):
 
 
 def test_rows_of_a_grid_that_does_not_halve_evenly():
-    recorder = Recorder((15, 9), [], lambda: False)
+    recorder = Recorder((15, 9), [], lambda: False, cross_levels=(1, 2))
     assert [recorder.grid(level) for level in (1, 2, 4)] == [(15, 9), (8, 5), (4, 3)]
 
 
@@ -156,14 +156,14 @@ def test_words_that_were_cut_off_leave_the_record(model):
 
 def test_a_recorder_without_layers_on_its_grids_says_so(model):
     (asked, *_) = requests()
-    model.looking, before = (
-        replace(model.looking, layers=("mid_block",), cross_levels=(2,), self_level=2),
-        model.looking,
+    model.selection, before = (
+        replace(model.selection, layers=("mid_block",), cross_levels=(2,), self_level=2),
+        model.selection,
     )
     try:
         _, recorder = model.sample([asked.prompt.text], [0], [[(5,)]])
     finally:
-        model.looking = before
+        model.selection = before
     for found, kind in ((recorder.weights, "cross"), (recorder.affinity, "self")):
         with pytest.raises(RuntimeError, match=f"no recorded layer has {kind}-attention on a 8 x 8 grid"):
             found()
