@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Num
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-__all__ = ["Edges", "MaximumFlow", "Solver", "ends", "energy", "expand", "fastest", "grid_edges"]
+__all__ = ["Edges", "MaximumFlow", "Slices", "Solver", "ends", "energy", "expand", "fastest", "grid_edges", "window"]
 
 #: A window of a grid.
 Slices = tuple[slice, slice]
@@ -99,9 +99,9 @@ class Edges:
         """The same pairs at ``factor`` times the price, which must not be negative."""
         return replace(self, weight=self.weight * factor)
 
-    def within(self, window: Slices) -> Edges:
+    def within(self, part: Slices) -> Edges:
         """The pairs that lie in a part of the grid, on a grid of that size."""
-        seen = self.weight[:, *window]
+        seen = self.weight[:, *part]
         return grid_edges(seen.shape[1:], zip(self.offsets, seen, strict=True))
 
     def pairs(
@@ -191,13 +191,12 @@ def expand(
     labels = (np.argmin(unaries, axis=0) if start is None else start).astype(np.intp)
     if free is None or free.all():
         return _solve(unaries, edges, labels, free, max_rounds, solver)
-    window = _window(free, edges.offsets)
-    prices, seen = unaries[:, *window], edges.within(window)
-    labels[window] = _solve(prices, seen, labels[window], free[window], max_rounds, solver)
+    part = window(free, edges.offsets)
+    labels[part] = _solve(unaries[:, *part], edges.within(part), labels[part], free[part], max_rounds, solver)
     return labels
 
 
-def _window(free: Bool[np.ndarray, "h w"], offsets: Sequence[tuple[int, int]]) -> Slices:
+def window(free: Bool[np.ndarray, "h w"], offsets: Sequence[tuple[int, int]]) -> Slices:
     """The part of the grid that holds all free pixels and the other ends of their pairs."""
     spans = []
     for axis in (0, 1):

@@ -18,13 +18,24 @@ _ROOT, _ORPHAN = 254, 255  # in place of the arc to a pixel's parent
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(function: F) -> F:
+def compiled(function: F, **options: bool) -> F:
     """Compiled at its first call; kept for later processes where there is a folder that can be written."""
     try:
-        fast: F = njit(cache=True, forceinline=True)(function)
+        fast: F = njit(cache=True, forceinline=True, **options)(function)
     except RuntimeError:  # there is none
-        fast = njit(forceinline=True)(function)
+        fast = njit(forceinline=True, **options)(function)
     return fast
+
+
+def borrowing(function: F) -> F:
+    """Compiled without the counting of references, which took more than half of the time.
+
+    It must make no array; its caller holds those that it is given.
+    """
+    try:
+        return compiled(function, _nrt=False)
+    except KeyError:  # a numba that has no such option
+        return compiled(function)
 
 
 class SearchTree:
@@ -123,7 +134,7 @@ def _planted(offsets: Any, gain: Any, capacity: Any, margin: int) -> Any:
     return _Trees(step, back, left, excess, level, parent, waiting, count, level.copy(), orphans, older)
 
 
-@compiled
+@borrowing
 def _grow(trees: Any, reached: int) -> None:
     """By one level, from the pixels of the level ``reached``; those that come to it meanwhile are among them."""
     turn, num_arcs = 0, np.uint64(len(trees.step))
@@ -144,7 +155,7 @@ def _grow(trees: Any, reached: int) -> None:
                 arc += np.uint64(1)
 
 
-@compiled
+@borrowing
 def _wait(trees: Any, pixel: Any) -> None:
     """Grow from this pixel when its level's turn comes.
 
@@ -159,7 +170,7 @@ def _wait(trees: Any, pixel: Any) -> None:
         trees.count[parity] += 1
 
 
-@compiled
+@borrowing
 def _send(trees: Any, start: Any, last: Any) -> Any:
     """Send all that fits from the root of ``start`` over its arc ``last`` into the sink; the orphans' lowest level."""
     step, back, left, excess, parent = trees.step, trees.back, trees.left, trees.excess, trees.parent
@@ -191,7 +202,7 @@ def _send(trees: Any, start: Any, last: Any) -> Any:
     return lowest
 
 
-@compiled
+@borrowing
 def _orphan(trees: Any, pixel: Any) -> None:
     """Note that a pixel has lost its parent."""
     level = trees.level[pixel]
@@ -200,7 +211,7 @@ def _orphan(trees: Any, pixel: Any) -> None:
     trees.orphans[level] = pixel
 
 
-@compiled
+@borrowing
 def _adopt(trees: Any, lowest: int, reached: int) -> None:
     """Each orphan, from the ``lowest`` level on, finds another parent of the level before its own.
 
@@ -215,14 +226,14 @@ def _adopt(trees: Any, lowest: int, reached: int) -> None:
             own += 1
             continue
         trees.orphans[own] = trees.older[orphan]
-        nearest: Any = reached + 1
-        for arc in range(np.uint64(len(step))):
+        best = np.int64(reached + 1) << 8
+        for arc in range(np.uint64(len(step))):  # the first arc to the lowest level, without a branch to mispredict
             other = orphan + step[arc]
-            if 0 < level[other] < nearest and left[other, back[arc]] > 0:
-                nearest = np.int64(level[other])
-                parent[orphan] = arc
-                if nearest == own - 1:
-                    break
+            carries = np.int64(level[other] > 0) * np.int64(left[other, back[arc]] > 0)
+            best = min(best, (np.int64(level[other]) << 8) + np.int64(arc) + ((1 - carries) << 50))
+        nearest: Any = best >> 8
+        if nearest <= reached:
+            parent[orphan] = best & 255
         if nearest == own - 1:
             continue
         for arc in range(np.uint64(len(step))):

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
-from scipy.ndimage import gaussian_filter1d
 from scipy.ndimage import label as connected
 from scipy.special import expit, softmax
 
-from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges
+from synthgen.graphcut import Edges, Solver, ends, expand, grid_edges, window
 from synthgen.records import Maps
 from synthgen.refiners._affinity import Links, affinity_edges, walk
+from synthgen.refiners._palette import Palette
 from synthgen.refiners._words import resize, scaled, side_means
 
 __all__ = ["AttentionCut"]
 
 #: Half of the 8-neighbourhood; the other half is the same edge seen from its other end.
 NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
-#: Colours are counted in this many bins a channel, blurred by PALETTE_BLUR bins, each label with UNSEEN of its own.
-PALETTE_BINS, PALETTE_BLUR, UNSEEN = 8, 0.5, 1e-5
-#: So they are in this many windows on the image's long side, blurred by WINDOW_BLUR windows.
-WINDOWS, WINDOW_BLUR = 5, 0.7
 #: Every word looks at least so much at every cell, in multiples of its highest.
 FAINT = 1e-6
 #: Pixels in a cell's side where ``smoothness`` is the price of an edge, and at most on the first grid of pixels.
@@ -173,41 +168,64 @@ class AttentionCut:
         cells: Int[np.ndarray, "h w"],
     ) -> Int[np.ndarray, "H W"]:
         """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
+        size, count = (image.shape[0], image.shape[1]), len(likely)
         labels, share = cells, likely
-        sizes = finer((image.shape[0], image.shape[1]), cells.shape, self.max_size)
-        for turn, size in enumerate([sizes[0], *sizes]):  # the first grid again, with colours counted by what it gave
-            model = self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(likely)))
-            share = self.above_floor(between(likely, size))
-            start = labels = enlarged(labels, len(likely), size)
+        for number, grid in enumerate(finer(size, cells.shape, self.max_size)):
+            counted = resize(self.counted(labels, share), grid)
+            labels, share = enlarged(labels, count, grid), self.above_floor(between(likely, grid))
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
-            free = self.band_of(labels, max(1, round(self.band * cell)) if turn < 2 else self.reach)
-            if free.any():
-                counted = resize(model, size) if turn else share
-                prices, edges = self.energy_of(colors(image, size), share, counted, cell, free)
-                labels = expand(prices, edges, free=free, start=start, max_rounds=self.max_rounds, solver=self.solver)
-                labels = anchored(labels, start, len(likely))
-        return enlarged(labels, len(likely), (image.shape[0], image.shape[1]))
+            pixels = self.pixels(colors(image, grid), share, cell)
+            reach = self.reach
+            if number == 0:
+                reach = max(1, round(self.band * cell))
+                labels = self.cut_band(pixels, labels, share, reach)
+                counted = self.counted(labels, share)  # the first grid again, with colours counted by what it gave
+            labels = self.cut_band(pixels, labels, counted, reach)
+        return enlarged(labels, count, size)
+
+    def counted(
+        self, labels: Int[np.ndarray, "h w"], share: Float[np.ndarray, "labels h w"]
+    ) -> Float[np.ndarray, "labels h w"]:
+        """The weights that colours are counted with: P and the labels so far, mixed."""
+        return self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(share)))
+
+    def pixels(self, seen: UInt8[np.ndarray, "h w 3"], share: Float32[np.ndarray, "labels h w"], cell: float) -> Pixels:
+        """What is the same in every cut of a grid of pixels; a cell is ``cell`` of them."""
+        price = self.smoothness * cell / USUAL_CELL
+        near = [(offset, price / math.hypot(*offset) * same) for offset, same in contrast(seen)]
+        return Pixels(Palette(seen), -np.log(share), near)
+
+    def cut_band(
+        self,
+        pixels: Pixels,
+        start: Int[np.ndarray, "h w"],
+        counted: Float32[np.ndarray, "labels h w"],
+        reach: int,
+    ) -> Int[np.ndarray, "h w"]:
+        """One cut of a grid of pixels, free in a band around the outline of ``start``, without strays."""
+        free = self.band_of(start, reach)
+        if not free.any():
+            return start
+        part = window(free, NEAR)
+        prices = self.palette * pixels.palette.surprise(counted, part) + pixels.surprise[:, *part]
+        before, free = start[part], free[part]
+        edges = grid_edges(before.shape, ((offset, weight[part]) for offset, weight in pixels.near), free=free)
+        found = expand(prices, edges, free=free, start=before, max_rounds=self.max_rounds, solver=self.solver)
+        labels = start.copy()
+        labels[part] = anchored(found, before, len(counted))
+        return labels
 
     def band_of(self, labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
         """Which pixels may change their label: those near another one."""
         return near_border(labels, reach)
 
-    def energy_of(
-        self,
-        seen: UInt8[np.ndarray, "h w 3"],
-        share: Float32[np.ndarray, "labels h w"],
-        model: Float32[np.ndarray, "labels h w"],
-        cell: float,
-        free: Bool[np.ndarray, "h w"] | None = None,
-    ) -> tuple[Float32[np.ndarray, "labels h w"], Edges]:
-        """U and w of a grid of pixels, whose colours are counted with weight ``model``; a cell is ``cell`` of them.
 
-        U is in float32, as the shares are. Pairs of which neither pixel is ``free`` are left out.
-        """
-        prices = self.palette * palette_surprise(seen, model) - np.log(share)
-        price = self.smoothness * cell / USUAL_CELL
-        near = ((offset, price / math.hypot(*offset) * same) for offset, same in contrast(seen))
-        return prices, grid_edges(share[0].shape, near, free=free)
+class Pixels(NamedTuple):
+    """What all cuts of one grid of pixels share."""
+
+    palette: Palette
+    surprise: Float32[np.ndarray, "labels h w"]  # -log P
+    near: list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]  # w, by offset
 
 
 def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]:
@@ -225,59 +243,6 @@ def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Fl
     mean = sum(float(difference.sum(dtype=np.float64)) for difference in differences) / max(count, 1)
     beta = 1 / (2 * mean) if mean > 0 else 0.0  # an image of one colour has no contrast
     return [(offset, np.exp(-beta * difference)) for offset, difference in zip(NEAR, differences, strict=True)]
-
-
-def palette_surprise(
-    seen: UInt8[np.ndarray, "h w 3"], model: Float32[np.ndarray, "labels h w"]
-) -> Float32[np.ndarray, "labels h w"]:
-    """-T log Q less that of label 0, which changes no cut: histograms weighted by ``model``, compared bin by bin.
-
-    Label 0 has 0, and one word takes half the time.
-    """
-    (height, width), bins = seen.shape[:2], PALETTE_BINS**3
-    rows, columns = (max(1, round(WINDOWS * side / max(height, width))) for side in (height, width))
-    places = np.array([PALETTE_BINS**2, PALETTE_BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
-    color = ((seen // (256 // PALETTE_BINS)).astype(np.float32) @ places).astype(np.intp)
-    window = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
-    place, size = (window * bins + color).ravel(), rows * columns * bins
-    counts = np.stack([np.bincount(place, weights=one.ravel(), minlength=size) for one in model], dtype=np.float32)
-    smooth = counts.reshape(-1, *[PALETTE_BINS] * 3)
-    for _ in range(3):  # along one channel after the other
-        smooth = (smooth @ blur(PALETTE_BINS, PALETTE_BLUR)).transpose(0, 3, 1, 2)
-    there = smooth.reshape(len(model), rows, columns, bins)
-    whole = there.sum(axis=(1, 2), keepdims=True)
-    whole /= whole.sum(axis=3, keepdims=True)
-    near = (blur(rows, WINDOW_BLUR) @ there.reshape(len(model), rows, -1)).reshape(there.shape)
-    near = blur(columns, WINDOW_BLUR) @ near
-    own = height * width / (rows * columns)  # a window's pixels
-    votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
-    surprise = -np.log(votes / votes.sum(axis=0)).reshape(len(model), size)  # of each bin
-    average = (counts * surprise).sum(axis=1, dtype=np.float64) / counts.sum(axis=1, dtype=np.float64)
-    surprise *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
-    result = np.zeros((len(model), height, width), dtype=np.float32)
-    for row, low in corners(height, rows):
-        for column, left in corners(width, columns):
-            index, part = color + (row[:, None] * columns + column) * bins, low[:, None] * left
-            for one, of_bin in zip(result[1:], surprise[1:] - surprise[0], strict=True):
-                one += part * of_bin.take(index)
-    return result
-
-
-@functools.lru_cache(maxsize=64)
-def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
-    """What each of so many places in a row has of each when they are blurred."""
-    kernel: Float32[np.ndarray, "count count"] = gaussian_filter1d(
-        np.eye(count, dtype=np.float32), sigma, mode="constant"
-    )
-    return kernel
-
-
-def corners(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
-    """The windows before and after each of ``size`` pixels in a row, each with its share: linear between centres."""
-    place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
-    before = place.astype(np.intp)
-    part = (place - before).astype(np.float32)
-    return (before, 1 - part), (np.minimum(before + 1, count - 1), part)
 
 
 def between(likely: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:

@@ -308,3 +308,26 @@ def test_refuses_edges_that_no_cut_can_minimise(price):
 def test_refuses_pixels_without_a_price(price):
     with pytest.raises(ValueError, match="price of a pixel"):
         cut(np.full((2, 2), price), np.zeros((2, 2)), grid_edges((2, 2), []))
+
+
+def test_a_numba_without_the_private_option_compiles_all_the_same(monkeypatch):
+    maxflow = pytest.importorskip("synthgen.maxflow")
+
+    def njit(**options):
+        if "_nrt" in options:
+            raise KeyError("Unrecognized options: {'_nrt'}")
+        return lambda function: function
+
+    monkeypatch.setattr(maxflow, "njit", njit)
+    assert maxflow.borrowing(lambda x: x + 1)(1) == 2
+
+
+def test_more_offsets_than_a_byte_has_bits_make_the_same_cut():
+    """Forty offsets, which are eighty arcs of a pixel."""
+    rng = np.random.default_rng(0)
+    offsets = [(dy, dx) for dy in range(5) for dx in range(-4, 5) if (dy, dx) > (0, 0)][:40]
+    edges = grid_edges((12, 12), [(offset, rng.gamma(0.5, size=(12, 12)) / 20) for offset in offsets])
+    unaries = rng.normal(size=(2, 12, 12))
+    found, same = (expand(unaries, edges, solver=solver) for solver in (fastest(), MaximumFlow))
+    assert 0 < found.sum() < found.size
+    assert (found == same).all()

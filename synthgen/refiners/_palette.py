@@ -1,0 +1,89 @@
+"""What an image's colours tell of labels: histograms of windows, counted with weights, compared bin by bin."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from jaxtyping import Float32, Int, UInt8
+from scipy.ndimage import gaussian_filter1d
+
+from synthgen.graphcut import Slices
+
+__all__ = ["Palette"]
+
+#: Colours are counted in this many bins a channel, blurred by BLUR bins, each label with UNSEEN of its own.
+BINS, BLUR, UNSEEN = 8, 0.5, 1e-5
+#: So they are in this many windows on the image's long side, blurred by WINDOW_BLUR windows.
+WINDOWS, WINDOW_BLUR = 5, 0.7
+
+
+class Palette:
+    """The colours of a grid of pixels, made ready to be counted more than once."""
+
+    def __init__(self, seen: UInt8[np.ndarray, "h w 3"]) -> None:
+        height, width = seen.shape[:2]
+        self.rows, self.columns = (max(1, round(WINDOWS * side / max(height, width))) for side in (height, width))
+        places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
+        self.bins = ((seen // (256 // BINS)).astype(np.float32) @ places).astype(np.intp)  # h w
+        window = (np.arange(height) * self.rows // height)[:, None] * self.columns
+        window = window + np.arange(width) * self.columns // width
+        self.places = (window * BINS**3 + self.bins).ravel()  # of each pixel in the histograms of all windows
+
+    def surprise(
+        self, model: Float32[np.ndarray, "labels h w"], part: Slices = (slice(None), slice(None))
+    ) -> Float32[np.ndarray, "labels y x"]:
+        """-T log Q of ``AttentionCut`` for a part of the grid, less that of label 0, which changes no cut.
+
+        Histograms are of the whole grid, counted with weight ``model``. Label 0 has 0, so one word takes half the time.
+        """
+        (height, width), rows, columns, bins = self.bins.shape, self.rows, self.columns, BINS**3
+        size = rows * columns * bins
+        counts = np.stack(
+            [np.bincount(self.places, weights=one.ravel(), minlength=size) for one in model], dtype=np.float32
+        )
+        surprise = self._of_bins(counts)
+        average = (counts * surprise).sum(axis=1, dtype=np.float64) / counts.sum(axis=1, dtype=np.float64)
+        surprise *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
+        color = self.bins[part]
+        result = np.zeros((len(model), *color.shape), dtype=np.float32)
+        for row, low in corners(height, rows):
+            for column, left in corners(width, columns):
+                index = color + (row[part[0], None] * columns + column[part[1]]) * bins
+                share = low[part[0], None] * left[part[1]]
+                for one, of_bin in zip(result[1:], surprise[1:] - surprise[0], strict=True):
+                    one += share * of_bin.take(index)
+        return result
+
+    def _of_bins(self, counts: Float32[np.ndarray, "labels bins"]) -> Float32[np.ndarray, "labels bins"]:
+        """-log Q in each bin of each window."""
+        smooth = counts.reshape(-1, BINS, BINS, BINS)
+        for _ in range(3):  # along one channel after the other
+            smooth = (smooth @ blur(BINS, BLUR)).transpose(0, 3, 1, 2)
+        there = smooth.reshape(len(counts), self.rows, self.columns, -1)
+        whole = there.sum(axis=(1, 2), keepdims=True)
+        whole /= whole.sum(axis=3, keepdims=True)
+        near = (blur(self.rows, WINDOW_BLUR) @ there.reshape(len(counts), self.rows, -1)).reshape(there.shape)
+        near = blur(self.columns, WINDOW_BLUR) @ near
+        own = self.bins.size / (self.rows * self.columns)  # a window's pixels
+        votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
+        surprise: Float32[np.ndarray, "labels bins"] = -np.log(votes / votes.sum(axis=0)).reshape(counts.shape)
+        return surprise
+
+
+@functools.lru_cache(maxsize=64)
+def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
+    """What each of so many places in a row has of each when they are blurred."""
+    kernel: Float32[np.ndarray, "count count"] = gaussian_filter1d(
+        np.eye(count, dtype=np.float32), sigma, mode="constant"
+    )
+    return kernel
+
+
+def corners(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
+    """The windows before and after each of ``size`` pixels in a row, each with its share: linear between centres."""
+    place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+    before = place.astype(np.intp)
+    part = (place - before).astype(np.float32)
+    return (before, 1 - part), (np.minimum(before + 1, count - 1), part)
