@@ -9,7 +9,7 @@ Stages deal their units out to processes, so a script that calls them keeps its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,6 +156,7 @@ def plan_pipeline(
     workers: int = 0,
     measure: bool = True,
     sample: int = 0,
+    describe: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """What a pipeline file will cost; arguments as in :func:`synthgen.plan.plan`. Its run is left as it is."""
     from synthgen.pipeline import read_pipeline
@@ -163,7 +164,7 @@ def plan_pipeline(
 
     pipeline = read_pipeline(path, overrides=overrides)
     engine = pipeline.engine_with({"name": engine}) if isinstance(engine, str) else engine  # as ``synthgen run`` does
-    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample, describe=describe)
 
 
 def plan_stage(
@@ -174,10 +175,11 @@ def plan_stage(
     workers: int = 0,
     measure: bool = True,
     sample: int = 0,
+    describe: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> Plan:
     """What that stage alone with these settings will cost; see :func:`plan_pipeline`."""
     from synthgen.plan import pipeline_of, plan
 
     pipeline = pipeline_of(make_stage(stage, settings), run)
-    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample, describe=describe)

@@ -213,7 +213,7 @@ def run_file(
     only: Annotated[str, typer.Option(help="One stage of it.")] = "",
     first: Annotated[str, typer.Option("--from", help="Begin with this stage.")] = "",
     last: Annotated[str, typer.Option("--to", help="End with this stage.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and its inputs; say what would run.")] = False,
     settings: PathSetOption = None,
     engine: EngineOption = None,
     workers: WorkersOption = 0,
@@ -227,9 +227,7 @@ def run_file(
     agree({"engine": chosen}, settings)
     pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
-        print(f"run: {pipeline.run}")
-        for stage in pipeline.stages:
-            print(f"{stage.name}: {', '.join(stage.told())} -> {', '.join(stage.artifacts() or stage.writes)}")
+        print("\n".join(pipeline.rehearsed()))
         return
     for summary in pipeline.execute(engine=pipeline.engine_with(chosen), progress=progress()):
         say(summary)
@@ -256,10 +254,11 @@ def plan(
 ) -> None:
     """Say what a pipeline will cost before it starts: images, units, bytes, hours and memory."""
     from synthgen import api
+    from synthgen.console import doing
     from synthgen.plan.text import render
 
     agree({"engine": engine_of(engine, workers, None)}, settings)
-    options: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample}
+    options: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample, "describe": doing("plan")}
     given: dict[str, Any] = {"backbone": backbone_of(None, settings, model=model)}
     if file and run:
         raise ConfigError(f"{file} names the run that it is for; leave --run out, or give --set run={run}")
@@ -286,7 +285,7 @@ def status(
     from synthgen.status.text import render
 
     found = look(_open(run))
-    print(json.dumps(found.plain(), indent=2) if as_json else render(found))
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
 
 @app.command()
@@ -326,10 +325,11 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether this machine will work, and how well."""
+    from synthgen.console import doing
     from synthgen.doctor import examine
     from synthgen.doctor.text import render
 
-    found = examine(run, model or "")
+    found = examine(run, model or "", doing("doctor"))
     print(json.dumps(found.plain(), indent=2) if as_json else render(found), flush=True)
     for problem in found.problems:
         print(f"synthgen: {problem}", file=sys.stderr)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from synthgen.devices import place
 from synthgen.run import Run
 from synthgen.runner import Progress, Summary
 from synthgen.status.text import scores
-from synthgen.text import duration
+from synthgen.text import counted, duration, plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["ConsoleProgress", "progress", "say", "say_scores", "tell"]
+__all__ = ["ConsoleProgress", "doing", "progress", "say", "say_scores", "tell"]
 
 
 def tell(summary: Summary) -> str:
@@ -26,10 +27,10 @@ def tell(summary: Summary) -> str:
         many = f"all {summary.units} units were" if summary.units != 1 else "the one unit was"
         return f"{summary.stage}: nothing to do, {many} done"
     rate = summary.samples / summary.seconds if summary.seconds else 0.0
-    parts = [f"{summary.samples} sample{'s' * (summary.samples != 1)} in {duration(summary.seconds)} ({rate:.1f}/s)"]
+    parts = [f"{counted(summary.samples, 'samples')} in {duration(summary.seconds)} ({rate:.1f}/s)"]
     if summary.done_before:
         parts.append(f"{summary.done_before} of {summary.units} units were done before")
-    parts += [f"{count} {remark}" for remark, count in summary.notes.items() if count]
+    parts += [counted(count, remark) for remark, count in summary.notes.items() if count]
     return f"{summary.stage}: {', '.join(parts)}"
 
 
@@ -40,9 +41,14 @@ def say(summary: Summary) -> None:
 
 
 def say_scores(run: Run) -> None:
-    """Print the scores of a run's evaluations."""
-    for line in scores(run):
+    """Print the scores of a run's evaluations; in files and pipes, which have no edge, nothing of a row is cut."""
+    for line in scores(run, whole=not sys.stdout.isatty()):
         print(line)
+
+
+def doing(command: str) -> Callable[[str], None]:
+    """What says on standard error, a line each time, what a command does before it has anything to print."""
+    return lambda text: print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def progress() -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from synthgen.errors import ConfigError, MissingArtifact, PipelineError, Unknown
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage, make_stage
+from synthgen.stores import located
 from synthgen.untrusted import read_file
 
 __all__ = ["Override", "Pipeline", "read_pipeline"]
@@ -22,6 +24,7 @@ __all__ = ["Override", "Pipeline", "read_pipeline"]
 Override = tuple[str, Any]  # dotted path, value: ("stages.masks.min_area", 0.01)
 
 _KEYS = ("run", "seed", "engine", "stages")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ class Pipeline:
         """The engine of the file with the options that are ``given``; where they name another, that with them alone."""
         same = given.get("name", self.engine.name) == self.engine.name
         return Choice.of({**(self.engine.dump() if same else {}), **given})
+
+    def rehearsed(self) -> list[str]:
+        """What would run, a line each, once all that the stages are given is found to be there. Nothing is written.
+
+        What lies in the run's own folder may be made by a stage before; an encoder may be on the hub, which is not
+        asked.
+
+        Raises:
+            MissingArtifact, PromptError, CorruptShard, ConfigError: what the run would be refused for.
+        """
+        run = Run(located(self.run), self.seed)
+        for stage in self.stages:
+            _check_given(stage, run)
+        named = [
+            (stage, ", ".join(stage.told()), ", ".join(stage.artifacts() or stage.writes)) for stage in self.stages
+        ]
+        return [f"run: {self.run}", *(f"{stage.name}: {given} -> {made}" for stage, given, made in named)]
 
     def execute(self, *, engine: EngineLike = None, progress: Progress | None = None) -> Iterator[Summary]:
         """Run each stage; yields its summary when it has ended.
@@ -98,6 +118,38 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     if isinstance(engine, dict):  # options alone are those of the engine that is there by default
         engine = {"name": default_engine(), **engine}
     return Pipeline(path, Path(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
+
+
+def _check_given(stage: Stage, run: Run) -> None:
+    """See that what a stage is given beside its run's artifacts is there, with the words of the stage itself."""
+    from synthgen.datasets.sources import tars_of
+    from synthgen.stages.attend import Attend
+    from synthgen.stages.evaluate import Evaluate
+    from synthgen.stages.generate import Generate
+    from synthgen.stages.pretrain import Pretrain
+
+    sources: tuple[str, ...] = ()
+    encoder = ""
+    if isinstance(stage, Generate) and stage.prompts:
+        stage.inputs(run)
+    elif isinstance(stage, Attend):
+        stage.inputs(run)
+        stage.prepare(run)
+    elif isinstance(stage, Pretrain):
+        sources, encoder = stage.data, stage.start
+    elif isinstance(stage, Evaluate):
+        sources, encoder = (stage.train, stage.test, stage.truth, stage.predicted), stage.encoder
+    for source in sources:
+        if source and not _is_within(source, run):
+            tars_of(source)
+    if encoder and not (_HUB_ID.fullmatch(encoder) or _is_within(encoder, run) or located(encoder).exists()):
+        from synthgen.models.tower import encoder_folder
+
+        encoder_folder(encoder)
+
+
+def _is_within(place: str, run: Run) -> bool:
+    return str(located(place)).startswith(f"{run.path}/")
 
 
 def _load(path: Path) -> dict[str, Any]:

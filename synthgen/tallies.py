@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["CUT_OFF", "Tallies", "Tally"]
+__all__ = ["CUT_OFF", "Tallies", "Tally", "kind_of"]
 
 CUT_OFF = "cut off: no text encoder reads as far as the word stands"
 

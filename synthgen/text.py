@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import unicodedata
 from collections.abc import Collection, Sequence
 
-__all__ = ["WIDTH", "columns", "duration", "fit", "plain", "size", "table", "wrap"]
+__all__ = ["WIDTH", "columns", "counted", "duration", "fit", "plain", "size", "table", "wrap"]
 
 WIDTH = 100  # columns of a page
+_PLURAL = re.compile(r"^([^(]*?\w)s\b")  # up to the first word that is one, and none in brackets
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Aligned columns; an empty last column is left out, and a long one is cut at the page's edge."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = (), *, whole: bool = False
+) -> list[str]:
+    """Aligned columns; an empty last column is left out, and a long one is cut at the page's edge.
+
+    With ``whole`` nothing is cut: for files and pipes, which have no edge.
+    """
     cells = [[plain(cell) for cell in row] for row in (head, *rows)]
     if not any(row[-1] for row in cells[1:]):
         cells = [row[:-1] for row in cells]
     num = len(cells[0])
-    widths = [min(max(columns(row[index]) for row in cells), 28) for index in range(num - 1)]
-    widths.append(max(8, min(max(columns(row[-1]) for row in cells), WIDTH - sum(widths) - 2 * (num - 1))))
+    widths = [max(columns(row[index]) for row in cells) for index in range(num)]
+    if not whole:
+        widths[:-1] = [min(width, 28) for width in widths[:-1]]
+        widths[-1] = max(8, min(widths[-1], WIDTH - sum(widths[:-1]) - 2 * (num - 1)))
     lines = []
     for row in cells:
         fitted = [fit(cell, width) for cell, width in zip(row, widths, strict=True)]
@@ -52,6 +61,12 @@ def plain(text: str) -> str:
 def wrap(text: str) -> list[str]:
     """Text in lines of a page's width, all but the first indented."""
     return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def counted(count: int, many: str) -> str:
+    """A count and what it counts, which is given for many: "2 failed samples", but "1 failed sample"."""
+    said = _PLURAL.sub(r"\1", many) if count == 1 else many
+    return f"{count:,} {said}"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from safetensors import SafetensorError
 
 from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is where its notes begin
 
 __all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline", "pipeline_class"]
 
@@ -83,12 +80,14 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
         ConfigError: the model is of another family, or has no such scheduler.
         MissingDependency: LoRA weights need a library that is not installed.
     """
-    import diffusers
-    from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
-    for library in (logging, transformers_logging):  # their bars and notes would break into ours
-        library.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # before diffusers imports more of it, which is where its notes begin
+    import diffusers
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    for library in (logging, transformers_logging):  # their bars would break into ours
         library.disable_progress_bar()
     model = SHORT_NAMES.get(loading.model, loading.model)
     kind = pipeline_class(model)

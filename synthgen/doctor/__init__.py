@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,26 +51,32 @@ class Examination:
         return {"ok": not self.problems, **asdict(self)}
 
 
-def examine(run: Path, model: str = "") -> Examination:
+def examine(run: Path, model: str = "", describe: Callable[[str], None] = lambda text: None) -> Examination:
     """Look at this machine; what does not work is named in ``problems`` instead of raised.
 
     Args:
         run: where runs would be written; it need not be there yet.
         model: a short name, folder or hub id that should work too.
+        describe: is told what is looked at, before it is.
     """
     problems: list[str] = []
     notes: list[str] = []
     devices: tuple[Device, ...] = ()
     plan, shipped, hosted = None, None, None
     attention: list[Attention] = []
+    describe("looking at the libraries and what can compute")
     if has_libraries(problems):
         devices, plan = machine.devices(problems), machine.plan()
         if len(devices) == 1 and Path("/dev/nvidiactl").exists():
             notes.append("there is an NVIDIA driver, but this torch sees no GPU; see pytorch.org for one that does")
         for device in devices:
+            describe(f"recording attention on {device.name}")
             attention += attention_on(device, problems)
+        describe("loading the shipped model")
         shipped = shipped_model(problems)
-        hosted = hosted_model(model, problems, notes) if model else None
+        if model:
+            describe(f"looking for the model {model}")
+            hosted = hosted_model(model, problems, notes)
     return Examination(
         versions(),
         platform.platform(),

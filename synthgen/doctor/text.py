@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from synthgen.doctor import Examination, Hosted
-from synthgen.text import size, table, wrap
+from synthgen.text import counted, size, table, wrap
 
 __all__ = ["render"]
 
@@ -29,14 +29,14 @@ def _blocks(found: Examination) -> Iterator[list[str]]:
                     _size(item.memory_total),
                     _size(item.memory_free),
                     _YES_NO[item.bfloat16],
-                    item.model + (f", {item.cores} cores" if item.cores else ""),
+                    item.model + (f", {counted(item.cores, 'cores')}" if item.cores else ""),
                 )
                 for item in found.devices
             ],
             right=(1, 2),
         )
     if found.generate is not None:
-        workers = f"{found.generate.workers} worker{'s' if found.generate.workers > 1 else ''}"
+        workers = counted(found.generate.workers, "workers")
         yield wrap(f"synthgen generate would use: {', '.join(found.generate.devices)}; {workers}")
     if found.attention:
         yield table(
@@ -65,7 +65,7 @@ def _blocks(found: Examination) -> Iterator[list[str]]:
     )
     yield [line for note in found.notes for line in wrap(f"note: {note}")]
     count = len(found.problems)
-    yield [f"{count} problem{'s' if count > 1 else ''} must be put right" if count else "all of this works"]
+    yield [f"{counted(count, 'problems')} must be put right" if count else "all of this works"]
 
 
 def _places(found: Examination) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -34,6 +35,7 @@ __all__ = [
     "Row",
     "Scenes",
     "named",
+    "noted",
 ]
 
 Need = Literal["features", "patches", "maps", "latents", "images", "pairs", "masks"]
@@ -227,8 +229,9 @@ class Evaluator(Protocol):
     def evaluate(self, material: Material) -> dict[str, float]:
         """Named numbers, the same each time; the order of the images does not matter.
 
-        The first one is the score; ``low`` and ``high`` bound it (95 %, bootstrap over test images). Where a head is
-        trained it is the mean over ``seeds`` trainings, and ``spread`` their standard deviation.
+        The first one is the score; ``low`` and ``high`` bound it (95 %, bootstrap over test images), NaN where there
+        is one test image. Where a head is trained it is the mean over ``seeds`` trainings, and ``spread`` their
+        standard deviation.
 
         Raises:
             ConfigError: the material lacks what is needed; says what.
@@ -258,6 +261,11 @@ def named(choices: Sequence[Choice]) -> dict[str, Choice]:
             raise ConfigError(f"the evaluator {name} is listed twice with the same options; take one away")
         found[name] = choice
     return found
+
+
+def noted(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """What an evaluator found as JSON can hold it: bounds that there are none of, those of one image, are None."""
+    return {name: None if name in ("low", "high") and math.isnan(value) else value for name, value in numbers.items()}
 
 
 def _finite(*tensors: Tensor, what: str = "features") -> None:

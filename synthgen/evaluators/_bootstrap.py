@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import nan
 
 import numpy as np
 from jaxtyping import Float64
@@ -21,8 +22,11 @@ def mean_with_interval(
 
     An image brings the sum of ``counts`` values (one value, where there are none): they are drawn together, for they
     share its luck. The interval tells the luck in the choice of test images; another training has luck of its own.
+    Of one image there is none, and its bounds are NaN.
     """
     counts = np.ones_like(sums) if counts is None else counts
+    if len(sums) == 1:
+        return float(sums.sum() / counts.sum()), nan, nan
     low, _, high = _percentiles(lambda times: (times @ sums) / np.maximum(times @ counts, 1e-12), len(sums), 2000)
     return float(sums.sum() / counts.sum()), low, high
 
@@ -32,8 +36,10 @@ def interval(score: Score, num_images: int, draws: int = 2000) -> tuple[float, f
 
     ``score`` is told how often each image was drawn, in each redrawn set, and must give the plain score where every
     image is there once. Redrawn sets miss rare classes, which moves scores that are means over classes; the interval is
-    put back by as much as their mean lies beside the plain score.
+    put back by as much as their mean lies beside the plain score. Of one image there is none, and its bounds are NaN.
     """
+    if num_images == 1:
+        return nan, nan
     low, middle, high = _percentiles(score, num_images, draws)
     plain = float(score(np.ones((1, num_images)))[0])
     return max(0.0, plain - max(0.0, middle - low)), min(1.0, plain + max(0.0, high - middle))

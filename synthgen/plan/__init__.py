@@ -8,7 +8,7 @@ Prompts are counted line by line, as ``generate`` would read them, images that e
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -110,7 +110,13 @@ def pipeline_of(stage: Stage, run: str | Path) -> Pipeline:
 
 
 def plan(
-    pipeline: Pipeline, *, engine: EngineLike = None, workers: int = 0, measure: bool = True, images: int = 0
+    pipeline: Pipeline,
+    *,
+    engine: EngineLike = None,
+    workers: int = 0,
+    measure: bool = True,
+    images: int = 0,
+    describe: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Count what a pipeline will make, and measure a sample of it. Nothing is written to its run.
 
@@ -120,6 +126,7 @@ def plan(
         workers: that will share the work; 0: as many as the engine would take here.
         measure: make a sample; without it there are counts alone, and no model is loaded.
         images: of the sample, at most; 0: three batches, or what can be drawn in about a minute.
+        describe: is told what is counted or made, before it is.
 
     Raises:
         PipelineError: it makes no images, or a stage reads what none before it makes.
@@ -128,9 +135,11 @@ def plan(
     first = first_of(pipeline)
     engines = [check_engine(stage, engine or pipeline.engine) for stage in pipeline.stages]
     most = images or ROUNDS * first.batch_size * getattr(first, "window", 1)
+    describe(f"counting {', '.join(first.told())}")
     survey = _survey(first, most)
     notes: list[str] = []
     lines = [stage.complete() for stage in pipeline.stages]
+    describe(f"counting what there is to do in {pipeline.run}")
     counts = count(pipeline, survey, notes)
     plans = [_counted(stage, counted) for stage, counted in zip(lines, counts, strict=True)]
     total = counts[lines.index(first)].images
@@ -138,7 +147,7 @@ def plan(
     if measure and any(counted.units_left for counted in counts):
         seconds = inf if images else SECONDS
         with sampled(survey, seed=pipeline.seed, most=min(most, total), seconds=seconds) as sample:
-            device = _measure(lines, counts, engines, sample, workers, plans)
+            device = _measure(lines, counts, engines, sample, workers, plans, describe)
     notes += [f"{plan.stage}: {plan.unknown}" for plan in plans if plan.unknown]
     whole = _sum(made for plan in plans for made in plan.bytes.values())
     free = _free(pipeline.run)
@@ -181,6 +190,7 @@ def _measure(
     sample: Sample,
     workers: int,
     plans: list[StagePlan],
+    describe: Callable[[str], None],
 ) -> str:
     """Put estimates into ``plans`` as far as something is left to do; the device that images were drawn on."""
     device = ""
@@ -189,6 +199,7 @@ def _measure(
             break
         if stage.name not in MEASURED:
             continue
+        describe(f"trying {stage.name} on a small sample")
         try:
             took = sample.take(stage, counted)
         except SynthgenError as error:

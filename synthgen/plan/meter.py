@@ -15,6 +15,7 @@ from synthgen.devices import devices_for
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
+from synthgen.text import counted
 
 __all__ = ["Meter", "Took", "in_a_process"]
 
@@ -41,7 +42,7 @@ class Took:
     @property
     def sample(self) -> str:
         """What was measured."""
-        return f"{self.samples} images in {len(self.rounds)} round{'s' if len(self.rounds) > 1 else ''}"
+        return f"{counted(self.samples, 'images')} in {counted(len(self.rounds), 'rounds')}"
 
     @property
     def basis(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from synthgen.plan import Estimate, Plan, StagePlan
-from synthgen.text import duration, size, table, wrap
+from synthgen.text import counted, duration, size, table, wrap
 
 __all__ = ["render"]
 
@@ -16,8 +17,8 @@ def render(found: Plan) -> str:
 
 
 def _blocks(found: Plan) -> Iterator[list[str]]:
-    prompts = f"{found.prompts:,} prompts, " if found.prompts else ""
-    yield wrap(f"{found.file}: {prompts}{found.images:,} images for {found.run} (seed {found.seed})")
+    prompts = f"{counted(found.prompts, 'prompts')}, " if found.prompts else ""
+    yield wrap(f"{found.file}: {prompts}{counted(found.images, 'images')} for {found.run} (seed {found.seed})")
     yield table(
         ("stage", "units", "left", "images", "left", ""),
         [(stage.stage, *_numbers(stage), stage.unknown or stage.basis) for stage in found.stages],
@@ -51,7 +52,7 @@ def _row(stage: StagePlan) -> tuple[str, ...]:
         f"{stage.workers:,}" if stage.workers else "",
         _value(stage.at_best_seconds, duration),
         _value(stage.memory, _size),
-        stage.sample.replace(" images", ""),
+        re.sub(" images?", "", stage.sample),
     )
 
 

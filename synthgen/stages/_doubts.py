@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from synthgen.text import counted
+
 if TYPE_CHECKING:
     from synthgen.evaluators._extraction import Extracted
     from synthgen.stages._judged import Source
@@ -21,7 +23,7 @@ def doubts(sources: Mapping[str, Source], kept: Mapping[str, Sequence[str]]) -> 
             found.append(f"{lacking} of {len(source.samples)} {name} images have no label and are left out")
     known, asked = (kept.get(name) or list(sources[name].labels.values()) for name in ("train", "test"))
     if len(asked) < 100:
-        found.append(f"few test images ({len(asked)}): the intervals are wide")
+        found.append(_few("test images", len(asked)))
     if unseen := sorted(set(asked) - set(known)):
         count = sum(label in unseen for label in asked)
         found.append(f"classes that training lacks: {_list(unseen)}; their test images ({count}) count wrong")
@@ -40,7 +42,7 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
                 f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
             )
     if len(found["test"].keys) < 100:
-        told.append(f"few test images with masks ({len(found['test'].keys)}): the intervals are wide")
+        told.append(_few("test images with masks", len(found["test"].keys)))
     if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
         boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
         told.append(
@@ -48,6 +50,14 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
             f"their masks in test images ({boxes}) count as not found where classes are told apart"
         )
     return told
+
+
+def _few(images: str, count: int) -> str:
+    return (
+        f"{counted(1, images)}: there is no interval"
+        if count == 1
+        else f"few {images} ({count}): the intervals are wide"
+    )
 
 
 def _list(names: Sequence[str]) -> str:

@@ -341,6 +341,7 @@ class Evaluate(Stage):
         self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
         """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
+        from synthgen.evaluators import noted
         from synthgen.stages._material import gathered, telling
 
         rows = rows_of(self, folder, evaluators.values())
@@ -355,14 +356,14 @@ class Evaluate(Stage):
             for name, evaluator in evaluators.items():
                 if judges(evaluator, kind):
                     given = telling(material[kind], worker.describe, f"{name} of {row}")
-                    result["scores"][row][name] = evaluator.evaluate(given)
+                    result["scores"][row][name] = noted(evaluator.evaluate(given))
         if folder is not None:
             result["encoder"] = self.encoder or str(folder)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
         from synthgen.datasets import open_masks
-        from synthgen.evaluators import Material
+        from synthgen.evaluators import Material, noted
 
         truth = open_masks(self.truth)
         predicted = open_masks(self.predicted) if self.predicted else masks_of_run(run)
@@ -374,7 +375,7 @@ class Evaluate(Stage):
                 f"{len(truth) - shared} of {len(truth)} true masks have no prediction beside them"
             )
         result["scores"]["masks"] = {
-            name: evaluator.evaluate(Material(predicted=predicted, truth=truth))
+            name: noted(evaluator.evaluate(Material(predicted=predicted, truth=truth)))
             for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }

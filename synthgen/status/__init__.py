@@ -15,11 +15,12 @@ from synthgen.run import Run
 from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
-from synthgen.status.samples import Counted, Shards, finished_shards
+from synthgen.status.samples import Counted, Dropped, Shards, finished_shards
 from synthgen.tallies import Tally
 
 __all__ = [
     "ArtifactStatus",
+    "Dropped",
     "Evaluation",
     "RunStatus",
     "Score",
@@ -44,6 +45,7 @@ class RunStatus:
     artifacts: tuple[ArtifactStatus, ...]
     labels: tuple[Tally, ...] = ()  # by class, most samples first
     words: tuple[Tally, ...] = ()  # by word, most samples first
+    first_dropped: tuple[Dropped, ...] = ()  # the first few words without a mask
     shards: Shards | None = None
     training: tuple[Training, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
@@ -81,7 +83,9 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     for name, entry in entries.items():
         hear = (counted.hear,) if counts and name == "masks" else ()
         artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *hear)
-    labels, words = counted.ranked(run, problems) if counts and "masks" in artifacts else ((), ())
+    looked = counts and "masks" in artifacts
+    labels, words = counted.ranked(run, problems) if looked else ((), ())
+    first = counted.first_dropped(run, problems) if looked else ()
     training = tuple(
         training_in(folder, artifacts.get(f"pretrain/{folder.name}"))
         for folder in sorted(run.folder("pretrain").glob("*/"))
@@ -94,6 +98,7 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
         found,
         labels,
         words,
+        first,
         finished_shards(run, problems),
         training,
         judged,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from synthgen.stages import STAGES
 from synthgen.status.reading import is_number, read_object, read_objects
 from synthgen.stores import listing
 
-__all__ = ["ArtifactStatus", "artifact_status"]
+__all__ = ["FEW", "ArtifactStatus", "artifact_status"]
 
+FEW = 3  # samples that are named of all that something happened to
 _SPLITS = ("train", "val")  # folders of shards
 
 
@@ -32,6 +34,7 @@ class ArtifactStatus:
     bytes: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)  # unit → reason
+    left_out: dict[str, str] = field(default_factory=dict)  # key → reason, of the first few samples that are not in it
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -82,6 +85,7 @@ def artifact_status(
         sums.bytes,
         sums.notes,
         failures,
+        sums.left_out,
         dict(entry.get("settings") or {}),
         dict(entry.get("versions") or {}),
     )
@@ -96,6 +100,7 @@ class _Sums:
     seconds: float = 0.0
     bytes: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def add(self, mark: Mapping[str, Any]) -> None:
         self.done += 1
@@ -105,6 +110,9 @@ class _Sums:
         for remark, count in (mark.get("notes") or {}).items():
             if count:
                 self.notes[remark] = self.notes.get(remark, 0) + int(count)
+        failed = mark.get("failed")  # of shards it is a count
+        for key, reason in islice(failed.items(), FEW - len(self.left_out)) if isinstance(failed, dict) else ():
+            self.left_out[str(key)] = str(reason)
 
 
 def _marks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Score:
 
     of: str  # such as "mae", or "random encoder" beside it
     evaluator: str
-    values: dict[str, float]  # the score comes first; ``low`` and ``high`` bound it
+    values: dict[str, float]  # the score comes first; ``low`` and ``high`` bound it, NaN where nothing does
 
     @property
     def main(self) -> tuple[str, float]:
@@ -94,6 +95,9 @@ def _score_rows(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterato
     """The innermost mappings that hold numbers; the keys on the way say of what and by whom."""
     numbers = {key: float(item) for key, item in value.items() if is_number(item)}
     if numbers:
+        numbers |= {
+            key: nan for key in ("low", "high") if value.get(key, 0) is None
+        }  # an interval that there is none of
         yield Score(" ".join(path[:-1]), path[-1] if path else "", numbers)
     for key, item in value.items():
         if isinstance(item, Mapping):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from synthgen.attention.words import words_cut_off
 from synthgen.codecs import decode_meta
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
+from synthgen.status.artifacts import FEW
 from synthgen.status.reading import is_number, read_object
 from synthgen.stores import listing
 from synthgen.stores.tar import read_tar
 from synthgen.tallies import CUT_OFF, Tallies, Tally
 
-__all__ = ["Counted", "Shards", "finished_shards"]
+__all__ = ["Counted", "Dropped", "Shards", "finished_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,40 +31,79 @@ class Shards:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A word of a sample that has no mask, and why."""
+
+    key: str
+    word: str
+    reason: str
+
+
 class Counted:
     """Masks by class and by word: from the done marks as they are read; of units whose marks tell none, from tars."""
 
     def __init__(self) -> None:
         self._tallies = Tallies()
         self._told: set[str] = set()  # names of tars
+        self._first: list[Dropped] = []
+        self._named, self._look = 0, dict[str, bool]()  # tars that a few can be named from; whether words were cut off
 
     def hear(self, unit: str, mark: Mapping[str, Any]) -> None:
         """Count what the mark of a unit tells."""
         with suppress(ValueError):
             self._tallies.add(mark.get("tallies"))
             self._told.add(f"{unit}.tar")
+            notes = mark.get("notes") or {}
+            if (lost := notes.get("dropped", 0) + notes.get("words cut off", 0)) and self._named < FEW:
+                self._named += lost
+                self._look[f"{unit}.tar"] = bool(notes.get("words cut off"))
 
     def ranked(self, run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
         """Classes and words, those of most samples first, once all marks have been heard."""
         folder = run.folder("masks")
         for name in sorted(listing(folder).keys() - self._told):
             if name.endswith(".tar") and name[:1].isdigit():
-                try:
-                    _count(self._tallies, run.folder("images") / name, folder / name)
-                except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
-                    problems.append(str(error))
+                with _telling(problems):
+                    for sample in _samples(folder / name, run.folder("images") / name):
+                        self._tallies.count(*sample[1:])
+                        self._name(*sample)
         return self._tallies.ranked()
 
+    def first_dropped(self, run: Run, problems: list[str]) -> tuple[Dropped, ...]:
+        """The first few words without a mask, once all have been counted; they are read from a tar or two."""
+        for name, cut_off in self._look.items():
+            with _telling(problems):
+                for sample in _samples(run.folder("masks") / name, run.folder("images") / name if cut_off else None):
+                    self._name(*sample)
+        return tuple(sorted(self._first, key=lambda one: one.key)[:FEW])
 
-def _count(tallies: Tallies, images: Path, masks: Path) -> None:
-    about = {key: _about(members) for key, members in read_tar(images, ("json",))}
+    def _name(self, key: str, label: str, words: Sequence[str], reasons: Sequence[str]) -> None:
+        few = [Dropped(key, word, reason) for word, reason in zip(words, reasons, strict=True) if reason]
+        self._first += few[: max(0, 2 * FEW - len(self._first))]
+
+
+@contextmanager
+def _telling(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
+        problems.append(str(error))
+
+
+def _samples(masks: Path, images: Path | None) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """Of each sample of a unit its key, its class, its words, and for each of them why there is no mask, or "".
+
+    Without ``images`` no class is known, and no word that was cut off.
+    """
+    about = {key: _about(members) for key, members in read_tar(images, ("json",))} if images else {}
     for key, record in [(key, decode_meta(key, members)) for key, members in read_tar(masks, ("json",))]:
         wanted = [str(word) for word in record.get("words", ())]
         dropped = record.get("dropped")
         reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
         reasons += [""] * (len(wanted) - len(reasons))
         label, lost = about.get(key, ("", []))
-        tallies.count(label, wanted + lost, reasons[: len(wanted)] + [CUT_OFF] * len(lost))
+        yield key, label, wanted + lost, reasons[: len(wanted)] + [CUT_OFF] * len(lost)
 
 
 def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:

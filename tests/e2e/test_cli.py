@@ -139,6 +139,8 @@ def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
         "run: runs/x\n"
         "stages: {generate: {prompts: p.txt}, masks: {}, shards: {}, pretrain: {method: vlp}, evaluate: {}}"
     )
+    refused = one_line(synthgen("run", "p.yaml", "--dry-run", cwd=tmp_path))
+    (tmp_path / "p.txt").write_text("a [dog]\n")
     assert synthgen("run", "p.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines() == [
         "run: runs/x",
         "generate: p.txt -> images, maps",
@@ -147,9 +149,11 @@ def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
         "pretrain: shards -> pretrain/vlp",
         "evaluate: pretrain, shards -> evaluate",
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "p.yaml"}
+    (tmp_path / "p.txt").unlink()
     told = one_line(synthgen("run", "p.yaml", cwd=tmp_path))
     assert "there is no prompt file p.txt" in told
+    assert refused == told
     assert not (tmp_path / "runs" / "x").exists()
 
 

@@ -138,6 +138,24 @@ def test_masks_beside_the_truth(run, tmp_path):
     assert result(run, "masks")["scores"]["masks"]["mask_iou"]["mean_iou"] == 1.0
 
 
+def test_one_image_is_judged_without_an_interval(run, tmp_path):
+    generation, truth = make_generation("0", ("disc",), 32, seed=1)
+    with TarWriter(tmp_path / "one.tar") as tar:
+        about = {"words": ["disc"], "label": "disc"}
+        members = {"png": encode_png(generation.image), "mask.png": encode_png(codecs.masks_to_labels(truth))}
+        tar.add("0", members | {"json": json.dumps(about).encode()})
+    one = str(tmp_path / "one.tar")
+    run_stage(Evaluate(test=one, truth=one, predicted=one, label="one"), run, ONE)
+    found = result(run, "one")
+    for numbers in [
+        *(values["knn"] for name, values in found["scores"].items() if name != "masks"),
+        found["scores"]["masks"]["mask_iou"],
+    ]:
+        assert numbers["low"] is numbers["high"] is None
+    assert found["scores"]["masks"]["mask_iou"]["mean_iou"] == 1
+    assert "1 test image: there is no interval" in found["warnings"]
+
+
 def test_masks_alone_need_no_encoder(run, tmp_path):
     shutil.rmtree(run.folder("pretrain"))
     run_stage(Evaluate(truth=str(run.path / "shards" / "train")), run, ONE)

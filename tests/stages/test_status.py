@@ -24,7 +24,7 @@ from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.status import Evaluation, RunStatus, Score, Tally, status
 from synthgen.status.text import render, scores
-from synthgen.tallies import Tallies, kind_of
+from synthgen.tallies import CUT_OFF, Tallies, kind_of
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -128,6 +128,90 @@ def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
     assert plain["words"][1] == {"name": "square", "samples": 4, "masks": 0, "dropped": squares}
     assert plain["path"] == str(run.path)
     assert status(run, counts=False).words == ()
+
+
+def test_the_first_masks_that_were_dropped_are_named_and_where_all_of_them_stand(run):
+    masks_of(run, Picky())
+    state = status(run)
+    assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [
+        (f"000000000{row}", "square", f"covers 0.{row + 1}1% of the image, less than 0.50%") for row in (1, 2, 3)
+    ]
+    text = " ".join(render(state).split())
+    assert "dropped: 0000000001 square: covers 0.21% of the image, less than 0.50%" in text
+    assert text.count("dropped: 0") == 3
+    assert (
+        f"dropped in all: 4 masks; each stands with its reason under dropped in the json of its sample, in {run.path}"
+        in text
+    )
+    assert state.plain()["first_dropped"][0]["word"] == "square"
+    assert status(run, counts=False).first_dropped == ()
+
+
+def test_words_that_were_cut_off_are_named_too(tmp_path):
+    run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
+    members = dict(run.read("images", 1))
+    run.tar("images", 1).with_suffix(".json").unlink()
+    with run.write("images", 1) as images:
+        for key, parts in members.items():
+            about = json.loads(parts["json"])
+            about["warnings"] = ['the word "lamp" is cut off and has no mask'] * (key == "0000010002")
+            images.add(key, parts | {"json": json.dumps(about).encode()})
+    run_stage(Masks(min_area=0.001), run, Local(workers=1))
+    state = status(run)
+    assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [("0000010002", "lamp", CUT_OFF)]
+    text = " ".join(render(state).split())
+    assert "dropped in all: 1 mask; each stands" in text
+    assert f"under warnings in {run.path}/images" in text
+
+
+def test_a_few_are_named_in_the_order_of_their_keys(tmp_path):
+    run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
+    run_stage(Masks(min_area=0.2), run, Local(workers=1))
+    state = status(run)
+    keys = [one.key for one in state.first_dropped]
+    assert len(keys) == 3 < sum(state.dropped.values())
+    assert keys == sorted(keys)
+    assert "under warnings" not in render(state)
+
+
+def test_samples_that_a_stage_left_out_are_named_and_where_all_of_them_are_listed(tmp_path):
+    run = make_run(tmp_path / "run", units=2, unit_size=6, masks=False)
+    for unit in (0, 1):
+        members = dict(run.read("images", unit))
+        run.tar("images", unit).with_suffix(".json").unlink()
+        with run.write("images", unit) as images:
+            for row, (key, parts) in enumerate(members.items()):
+                if row % 3:
+                    images.add(key, parts)
+                else:
+                    images.fail(key, f"photo {unit}{row}.jpg cannot be read")
+    state = status(run)
+    images = by_name(state)["images"]
+    assert images.notes == {"failed samples": 4}
+    assert images.left_out == {  # the first few, in order
+        "0000000000": "photo 00.jpg cannot be read",
+        "0000000003": "photo 03.jpg cannot be read",
+        "0000010000": "photo 10.jpg cannot be read",
+    }
+    text = " ".join(render(state).split())
+    assert "left out: generate 0000000003: photo 03.jpg cannot be read" in text
+    assert "left out in all: 4 samples; each is listed with its reason under failed in" in text
+    assert f"{run.path}/images/NNNNNN.json" in text
+    assert json.loads((run.folder("images") / "000001.json").read_text())["failed"].keys() == {
+        "0000010000",
+        "0000010003",
+    }
+
+
+def test_a_score_of_one_image_has_no_interval(run):
+    (run.path / "evaluate").mkdir()
+    numbers = {"accuracy": 1.0, "low": None, "high": None}
+    (run.path / "evaluate" / "a.json").write_text(json.dumps({"scores": {"mae": {"knn": numbers}}}))
+    state = status(run)
+    (score,) = state.evaluations[0].scores
+    assert score.main == ("accuracy", 1.0)
+    assert state.plain()["evaluations"][0]["scores"][0]["values"] == numbers
+    assert scores(run)[1].split() == ["a", "mae", "knn", "accuracy", "1", "-"]
 
 
 def test_a_reason_is_counted_by_what_stands_before_its_colon():

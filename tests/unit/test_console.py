@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
 from synthgen import console
-from synthgen.console import ConsoleProgress
+from synthgen.console import ConsoleProgress, doing, say_scores, tell
+from synthgen.run import Run
+from synthgen.runner import Summary
+from synthgen.text import counted
 
 
 @pytest.fixture
@@ -37,3 +43,50 @@ def test_samples_of_an_earlier_call_say_nothing_of_the_rate(clock, capsys):
     bar.advance(420)
     bar.stop()
     assert capsys.readouterr().err.startswith("masks: 1323/2000, 42/s, ")
+
+
+@pytest.mark.parametrize(
+    ("count", "many", "said"),
+    [
+        (1, "images", "1 image"),
+        (0, "images", "0 images"),
+        (1200, "images", "1,200 images"),
+        (1, "failed samples", "1 failed sample"),
+        (1, "samples with warnings", "1 sample with warnings"),
+        (1, "words cut off", "1 word cut off"),
+        (1, "dropped", "1 dropped"),
+        (1, "evaluator left out (probes)", "1 evaluator left out (probes)"),
+    ],
+)
+def test_one_is_no_plural(count, many, said):
+    assert counted(count, many) == said
+
+
+def test_the_line_of_a_stage_has_the_singular():
+    summary = Summary("attend", units=1, samples=1, seconds=1.0, notes={"failed samples": 1, "masks": 2})
+    assert tell(summary) == "attend: 1 sample in 1.0 s (1.0/s), 1 failed sample, 2 masks"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_rows_of_scores_are_whole_where_there_is_no_terminal(tmp_path, monkeypatch, capsys, terminal):
+    run = Run.create(tmp_path / "demo")
+    run.folder("evaluate").mkdir()
+    encoder, evaluator = "an-encoder-whose-name-has-39-characters", "linear_probe blocks=[up_blocks.1.attentions.0]"
+    numbers = {"accuracy": 0.5, "low": 0.25, "high": 0.75, **{f"chance_r{rank}": 0.125 for rank in (1, 5, 10, 100)}}
+    told = {"scores": {encoder: {evaluator: numbers}, "pixels": {"knn": numbers}}}
+    (run.folder("evaluate") / "a.json").write_text(json.dumps(told))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    say_scores(run)
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "evaluate"
+    assert "0.250 to 0.750" in first
+    assert "knn" in second
+    assert ("…" in first) == terminal
+    for part in (encoder, evaluator, "chance_r100 0.125"):
+        assert (part in first) != terminal
+
+
+def test_what_a_command_does_is_told_beside_its_output(capsys):
+    doing("doctor")("looking at \x1b[2J the disk")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "doctor: looking at  [2J the disk\n")

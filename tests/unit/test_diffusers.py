@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 import weakref
@@ -43,6 +45,22 @@ def family(stable_diffusion: Path) -> Any:
 def test_what_is_left_open_is_usual_for_the_family(stable_diffusion: Path) -> None:
     sampling = Diffusers(model=str(stable_diffusion)).family.sampling
     assert (sampling.num_steps, sampling.guidance_scale, sampling.height, sampling.width) == (30, 7.5, 32, 32)
+
+
+def test_importing_changes_no_variable_and_loading_is_silent(stable_diffusion: Path) -> None:
+    """Left alone, the libraries say what is not installed and what they make of it."""
+    script = (
+        "import os, sys, torch\nbefore = dict(os.environ)\n"
+        "from synthgen.diffusion import FAMILIES, Loading, load_pipeline\n"
+        "assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())\n"
+        "load_pipeline(Loading(sys.argv[1]), FAMILIES)\nassert dict(os.environ) == before\n"
+        "from diffusers.utils import logging as one\nfrom transformers.utils import logging as other\n"
+        "one.get_logger('diffusers.x').warning('a note')\nother.get_logger('transformers.x').warning('a note')\n"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    command = [sys.executable, "-c", script, str(stable_diffusion)]
+    told = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert (told.returncode, told.stderr, told.stdout) == (0, "", "")
 
 
 def test_a_scheduler_by_its_name(stable_diffusion: Path) -> None:

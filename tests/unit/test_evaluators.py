@@ -13,7 +13,7 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Labelled, Material, Pairs, Scenes
+from synthgen.evaluators import EVALUATORS, Labelled, Material, Pairs, Scenes, noted
 from synthgen.evaluators._bootstrap import interval, mean_with_interval, spread
 from synthgen.evaluators._heads import Standardize
 from synthgen.evaluators.detection import (
@@ -224,6 +224,16 @@ def test_interval_holds_the_score_where_redrawn_sets_miss_a_class():
 
     low, high = interval(mean_over_shown, 10)
     assert 0 <= low <= 0.1 <= high <= 1
+
+
+def test_one_image_has_no_interval():
+    mean, *bounds = mean_with_interval(np.array([3.0]), np.array([4.0]))
+    assert mean == 0.75
+    assert np.isnan([*bounds, *interval(lambda times: times @ np.ones(1), 1)]).all()
+    assert not np.isnan(mean_with_interval(np.array([0.0, 1.0]))).any()
+    assert noted({"ap": mean, "low": bounds[0], "high": bounds[1], "words": 4.0}) == {
+        "ap": 0.75, "low": None, "high": None, "words": 4.0,
+    }  # fmt: skip
 
 
 def test_spread_is_over_seeds():

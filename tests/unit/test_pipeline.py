@@ -1,6 +1,7 @@
 import pytest
+from PIL import Image
 
-from synthgen.errors import ConfigError, MissingArtifact, PipelineError, UnknownName
+from synthgen.errors import ConfigError, MissingArtifact, PipelineError, SynthgenError, UnknownName
 from synthgen.pipeline import read_pipeline
 
 GOOD = """
@@ -102,3 +103,49 @@ def test_a_stage_may_come_several_times(tmp_path):
 def test_several_of_a_stage_that_cannot_be(tmp_path, text, says):
     with pytest.raises(PipelineError, match=says):
         read_pipeline(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        "{{generate: {{prompts: {at}/absent.txt}}, masks: {{}}}}",
+        "{{generate: {{prompts: {at}/good.txt, template: {at}/absent.txt}}}}",
+        "{{generate: {{prompts: {at}/bad.txt}}}}",
+        "{{attend: {{images: {at}/absent}}}}",
+        "{{attend: {{images: {at}/photos, metadata: {at}/absent.jsonl}}}}",
+        "{{attend: {{images: {at}/photos}}}}",
+        "{{pretrain: {{data: [{at}/absent.tar]}}}}",
+        "{{pretrain: {{data: [{at}/photos], start: {at}/absent/mae}}}}",
+        "{{evaluate: {{truth: {at}/absent.tar, evaluators: [mask_iou]}}}}",
+        "{{evaluate: {{encoder: {at}/absent/mae, train: {at}/photos, test: {at}/photos}}}}",
+    ],
+)
+def test_a_rehearsal_is_refused_as_the_run_would_be(tmp_path, stages):
+    (tmp_path / "good.txt").write_text("a [dog]\n")
+    (tmp_path / "bad.txt").write_text("a [dog]\na [cat\n")
+    (tmp_path / "photos" / "dog").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "dog" / "a.png")
+    line = read_pipeline(write(tmp_path, f"run: {tmp_path}/r\nstages: {stages.format(at=tmp_path)}"))
+    with pytest.raises(SynthgenError) as rehearsed:
+        line.rehearsed()
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(SynthgenError) as refused:
+        list(line.execute())
+    assert (type(rehearsed.value), str(rehearsed.value)) == (type(refused.value), str(refused.value))
+    assert "\n" not in str(rehearsed.value)
+
+
+def test_a_rehearsal_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_on_the_hub(tmp_path):
+    (tmp_path / "good.txt").write_text("a [dog]\n")
+    run = tmp_path / "r"
+    (tmp_path / "line.yaml").write_text(
+        f"run: {run}\nstages:\n  generate: {{prompts: {tmp_path}/good.txt}}\n  masks: {{}}\n  shards: {{}}\n"
+        f"  pretrain: {{start: some/vit}}\n"
+        f"  evaluate: {{encoder: {run}/pretrain/mae, train: {run}/shards/train, test: {run}/shards/val}}\n"
+    )
+    assert read_pipeline(tmp_path / "line.yaml").rehearsed()[:3] == [
+        f"run: {run}",
+        f"generate: {tmp_path}/good.txt -> images, maps",
+        "masks: images, maps -> masks",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.txt", "line.yaml"]
