@@ -52,8 +52,8 @@ class AttentionCut:
     rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. Each word
     keeps the cell that speaks most for it, and so does the background; hence no cut takes all or nothing. Then on
     pixels: the image's own, and where a cell would be more than 8 of them wide first on coarser ones, each grid twice
-    as fine as the one before. The first of these grids is cut twice, the others once. Free is a band around the outline
-    so far, ``band`` cells to each side on the first and ``reach`` pixels on the others:
+    as fine as the one before. The first of these grids is cut ``cuts`` times, the others once. Free is a band around
+    the outline so far, ``band`` cells to each side on the first and ``reach`` pixels on the others:
 
         U   = -log P - palette T log Q,  Q_l = share of label l in a pixel's colour thereabouts
         w   = smoothness (cell / 8 px) B_ij / distance
@@ -82,10 +82,11 @@ class AttentionCut:
     affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
     color: float = 0.4  # nats for parting two neighbouring cells of equal colour
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 7.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
+    palette: float = 6.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
     smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the grids after that, in their pixels
-    trust: float = 0.7  # share of the labels so far in what the colours are counted by, after the first cut of pixels
+    trust: float = 0.8  # share of the labels so far in what the colours are counted by, after the first cut of pixels
+    cuts: int = 3  # of the first grid of pixels, each with colours counted by what the one before gave
     max_rounds: int = 1  # of alpha-expansion, on each grid of pixels
     max_size: int = 128  # pixels on the long side of the finest cut
 
@@ -101,8 +102,9 @@ class AttentionCut:
             raise ValueError(f"softness must be at least 0.001, not {self.softness}")
         if not 0 < self.floor <= 0.01:
             raise ValueError(f"floor must be in (0, 0.01], not {self.floor}")
-        if self.reach < 1 or self.max_rounds < 1:
-            raise ValueError(f"reach and max_rounds must be 1 or more, not {self.reach} and {self.max_rounds}")
+        for name in ("reach", "cuts", "max_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.max_size < 8:
             raise ValueError(f"max_size must be at least 8 pixels, not {self.max_size}")
 
@@ -175,12 +177,12 @@ class AttentionCut:
             labels, share = enlarged(labels, count, grid), self.above_floor(between(likely, grid))
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
             pixels = self.pixels(colors(image, grid), share, cell)
-            reach = self.reach
-            if number == 0:
-                reach = max(1, round(self.band * cell))
-                labels = self.cut_band(pixels, labels, share, reach)
-                counted = self.counted(labels, share)  # the first grid again, with colours counted by what it gave
-            labels = self.cut_band(pixels, labels, counted, reach)
+            if number:
+                labels = self.cut_band(pixels, labels, counted, self.reach)
+            else:
+                for again in range(self.cuts):
+                    counted = self.counted(labels, share) if again else share
+                    labels = self.cut_band(pixels, labels, counted, max(1, round(self.band * cell)))
         return enlarged(labels, count, size)
 
     def counted(
