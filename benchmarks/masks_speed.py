@@ -1,4 +1,4 @@
-"""Masks a second: threshold, AttentionCut with numba and without, and its energy solved on every pixel at once.
+"""Masks a second: threshold, GrabCut, AttentionCut with numba and without, and its energy on every pixel at once.
 
 ``python benchmarks/masks_speed.py`` draws scenes with known masks, gives all contenders the same maps, lets them take
 turns on one core, and writes ``results/masks_speed.json``. All times are the processor's, so that other work on the
@@ -33,6 +33,7 @@ from synthgen.graphcut import MaximumFlow, fastest
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import Refiner
 from synthgen.refiners.attentioncut import AttentionCut
+from synthgen.refiners.grabcut import GrabCut
 from synthgen.refiners.threshold import Threshold
 
 GRID = 16  # cells a side of the maps
@@ -55,6 +56,7 @@ class Whole(Plain):
 NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours
 CONTENDERS: dict[str, Refiner] = {
     "threshold": Threshold(),
+    "grabcut": GrabCut(),
     "attentioncut": AttentionCut(),
     "attentioncut without numba": Plain(),
     "whole": Whole(),
