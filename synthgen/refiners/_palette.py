@@ -13,8 +13,10 @@ from synthgen.graphcut import Slices
 
 __all__ = ["Palette"]
 
-#: Colours are counted in this many bins a channel, blurred by BLUR bins, each label with UNSEEN of its own.
-BINS, BLUR, UNSEEN = 8, 0.5, 1e-5
+#: Colours are counted in this many bins an axis, blurred by BLUR bins, each label with UNSEEN of its own.
+BINS, BLUR, UNSEEN = 8, 0.7, 1e-5
+#: The bins reach this many standard deviations to each side, and each is this many levels of 256 wide or wider.
+REACH, NARROWEST = 2.5, 2.0
 #: So they are in this many windows on the image's long side, blurred by WINDOW_BLUR windows.
 WINDOWS, WINDOW_BLUR = 5, 0.7
 
@@ -25,8 +27,7 @@ class Palette:
     def __init__(self, seen: UInt8[np.ndarray, "h w 3"]) -> None:
         height, width = seen.shape[:2]
         self.rows, self.columns = (max(1, round(WINDOWS * side / max(height, width))) for side in (height, width))
-        places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
-        self.bins = ((seen // (256 // BINS)).astype(np.float32) @ places).astype(np.intp)  # h w
+        self.bins = binned(seen)  # h w
         window = (np.arange(height) * self.rows // height)[:, None] * self.columns
         window = window + np.arange(width) * self.columns // width
         self.places = (window * BINS**3 + self.bins).ravel()  # of each pixel in the histograms of all windows
@@ -59,7 +60,7 @@ class Palette:
     def _of_bins(self, counts: Float32[np.ndarray, "labels bins"]) -> Float32[np.ndarray, "labels bins"]:
         """-log Q in each bin of each window."""
         smooth = counts.reshape(-1, BINS, BINS, BINS)
-        for _ in range(3):  # along one channel after the other
+        for _ in range(3):  # along one axis after the other
             smooth = (smooth @ blur(BINS, BLUR)).transpose(0, 3, 1, 2)
         there = smooth.reshape(len(counts), self.rows, self.columns, -1)
         whole = there.sum(axis=(1, 2), keepdims=True)
@@ -70,6 +71,22 @@ class Palette:
         votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
         surprise: Float32[np.ndarray, "labels bins"] = -np.log(votes / votes.sum(axis=0)).reshape(counts.shape)
         return surprise
+
+
+def binned(seen: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
+    """The bin of each pixel's colour, on the axes along which the image's own colours vary apart from one another.
+
+    So the bins are narrow where all colours are alike, and few are wasted on colours that no pixel has.
+    """
+    flat = seen.reshape(-1, 3).astype(np.float64)
+    mean = flat.mean(axis=0)
+    variance, axes = np.linalg.eigh(flat.T @ flat / len(flat) - np.outer(mean, mean))
+    axes *= np.sign(axes[abs(axes).argmax(axis=0), range(3)])  # an axis and its opposite are as good: one of the two
+    half = np.maximum(REACH * np.sqrt(variance.clip(min=0)), NARROWEST * BINS / 2)
+    along = (flat - mean).astype(np.float32) @ (axes * (BINS / 2) / half).astype(np.float32) + np.float32(BINS / 2)
+    places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
+    bins: Int[np.ndarray, "h w"] = (np.floor(along.clip(0, BINS - 1)) @ places).astype(np.intp)
+    return bins.reshape(seen.shape[:2])
 
 
 @functools.lru_cache(maxsize=64)

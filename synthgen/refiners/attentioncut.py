@@ -61,19 +61,20 @@ class AttentionCut:
     Between the cells' centres log P is linear, and P then scaled to sum 1. Q is of histograms, counted with weight P in
     the first cut, and with P and the labels so far, mixed by ``trust``, in later ones: one in each window, WINDOWS on
     the image's long side, its neighbours' blurred in and as much of the whole image's as it has pixels; between the
-    windows' centres log Q is linear. T in [0, 1] says how well colours tell labels: 1 - mean_l H_l / log(labels), H_l
-    the mean of -log Q_l over what label l counts, and 0 where that is negative. One word: every minimum is exact.
-    Several are solved together by alpha-expansion, each move exact. A connected part of a label that has no pixel of
-    that label before the cut is a stray of like colour: its pixels stay what they were. Images longer than ``max_size``
-    are cut at that size and the outline is enlarged, so it is no finer than that. A word whose map is flat gets an
-    empty mask. Attention that is high elsewhere stays: what is no object is the filter's to drop.
+    windows' centres log Q is linear. Bins lie along the principal axes of the image's own colours. T in [0, 1] says how
+    well colours tell labels: 1 - mean_l H_l / log(labels), H_l the mean of -log Q_l over what label l counts, and 0
+    where that is negative. One word: every minimum is exact. Several are solved together by alpha-expansion, each move
+    exact. A connected part of a label that has no pixel of that label before the cut is a stray of like colour: its
+    pixels stay what they were. Images longer than ``max_size`` are cut at that size and the outline is enlarged, so it
+    is no finer than that. A word whose map is flat gets an empty mask. Attention that is high elsewhere stays: what is
+    no object is the filter's to drop.
     """
 
     solver: ClassVar[type[Solver] | None] = None  # the fastest there is; it changes no mask
 
     num_steps: int = 2  # steps of the walk along self-attention
     spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
-    level: float = 0.4  # where word and background are as likely, on the way from the low side's mean to the high's
+    level: float = 0.42  # where word and background are as likely, on the way from the low side's mean to the high's
     softness: float = 0.08  # difference of scaled attention that is worth one nat
     object_steps: int = 8  # steps of the walk that tells which word's an object is
     object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
@@ -83,7 +84,7 @@ class AttentionCut:
     color: float = 0.4  # nats for parting two neighbouring cells of equal colour
     band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
     palette: float = 6.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
-    smoothness: float = 8.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
+    smoothness: float = 11.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
     reach: int = 6  # half the width of the band on the grids after that, in their pixels
     trust: float = 0.8  # share of the labels so far in what the colours are counted by, after the first cut of pixels
     cuts: int = 3  # of the first grid of pixels, each with colours counted by what the one before gave
