@@ -18,7 +18,7 @@ __all__ = ["attention_figures", "disagreement", "sharpness"]
 
 SOFTNESS = 0.1  # difference of scaled attention, from Otsu's level, that is worth one nat
 _DECIMALS = 6
-GAIN = 4.0  # how much better the odds of overlap are than attention alone says: measured, see docs/masks.md
+GAIN = 6.0  # how much better the odds of overlap are than attention alone says: measured, see docs/masks.md
 
 
 def attention_figures(
