@@ -272,7 +272,7 @@ def plan(
         found = api.plan_stage("attend", **options, **planned_of(run, "attend", given, settings, engine))
     else:
         raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
-    print(json.dumps(found.plain(), indent=2) if as_json else render(found))
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
 
 @app.command()
@@ -330,7 +330,7 @@ def doctor(
     from synthgen.doctor.text import render
 
     found = examine(run, model or "", doing("doctor"))
-    print(json.dumps(found.plain(), indent=2) if as_json else render(found), flush=True)
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()), flush=True)
     for problem in found.problems:
         print(f"synthgen: {problem}", file=sys.stderr)
     if found.problems:

@@ -12,12 +12,15 @@ __all__ = ["render"]
 _YES_NO = {True: "yes", False: "no"}
 
 
-def render(found: Examination) -> str:
-    """An examination as plain text of at most 100 columns, without its problems and without a newline at its end."""
-    return "\n\n".join("\n".join(block) for block in _blocks(found) if block)
+def render(found: Examination, *, whole: bool = False) -> str:
+    """An examination as plain text of at most 100 columns, without its problems and without a newline at its end.
+
+    With ``whole`` nothing of a row is cut: for files and pipes.
+    """
+    return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
 
-def _blocks(found: Examination) -> Iterator[list[str]]:
+def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
     libraries = ", ".join(f"{name} {version}" for name, version in found.versions.items() if name != "synthgen")
     yield wrap(f"synthgen {found.versions.get('synthgen', '')} on {found.platform}") + wrap(f"with {libraries}")
     if found.devices:
@@ -34,6 +37,7 @@ def _blocks(found: Examination) -> Iterator[list[str]]:
                 for item in found.devices
             ],
             right=(1, 2),
+            whole=whole,
         )
     if found.generate is not None:
         workers = counted(found.generate.workers, "workers")
@@ -54,6 +58,7 @@ def _blocks(found: Examination) -> Iterator[list[str]]:
                 for item in found.attention
             ],
             right=(5,),
+            whole=whole,
         )
     yield list(_places(found))
     yield table(
@@ -62,6 +67,7 @@ def _blocks(found: Examination) -> Iterator[list[str]]:
             (item.name, _there(item.missing, item.libraries), item.adds, item.install if item.missing else "")
             for item in found.extras
         ],
+        whole=whole,
     )
     yield [line for note in found.notes for line in wrap(f"note: {note}")]
     count = len(found.problems)

@@ -11,31 +11,35 @@ from synthgen.text import counted, duration, size, table, wrap
 __all__ = ["render"]
 
 
-def render(found: Plan) -> str:
-    """A plan as plain text of at most 100 columns, without a newline at its end."""
-    return "\n\n".join("\n".join(block) for block in _blocks(found) if block)
+def render(found: Plan, *, whole: bool = False) -> str:
+    """A plan as plain text of at most 100 columns, without a newline at its end.
+
+    With ``whole`` nothing of a row is cut: for files and pipes.
+    """
+    return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
 
-def _blocks(found: Plan) -> Iterator[list[str]]:
+def _blocks(found: Plan, whole: bool) -> Iterator[list[str]]:
     prompts = f"{counted(found.prompts, 'prompts')}, " if found.prompts else ""
     yield wrap(f"{found.file}: {prompts}{counted(found.images, 'images')} for {found.run} (seed {found.seed})")
     yield table(
         ("stage", "units", "left", "images", "left", ""),
         [(stage.stage, *_numbers(stage), stage.unknown or stage.basis) for stage in found.stages],
         right=(1, 2, 3, 4),
+        whole=whole,
     )
     measured = [stage for stage in found.stages if stage.seconds]
     if measured:
         rows = [_row(stage) for stage in measured]
         rows.append(("sum", *_range(found.seconds, duration), "", _value(found.at_best_seconds, duration), "", ""))
         head = ("what is left", "one worker", "between", "workers", "at best", "memory", "measured")
-        yield table(head, rows, right=(1, 2, 3, 4, 5))
+        yield table(head, rows, right=(1, 2, 3, 4, 5), whole=whole)
         disk = [(name, made) for stage in measured for name, made in stage.bytes.items()]
         rows = [(name, *_range(made, _size), made.basis) for name, made in disk]
         rows.append(
             ("sum", *_range(found.bytes, _size), "" if found.disk_free is None else f"{size(found.disk_free)} are free")
         )
-        yield table(("when all is done", "bytes", "between", ""), rows, right=(1, 2))
+        yield table(("when all is done", "bytes", "between", ""), rows, right=(1, 2), whole=whole)
         yield list(_remarks(found, measured))
     yield [line for note in found.notes for line in wrap(f"note: {note}")]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,13 @@ def test_text_fits_a_console(healthy):
     assert "the kernel's normaliser" in text
     assert "synthgen generate would use: " in text
     assert text.endswith("all of this works") == (not healthy.problems)
+
+
+def test_in_a_pipe_no_row_is_cut(healthy):
+    name = "a processor of many words " * 6
+    found = replace(healthy, devices=[replace(healthy.devices[0], model=name)])
+    assert name.strip() not in render(found)
+    assert name in render(found, whole=True)
 
 
 @pytest.mark.usefixtures("quick")

@@ -267,9 +267,12 @@ def test_a_plan_is_told_as_text_and_as_json(tmp_path, monkeypatch):
     assert "to be judged on" in render(found)
     counts = Counts(3, 3, 12, 12, {5: 2, 2: 1})
     whole = estimated(make_stage("masks", {}), counts, Local())
-    text = render(
-        replace(found, stages=(whole,), seconds=whole.seconds, at_best_seconds=whole.at_best_seconds, device="cpu")
-    )
+    reason = "of 5 images in 2 rounds, " * 8
+    found = replace(found, stages=(replace(whole, basis=reason),), device="cpu")
+    found = replace(found, seconds=whole.seconds, at_best_seconds=whole.at_best_seconds)
+    text = render(found)
     assert "36 s" in text
     assert "none slows another down" in text
     assert max(map(len, text.splitlines())) <= 100
+    assert reason.strip() not in text
+    assert reason.strip() in render(found, whole=True), "a pipe has no edge"
