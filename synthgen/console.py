@@ -47,8 +47,16 @@ def say_scores(run: Run) -> None:
 
 
 def doing(command: str) -> Callable[[str], None]:
-    """What says on standard error, a line each time, what a command does before it has anything to print."""
-    return lambda text: print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
+    """What says on a terminal, by standard error, what a command does before it has anything to print.
+
+    In a pipe or a file standard error is kept for what went wrong.
+    """
+
+    def say_so(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
+
+    return say_so
 
 
 def progress() -> Progress:

@@ -192,7 +192,4 @@ def test_the_command_counts_and_prints_json(line):
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
     assert (found["images"], found["prompts"], found["stages"][0]["units"]) == (20, 5, 4)
-    prompts, work = told.stderr.splitlines()  # what it was doing
-    assert prompts.startswith("plan: counting ")
-    assert work == "plan: counting what there is to do in elsewhere"
     assert not (line.parent / "elsewhere").exists()

@@ -86,7 +86,9 @@ def test_rows_of_scores_are_whole_where_there_is_no_terminal(tmp_path, monkeypat
         assert (part in first) != terminal
 
 
-def test_what_a_command_does_is_told_beside_its_output(capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_command_does_is_told_on_a_terminal_beside_its_output(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     doing("doctor")("looking at \x1b[2J the disk")
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "doctor: looking at  [2J the disk\n")
+    assert (out, err) == ("", "doctor: looking at  [2J the disk\n" * terminal)

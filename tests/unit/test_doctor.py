@@ -111,12 +111,7 @@ def test_in_a_pipe_no_row_is_cut(healthy):
 @pytest.mark.usefixtures("quick")
 def test_nothing_is_left_behind(tmp_path, monkeypatch, capsys):
     code, told, complaints = typed(monkeypatch, capsys, "--run", tmp_path / "runs" / "latest", "--json")
-    assert code == 0
-    assert complaints.splitlines() == [  # what it is doing, beside what it finds
-        "doctor: looking at the libraries and what can compute",
-        *(f"doctor: recording attention on {device['name']}" for device in json.loads(told)["devices"]),
-        "doctor: loading the shipped model",
-    ]
+    assert (code, complaints) == (0, "")
     assert json.loads(told)["ok"]
     assert not list(tmp_path.iterdir())
 
@@ -130,10 +125,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
     (tmp_path / "file").write_text("in the way")
     code, told, complaints = typed(monkeypatch, capsys, "--run", tmp_path / "file" / "runs", *flags)
     assert code == 2
-    assert [line for line in complaints.splitlines() if not line.startswith("doctor: ")] == [
-        complaints.splitlines()[-1]
-    ]
-    assert complaints.splitlines()[-1].startswith("synthgen: ")
+    assert complaints.startswith("synthgen: ")
+    assert complaints.count("\n") == 1
     assert "file/runs cannot be written to" in complaints
     if flags:
         assert not json.loads(told)["disk"]["writable"]
@@ -153,8 +146,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
 def test_an_unknown_model_is_one_line(tmp_path, monkeypatch, capsys, model, says):
     code, told, complaints = typed(monkeypatch, capsys, "--run", tmp_path, "--model", model)
     assert code == 2
-    assert says in complaints.splitlines()[-1]
-    assert f"doctor: looking for the model {model}" in complaints
+    assert says in complaints
+    assert complaints.count("\n") == 1
     assert "is not on this machine" in told
 
 
