@@ -227,7 +227,7 @@ def run_file(
     agree({"engine": chosen}, settings)
     pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
     if dry_run:
-        print("\n".join(pipeline.rehearsed()))
+        print("\n".join(pipeline.rehearsed(pipeline.engine_with(chosen))))
         return
     for summary in pipeline.execute(engine=pipeline.engine_with(chosen), progress=progress()):
         say(summary)

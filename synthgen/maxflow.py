@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,10 +33,21 @@ def borrowing(function: F) -> F:
 
     It must make no array; its caller holds those that it is given.
     """
+    return compiled(function, **_uncounted())
+
+
+def _nothing() -> None:
+    pass
+
+
+@functools.cache
+def _uncounted() -> dict[str, bool]:
+    """The option for it, which is private: none where this numba does not know it, as it says when it compiles."""
     try:
-        return compiled(function, _nrt=False)
-    except KeyError:  # a numba that has no such option
-        return compiled(function)
+        compiled(_nothing, _nrt=False)()
+    except KeyError:
+        return {}
+    return {"_nrt": False}
 
 
 class SearchTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage, make_stage
 from synthgen.stores import located
+from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file
 
 __all__ = ["Override", "Pipeline", "read_pipeline"]
@@ -62,7 +64,7 @@ class Pipeline:
         same = given.get("name", self.engine.name) == self.engine.name
         return Choice.of({**(self.engine.dump() if same else {}), **given})
 
-    def rehearsed(self) -> list[str]:
+    def rehearsed(self, engine: EngineLike = None) -> list[str]:
         """What would run, a line each, once all that the stages are given is found to be there. Nothing is written.
 
         What lies in the run's own folder may be made by a stage before; an encoder may be on the hub, which is not
@@ -71,9 +73,18 @@ class Pipeline:
         Raises:
             MissingArtifact, PromptError, CorruptShard, ConfigError: what the run would be refused for.
         """
-        run = Run(located(self.run), self.seed)
+        run, made = Run(located(self.run), self.seed), set[str]()
+        there = (run.path / "run.yaml").is_file()
         for stage in self.stages:
+            check_engine(stage, engine or self.engine)
+        for stage in self.stages:
+            for name in stage.reads:
+                if name not in made and not there:
+                    raise run.lacks(name)
+                if name not in made:
+                    run.artifact(name)
             _check_given(stage, run)
+            made.update(stage.artifacts())
         named = [
             (stage, ", ".join(stage.told()), ", ".join(stage.artifacts() or stage.writes)) for stage in self.stages
         ]
@@ -122,7 +133,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
 
 def _check_given(stage: Stage, run: Run) -> None:
     """See that what a stage is given beside its run's artifacts is there, with the words of the stage itself."""
-    from synthgen.datasets.sources import tars_of
+    from synthgen.datasets.sources import open_dataset, tars_of
     from synthgen.stages.attend import Attend
     from synthgen.stages.evaluate import Evaluate
     from synthgen.stages.generate import Generate
@@ -140,16 +151,20 @@ def _check_given(stage: Stage, run: Run) -> None:
     elif isinstance(stage, Evaluate):
         sources, encoder = (stage.train, stage.test, stage.truth, stage.predicted), stage.encoder
     for source in sources:
-        if source and not _is_within(source, run):
-            tars_of(source)
-    if encoder and not (_HUB_ID.fullmatch(encoder) or _is_within(encoder, run) or located(encoder).exists()):
+        if source and not _is_within(source, run) and not tars_of(source):
+            open_dataset(source)  # a folder without tars
+    if encoder and not _is_within(encoder, run) and (located(encoder).exists() or not _HUB_ID.fullmatch(encoder)):
         from synthgen.models.tower import encoder_folder
 
         encoder_folder(encoder)
 
 
 def _is_within(place: str, run: Run) -> bool:
-    return str(located(place)).startswith(f"{run.path}/")
+    """Whether a place lies in the run's folder, however the two are written."""
+    inner, outer = located(place), run.path
+    if not isinstance(inner, RemotePath) and not isinstance(outer, RemotePath):
+        return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))  # noqa: PTH100 - links stay links
+    return str(inner).startswith(f"{outer}/")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -152,10 +152,14 @@ class Run:
         """
         entry = self.held[name] if name in self.held else self._entry(name)
         if entry is None:
-            stage = _MADE_BY.get(name.partition("/")[0], name)
-            first = f"synthgen {stage} {'--prompts FILE ' if stage == 'generate' else ''}--run {self.path}"
-            raise MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
+            raise self.lacks(name)
         return entry
+
+    def lacks(self, name: str) -> MissingArtifact:
+        """The error that an artifact has not been made, with the stage to run first."""
+        stage = _MADE_BY.get(name.partition("/")[0], name)
+        first = f"synthgen {stage} {'--prompts FILE ' if stage == 'generate' else ''}--run {self.path}"
+        return MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
 
     def begun(self, name: str) -> dict[str, Any] | None:
         """What an artifact is made with, as :meth:`artifact` tells it, or None where no stage has begun with it."""

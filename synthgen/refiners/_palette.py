@@ -82,6 +82,7 @@ def binned(seen: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
     mean = flat.mean(axis=0)
     variance, axes = np.linalg.eigh(flat.T @ flat / len(flat) - np.outer(mean, mean))
     axes *= np.sign(axes[abs(axes).argmax(axis=0), range(3)])  # an axis and its opposite are as good: one of the two
+    axes *= variance > 1e-6 * max(variance.max(), 1.0)  # else rounding alone would tell grey from grey
     half = np.maximum(REACH * np.sqrt(variance.clip(min=0)), NARROWEST * BINS / 2)
     along = (flat - mean).astype(np.float32) @ (axes * (BINS / 2) / half).astype(np.float32) + np.float32(BINS / 2)
     places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact

@@ -76,3 +76,18 @@ def test_a_small_object_does_not_take_a_large_one():
     assert large[24:104, 24:64].all()
     assert not small[24:104, 24:64].any()
     assert small[56:72, 88:96].all()
+
+
+def test_what_rounding_makes_of_a_grey_image_tells_nothing(monkeypatch):
+    """Two axes of its colours have no variance: another LAPACK puts them elsewhere, and the bins are the same."""
+    grey = noise((64, 64))[:, :, :1].repeat(3, axis=2)
+    found = Palette(grey).bins
+    assert len(np.unique(found)) <= 8
+    eigh, turn = np.linalg.eigh, np.array([[0.6, 0.8], [-0.8, 0.6]])
+
+    def other(matrix):
+        variance, axes = eigh(matrix)
+        return variance, np.concatenate([axes[:, :2] @ turn, axes[:, 2:]], axis=1)
+
+    monkeypatch.setattr(np.linalg, "eigh", other)
+    assert (Palette(grey).bins == found).all()

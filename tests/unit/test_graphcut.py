@@ -310,16 +310,12 @@ def test_refuses_pixels_without_a_price(price):
         cut(np.full((2, 2), price), np.zeros((2, 2)), grid_edges((2, 2), []))
 
 
-def test_a_numba_without_the_private_option_compiles_all_the_same(monkeypatch):
-    maxflow = pytest.importorskip("synthgen.maxflow")
-
-    def njit(**options):
-        if "_nrt" in options:
-            raise KeyError("Unrecognized options: {'_nrt'}")
-        return lambda function: function
-
-    monkeypatch.setattr(maxflow, "njit", njit)
-    assert maxflow.borrowing(lambda x: x + 1)(1) == 2
+def test_a_numba_without_the_private_option_goes_without(monkeypatch):
+    maxflow, numba = pytest.importorskip("synthgen.maxflow"), pytest.importorskip("numba")
+    asked = maxflow._uncounted.__wrapped__
+    assert asked() == {"_nrt": False}
+    monkeypatch.setattr(maxflow, "njit", lambda _nrt, **_: numba.njit(_unheard_of=_nrt))
+    assert asked() == {}
 
 
 def test_more_offsets_than_a_byte_has_bits_make_the_same_cut():

@@ -135,6 +135,42 @@ def test_a_rehearsal_is_refused_as_the_run_would_be(tmp_path, stages):
     assert "\n" not in str(rehearsed.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "engine: bogus\nstages: {{generate: {{prompts: {at}/good.txt}}}}",
+        "engine: {{name: local, bogus: 1}}\nstages: {{generate: {{prompts: {at}/good.txt}}}}",
+        "stages: {{masks: {{}}}}",
+        "stages: {{pretrain: {{data: [{at}/empty]}}}}",
+        "stages: {{evaluate: {{encoder: {at}/empty, train: {at}/photos, test: {at}/photos}}}}",
+    ],
+)
+def test_a_rehearsal_looks_at_engine_run_and_folders_as_the_run_does(tmp_path, line):
+    (tmp_path / "good.txt").write_text("a [dog]\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos" / "dog").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "dog" / "a.png")
+    (tmp_path / "line.yaml").write_text(f"run: {tmp_path}/r\n{line.format(at=tmp_path)}")
+    pipeline = read_pipeline(tmp_path / "line.yaml")
+    with pytest.raises(SynthgenError) as rehearsed:
+        pipeline.rehearsed()
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(SynthgenError) as refused:
+        list(pipeline.execute())
+    assert (type(rehearsed.value), str(rehearsed.value)) == (type(refused.value), str(refused.value))
+
+
+@pytest.mark.parametrize(("run", "data"), [("r", "{at}/r/shards"), ("{at}/r", "r/shards"), ("x/../r", "r/shards")])
+def test_what_the_run_makes_is_known_however_it_is_written(tmp_path, monkeypatch, run, data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_text("a [dog]\n")
+    (tmp_path / "line.yaml").write_text(
+        f"run: {run.format(at=tmp_path)}\nstages:\n  generate: {{prompts: good.txt}}\n  masks: {{}}\n  shards: {{}}\n"
+        f"  pretrain: {{data: [{data.format(at=tmp_path)}]}}\n"
+    )
+    assert len(read_pipeline(tmp_path / "line.yaml").rehearsed()) == 5
+
+
 def test_a_rehearsal_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_on_the_hub(tmp_path):
     (tmp_path / "good.txt").write_text("a [dog]\n")
     run = tmp_path / "r"
