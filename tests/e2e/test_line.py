@@ -63,6 +63,7 @@ def test_the_same_command_has_nothing_to_do(finished):
     assert sums(run) == before
 
 
+@pytest.mark.slow  # quick ones are those of tests/faults, and of each stage
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(finished, tmp_path):
     command, run = start(tmp_path, "killed")
     waits = ["images/000000.json", "masks/000000.json", "shards/train/*_stats.json", "pretrain/*/checkpoints/*"]

@@ -274,7 +274,7 @@ def test_two_workers_give_the_same_bytes(finished, settings, tmp_path):
     assert sums(run, "images", "maps") == sums(finished, "images", "maps")
 
 
-@pytest.mark.slow  # quick ones kill generate and the whole line
+@pytest.mark.slow  # quick ones kill generate, and the whole line in tests/faults
 def test_kill_in_the_middle_then_the_same_command(settings, photos, tmp_path):
     table, model = str(photos / "metadata.jsonl"), settings["backbone"].options["model"]
     command = [

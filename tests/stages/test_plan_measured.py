@@ -144,6 +144,7 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
     assert "fine_tune: 64 x 6 images of 500 x 6, 10 of 300 steps" in took.basis
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_trained_further_is_measured(tmp_path, stable_diffusion):
     """Beside one that begins anew; both share the pixels, at the generator's own size."""
     run = make_run(tmp_path / "rounds", units=1, unit_size=6, image_size=32)
