@@ -174,12 +174,12 @@ class AttentionCut:
         size, count = (image.shape[0], image.shape[1]), len(likely)
         labels, share = cells, likely
         for number, grid in enumerate(finer(size, cells.shape, self.max_size)):
-            counted = resize(self.counted(labels, share), grid)
+            before = labels, share
             labels, share = enlarged(labels, count, grid), self.above_floor(between(likely, grid))
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
             pixels = self.pixels(colors(image, grid), share, cell)
             if number:
-                labels = self.cut_band(pixels, labels, counted, self.reach)
+                labels = self.cut_band(pixels, labels, resize(self.counted(*before), grid), self.reach)
             else:
                 for again in range(self.cuts):
                     counted = self.counted(labels, share) if again else share
