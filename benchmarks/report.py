@@ -149,8 +149,8 @@ def describe(settings: dict[str, Any]) -> str:
 def masks_speed(figures: dict[str, Any]) -> Iterator[str]:
     yield "Drawn shapes, noisy maps of 16 × 16 cells, one thread, processor time. `whole` is AttentionCut without its"
     yield f"bands, by SciPy. Compiling, once a machine, takes {figures['compile_seconds']:.1f} s and is not counted."
-    yield "Each shape has a colour of its own all over, which favours `grabcut`: what masks are worth stands under"
-    yield "[masks](#masks).\n"
+    yield "Spots of the objects' colours lie behind them; where one touches its object, `attentioncut` takes it along and"
+    yield "`grabcut` does not. What masks are worth on composites and photos stands under [masks](#masks).\n"
     yield "| case | refiner | masks/s | speed over whole | mean IoU |\n| --- | --- | --- | --- | --- |"
     for case, refiners in figures.items():
         if isinstance(refiners, dict):
