@@ -25,7 +25,7 @@ shards: $(STAMP) ## training tars of RUN (runs/latest)
 	@$(BIN)/synthgen shards --run $(RUN)
 
 test: $(STAMP)   ## the tests
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 slow: $(STAMP)   ## the tests that take more than 20 seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow

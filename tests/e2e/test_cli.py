@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from synthgen.cli import app
+from synthgen.cli import app, main
 from synthgen.console import tell
 from synthgen.engines.local import Local
 from synthgen.refiners.attentioncut import AttentionCut
@@ -20,6 +20,22 @@ def synthgen(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "synthgen", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
     )
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """The same in this process: a command that makes nothing is over before another Python would have begun."""
+
+    def run(*arguments, cwd=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["synthgen", *map(str, arguments)])
+            if cwd is not None:
+                patch.chdir(cwd)
+            with pytest.raises(SystemExit) as end:
+                main()
+        return subprocess.CompletedProcess(arguments, end.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 def one_line(told, code=2):
@@ -93,36 +109,36 @@ def test_every_command_and_part_appears_in_the_docs():
         (["schema", "mask"], "did you mean 'masks'"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line(tmp_path, arguments, says):
+def test_what_cannot_be_done_is_told_in_one_line(typed, tmp_path, arguments, says):
     (tmp_path / "p.txt").write_text("a [dog]\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("seed: 0\nartifacts: {}\n")
-    assert says in one_line(synthgen(*arguments, cwd=tmp_path))
+    assert says in one_line(typed(*arguments, cwd=tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "empty"}  # no run was begun
 
 
-def test_masks_status_and_view_of_a_run(tmp_path):
+def test_masks_status_and_view_of_a_run(typed, tmp_path):
     make_run(tmp_path / "r", masks=False)
     told = synthgen("masks", "--attentioncut", "--run", tmp_path / "r", "--workers", "1")
     assert told.returncode == 0, told.stderr
     assert told.stdout.startswith("masks: 12 samples in")
-    told = synthgen("masks", "--attentioncut", "--run", tmp_path / "r")
+    told = typed("masks", "--attentioncut", "--run", tmp_path / "r")
     assert told.stdout == "masks: nothing to do, all 2 units were done\n"
-    told = synthgen("masks", "--run", tmp_path / "r")  # with the settings that the masks were begun with
+    told = typed("masks", "--run", tmp_path / "r")  # with the settings that the masks were begun with
     assert told.stdout == "masks: nothing to do, all 2 units were done\n"
-    refused = one_line(synthgen("masks", "--refine", "threshold", "--run", tmp_path / "r"))
+    refused = one_line(typed("masks", "--refine", "threshold", "--run", tmp_path / "r"))
     assert "made differently: refine is 'threshold' and was 'attentioncut'; use the same settings" in refused
-    refused = one_line(synthgen("masks", "--set", "refine.smoothness=3.5", "--run", tmp_path / "r"))
+    refused = one_line(typed("masks", "--set", "refine.smoothness=3.5", "--run", tmp_path / "r"))
     assert f"made differently: refine.smoothness is 3.5 and was {AttentionCut().smoothness}; use" in refused
-    told = synthgen("status", tmp_path / "r")
+    told = typed("status", tmp_path / "r")
     assert told.returncode == 0
     assert "masks" in told.stdout
-    told = synthgen("view", tmp_path / "r")
+    told = typed("view", tmp_path / "r")
     assert told.stdout == f"page: {tmp_path / 'r' / 'view.html'}\n"
     assert (tmp_path / "r" / "view.html").stat().st_size > 10_000
 
 
-def test_what_lies_elsewhere_is_judged_without_a_run_before(tmp_path):
+def test_what_lies_elsewhere_is_judged_without_a_run_before(typed, tmp_path):
     """A new one gets the scores."""
     run_stage(Shards(val_ratio=0.5), make_run(tmp_path / "r"), Local(workers=1))
     masks = tmp_path / "r" / "shards" / "val"
@@ -130,18 +146,18 @@ def test_what_lies_elsewhere_is_judged_without_a_run_before(tmp_path):
     assert told.returncode == 0, told.stderr
     (scores,) = (tmp_path / "new" / "evaluate").glob("*.json")
     assert json.loads(scores.read_text())["scores"]["masks"]["mask_iou"]["mean_iou"] == 1
-    told = synthgen("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
+    told = typed("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
     assert "nothing to do" in told.stdout
 
 
-def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
+def test_a_dry_run_says_what_each_stage_reads_and_makes(typed, tmp_path):
     (tmp_path / "p.yaml").write_text(
         "run: runs/x\n"
         "stages: {generate: {prompts: p.txt}, masks: {}, shards: {}, pretrain: {method: vlp}, evaluate: {}}"
     )
-    refused = one_line(synthgen("run", "p.yaml", "--dry-run", cwd=tmp_path))
+    refused = one_line(typed("run", "p.yaml", "--dry-run", cwd=tmp_path))
     (tmp_path / "p.txt").write_text("a [dog]\n")
-    assert synthgen("run", "p.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines() == [
+    assert typed("run", "p.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines() == [
         "run: runs/x",
         "generate: p.txt -> images, maps",
         "masks: images, maps -> masks",
@@ -151,7 +167,7 @@ def test_a_dry_run_says_what_each_stage_reads_and_makes(tmp_path):
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "p.yaml"}
     (tmp_path / "p.txt").unlink()
-    told = one_line(synthgen("run", "p.yaml", cwd=tmp_path))
+    told = one_line(typed("run", "p.yaml", cwd=tmp_path))
     assert "there is no prompt file p.txt" in told
     assert refused == told
     assert not (tmp_path / "runs" / "x").exists()
@@ -201,14 +217,14 @@ def test_the_bare_command_shows_its_help():
     assert not told.stderr
 
 
-def test_schema_lists_settings_and_options():
-    assert "\nmin_area        number  0.005      share of the image\n" in synthgen("schema", "masks").stdout
-    assert "\nthreshold     Attention above a level.\n" in synthgen("schema", "masks.refine").stdout
-    assert "\nmethod  otsu, fixed  otsu     otsu: the level" in synthgen("schema", "masks.refine=threshold").stdout
+def test_schema_lists_settings_and_options(typed):
+    assert "\nmin_area        number  0.005      share of the image\n" in typed("schema", "masks").stdout
+    assert "\nthreshold     Attention above a level.\n" in typed("schema", "masks.refine").stdout
+    assert "\nmethod  otsu, fixed  otsu     otsu: the level" in typed("schema", "masks.refine=threshold").stdout
 
 
-def test_schema_is_json():
-    told = synthgen("schema", "masks", "--json")
+def test_schema_is_json(typed):
+    told = typed("schema", "masks", "--json")
     settings = {"refine", "min_area", "max_area", "min_contrast", "max_peak", "min_confidence"}
     assert set(json.loads(told.stdout)["properties"]) == settings
     assert json.loads(told.stdout)["properties"]["refine"]["default"] == {"name": "threshold"}
