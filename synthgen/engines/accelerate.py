@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from synthgen.devices import devices_for, place
 from synthgen.engines import Listener
+from synthgen.engines._crew import UNSURE, Crew
 from synthgen.engines._work import opened
 from synthgen.records import Report
 from synthgen.run import Run
@@ -28,7 +29,8 @@ class Accelerate:
     The processes say nothing to each other: number r of n (RANK and WORLD_SIZE) takes the units that leave r when
     divided by n, and then helps with what the others have not done yet, the farthest from where they are first. So each
     ends when all units are done, and a process that is lost leaves its share to the others. A unit that two of them
-    make at the same time has the same bytes from both.
+    make at the same time has the same bytes from both. When the device of a process fails, the process goes on with a
+    fresh one of its own, which tries the unit once more; where that cannot work either, it ends.
     """
 
     collective: ClassVar = True
@@ -38,6 +40,7 @@ class Accelerate:
 
         Raises:
             ConfigError: RANK and WORLD_SIZE hold no place.
+            DeviceFailed: the device of this process does not work.
             SynthgenError, or whatever else the stage could not be opened for (no weights, say): no unit can be made.
         """
         here, devices = place(), devices_for(stage)
@@ -50,11 +53,12 @@ class Accelerate:
             describe=listener.describe,
         )
         before = _notes(stage, run)
+        crew = Crew(stage, run, listener, [worker.device], rank=here.rank, size=here.size)
         with opened(stage, run, worker) as work:
             if stage.collective:
                 yield from map(work, units)
                 return
-            yield from (work(unit) for unit in units if unit % here.size == here.rank)
+            yield from crew.make([unit for unit in units if unit % here.size == here.rank], here=work)
             fresh = {unit: note for unit, note in _notes(stage, run).items() if before.get(unit) != note}
             others = [unit for unit in units if unit % here.size != here.rank]
             others.sort(key=lambda unit: ((unit - here.rank) % here.size, -unit))
@@ -62,15 +66,23 @@ class Accelerate:
             for start in range(0, len(others), step):
                 chunk, left = others[start : start + step], set(stage.todo(run))
                 sizes = stage.sizes(run, [unit for unit in chunk if unit not in left])
+                mine = []
                 for unit in chunk:
                     if unit not in left:
                         listener.skip(sizes[unit])
                         yield Report(unit)
                     elif unit in fresh and not stage.done(run, unit):  # tried by its own process just now
                         told = json.loads(fresh[unit][0].read_bytes())
-                        yield Report(unit, error=told["error"], trace=told["trace"])
+                        if told["error"].startswith(UNSURE):  # it was that one's device, maybe
+                            mine.append(unit)
+                        else:
+                            yield Report(unit, error=told["error"], trace=told["trace"])
                     else:
-                        yield work(unit)
+                        mine.append(unit)
+                for report in crew.make(mine, here=work):
+                    if report.unit in fresh and report.error.startswith(UNSURE):  # nobody is to try it a third time
+                        report = replace(report, error=f"also {report.error}")
+                    yield report
 
 
 def _notes(stage: Stage, run: Run) -> dict[int, tuple[Path, int]]:

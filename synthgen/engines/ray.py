@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from synthgen.engines import Listener
-from synthgen.engines._work import opened
+from synthgen.engines._work import DeviceFailed, opened
 from synthgen.errors import ConfigError, SynthgenError, one_line
 from synthgen.records import Report
 from synthgen.run import Run
@@ -37,9 +37,10 @@ class Ray:
     RAY_ADDRESS, else one of this machine that begins and ends with this process. Its machines need synthgen installed
     and must see the run, and the files that settings name, under the same paths.
 
-    A unit whose worker is killed, or whose machine is lost, is given to another up to ``retries`` times. The worker is
-    begun again on any machine with room; where there is none, a worker that finds no more units makes some. One that
-    ends while it opens the stage is begun again as often in a row, and then left out.
+    A unit whose worker is killed, or whose machine is lost, or whose GPU fails, is given to another up to ``retries``
+    times. The worker is begun again on any machine with room; where there is none, a worker that finds no more units
+    makes some. One that ends while it opens the stage, or whose GPU fails, is begun again as often in a row, and then
+    left out.
     """
 
     collective: ClassVar = False
@@ -65,6 +66,7 @@ class Ray:
 
         Raises:
             ConfigError: there is no cluster at the address, or its workers cannot see the run.
+            DeviceFailed: the devices of all workers failed.
             SynthgenError, or whatever else the stage could not be opened for (no weights, say, or every worker ends
                 while it loads): no unit can be made.
         """
@@ -88,27 +90,29 @@ class Ray:
             while left or any(unit is not None for _, _, unit in doing.values()):
                 (task,), _ = ray.wait(list(doing))
                 actor, rank, unit = doing.pop(task)
-                report, reason = _result(task)
-                if reason and unit is not None:  # elsewhere then; this worker has no other until it is back
-                    lost[unit] += 1
-                    if lost[unit] <= self.retries:
-                        left.append(unit)
-                    else:
-                        report = Report(unit, error=f"its worker was lost {lost[unit]} times: {reason}")
-                    begin(rank)
-                elif reason:
-                    fallen[rank] += 1
+                report, end = _result(task)
+                if end is not None:
+                    reason = end.short if isinstance(end, DeviceFailed) else str(end)
+                    if unit is not None:  # elsewhere then; this worker has no other until it is back
+                        lost[unit] += 1
+                        if lost[unit] <= self.retries:
+                            left.append(unit)
+                        else:
+                            report = Report(unit, error=f"its worker was lost {lost[unit]} times: {reason}")
+                    if isinstance(end, DeviceFailed):
+                        ray.kill(actor)  # its process computes no more, and may hang when it is asked to end
+                    if unit is None or isinstance(end, DeviceFailed):
+                        fallen[rank] += 1
                     if fallen[rank] <= self.retries:
                         begin(rank)
-                    elif not doing:
-                        raise SynthgenError(
-                            f"every Ray worker ended while it loaded what {stage.name} needs, the last one "
-                            f"{fallen[rank]} times in a row: {reason}; give them more memory, or a smaller model"
-                        )
                     else:
-                        logger.warning("worker %d is left out: it ended while it loaded; %s", rank, reason)
+                        how = reason if isinstance(end, DeviceFailed) else f"it ended while it loaded; {reason}"
+                        logger.warning("worker %d is left out: %s", rank, how)
+                        if left and not doing:  # one that had found no more units may be called back
+                            begin(_spare(stage, [fallen[each] for each in range(count)], self.retries, end))
                 else:
-                    del fallen[rank]
+                    if report is not None:
+                        del fallen[rank]
                     if left:
                         following = left.popleft()
                         doing[actor.work.remote(following)] = (actor, rank, following)
@@ -161,6 +165,23 @@ class Ray:
         return max(1, int(min(fit, has.get("GPU", 0) / gpus) if gpus else fit))
 
 
+def _spare(stage: Stage, fallen: Sequence[int], retries: int, last: SynthgenError) -> int:
+    """The rank of a worker that is not left out, by how often each has ended in a row.
+
+    Raises:
+        DeviceFailed, SynthgenError: there is none, because of what the ``last`` one ended with.
+    """
+    for rank, times in enumerate(fallen):
+        if times <= retries:
+            return rank
+    if isinstance(last, DeviceFailed):
+        raise last
+    raise SynthgenError(
+        f"every Ray worker ended while it loaded what {stage.name} needs, the last one {retries + 1} times in a row: "
+        f"{last}; give them more memory, or a smaller model"
+    )
+
+
 def _knock(address: str) -> None:
     """See that something listens at an address of host and port; Ray itself would try for minutes.
 
@@ -178,23 +199,27 @@ def _resources() -> dict[str, float]:
     return found
 
 
-def _result(task: Any) -> tuple[Report | None, str]:
+def _result(task: Any) -> tuple[Report | None, SynthgenError | None]:
     """What a task ended with: a report, or nothing of a worker that is ready; and why its worker was lost, if it was.
+
+    A worker whose device failed is lost, though its process lives.
 
     Raises:
         Whatever the stage could not be opened for.
         ConfigError: a worker cannot be begun at all.
     """
     try:
-        return ray.get(task), ""
+        return ray.get(task), None
     except RayTaskError as error:  # units report what goes wrong with them: this is the stage that cannot be opened
+        if isinstance(error.cause, DeviceFailed):
+            return None, error.cause
         raise error.cause from None
     except RayError as error:
         if getattr(error, "actor_init_failed", False):
             raise ConfigError(
                 f"a Ray worker could not be begun ({one_line(error)}); synthgen must be installed on every machine"
             ) from None
-        return None, f"killed, or out of memory ({one_line(error)})"
+        return None, SynthgenError(f"killed, or out of memory ({one_line(error)})")
 
 
 class _Actor:

@@ -14,12 +14,14 @@ import pytest
 from synthgen import api
 from synthgen.config import Choice
 from synthgen.engines import ENGINES
+from synthgen.engines._work import DeviceFailed
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFailed
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from tests.factories import Drawn
 from tests.unit.test_engine import Counting, Numbers, Together
+from tests.unit.test_engine_devices import Devices, loads, told, tries
 
 ray = pytest.importorskip("ray")
 Ray = ENGINES.load("ray")
@@ -128,6 +130,32 @@ class TestHere:
         run = Run.create(tmp_path / "r")
         assert run_stage(Numbers(units=40, trouble="die alone"), run, Ray(workers=2, retries=0)).samples == 80
         assert "worker 0 is left out: it ended while it loaded; killed, or out of memory" in caplog.text
+
+    def test_a_worker_whose_device_failed_is_begun_again_and_its_unit_made(self, tmp_path):
+        run = Run.create(tmp_path / "r")
+        assert run_stage(Devices(once=(2, 3)), run, Ray(workers=2)).samples == 8
+        first, second = (line["pid"] for line in told(run) if line.get("unit") == 2)
+        assert first != second
+
+    def test_a_unit_on_which_every_device_fails_is_told_alone(self, tmp_path):
+        run = Run.create(tmp_path / "r")
+        says = "1 of 8 units failed; unit 000002: its worker was lost 2 times: cpu of .* failed .*CUDA error"
+        with pytest.raises(UnitsFailed, match=says):
+            run_stage(Devices(poison=(2,)), run, Ray(workers=2, retries=1))
+        assert len(tries(run, 2)) == 2
+
+    def test_devices_that_stay_broken_end_the_call(self, tmp_path):
+        run = Run.create(tmp_path / "r")
+        with pytest.raises(DeviceFailed, match=r"^cpu of .*give the same command again"):
+            run_stage(Devices(units=40, broken="cpu"), run, Ray(workers=2, retries=1))
+        assert len(loads(run)) <= 4
+        assert len(run.failures("numbers")) <= 2
+
+    def test_devices_on_which_nothing_can_be_opened_end_the_call(self, tmp_path):
+        run = Run.create(tmp_path / "r")
+        with pytest.raises(DeviceFailed, match=r"^cpu of "):
+            run_stage(Devices(dead="cpu"), run, Ray(workers=2, retries=0))
+        assert run.failures("numbers") == {}
 
     def test_a_stage_that_cannot_be_opened_says_why_once(self, tmp_path):
         with pytest.raises(MissingWeights, match=r"^no weights; fetch them$"):

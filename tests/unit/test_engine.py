@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from synthgen.config import Choice
-from synthgen.engines import accelerate, default_engine, local
+from synthgen.engines import accelerate, default_engine
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFailed
@@ -124,35 +123,6 @@ def test_a_worker_that_is_killed_once_costs_nothing_but_time(tmp_path):
     run = Run.create(tmp_path / "r")
     run_stage(Numbers(trouble="die once"), run, Local(workers=2))
     assert run.units("numbers") == [0, 1, 2, 3]
-
-
-def test_of_many_units_few_wait_for_a_worker(tmp_path, monkeypatch):
-    given = []
-
-    class Pool:
-        def __init__(self, count, **options):
-            self.count = count
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, call, unit):
-            given.append(unit)
-            future = Future()
-            future.set_result(Report(unit))
-            return future
-
-        def shutdown(self, **options):
-            pass
-
-    monkeypatch.setattr(local, "ProcessPoolExecutor", Pool)
-    reports = Local(workers=2).map(Numbers(), Run(tmp_path), range(1000), Progress())
-    first = next(reports)
-    assert len(given) == 16
-    assert sorted([first.unit, *(report.unit for report in reports)]) == given == list(range(1000))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,0 +1,383 @@
+"""GPUs that break, and workers that do not fit together: who makes the units then, and what is said.
+
+Processes are forked here, which takes milliseconds, except in the one test that begins them as they always begin.
+"""
+
+import builtins
+import json
+import logging
+import multiprocessing as mp
+import os
+import pickle
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from synthgen.engines import _crew, accelerate, local
+from synthgen.engines._work import DeviceFailed
+from synthgen.engines.accelerate import Accelerate
+from synthgen.engines.local import Local
+from synthgen.errors import StorageError, SynthgenError, UnitsFailed
+from synthgen.records import Report
+from synthgen.run import Run
+from synthgen.runner import Progress, run_stage
+from synthgen.stages import Stage
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+
+
+@dataclass(frozen=True)
+class Devices(Stage):
+    """Units that need a device; ``tried.jsonl`` tells who opened the stage, and who tried which unit."""
+
+    name: ClassVar = "numbers"
+    reads: ClassVar = ()
+    writes: ClassVar = ("numbers",)
+
+    units: int = 8
+    dead: str = ""  # the device on which nothing can be done, not even opened
+    sick: str = ""  # the device on which a process makes one unit and then no more
+    broken: str = ""  # the device on which units fail
+    poison: tuple[int, ...] = ()  # units on which every device fails
+    once: tuple[int, ...] = ()  # units on which a device fails the first time
+    crowd: int = 0  # workers that do not fit together: of more, those from this rank on are killed while they load
+    kills: tuple[int, ...] = ()  # units that kill their worker
+    unsent: bool = False  # it cannot be opened, for a reason that cannot be sent between processes
+
+    def plan(self, run):
+        return list(range(self.units))
+
+    def size(self, run, unit):
+        return 1
+
+    @contextmanager
+    def open(self, run, worker):
+        tell(run, rank=worker.rank, device=worker.device, size=worker.world_size)
+        if worker.device == self.dead:
+            raise RuntimeError(ILLEGAL)
+        if self.unsent:
+            raise Unsent("no", "weights")
+        if self.crowd and worker.world_size > self.crowd and worker.rank >= self.crowd:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made = []
+
+        def work(unit):
+            before = [line["unit"] for line in told(run) if "unit" in line]
+            tell(run, unit=unit, rank=worker.rank, device=worker.device, pid=os.getpid())
+            if unit in self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fails = unit in self.poison or (unit in self.once and unit not in before)
+            if fails or worker.device == self.broken or (worker.device == self.sick and made):
+                raise RuntimeError(ILLEGAL)
+            with run.write("numbers", unit) as numbers:
+                numbers.add(f"{unit:06d}0000", {"txt": b"x"})
+            made.append(unit)
+            worker.tick(1)
+            return Report(unit, 1)
+
+        yield work
+
+
+class Unsent(Exception):
+    def __init__(self, what, which):
+        super().__init__(what)
+
+
+def tell(run, **what):
+    with (run.path / "tried.jsonl").open("a") as file:
+        file.write(json.dumps(what) + "\n")
+
+
+def told(run):
+    path = run.path / "tried.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def loads(run):
+    return [line["device"] for line in told(run) if "unit" not in line]
+
+
+def tries(run, unit):
+    return [line["device"] for line in told(run) if line.get("unit") == unit]
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    context = mp.get_context("fork")
+    monkeypatch.setattr(_crew.mp, "get_context", lambda name: context)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.create(tmp_path / "r")
+
+
+def with_devices(monkeypatch, *names):
+    for engine in (local, accelerate):
+        monkeypatch.setattr(engine, "devices_for", lambda stage: list(names))
+
+
+# -- which errors are of a device
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("AcceleratorError", ILLEGAL),
+        ("AcceleratorError", "whatever it says"),
+        ("RuntimeError", ILLEGAL),
+        ("RuntimeError", "CUDA driver error: unknown error"),
+        ("RuntimeError", "HIP error: invalid device function"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        ("RuntimeError", "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnCreate(handle)`"),
+    ],
+)
+def test_what_a_broken_device_says_is_known(kind, text):
+    failed = DeviceFailed.of(named(kind)(text), "cuda:3")
+    assert failed.device == "cuda:3"
+    assert str(failed).startswith("cuda:3 of ")
+    assert "CUDA_VISIBLE_DEVICES" in str(failed)
+    assert "\n" not in str(failed)
+    assert DeviceFailed.of(failed, "cuda:3") is failed
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"),
+        ("AcceleratorError", "CUDA error: out of memory"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        ("RuntimeError", "bad row"),
+        ("RuntimeError", "Expected all tensors to be on the same device, but found cpu and cuda:0"),
+        ("ValueError", "a caption that says: CUDA error"),
+        ("StorageError", "cannot write x: CUDA error is the name of a folder; free some space"),
+        ("MemoryError", ""),
+    ],
+)
+def test_what_is_wrong_with_a_unit_is_not_held_against_the_device(kind, text):
+    assert DeviceFailed.of(named(kind)(text), "cuda:3") is None
+
+
+def named(kind):
+    """The error of that name; torch is imported here, and so not by the workers of this module."""
+    import torch
+
+    return {**vars(builtins), "StorageError": StorageError}.get(kind) or getattr(torch, kind)
+
+
+def test_it_can_be_sent_to_another_process():
+    failed = DeviceFailed("cuda:3", "node7", "RuntimeError: CUDA error", "where")
+    again = pickle.loads(pickle.dumps(failed))
+    assert (str(again), again.device, again.short, again.trace) == (str(failed), "cuda:3", failed.short, "where")
+    assert again.short == "cuda:3 of node7 failed (RuntimeError: CUDA error)"
+    assert again.exit_code == 2
+
+
+# -- several devices
+
+
+@pytest.mark.parametrize("trouble", ["sick", "broken", "dead"])
+def test_a_device_that_breaks_costs_no_unit(run, monkeypatch, forked, trouble, caplog):
+    with_devices(monkeypatch, "bad:0", "good:1", "good:2")
+    assert run_stage(Devices(units=24, **{trouble: "bad:0"}), run, Local()).samples == 24
+    assert run.failures("numbers") == {}
+    made = [line for line in told(run) if "unit" in line]
+    for unit in {line["unit"] for line in made if line["device"] == "bad:0"}:  # at first; and never there again
+        assert "bad:0" not in tries(run, unit)[1:]
+    if trouble != "sick":  # which makes a unit each time, and so may go on
+        assert loads(run).count("bad:0") <= {"broken": 3, "dead": 1}[trouble]
+    assert "worker 0 " in caplog.text
+    assert "bad:0 of " in caplog.text
+
+
+def test_processes_that_begin_as_they_always_do(run, monkeypatch):
+    with_devices(monkeypatch, "one:0", "other:1")
+    assert run_stage(Devices(units=4, once=(0,)), run, Local()).samples == 4
+    assert len(set(tries(run, 0))) == 2
+    assert run.failures("numbers") == {}
+
+
+def test_the_log_of_the_worker_has_the_traceback(run, monkeypatch, forked):
+    with_devices(monkeypatch, "bad:0", "good:1")
+    run_stage(Devices(units=12, broken="bad:0"), run, Local())
+    lines = [json.loads(line) for line in (run.path / "logs/numbers-0.jsonl").read_text().splitlines()]
+    left = [line for line in lines if "is left to another worker" in line["message"]]
+    assert left
+    assert all("raise RuntimeError" in line["trace"] and "unit" in line for line in left)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_unit_that_breaks_every_device_is_the_one_that_failed(run, monkeypatch, forked, workers):
+    with_devices(monkeypatch, "good:0", "good:1")
+    says = r"1 of 8 units failed; unit 000003: two devices failed on it, the last one: good:\d of .*illegal memory"
+    with pytest.raises(UnitsFailed, match=says):
+        run_stage(Devices(poison=(3,)), run, Local(workers=workers))
+    assert sorted(tries(run, 3)) == ["good:0", "good:1"]
+    assert run.units("numbers") == [0, 1, 2, 4, 5, 6, 7]
+    note = json.loads(run.tar("numbers", 3).with_suffix(".failed.json").read_text())
+    assert "raise RuntimeError" in note["trace"]
+
+
+def test_every_device_broken_ends_the_command(run, monkeypatch, forked):
+    with_devices(monkeypatch, "bad:0", "bad:0")
+    with pytest.raises(DeviceFailed, match=r"^bad:0 of "):
+        run_stage(Devices(units=40, broken="bad:0"), run, Local())
+    assert len(loads(run)) <= 6
+    assert run.failures("numbers") == {}
+
+
+# -- one device
+
+
+def test_one_device_that_fails_once_is_gone_on_with_in_a_fresh_process(run, monkeypatch, forked, caplog):
+    with_devices(monkeypatch, "only:0")
+    assert run_stage(Devices(once=(3,)), run, Local()).samples == 8
+    assert loads(run) == ["only:0"] * 3  # this process, a fresh one, and one for the unit itself
+    here = [line["unit"] for line in told(run) if line.get("pid") == os.getpid()]
+    assert here == [0, 1, 2, 3]
+    assert "going on in a fresh process" in caplog.text
+
+
+def test_one_device_that_stays_broken_ends_the_command_with_one_line(run, monkeypatch, forked):
+    with_devices(monkeypatch, "only:0")
+    with pytest.raises(DeviceFailed) as caught:
+        run_stage(Devices(units=40, broken="only:0"), run, Local())
+    assert caught.value.exit_code == 2
+    assert str(caught.value).startswith("only:0 of ")
+    assert "give the same command again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(loads(run)) == 1 + _crew.STRIKES
+    assert run.failures("numbers") == {}
+    assert run_stage(Devices(units=40), run, Local()).samples == 40  # another machine, say
+
+
+def test_one_device_on_which_nothing_can_be_opened_is_named(run, monkeypatch):
+    with_devices(monkeypatch, "only:0")
+    with pytest.raises(DeviceFailed, match=r"^only:0 of .*RuntimeError: CUDA error: an illegal .*nvidia-smi"):
+        run_stage(Devices(dead="only:0"), run, Local())
+    assert loads(run) == ["only:0"]
+
+
+def test_a_unit_that_breaks_the_only_device_is_told_and_the_rest_is_made(run, monkeypatch, forked):
+    with_devices(monkeypatch, "only:0")
+    with pytest.raises(UnitsFailed, match=f"1 of 8 units failed; unit 000003: {_crew.UNSURE}: only:0 of "):
+        run_stage(Devices(poison=(3,)), run, Local())
+    assert tries(run, 3) == ["only:0"] * 2
+    assert run.units("numbers") == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_where_a_fresh_process_cannot_open_the_stage_the_device_is_told(run, monkeypatch, forked):
+    with_devices(monkeypatch, "only:0")
+
+    @dataclass(frozen=True)
+    class Full(Devices):
+        @contextmanager
+        def open(self, run, worker):
+            if loads(run):
+                raise SynthgenError("too little memory")  # which the first process still holds
+            with super().open(run, worker) as work:
+                yield work
+
+    with pytest.raises(DeviceFailed, match=r"^only:0 of "):
+        run_stage(Full(once=(3,)), run, Local())
+    assert run.units("numbers") == [0, 1, 2]
+
+
+# -- workers that are killed
+
+
+def test_workers_that_do_not_fit_together_are_left_out_and_told(run, monkeypatch, forked, caplog):
+    with_devices(monkeypatch, *["cpu"] * 4)
+    assert run_stage(Devices(units=12, crowd=2), run, Local()).samples == 12
+    assert len(loads(run)) == 4
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert "worker 3 is left out: it ended while it loaded what numbers needs (killed, or out of memory)" in caplog.text
+    assert "2 of 4 workers go on" in caplog.text
+
+
+def test_a_unit_that_kills_its_workers_is_told_and_the_others_are_made(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(UnitsFailed, match="1 of 8 units failed; unit 000002: a worker process ended"):
+        run_stage(Devices(kills=(2,)), run, Local())
+    assert run.units("numbers") == [0, 1, 3, 4, 5, 6, 7]
+    assert len(tries(run, 2)) == 2
+
+
+def test_when_every_unit_kills_its_worker_the_command_ends(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(SynthgenError, match=r"ended while it worked on unit 0000\d\d .*also when it was alone"):
+        run_stage(Devices(units=40, kills=tuple(range(40))), run, Local())
+    assert len(loads(run)) == 3 * _crew.STRIKES
+
+
+def test_a_reason_that_cannot_be_sent_is_told_in_words(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(RuntimeError, match=r"^Unsent: no\n"):
+        run_stage(Devices(unsent=True), run, Local())
+
+
+def test_who_stops_listening_waits_for_what_is_being_made(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with run.claim(Devices(units=40)) as claimed:
+        reports = Local().map(Devices(units=40), claimed, range(40), Progress())
+        next(reports)
+        reports.close()
+    assert not mp.active_children()
+    assert not run.failures("numbers")
+    made = [line["unit"] for line in told(run) if "unit" in line]
+    assert len(made) < 40
+    assert run.units("numbers") == sorted(made)
+
+
+# -- several processes, each with its share
+
+
+def standing(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+
+
+def test_a_process_whose_device_stays_broken_ends_and_leaves_its_share(run, monkeypatch, forked):
+    standing(monkeypatch, 0, 2)
+    with_devices(monkeypatch, "bad:0")
+    with pytest.raises(DeviceFailed, match=r"^bad:0 of "):
+        run_stage(Devices(units=12, broken="bad:0"), run, Accelerate())
+    assert len(loads(run)) == 1 + _crew.STRIKES
+    assert {line["rank"] for line in told(run)} == {0}
+    assert run.failures("numbers") == {}
+    standing(monkeypatch, 1, 2)
+    with_devices(monkeypatch, "good:1")
+    assert run_stage(Devices(units=12, broken="bad:0"), run, Accelerate()).samples == 12
+
+
+def test_a_process_whose_device_failed_once_makes_its_share_and_helps(run, monkeypatch, forked):
+    standing(monkeypatch, 0, 2)
+    with_devices(monkeypatch, "only:0")
+    assert run_stage(Devices(once=(2, 5)), run, Accelerate()).samples == 8
+    assert run.failures("numbers") == {}
+
+
+def test_what_failed_on_the_device_of_one_process_is_tried_by_another(run, monkeypatch, forked):
+    with_devices(monkeypatch, "good:1")
+    where = f"{_crew.UNSURE}: bad:0 of node failed (AcceleratorError: CUDA error)"
+
+    class Rival(Accelerate):
+        def map(self, stage, run, units, listener):
+            for report in super().map(stage, run, units, listener):
+                yield report
+                if report.unit == 3:  # the last of its own: meanwhile process 0 has given up two units
+                    for unit in (0, 2):
+                        run.fail(stage, Report(unit, error=where))
+
+    standing(monkeypatch, 1, 2)
+    with pytest.raises(UnitsFailed, match=f"1 of 4 units failed; unit 000002: also {_crew.UNSURE}: good:1 of "):
+        run_stage(Devices(units=4, poison=(2,)), run, Rival())
+    assert run.units("numbers") == [0, 1, 3]
+    assert list(run.failures("numbers")) == [2]
+    assert tries(run, 0) == ["good:1"]
+    assert tries(run, 2) == ["good:1"] * 2
