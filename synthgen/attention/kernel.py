@@ -38,7 +38,8 @@ def attention_with_normaliser(
     """``torch.nn.functional.scaled_dot_product_attention`` and the normaliser of its rows, in float32.
 
     The output is the public function's, bit for bit: the kernel that it would choose is called. The normaliser is None
-    where that kernel does not tell it, and where its word, on the first call, was not that of a plain computation.
+    where that kernel does not tell it, and where its word, on the first call that tells anything (NaN does not), was
+    not that of a plain computation.
     """
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     known = query.device.type in ("cpu", "cuda")  # others do not say which kernel they choose
@@ -64,6 +65,8 @@ def attention_with_normaliser(
     output, normaliser = found
     if kind not in _trusted:
         expected = log_normaliser(query[:1, :1, :_PROBE], key[:1, :1], scale=scale, mask=_first(attn_mask))
+        if not expected.isfinite().all():
+            return output, None  # a broken image says nothing of the kernel
         near = normaliser.shape == query.shape[:3] and torch.allclose(
             normaliser[:1, :1, :_PROBE], expected, rtol=1e-3, atol=1e-3
         )

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -266,15 +267,25 @@ class _Recording:
     """An attention processor that does what ``inner`` does, and lets the recorder look on."""
 
     def __init__(self, inner: Any, recorder: Recorder, *, joint: bool) -> None:
-        self.inner, self.recorder, self.joint = inner, recorder, joint
+        self.inner, self.recorder, self.joint, self.run = inner, recorder, joint, _uncompiled()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         attn: nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return self.run(self, attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+
+    def look_on(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -295,6 +306,16 @@ class _Recording:
             text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             observe(projected(attn, hidden_states, text))
         return output
+
+
+@cache
+def _uncompiled() -> Callable[..., Any]:
+    """What a recording processor does, left out when a network is compiled.
+
+    Made when the first recording begins, for it imports the compiler; and once, or each would be compiled again.
+    """
+    wrapped: Callable[..., Any] = torch.compiler.disable(_Recording.look_on)  # type: ignore[no-untyped-call]
+    return wrapped
 
 
 def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k e"]) -> AttentionCall:

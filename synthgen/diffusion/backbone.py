@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from synthgen.attention.layers import levels_of
 from synthgen.attention.recorder import Recorder, record
 from synthgen.attention.words import TextEncoder, WordTokens, locate_in_encoders
-from synthgen.errors import ConfigError, SynthgenError
+from synthgen.diffusion.memory import Portions
+from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
 
@@ -26,10 +27,8 @@ RETRIES = 2  # other seeds that a failed image is tried with
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
 FLAGGED = "the safety checker objects to this image"
 UNSEEN = "its attention came out with values that are no numbers; try another dtype"
-TOO_LITTLE = (
-    "the device has too little memory for one image; try dtype float16 or bfloat16, offload: true, or a smaller size"
-)
 
+T = TypeVar("T")
 Denoiser = Callable[[Tensor, float], Tensor]  # noised latents and a timestep to what the network says of them
 Step = Callable[[Tensor, int, Tensor], Tensor]  # latents, the number of a step, and what the network said of them
 
@@ -80,6 +79,7 @@ class DiffusionBackbone(ABC):
 
     def __init__(self, pipeline: Any, sampling: Sampling, selection: AttentionSelection) -> None:
         self.pipeline, self.sampling, self.selection = pipeline, sampling, selection
+        self._portions = Portions()
 
     # -- what differs between families
 
@@ -153,9 +153,10 @@ class DiffusionBackbone(ABC):
 
         The noise of each image is drawn on the CPU from its own seed, so neither the batch it is in nor the device
         changes it. Words that every tokenizer cuts off are left out of the record, with a warning. A batch for which
-        the device has too little memory is halved, again and again if need be. An image that comes out black or with
-        values that are no numbers is made again from another seed, RETRIES times at most; its request then tells the
-        seed that it was made from, or its ``failed`` the reason.
+        the device has too little memory is halved, again and again if need be; later ones are of that size from the
+        start, and an image changes by no more than rounding. One that comes out black or with values that are no
+        numbers is made again from another seed, RETRIES times at most; its request then tells the seed that it was
+        made from, or its ``failed`` the reason.
         """
         made = self._generate(requests)
         for attempt in range(1, RETRIES + 1):
@@ -167,27 +168,21 @@ class DiffusionBackbone(ABC):
 
     def _generate(self, requests: Sequence[Request]) -> list[Generation]:
         located, tokens = self._locate(requests)
-        before = self.pipeline.vae.dtype
-        try:
-            images, recorder = self.sample(
-                [request.prompt.text for request in requests], [request.seed for request in requests], tokens
-            )
-        except torch.OutOfMemoryError:
-            pass  # what follows stands outside, where nothing holds the tensors of the failed call any more
-        else:
-            flagged = self.flagged(images)
-            made = _records(requests, located, images, recorder)
+        texts, seeds = [request.prompt.text for request in requests], [request.seed for request in requests]
+
+        def make(some: slice) -> list[Generation]:
+            images, recorder = self.sample(texts[some], seeds[some], tokens[some])
+            made = _records(requests[some], located[some], images, recorder)
             return [
                 replace(
                     generation,
                     failed="" if generation.image.any() else BLACK,
                     warnings=(*generation.warnings, *([FLAGGED] if flag else [])),
                 )
-                for generation, flag in zip(made, flagged, strict=True)
+                for generation, flag in zip(made, self.flagged(images), strict=True)
             ]
-        self._put_back(before)
-        middle = _split_point(requests)
-        return [*self._generate(requests[:middle]), *self._generate(requests[middle:])]
+
+        return _joined(self.in_portions(_images(*self.size), len(requests), make))
 
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
         """Whether a safety checker objects to each image. None is asked unless a family says otherwise."""
@@ -206,29 +201,36 @@ class DiffusionBackbone(ABC):
         its request's seed. With ``inversion_steps`` there is no noise and no use for ``timesteps``: the image is
         carried to noise in so many deterministic steps (DDIM inversion; for linear mixtures Euler's method), and the
         record is made on the way, without the noisiest share of the steps that ``selection.skip_steps`` says. Both with
-        the image's own prompt and without guidance. A batch for which the device has too little memory is halved; an
-        image whose attention has values that are no numbers says so under ``failed``.
+        the image's own prompt and without guidance (a model that is told its guidance, as FLUX.1 dev, is told the
+        scale of ``sampling``). A batch for which the device has too little memory is halved, as in :meth:`generate`,
+        for each size of images; an image whose attention has values that are no numbers says so under ``failed``.
         """
         located, tokens = self._locate(requests)
-        before = self.pipeline.vae.dtype
-        try:
-            recorder = self._watch(images, requests, tokens, timesteps, inversion_steps)
-        except torch.OutOfMemoryError:
-            pass  # as in _generate
-        else:
-            made = _records(requests, located, images, recorder)
+
+        def look(some: slice) -> list[Generation]:
+            recorder = self._watch(images[some], requests[some], tokens[some], timesteps, inversion_steps)
             return [
-                generation if _finite(generation.maps) else replace(generation, failed=UNSEEN) for generation in made
+                generation if _finite(generation.maps) else replace(generation, failed=UNSEEN)
+                for generation in _records(requests[some], located[some], images[some], recorder)
             ]
-        self._put_back(before)
-        middle = _split_point(requests)
-        return [
-            *self.attend(images[:middle], requests[:middle], timesteps, inversion_steps),
-            *self.attend(images[middle:], requests[middle:], timesteps, inversion_steps),
-        ]
+
+        what = f"{_images(*images.shape[1:3])} that exist"
+        return _joined(self.in_portions(what, len(requests), look))
+
+    def in_portions(self, what: str, count: int, compute: Callable[[slice], T], most: int = 0) -> list[T]:
+        """What ``compute`` makes of ``count`` images, ``most`` (0: all) at once or as few as there is memory for.
+
+        ``what`` is the kind of work; see :class:`~synthgen.diffusion.memory.Portions`. After a call that failed, in
+        whatever way, the model is as it was before it.
+
+        Raises:
+            SynthgenError: there is too little memory for one image.
+        """
+        before = self.pipeline.vae.dtype
+        return self._portions.work(what, count, compute, lambda: self._put_back(before), most or count)
 
     def _put_back(self, dtype: torch.dtype) -> None:
-        """After a call that ran out of memory: the autoencoder in its own type, and no part left on the device.
+        """After a call that failed: the autoencoder in its own type, and no part left on the device.
 
         A pipeline does both itself, but only at the end of a call that went well.
         """
@@ -352,15 +354,12 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _split_point(requests: Sequence[Request]) -> int:
-    """Where a batch that the device has too little memory for is cut.
+def _images(height: int, width: int) -> str:
+    return f"images of {height} x {width} pixels"
 
-    Raises:
-        SynthgenError: it is a single image.
-    """
-    if len(requests) == 1:
-        raise SynthgenError(TOO_LITTLE)
-    return len(requests) // 2
+
+def _joined(parts: Sequence[Sequence[Generation]]) -> list[Generation]:
+    return [generation for part in parts for generation in part]
 
 
 def _finite(maps: Maps) -> bool:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import TOO_LITTLE, Denoiser, DiffusionBackbone
-from synthgen.errors import ConfigError, SynthgenError, UnknownName
+from synthgen.diffusion.backbone import Denoiser, DiffusionBackbone
+from synthgen.errors import ConfigError, UnknownName
 from synthgen.prompts import sample_seed
 
 __all__ = ["Activations", "FeatureReader", "as_map", "block_names", "middle_block", "watched"]
@@ -98,10 +98,8 @@ class FeatureReader:
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Channels, rows and columns of each block at one timestep; the network sees a black image for it."""
         side = self.image_size
-        try:
-            maps = self._maps(torch.zeros(1, side, side, 3, dtype=torch.uint8), ("",))
-        except torch.OutOfMemoryError:
-            raise SynthgenError(TOO_LITTLE) from None
+        black = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        (maps,) = self._in_portions("read", black, lambda some: self._maps(black[some], ("",)))
         return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in maps[: len(self.blocks)])
 
     @property
@@ -122,7 +120,7 @@ class FeatureReader:
             with torch.no_grad():
                 return self.model.encode(images[some].to(device)).float().cpu()
 
-        return torch.cat(self._in_parts(encode, len(images)))
+        return torch.cat(self._in_portions("encode", images, encode))
 
     def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int, largest: int = 0) -> Activations:
         """The activations for images, pooled and on a grid of ``grid`` rows and columns.
@@ -138,25 +136,12 @@ class FeatureReader:
         def read(some: slice) -> Activations:
             return self._read(images[some], keys[some], grid, largest)
 
-        return _joined(self._in_parts(read, len(images)))
+        return _joined(self._in_portions("read", images, read))
 
-    def _in_parts(self, compute: Callable[[slice], T], count: int) -> list[T]:
-        """What ``compute`` makes of ``count`` images, ``most`` at a time, or half of them where memory runs out."""
-        parts, waiting = (
-            list[T](),
-            [slice(start, min(start + self.most, count)) for start in range(0, count, self.most)],
-        )
-        while waiting:
-            some = waiting.pop(0)
-            try:
-                parts.append(compute(some))
-            except torch.OutOfMemoryError:
-                if some.stop - some.start == 1:
-                    raise SynthgenError(TOO_LITTLE) from None
-                middle = (some.start + some.stop) // 2
-                waiting[:0] = [slice(some.start, middle), slice(middle, some.stop)]
-                torch.cuda.empty_cache()
-        return parts
+    def _in_portions(self, verb: str, images: Tensor, compute: Callable[[slice], T]) -> list[T]:
+        """What ``compute`` makes of images, ``most`` at a time, or as few as there is memory for."""
+        what = f"images of {images.shape[1]} x {images.shape[2]} pixels to {verb}"
+        return self.model.in_portions(what, len(images), compute, self.most)
 
     def _read(self, images: Tensor, keys: Sequence[str], grid: int, largest: int) -> Activations:
         maps = self._maps(images, keys)

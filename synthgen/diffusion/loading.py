@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from synthgen.errors import ConfigError, MissingDependency, MissingWeights, UnknownName, one_line
+from synthgen.diffusion.memory import ran_out
+from synthgen.errors import ConfigError, MissingDependency, MissingWeights, SynthgenError, UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline", "pipeline_class"]
@@ -36,6 +37,7 @@ SHORT_NAMES: dict[str, str] = {  # for a model's hub id
 
 _INDEX = "model_index.json"
 _LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last: where diffusers keeps the safety checker
+_EDM, _SDE = "EDMEulerScheduler", "DPMSolverSDEScheduler"
 _PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -72,13 +74,15 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     """A pipeline whose class is one of ``known``, on its device.
 
     A safety checker is taken out of it, so that no image is blacked out; where one is wanted, it stays at hand as the
-    pipeline's ``kept_safety_checker``.
+    pipeline's ``kept_safety_checker``. No image gets an invisible watermark, which Stable Diffusion XL's pipeline adds
+    where it finds the library for it.
 
     Raises:
         MissingWeights: they are not on this machine and cannot be fetched.
         UnknownName: the model is neither a folder nor a hub id, and no short name is that.
-        ConfigError: the model is of another family, or has no such scheduler.
+        ConfigError: the model is of another family, or its scheduler cannot be used.
         MissingDependency: LoRA weights need a library that is not installed.
+        SynthgenError: the device has too little memory for the model.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -106,6 +110,8 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     options |= dict.fromkeys([*sorted(empty), *loading.without])
     if loading.safety_checker and "safety_checker" not in _parts(index, saved=True):
         raise ConfigError(f"{model!r} has no safety checker to ask; leave safety_checker false")
+    if kind == "StableDiffusionXLPipeline":
+        options["add_watermarker"] = False
     if "safety_checker" in index:
         options["requires_safety_checker"] = False
         if not loading.safety_checker:
@@ -116,6 +122,16 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
         raise _missing(model, error) from None
     _add_parts(pipeline, loading)
     pipeline.set_progress_bar_config(disable=True)
+    try:
+        return _placed(pipeline, loading)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise _too_large(model, loading) from None
+
+
+def _placed(pipeline: Any, loading: Loading) -> Any:
+    """The pipeline on its device, and the safety checker beside it."""
     if loading.safety_checker:
         pipeline.kept_safety_checker = pipeline.safety_checker.to(loading.device)
         pipeline.safety_checker = None
@@ -123,6 +139,20 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
         pipeline.enable_model_cpu_offload(device=loading.device)
         return pipeline
     return pipeline.to(loading.device)
+
+
+def _too_large(model: str, loading: Loading) -> SynthgenError:
+    """The error for a model that the device cannot hold, with the settings that would help."""
+    helps = {
+        "dtype float16 or bfloat16": loading.dtype == "float32",
+        "offload: true": not loading.offload,
+        "safety_checker: false": loading.safety_checker,
+    }
+    ways = ", ".join(way for way, helpful in helps.items() if helpful)
+    return SynthgenError(
+        f"{loading.device} has too little memory to load {model!r} in {loading.dtype}; see what else is on it, or take "
+        f"a smaller model{'; or try ' + ways if ways else ''}"
+    )
 
 
 def pipeline_class(model: str) -> str:
@@ -193,16 +223,36 @@ def _missing(model: str, error: Exception) -> MissingWeights:
     )
 
 
-def _add_parts(pipeline: Any, loading: Loading) -> None:
-    """What is put on top of a model: scheduler, LoRA, learned embeddings."""
+def _set_scheduler(pipeline: Any, name: str) -> None:
+    """Give a pipeline the scheduler of this name, or see that its own will do.
+
+    Of those that diffusers calls compatible two are not: EDMEulerScheduler counts noise otherwise than other models
+    do, and DPMSolverSDEScheduler draws noise that follows from no image's seed.
+
+    Raises:
+        ConfigError: it cannot be used with this model.
+    """
     import diffusers
 
-    if loading.scheduler:
-        compatible = {part.__name__: part for part in pipeline.scheduler.compatibles}
-        compatible.setdefault(type(pipeline.scheduler).__name__, type(pipeline.scheduler))
-        if loading.scheduler not in compatible or not hasattr(diffusers, loading.scheduler):
-            raise UnknownName.among("scheduler for this model", loading.scheduler, compatible)
-        pipeline.scheduler = compatible[loading.scheduler].from_config(pipeline.scheduler.config)
+    own = pipeline.scheduler
+    if not name and type(own).__name__ == _SDE:
+        raise ConfigError(f"this model's {_SDE} draws noise of its own; set scheduler: EulerAncestralDiscreteScheduler")
+    if not name:
+        return
+    compatible = {part.__name__: part for part in own.compatibles if part.__name__ != _EDM}
+    compatible[type(own).__name__] = type(own)
+    compatible.pop(_SDE, None)
+    if name not in compatible or not hasattr(diffusers, name):
+        raise UnknownName.among("scheduler for this model", name, compatible)
+    try:
+        pipeline.scheduler = compatible[name].from_config(own.config)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"this model cannot be used with the scheduler {name}: {one_line(error)}") from None
+
+
+def _add_parts(pipeline: Any, loading: Loading) -> None:
+    """What is put on top of a model: scheduler, LoRA, learned embeddings."""
+    _set_scheduler(pipeline, loading.scheduler)
     try:
         if loading.lora:
             pipeline.load_lora_weights(loading.lora, use_safetensors=True)

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 import warnings
-import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from synthgen.attention.recorder import Recorder, _Recording
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.backbone import BLACK, FLAGGED, RETRIES
-from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnknownName
+from synthgen.diffusion.loading import _set_scheduler
+from synthgen.errors import ConfigError, MissingWeights, UnknownName
 from synthgen.prompts import parse_line
 from synthgen.records import Request
 from tests import models
@@ -48,9 +49,14 @@ def test_what_is_left_open_is_usual_for_the_family(stable_diffusion: Path) -> No
 
 
 def test_importing_changes_no_variable_and_loading_is_silent(stable_diffusion: Path) -> None:
-    """Left alone, the libraries say what is not installed and what they make of it."""
+    """Left alone, the libraries say what is not installed and what they make of it.
+
+    A command that ends in an error line, or leaves the work to others, does not wait for the compiler to be imported.
+    """
     script = (
         "import os, sys, torch\nbefore = dict(os.environ)\n"
+        "from synthgen.stages.generate import Generate\nGenerate(prompts='p.txt').complete()\n"
+        "assert 'synthgen.attention.recorder' in sys.modules and 'torch._dynamo' not in sys.modules\n"
         "from synthgen.diffusion import FAMILIES, Loading, load_pipeline\n"
         "assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())\n"
         "load_pipeline(Loading(sys.argv[1]), FAMILIES)\nassert dict(os.environ) == before\n"
@@ -69,6 +75,55 @@ def test_a_scheduler_by_its_name(stable_diffusion: Path) -> None:
     assert family.generate(ASKED)[0].image.any()
     with pytest.raises(UnknownName, match="did you mean 'EulerDiscreteScheduler'"):
         Diffusers(model=str(stable_diffusion), scheduler="EulerDiscreteSchedular")
+
+
+def test_with_every_scheduler_an_image_follows_from_its_seed(family: Any) -> None:
+    """Whatever random numbers were drawn before."""
+    with pytest.raises(UnknownName) as caught:
+        _set_scheduler(family.pipeline, "none")
+    names = str(caught.value).split("there are: ")[1].split(", ")
+    assert len(names) == 13
+    for name in names:
+        steps = 4 if name == "PNDMScheduler" else 2  # its beginning needs four
+        family.sampling = replace(family.sampling, num_steps=steps, guidance_scale=1.0, height=16, width=16)
+        _set_scheduler(family.pipeline, name)
+        assert type(family.pipeline.scheduler).__name__ == name
+        first, _ = family.sample(["a dog"], [7], [], recorded=False)
+        torch.rand(3)
+        again, _ = family.sample(["a dog"], [7], [], recorded=False)
+        assert first.any(), name
+        np.testing.assert_array_equal(first, again, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "DPMSolverSDEScheduler"])
+def test_a_scheduler_that_diffusers_only_calls_compatible_is_not_offered(name: str) -> None:
+    pipeline = SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())
+    assert name in [part.__name__ for part in pipeline.scheduler.compatibles]
+    with pytest.raises(UnknownName) as caught:
+        _set_scheduler(pipeline, name)
+    assert str(caught.value).count(name) == 1
+
+
+@pytest.mark.parametrize("kind", [ImportError, TypeError, ValueError])
+def test_a_scheduler_that_cannot_be_made_is_told(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Any) -> None:
+        raise kind("\nit needs\nthis and that")
+
+    monkeypatch.setattr(diffusers.LMSDiscreteScheduler, "from_config", fail)
+    pipeline = SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())
+    with pytest.raises(ConfigError, match="with the scheduler LMSDiscreteScheduler: it needs this and that"):
+        _set_scheduler(pipeline, "LMSDiscreteScheduler")
+
+
+def test_a_model_whose_own_scheduler_draws_other_noise_wants_another() -> None:
+    kind = type("DPMSolverSDEScheduler", (diffusers.DDIMScheduler,), {})
+    pipeline = SimpleNamespace(scheduler=kind())
+    with pytest.raises(ConfigError, match="noise of its own; set scheduler: EulerAncestralDiscreteScheduler"):
+        _set_scheduler(pipeline, "")
+    with pytest.raises(UnknownName):
+        _set_scheduler(pipeline, "DPMSolverSDEScheduler")
+    _set_scheduler(pipeline, "EulerAncestralDiscreteScheduler")
+    assert type(pipeline.scheduler) is diffusers.EulerAncestralDiscreteScheduler
 
 
 def test_a_model_of_a_family_that_is_not_known_says_which_are(tmp_path: Path) -> None:
@@ -170,24 +225,6 @@ def test_an_image_that_stays_black_is_recorded_as_failed(family: Any) -> None:
     assert [generation.failed for generation in made] == ["", BLACK, ""]
 
 
-def test_a_batch_too_large_for_the_device_is_halved(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = family.generate(ASKED)
-    sample, sizes = family.sample, []
-
-    def small(texts: list[str], *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(texts))
-        if len(texts) > 1:
-            raise torch.OutOfMemoryError
-        return sample(texts, *args, **kwargs)
-
-    monkeypatch.setattr(family, "sample", small)
-    parts = family.generate(ASKED)
-    assert sizes == [3, 1, 2, 1, 1]
-    for one, other in zip(whole, parts, strict=True):
-        assert one.request == other.request
-        assert np.abs(one.image.astype(int) - other.image.astype(int)).max() <= 1
-
-
 class Checker(torch.nn.Module):
     """Objects to every image but the first, and blacks it out as the real one does."""
 
@@ -269,85 +306,12 @@ def test_a_compiled_network_gives_the_same_record(family: Any) -> None:
         np.testing.assert_array_equal(one.maps.weights, other.maps.weights)
 
 
-# -- memory that does not suffice
+# -- which attention is recorded
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.make_stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
-
-
-def narrow(family: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> list[str]:
-    """Let the autoencoder decode ``most`` images at once at most; returns what happens, in its order.
-
-    "free" counts where no exception is at hand and nothing holds the latents of a failed call any more.
-    """
-    vae, happened = family.pipeline.vae, []
-    decode, free = vae.decode, family.pipeline.maybe_free_model_hooks
-    failed: list[Any] = []
-
-    def small(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        happened.append(f"decode {len(z)}")
-        if len(z) > most:
-            failed.append(weakref.ref(z))
-            raise torch.OutOfMemoryError
-        return decode(z, *args, **kwargs)
-
-    def freed() -> None:
-        if sys.exc_info()[0] is None and all(ref() is None for ref in failed):
-            happened.append("free")
-        free()
-
-    monkeypatch.setattr(vae, "decode", small)
-    monkeypatch.setattr(family.pipeline, "maybe_free_model_hooks", freed)
-    return happened
-
-
-def test_an_autoencoder_that_ran_out_of_memory_goes_on_in_its_own_type(
-    sdxl: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pipeline casts Stable Diffusion XL's to float32 before it decodes, and back only where that went well."""
-    family = Diffusers(model=str(sdxl), num_steps=1, dtype="float16", height=32, width=32).family
-    alone = family.generate(ASKED[:1])[0]
-    with monkeypatch.context() as patch:
-        happened = narrow(family, patch, most=1)
-        made = family.generate(ASKED[:2])
-        assert [one.failed for one in made] == ["", ""]
-        np.testing.assert_array_equal(made[0].image, alone.image)
-        np.testing.assert_array_equal(made[0].maps.weights, alone.maps.weights)
-        assert happened == ["decode 2", "free", "decode 1", "free", "decode 1", "free"]  # each call frees at its end
-    with monkeypatch.context() as patch:
-        narrow(family, patch, most=0)
-        with pytest.raises(SynthgenError, match="too little memory for one image"):
-            family.generate(ASKED[:1])
-    assert family.pipeline.vae.dtype == torch.float16
-    np.testing.assert_array_equal(family.generate(ASKED[:1])[0].image, alone.image)
-
-
-@pytest.mark.parametrize("attends", [False, True])
-def test_no_part_stays_on_the_device_after_it_ran_out_of_memory(
-    sdxl: Path, monkeypatch: pytest.MonkeyPatch, attends: bool
-) -> None:
-    family = Diffusers(model=str(sdxl), num_steps=1, guidance_scale=1.0, height=32, width=32).family
-    happened: list[str] = []
-    monkeypatch.setattr(family.pipeline, "maybe_free_model_hooks", lambda: happened.append("free"))
-
-    def see(_: Any, given: Any) -> None:
-        happened.append(f"see {len(given[0])}")
-        if len(given[0]) > 1:
-            raise torch.OutOfMemoryError
-
-    family.network.register_forward_pre_hook(see)
-    if attends:
-        images = np.zeros((2, 32, 32, 3), np.uint8)
-        assert len(family.attend(images, ASKED[:2], (100,))) == 2
-        assert happened == ["see 2", "free", "see 1", "see 1"]
-    else:
-        assert len(family.generate(ASKED[:2])) == 2
-        assert happened == ["see 2", "free", "see 1", "free", "see 1", "free"]
-
-
-# -- which attention is recorded
 
 
 @pytest.mark.parametrize(
@@ -420,3 +384,15 @@ def test_a_consistency_model_takes_no_negative_prompt(stable_diffusion: Path, tm
         weights.unlink()
     with pytest.raises(ConfigError, match="a latent consistency model takes no negative prompt"):
         Diffusers(**options, negative_prompt="cat")
+
+
+# -- what is loaded and where
+
+
+def test_no_image_is_marked_where_a_library_for_that_is_installed(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline would, on such machines alone, without being asked."""
+    module = diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl
+    monkeypatch.setattr(module, "is_invisible_watermark_available", lambda: True)
+    monkeypatch.setattr(module, "StableDiffusionXLWatermarker", object, raising=False)
+    assert module.StableDiffusionXLPipeline.from_pretrained(sdxl).watermark is not None
+    assert Diffusers(model=str(sdxl)).family.pipeline.watermark is None

@@ -15,6 +15,7 @@ from torch import Tensor
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.backbones.tiny import Tiny
 from synthgen.diffusion.features import FeatureReader, block_names, middle_block
+from synthgen.diffusion.memory import Portions
 from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 from tests import models
@@ -143,8 +144,14 @@ def test_an_image_gives_the_same_whatever_is_beside_it(small, monkeypatch):
         return inner(images, keys)
 
     reader.most = 16
+    monkeypatch.setattr(small.family, "_portions", Portions())
     monkeypatch.setattr(reader, "_maps", narrow)
     torch.testing.assert_close(reader.read(images, KEYS, 4).pooled, whole.pooled, **NEAR)
+    again = FeatureReader(small, timesteps=[50])
+    seen = list[int]()
+    monkeypatch.setattr(again, "_maps", lambda images, keys: (seen.append(len(images)), inner(images, keys))[1])
+    again.read(images, KEYS, 4)
+    assert seen == [1, 1, 1]  # another reader of this backbone knows it
     most = 0
     with pytest.raises(SynthgenError, match="too little memory for one image"):
         reader.read(images, KEYS, 4)
@@ -247,6 +254,7 @@ def test_latents_are_encoded_in_halves_where_memory_runs_out(small, monkeypatch)
             raise torch.OutOfMemoryError
         return encode(images)
 
+    monkeypatch.setattr(small.family, "_portions", Portions())
     monkeypatch.setattr(small.family, "encode", narrow)
     torch.testing.assert_close(reader.latents(images), whole, **NEAR)
     most = 0

@@ -84,6 +84,19 @@ def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
     assert asked[1][0] == -1
 
 
+def test_an_image_of_values_that_are_no_numbers_says_nothing_of_the_kernel(monkeypatch):
+    query, key, value = qkv()
+    broken = query.clone()
+    broken[0] = float("nan")
+    monkeypatch.setattr(kernel, "_trusted", {})
+    output, normaliser = attention_with_normaliser(broken, key, value)
+    assert normaliser is None
+    assert kernel._trusted == {}
+    assert torch.equal(output[1], F.scaled_dot_product_attention(query, key, value)[1])
+    assert attention_with_normaliser(query, key, value)[1] is not None
+    assert attention_with_normaliser(broken, key, value)[1] is not None  # trusted since
+
+
 def test_the_plain_normaliser_does_not_depend_on_its_chunks(monkeypatch):
     query, key, _ = qkv()
     whole = log_normaliser(query, key, scale=0.25)
