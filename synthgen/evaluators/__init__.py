@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVALUATORS",
     "OF_LABELLED",
+    "OF_SCENES",
     "Baseline",
     "Evaluator",
     "Labelled",
@@ -38,10 +39,11 @@ __all__ = [
     "noted",
 ]
 
-Need = Literal["features", "patches", "maps", "latents", "images", "pairs", "masks"]
+Need = Literal["features", "patches", "boxes", "maps", "latents", "images", "pairs", "masks"]
 OF_LABELLED: frozenset[Need] = frozenset(
     {"features", "maps", "latents", "images"}
 )  # the needs that are of images with labels
+OF_SCENES: frozenset[Need] = frozenset({"patches", "boxes"})  # of images with masks; of the second, boxes alone will do
 Baseline = Literal["random", "random generator", "pixels"]
 Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  # of the table
 
@@ -95,6 +97,7 @@ class Pictured:
 class Scenes:
     """Patch features of square images in which it is known what is where.
 
+    Where boxes alone are asked for there may be images without masks: of those all pixels are background.
     ``classes`` begins with the background. Those of test images are those of training, and behind them the classes
     that training lacks: nothing can find them, and they count.
     """
@@ -204,7 +207,9 @@ class Material:
         if test.classes[: len(train.classes)] != train.classes:
             raise ValueError("the classes of the test images must begin with those of training")
         if len(train.classes) < 2:
-            raise ConfigError("no mask of the training images has a pixel: there is nothing to learn")
+            raise ConfigError(
+                "no mask of the training images has a pixel, and no box lies in their middle: there is nothing to learn"
+            )
         _finite(train.patches, test.patches)
         return train, test
 

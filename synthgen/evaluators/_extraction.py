@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
-from synthgen.evaluators import Labelled, Latents, Mapped, Need, Pairs, Pictured, Scenes
+from synthgen.evaluators import OF_SCENES, Labelled, Latents, Mapped, Need, Pairs, Pictured, Row, Scenes
 from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.loader import Reader
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 BACKGROUND = "background"
-_SEEN: frozenset[Need] = frozenset({"features", "patches", "maps"})  # what networks must see the images for
+_SEEN: frozenset[Need] = OF_SCENES | {"features", "maps"}  # what networks must see the images for
 _PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
 
 
@@ -46,10 +46,11 @@ class Extracted:
     """What was taken from the images of one source, in their order."""
 
     features: dict[str, Float32[Tensor, "n d"]] = field(default_factory=dict)  # by row of the table, of all images
-    patches: dict[str, Float16[Tensor, "m d h w"]] = field(default_factory=dict)  # of those with masks
+    patches: dict[str, Float16[Tensor, "m d h w"]] = field(default_factory=dict)  # of those with masks or boxes
     pixels: Int16[Tensor, "m S S"] | None = None
     boxes: list[Boxes] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # of those with masks
+    keys: list[str] = field(default_factory=list)  # of those with masks or boxes
+    boxed: int = 0  # how many of these have boxes alone
     names: dict[str, int] = field(default_factory=dict)  # numbers of the classes in pixels, as they came
     embeddings: Float32[Tensor, "n e"] | None = None
     maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, of each block
@@ -95,6 +96,7 @@ class Extractor:
 
     networks: Mapping[str, Encoder]  # of one shape; none where a generator stands alone
     needs: frozenset[Need]
+    rows: Mapping[Need, Collection[Row]] | None = None  # that are judged, for each of the needs; None: all there are
     generator: FeatureReader | None = None
     dual: DualEncoder | None = None
     pool: str = "mean"
@@ -116,19 +118,21 @@ class Extractor:
     @property
     def patch_bytes(self) -> int:
         """What one image's patch features take in memory, with its truth: float16, and int16 for each pixel."""
-        view, width = self.view, sum(network.config.dim for network in self.networks.values())
-        if self.generator is not None:
+        view = self.view
+        width = sum(one.config.dim for row, one in self.networks.items() if self.keeps(row, *OF_SCENES))
+        if self.generator is not None and self.keeps("generator", *OF_SCENES):
             width += self.generator.shape[0]
-        cell = min(_PIXEL_CELL, view.patch_size)
-        return 2 * (view.grid**2 * (width + 3 * cell**2) + view.image_size**2)
+        width += 3 * min(_PIXEL_CELL, view.patch_size) ** 2 if self.keeps("pixels", *OF_SCENES) else 0
+        return 2 * (view.grid**2 * width + view.image_size**2)
 
     @property
     def labelled_bytes(self) -> int:
         """What one image with a label takes in memory: its maps, float16; its latents, float32; its pixels, uint8."""
         total = 0
         if "maps" in self.needs:
-            total += sum(2 * min(self.view.grid, LARGEST) ** 2 * one.config.dim for one in self.networks.values())
-        if "maps" in self.needs and self.generator is not None:
+            kept = [one.config.dim for row, one in self.networks.items() if self.keeps(row, "maps")]
+            total += 2 * min(self.view.grid, LARGEST) ** 2 * sum(kept)
+        if "maps" in self.needs and self.generator is not None and self.keeps("generator", "maps"):
             sizes = [(dim, *(min(side, LARGEST) for side in sides)) for dim, *sides in self.generator.shapes]
             total += 2 * len(self.generator.timesteps) * sum(map(math.prod, sizes))
         if "latents" in self.needs and self.generator is not None:
@@ -138,6 +142,10 @@ class Extractor:
             total += 3 * self.view.image_size**2 if self.networks else 0
             total += 3 * self.generator.image_size**2 if self.generator is not None else 0
         return total
+
+    def keeps(self, row: str, *needs: Need) -> bool:
+        """Whether for any of ``needs`` a row of the table is judged."""
+        return self.rows is None or any(row in self.rows.get(need, ()) for need in needs)
 
     def extract(
         self,
@@ -149,11 +157,12 @@ class Extractor:
     ) -> Extracted:
         """What the images ``numbers`` give.
 
-        Patch features are kept of those that are among ``masked``; maps, latents and pixels of those among ``classed``.
+        Patch features are kept of those that are among ``masked``, which have masks or boxes; maps, latents and pixels
+        of those among ``classed``.
         """
         view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
         drawn_size = self.generator.image_size if self.generator else 0
-        rows = Views(samples, numbers, view.image_size, masks=bool(wanted), drawn_size=drawn_size)
+        rows = Views(samples, numbers, view.image_size, boxed=wanted, drawn_size=drawn_size)
         batches = Reader(rows, Collate(view.mean, view.std), batch_size=self.batch_size, num_workers=self.num_workers)
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
@@ -164,9 +173,7 @@ class Extractor:
                 if self.dual is not None:
                     found.embeddings = _put(found.embeddings, self.dual.embed_images(seen.images), start, len(numbers))
                 chosen = [
-                    row
-                    for row, item in enumerate(batch)
-                    if numbers[start + row] in wanted and item.view.labels is not None and self._classed(item.view)
+                    row for row, item in enumerate(batch) if numbers[start + row] in wanted and self._classed(item)
                 ]
                 if chosen:
                     self._keep_patches(found, seen, [batch[row] for row in chosen], chosen, kept, len(wanted))
@@ -190,14 +197,19 @@ class Extractor:
                 activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
             if "latents" in self.needs:
                 latents = self.generator.latents(drawn)
-        networks = self.networks if self.needs & _SEEN else {}
-        return _Seen(images, {name: network(images) for name, network in networks.items()}, activations, latents)
+        asked = self.needs & _SEEN
+        tokens = {
+            name: network(images) for name, network in self.networks.items() if asked and self.keeps(name, *asked)
+        }
+        return _Seen(images, tokens, activations, latents)
 
     def _keep_features(self, found: Extracted, seen: _Seen, start: int, length: int) -> None:
-        pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in seen.tokens.items()}
-        if seen.generator is not None:
+        tokens = {name: x for name, x in seen.tokens.items() if self.keeps(name, "features")}
+        pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in tokens.items()}
+        if seen.generator is not None and self.keeps("generator", "features"):
             pooled["generator"] = seen.generator.pooled
-        pooled["pixels"] = F.adaptive_avg_pool2d(seen.images, min(32, self.view.image_size)).flatten(1)
+        if self.keeps("pixels", "features"):
+            pooled["pixels"] = F.adaptive_avg_pool2d(seen.images, min(32, self.view.image_size)).flatten(1)
         for name, features in pooled.items():
             found.features[name] = _put(found.features.get(name), features, start, length)
 
@@ -211,17 +223,19 @@ class Extractor:
         length: int,
     ) -> None:
         grid = self.view.grid
-        maps = {name: _on_grid(x[chosen], grid) for name, x in seen.tokens.items()}
-        if seen.generator is not None:
+        maps = {name: _on_grid(x[chosen], grid) for name, x in seen.tokens.items() if self.keeps(name, *OF_SCENES)}
+        if seen.generator is not None and self.keeps("generator", *OF_SCENES):
             maps["generator"] = seen.generator.patches[chosen]
-        cell = min(_PIXEL_CELL, self.view.patch_size)
-        maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(seen.images[chosen], grid * cell), cell)
+        if self.keeps("pixels", *OF_SCENES):
+            cell = min(_PIXEL_CELL, self.view.patch_size)
+            maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(seen.images[chosen], grid * cell), cell)
         for name, patches in maps.items():
             found.patches[name] = _put(found.patches.get(name), patches.half(), start, length)
         pixels = torch.from_numpy(np.stack([self._pixels(found.names, row.view) for row in batch]))
         found.pixels = _put(found.pixels, pixels, start, length)
         for row in batch:
             found.keys.append(row.view.key)
+            found.boxed += row.view.labels is None
             boxes = tuple((self._name(row.view, name), edges) for name, edges in row.boxes)
             found.boxes.append(boxes)
             for name, _ in boxes:
@@ -233,8 +247,9 @@ class Extractor:
             maps = {
                 name: [F.adaptive_avg_pool2d(_on_grid(x[chosen], self.view.grid), size)[:, None].half()]
                 for name, x in seen.tokens.items()
+                if self.keeps(name, "maps")
             }
-            if seen.generator is not None:
+            if seen.generator is not None and self.keeps("generator", "maps"):
                 maps["generator"] = [block[chosen] for block in seen.generator.maps]
             for name, blocks in maps.items():
                 before = found.maps.get(name, [None] * len(blocks))
@@ -251,15 +266,17 @@ class Extractor:
             drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
             found.drawn = _put(found.drawn, drawn, start, length)
 
-    def _classed(self, view: Sample) -> bool:
-        """Whether the class of each masked pixel is known: with ``by_label``, where there is one word and a label."""
-        return not self.by_label or (view.label is not None and len(view.words) == 1)
+    def _classed(self, row: Viewed) -> bool:
+        """Whether the class of each masked pixel, or box, is known: with ``by_label``, of one word with a label."""
+        words = {name for name, _ in row.boxes} if row.view.labels is None else row.view.words
+        return not self.by_label or (row.view.label is not None and len(words) == 1)
 
     def _name(self, view: Sample, word: str) -> str:
         return view.label or "" if self.by_label else word.lower()
 
     def _pixels(self, names: dict[str, int], view: Sample) -> Int16[np.ndarray, "S S"]:
-        assert view.labels is not None
+        if view.labels is None:  # boxes tell nothing of pixels
+            return np.zeros(view.image.shape[:2], np.int16)
         numbers = np.zeros(256, np.int16)  # numbers behind the last word are of no class
         present = set(np.unique(view.labels).tolist())
         for number, word in enumerate(view.words, start=1):

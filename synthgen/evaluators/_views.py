@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,9 +33,10 @@ class Views(Dataset[Viewed]):
     """Samples cut to their middle square, with the boxes that the cut leaves."""
 
     def __init__(
-        self, samples: ImageDataset, numbers: Sequence[int], size: int, *, masks: bool, drawn_size: int = 0
+        self, samples: ImageDataset, numbers: Sequence[int], size: int, *, boxed: Collection[int], drawn_size: int = 0
     ) -> None:
-        self.samples, self.numbers, self.size, self.masks = samples, numbers, size, masks
+        self.samples, self.numbers, self.size = samples, numbers, size
+        self.boxed = boxed  # the numbers of samples whose boxes are wanted
         self.drawn_size = drawn_size  # 0: there is no generator
 
     def __len__(self) -> int:
@@ -46,11 +47,12 @@ class Views(Dataset[Viewed]):
         sample = self.samples[number]
         view = CenterCrop(size=self.size)(sample)
         drawn = CenterCrop(size=self.drawn_size)(replace(sample, labels=None)).image if self.drawn_size else None
-        if not self.masks or view.labels is None:
+        if number not in self.boxed:
             return Viewed(view, (), drawn)
-        given = self.samples.boxes(number)
-        height, width = sample.image.shape[:2]
-        return Viewed(view, cut_boxes(given, height, width, self.size) if given else boxes_of_masks(view), drawn)
+        if given := self.samples.boxes(number):
+            height, width = sample.image.shape[:2]
+            return Viewed(view, cut_boxes(given, height, width, self.size), drawn)
+        return Viewed(view, () if view.labels is None else boxes_of_masks(view), drawn)
 
 
 def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:

@@ -55,7 +55,7 @@ class Detection:
     dropped, and those that overlap a better one of their class by more than ``nms``.
     """
 
-    needs: ClassVar[Need] = "patches"
+    needs: ClassVar[Need] = "boxes"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
     width: int = 64  # of the head

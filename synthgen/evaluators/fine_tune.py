@@ -182,11 +182,14 @@ class Held(ImageDataset):
 
 
 class Learner(nn.Module):
-    """An encoder or a generator, and behind its features a norm and a linear layer that starts as good as silent."""
+    """An encoder or a generator, and behind its features a norm and a linear layer that starts as good as silent.
+
+    All of it learns, and nothing is dropped meanwhile: no dropout, no drop path, whatever it was pretrained with.
+    """
 
     def __init__(self, encoder: Encoder | TruncatedGenerator, num_classes: int, pool: str = "mean") -> None:
         super().__init__()
-        self.encoder, self.pool = encoder.requires_grad_(True).train(), pool
+        self.encoder, self.pool = encoder.requires_grad_(True).eval(), pool
         self.norm = nn.LayerNorm(encoder.config.dim, eps=1e-6)
         self.classify = nn.Linear(encoder.config.dim, num_classes)
         nn.init.trunc_normal_(self.classify.weight, std=2e-5)  # as in MAE's code

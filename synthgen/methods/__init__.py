@@ -77,6 +77,15 @@ class Method(nn.Module, ABC):
                 "synthgen masks and synthgen shards, or leave --guided out"
             )
 
+    def check_start(self, folder: Path) -> None:
+        """See that what a whole training left in ``folder`` suits this method, which takes its weights over.
+
+        Nothing by default.
+
+        Raises:
+            ConfigError: it does not; says what to do.
+        """
+
     def views(self) -> Augment:
         """What it wants done to a sample: by default a random crop of 20 % of the area or more, and a flip."""
         return Augment(size=self.encoder.config.image_size)

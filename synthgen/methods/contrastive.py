@@ -19,6 +19,7 @@ from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._processes import gather, own_rows, share_of_mean
+from synthgen.methods._products import products, unit
 from synthgen.methods._regions import WHOLE, Regions, pool, regions
 from synthgen.models.layers import Projector
 from synthgen.models.vit import VisionTransformer
@@ -157,9 +158,9 @@ class Contrastive(Method):
 
     def term(self, regions: Regions, tokens: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The symmetric loss over some regions, and how often the positive is the nearest key."""
-        queries = [_unit(self.predict(self.project(pool(x, w)))) for x, w in zip(tokens, regions.shares, strict=True)]
+        queries = [unit(self.predict(self.project(pool(x, w)))) for x, w in zip(tokens, regions.shares, strict=True)]
         with torch.no_grad():
-            keys = [_unit(self.teacher_project(pool(x, w))) for x, w in zip(targets, regions.shares, strict=True)]
+            keys = [unit(self.teacher_project(pool(x, w))) for x, w in zip(targets, regions.shares, strict=True)]
         one, right = self.contrast(queries[0], keys[1], keys[0], regions)
         other, also_right = self.contrast(queries[1], keys[0], keys[1], regions)
         if len(self.queue_keys):
@@ -189,11 +190,9 @@ class Contrastive(Method):
         filled = torch.arange(len(self.queue_keys), device=device) < self.queue_end
         allowed_queue = filled & self.differ(words, self.queue_words)
 
-        logits = torch.cat(
-            [q @ everyone.T, (queries @ within.transpose(1, 2)).flatten(0, 1), q @ self.queue_keys.to(q.dtype).T], dim=1
-        )
+        near = (products(q, everyone), products(queries, within).flatten(0, 1), products(q, self.queue_keys))
         allowed = torch.cat([allowed_across, allowed_within.flatten(0, 1), allowed_queue], dim=1)
-        logits = (logits.float() / self.temperature).masked_fill(~allowed, -torch.inf)
+        logits = (torch.cat(near, dim=1) / self.temperature).masked_fill(~allowed, -torch.inf)
         losses = F.cross_entropy(logits, positives, reduction="none")
         right = (logits.detach().argmax(1) == positives) & present
         return 2 * self.temperature * share_of_mean(losses, present), right.sum() / present.sum()
@@ -213,10 +212,6 @@ class Contrastive(Method):
         for keys, words in self._fresh:
             keys, words = keys[-size:], words[-size:]
             places = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
-            self.queue_keys[places], self.queue_words[places] = keys.float(), words
+            self.queue_keys[places], self.queue_words[places] = keys, words
             self.queue_end += len(keys)
         self._fresh.clear()
-
-
-def _unit(x: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:
-    return F.normalize(x, dim=2)

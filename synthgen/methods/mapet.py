@@ -92,6 +92,13 @@ class MaPeT(Method):
         """Masks matter where they guide which patches are targets."""
         return self.hiding.guided
 
+    def train(self, mode: bool = True) -> MaPeT:
+        """As of any module, but for the tokenizer: dropout or drop path in it would make what it says a draw."""
+        super().train(mode)
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
+        return self
+
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """How surprising the targets' tokens are, in nats."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p

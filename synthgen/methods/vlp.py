@@ -19,11 +19,12 @@ from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._names import number_of
 from synthgen.methods._processes import gather, longest, share_of_mean
+from synthgen.methods._products import products, unit
 from synthgen.methods._regions import pool, regions
 from synthgen.models.draws import uniform
 from synthgen.models.dual import DualEncoder, save_dual_encoder
 from synthgen.models.layers import initialize
-from synthgen.models.text import ImageReader, TextConfig, TextEncoder, TextTokenizer
+from synthgen.models.text import ImageReader, TextConfig, TextEncoder, TextTokenizer, first_words
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["VLP"]
@@ -106,6 +107,7 @@ class VLP(Method):
                 depth=text_depth or max(1, config.depth // 2),
                 num_heads=config.num_heads,
                 embed_dim=embed_dim,
+                max_words=max_words,
             )
         )
         self.image_head, self.text_head = nn.Linear(config.dim, embed_dim), nn.Linear(config.dim, embed_dim)
@@ -131,6 +133,15 @@ class VLP(Method):
                 "give shards with a member txt, or a prompt in their json"
             )
 
+    def check_start(self, folder: Path) -> None:
+        """Its tokens must be ours: a number that stands for another piece of text would teach nonsense."""
+        path = folder / "tokenizer.json"
+        if path.is_file() and path.read_text(encoding="utf-8") != self.tokenizer.json:
+            raise ConfigError(
+                f"the training in {folder} had another tokenizer.json than this one has; put back the one that lies "
+                f"there, or begin with its encoder alone, such as {folder}/transformers"
+            )
+
     def views(self) -> Augment:
         """PTP's crop of half the area or more; a text that says left or right is not mirrored."""
         return Augment(size=self.encoder.config.image_size, scale=(0.5, 1.0), keep_sides=True)
@@ -144,14 +155,14 @@ class VLP(Method):
         padding = longest(tokens.shape[1], device) - tokens.shape[1]
         tokens, real = F.pad(tokens, (0, padding)), F.pad(real, (0, padding))
         image, text = self.encoder(batch.images)[:, 1:], self.text(tokens, real)  # b n d, b t d
-        v = F.normalize(self.image_head(image.mean(1)), dim=1).float()
-        u = F.normalize(self.text_head(text[:, 0]), dim=1).float()
+        v, u = unit(self.image_head(image.mean(1))), unit(self.text_head(text[:, 0]))
 
         usable = gather(told)
         fits = _alike(names) & usable  # b B: texts that say the same
         scale = self.temperature.clamp(COLDEST, WARMEST)
-        to_texts = (v @ gather(u).T / scale).masked_fill(~usable, FAR)
-        to_images = (u @ gather(v).T / scale).masked_fill(~usable, FAR)
+        to_texts, to_images = (
+            (products(ours, gather(theirs)) / scale).masked_fill(~usable, FAR) for ours, theirs in ((v, u), (u, v))
+        )
         itc = (self.contrast(to_texts, fits, told) + self.contrast(to_images, fits, told)) / 2
 
         drawn = uniform(batch.seeds, 2, stream=NEGATIVES)
@@ -189,13 +200,13 @@ class VLP(Method):
         listed: list[int] = numbers.tolist()
         tokens, real, names = self.read([spelled.get(number, "") for number in listed], listed, image.device)
         under_mask, everywhere = found.shares[0], torch.ones_like(found.shares[0])
-        v = F.normalize(self.image_head(pool(image, torch.cat([under_mask, everywhere], 1))), dim=2).float()  # b 2k e
-        u = F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1).float()[place.repeat(1, 2)]
+        v = unit(self.image_head(pool(image, torch.cat([under_mask, everywhere], 1))))  # b 2k e
+        u = unit(self.text_head(self.text(tokens, real)[:, 0]))[place.repeat(1, 2)]
         there = found.present.repeat(1, 2)
         present, usable = there.flatten(), gather(there).flatten()
         fits = _alike(names[place.repeat(1, 2)]) & usable
         to_words, to_regions = (
-            (ours.flatten(0, 1) @ gather(theirs).flatten(0, 1).T / scale).masked_fill(~usable, FAR)
+            (products(ours.flatten(0, 1), gather(theirs).flatten(0, 1)) / scale).masked_fill(~usable, FAR)
             for ours, theirs in ((v, u), (u, v))
         )
         loss = (self.contrast(to_words, fits, present) + self.contrast(to_regions, fits, present)) / 2
@@ -235,7 +246,7 @@ class VLP(Method):
 
     def texts(self, batch: Batch) -> list[str]:
         """What the text tower reads: each caption's first words, and for a share of them where one word's object is."""
-        captions = [" ".join(text.split()[: self.max_words]) for text in batch.texts]
+        captions = [first_words(text, self.max_words) for text in batch.texts]
         if not (self.position_share and batch.masks.shape[1]):
             return captions
         drawn = uniform(batch.seeds, 2, stream=POSITION).tolist()

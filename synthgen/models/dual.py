@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, one_line
-from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
+from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer, first_words
 from synthgen.models.vit import VisionTransformer, check_size, load_encoder
 from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
@@ -49,8 +49,9 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """Unit vectors of texts; what is longer than the tower's ``max_tokens`` is cut."""
-        tokens, real = (part.to(self.text.positions.device) for part in self.tokenizer(texts))
+        """Unit vectors of texts; what is longer than training showed (``max_words``, ``max_tokens``) is cut."""
+        read = [first_words(text, self.text.config.max_words) for text in texts]
+        tokens, real = (part.to(self.text.positions.device) for part in self.tokenizer(read))
         return F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1)
 
 

@@ -16,7 +16,12 @@ from synthgen.models.layers import Block, CrossBlock, initialize
 from synthgen.stores import located
 from synthgen.tiny import WEIGHTS
 
-__all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer"]
+__all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer", "first_words"]
+
+
+def first_words(text: str, count: int) -> str:
+    """The first ``count`` words of a text, with one space between them; all of it, as it is, where ``count`` is 0."""
+    return " ".join(text.split()[:count]) if count else text
 
 
 class TextTokenizer:
@@ -91,10 +96,13 @@ class TextConfig:
     depth: int
     num_heads: int
     embed_dim: int  # of the vectors that images and texts are compared by
+    max_words: int = 0  # of a text that are read, at most; 0: all, as trainings of earlier versions tell
 
     def __post_init__(self) -> None:
         if min(self.vocab_size, self.max_tokens, self.dim, self.depth, self.num_heads, self.embed_dim) < 1:
             raise ValueError("vocab_size, max_tokens, dim, depth, num_heads and embed_dim must be 1 or more")
+        if self.max_words < 0:
+            raise ValueError(f"max_words must be 0 (all) or more, not {self.max_words}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
 

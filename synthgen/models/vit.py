@@ -23,7 +23,16 @@ from synthgen.stores import located
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["SIZES", "Encoder", "EncoderConfig", "VisionTransformer", "encoder_config", "load_encoder", "save_encoder"]
+__all__ = [
+    "MOST_PIXELS",
+    "SIZES",
+    "Encoder",
+    "EncoderConfig",
+    "VisionTransformer",
+    "encoder_config",
+    "load_encoder",
+    "save_encoder",
+]
 
 #: Width, depth and heads of each named size. ``micro`` is for 64-pixel images on a laptop; the others are ViT's own.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -33,6 +42,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
+
+MOST_PIXELS = 224  # along a side that an encoder sees, unless another size is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +87,7 @@ def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
         raise UnknownName.among("encoder", choice.name, SIZES)
     dim, depth, num_heads = SIZES[choice.name]
     options = {"dim": dim, "depth": depth, "num_heads": num_heads, **choice.options}
-    side = options.get("image_size", min(image_size, 224))
+    side = options.get("image_size", min(image_size, MOST_PIXELS))
     if "patch_size" not in options and isinstance(side, int):
         options["patch_size"] = next((size for size in (16, 8) if side // size >= 8), 4)
     if "image_size" not in options:

@@ -239,7 +239,8 @@ class _Looking:
         train, test = self.judged.train, self.judged.test
         each = sum(_patch_bytes(given) for given in material.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.masked + test.masked)))
-        masked = max(1, int(train.masked * share)), max(1, int(test.masked * share))
+        words = train.classes if self.stage.mask_classes == "label" else train.words
+        masked = (max(1, int(train.masked * share)), max(1, int(test.masked * share))), words
         each = sum(_map_bytes(given) for given in material.values()) + _pixel_bytes(material.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.labelled + test.labelled)))
         classed = (max(1, int(train.labelled * share)), max(1, int(test.labelled * share))), train.classes
@@ -248,7 +249,8 @@ class _Looking:
             "latents": classed,
             "images": classed,
             "features": ((train.labelled, test.labelled), train.classes),
-            "patches": (masked, train.classes if self.stage.mask_classes == "label" else train.words),
+            "patches": masked,
+            "boxes": masked,
             "pairs": ((test.texts, test.captioned), 0),
         }
 

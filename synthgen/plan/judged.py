@@ -13,7 +13,7 @@ from synthgen.errors import ConfigError
 from synthgen.plan.source import Pictures, survey_pictures
 from synthgen.records import Prompt
 from synthgen.run import Run
-from synthgen.stages._judged import Source, looked_at, open_source
+from synthgen.stages._judged import Source, looked_at, open_source, placed
 from synthgen.stages.attend import prompt_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
@@ -33,7 +33,7 @@ class Looked:
     images: int = 0  # that are looked at, for whatever evaluator
     labelled: int = 0
     classes: int = 0
-    masked: int = 0
+    masked: int = 0  # or with boxes, where these will do
     words: int = 0  # different ones that masks are of
     captioned: int = 0
     texts: int = 0  # different ones
@@ -150,14 +150,14 @@ def _has_texts(encoder: str, training: Pretrain | None) -> bool:
 
 def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Looked | None) -> Looked:
     """The images to learn from, or to be judged on."""
-    from synthgen.evaluators import OF_LABELLED
+    from synthgen.evaluators import OF_LABELLED, OF_SCENES
 
     given: str = getattr(stage, name)
     if not given and own is not None:
         if not own.captioned:
             split = "train" if name == "train" else "val"
             raise ConfigError(f"{run.path} will have no shards/{split}: give shards a val_ratio above 0, or --{name}")
-        masked = own.masked if "patches" in needs else 0
+        masked = own.masked if OF_SCENES & set(needs) else 0
         captioned = own.captioned if "pairs" in needs and name == "test" else 0
         return replace(own, images=max(masked, captioned, own.labelled if OF_LABELLED & set(needs) else 0))
     source = given or stage.sources(run)[name].path
@@ -177,14 +177,15 @@ def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Lo
 
 def _known(source: Source, needs: Collection[Need]) -> Looked:
     texts = {text for told in source.captions.values() for text in told} if "pairs" in needs else ()
+    where = placed(source, needs)
+    said = {word for number in where for word in source.samples.marked(number)}
+    said |= {box[0] for number in where for box in source.samples.boxes(number)} if "boxes" in needs else set()
     return Looked(
         images=len(looked_at(source, needs)),
         labelled=len(source.labels),
         classes=len(set(source.labels.values())),
-        masked=len(source.masked) if "patches" in needs else 0,
-        words=len({word.lower() for number in source.masked for word in source.samples.marked(number)})
-        if "patches" in needs
-        else 0,
+        masked=len(where),
+        words=len({word.lower() for word in said}),
         captioned=len(source.captions) if "pairs" in needs else 0,
         texts=len(texts),
     )

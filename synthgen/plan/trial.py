@@ -20,6 +20,7 @@ _SHORT = (4, 10)  # steps of the two trainings that are timed
 _MOST = {
     "features": 4096,
     "patches": 256,
+    "boxes": 256,
     "maps": 256,
     "latents": 64,
     "images": 64,

@@ -39,10 +39,10 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
         if len(one.keys) < len(masked[name]):
             lacking = len(masked[name]) - len(one.keys)
             told.append(
-                f"{lacking} of {len(masked[name])} {name} images with masks have no label and one word: left out"
+                f"{lacking} of {len(masked[name])} {name} images {_with(one)} have no label and one word: left out"
             )
     if len(found["test"].keys) < 100:
-        told.append(_few("test images with masks", len(found["test"].keys)))
+        told.append(_few(f"test images {_with(found['test'])}", len(found["test"].keys)))
     if unseen := sorted(found["test"].names.keys() - found["train"].names.keys()):
         boxes = sum(name in unseen for image in found["test"].boxes for name, _ in image)
         told.append(
@@ -50,6 +50,10 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
             f"their masks in test images ({boxes}) count as not found where classes are told apart"
         )
     return told
+
+
+def _with(found: Extracted) -> str:
+    return "with masks or boxes" if found.boxed else "with masks"
 
 
 def _few(images: str, count: int) -> str:

@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     from synthgen.evaluators import Need
     from synthgen.stages.evaluate import Evaluate
 
-__all__ = ["Lacking", "Source", "looked_at", "masks_of_run", "open_source", "spread_out", "stamps", "thinned"]
+__all__ = [
+    "Lacking",
+    "Source",
+    "looked_at",
+    "masks_to_judge",
+    "open_source",
+    "placed",
+    "spread_out",
+    "stamp_of",
+    "stamps",
+    "thinned",
+]
 
 
 class Lacking(ConfigError):
@@ -65,6 +76,12 @@ class Source:
             return ()
         return tuple(number for number in range(len(self.samples)) if self.samples.mask_member(number))
 
+    @cached_property
+    def boxed(self) -> tuple[int, ...]:
+        """The samples without masks that give boxes themselves."""
+        masked = set(self.masked)
+        return tuple(n for n in range(len(self.samples)) if n not in masked and self.samples.boxes(n))
+
     def need_labels(self) -> None:
         """See that there are some.
 
@@ -99,6 +116,18 @@ class Source:
         if not self.masked:
             raise Lacking(f"no image of {self.path} has masks; give --{self.name} tars with mask.png and json (words)")
 
+    def need_boxes(self) -> None:
+        """See that there are some, or masks, which have boxes round them.
+
+        Raises:
+            Lacking: there are none.
+        """
+        if not self.masked and not self.boxed:
+            raise Lacking(
+                f"no image of {self.path} has masks or boxes; give --{self.name} tars with boxes in their json, "
+                "or with mask.png and json (words)"
+            )
+
     def need_captions(self) -> None:
         """See that there are some.
 
@@ -112,13 +141,18 @@ class Source:
             )
 
 
-def open_source(name: str, path: str) -> Source:
+def open_source(name: str, path: str, stamp: str = "") -> Source:
     """A source; asked for again it is the same object, so that each sample's json is read once.
+
+    Args:
+        name: train, or test.
+        path: tar, pattern or folder.
+        stamp: what :func:`stamp_of` says of it, where that is known.
 
     Raises:
         MissingArtifact, CorruptShard: it is not there, holds nothing, or cannot be read.
     """
-    return _opened(name, path, _stamp(path))
+    return _opened(name, path, stamp or stamp_of(path))
 
 
 @lru_cache(maxsize=4)
@@ -129,21 +163,23 @@ def _opened(name: str, path: str, stamp: str) -> Source:
 def stamps(stage: Evaluate, run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     """What tells the images and masks of an evaluation from others, without reading any.
 
-    Of the run's own that is what was noted when they were written; of others see :func:`_stamp`.
+    Of the run's own that is what was noted when they were written; of others see :func:`stamp_of`.
 
     Raises:
         MissingArtifact, CorruptShard: they are not there, or what was noted of them cannot be read.
     """
     found, splits = {}, stage.splits(run)
     for name, source in sources.items():
-        found[name] = _stamp(source.path) if getattr(stage, name) else _stamp_of_shards(run, splits[name])
+        own = partial(_stamp_of_shards, run, splits[name])
+        found[name] = stage.stamp(source.path) if getattr(stage, name) else stage.once(("shards", splits[name]), own)
     if stage.truth:
-        found["truth"] = _stamp(stage.truth)
-        found["predicted"] = _stamp(stage.predicted) if stage.predicted else _stamp_of_masks(run)
+        found["truth"] = stage.stamp(stage.truth)
+        own = partial(_stamp_of_masks, run)
+        found["predicted"] = stage.stamp(stage.predicted) if stage.predicted else stage.once(("masks", ""), own)
     return found
 
 
-def _stamp(source: str) -> str:
+def stamp_of(source: str) -> str:
     """Of each file its name and size, and on this machine the time of its last change; not its content.
 
     A label that is put right seldom changes the size, and the content may be hundreds of GB.
@@ -180,15 +216,23 @@ def _stamp_of_masks(run: Run) -> str:
     return digest([run.artifact("masks")["fingerprint"], made])
 
 
+def placed(source: Source, needs: Collection[Need]) -> tuple[int, ...]:
+    """The numbers of the samples in which evaluators with these needs are told what is where.
+
+    Those with masks; where none of the evaluators asks for pixels, those with boxes as well.
+    """
+    if "patches" in needs:
+        return source.masked
+    return tuple(sorted({*source.masked, *source.boxed})) if "boxes" in needs else ()
+
+
 def looked_at(source: Source, needs: Collection[Need]) -> tuple[int, ...]:
     """The numbers of the samples that evaluators with these needs look at."""
     from synthgen.evaluators import OF_LABELLED
 
-    found: set[int] = set()
+    found = set(placed(source, needs))
     if OF_LABELLED & set(needs):
         found |= source.labels.keys()
-    if "patches" in needs:
-        found |= set(source.masked)
     if "pairs" in needs and source.name == "test":
         found |= source.captions.keys()
     return tuple(sorted(found))
@@ -226,7 +270,27 @@ def thinned(
     return found
 
 
-def masks_of_run(run: Run) -> Mapping[str, WordMasks]:
+def masks_to_judge(
+    stage: Evaluate, run: Run, result: dict[str, Any]
+) -> tuple[Mapping[str, WordMasks], Mapping[str, WordMasks]]:
+    """The predicted masks and the true ones, by key; what is doubtful about them goes into ``result``.
+
+    Raises:
+        ConfigError: they have no key in common, or a key is that of two images.
+    """
+    from synthgen.datasets import open_masks
+
+    truth = open_masks(stage.truth)
+    predicted = open_masks(stage.predicted) if stage.predicted else _masks_of_run(run)
+    shared = len(predicted.keys() & truth.keys())
+    if not shared:
+        raise ConfigError(f"no key of the predicted masks is among those of {stage.truth}")
+    if shared < len(truth):
+        result["warnings"].append(f"{len(truth) - shared} of {len(truth)} true masks have no prediction beside them")
+    return predicted, truth
+
+
+def _masks_of_run(run: Run) -> Mapping[str, WordMasks]:
     """The run's own masks, under the names that their images had before where they were attended.
 
     Raises:

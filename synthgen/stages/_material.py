@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from synthgen.evaluators import OF_LABELLED, Material, Need, Row
+from synthgen.evaluators import OF_LABELLED, OF_SCENES, Material, Need, Row
 from synthgen.evaluators._extraction import (
     Extracted,
     Extractor,
@@ -20,7 +20,7 @@ from synthgen.evaluators._extraction import (
     scenes,
 )
 from synthgen.stages._doubts import doubts, doubts_of_masks
-from synthgen.stages._judged import Source, looked_at, thinned
+from synthgen.stages._judged import Source, looked_at, placed, thinned
 
 __all__ = ["gathered", "telling"]
 
@@ -42,10 +42,10 @@ def gathered(
     What was found, and what is doubtful about it, goes into ``result``.
     """
     needs = extractor.needs
-    sizes = {"patches": extractor.patch_bytes if "patches" in needs else 0, "maps": extractor.labelled_bytes}
+    sizes = {"patches": extractor.patch_bytes if OF_SCENES & needs else 0, "maps": extractor.labelled_bytes}
     masked, classed = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
     if sizes["patches"]:
-        given: dict[str, Sequence[int]] = {name: source.masked for name, source in sources.items()}
+        given: dict[str, Sequence[int]] = {name: placed(source, needs) for name, source in sources.items()}
         masked = thinned(given, sizes["patches"], patch_memory, "patch features", result)
     if sizes["maps"]:
         # class by class, so that each keeps its share
@@ -60,7 +60,7 @@ def gathered(
     found: dict[str, Extracted] = {}
     for name, source in sources.items():
         taker = extractor if name == "test" else replace(extractor, dual=None)
-        samples = source.open(masks="patches" in needs)
+        samples = source.open(masks=bool(OF_SCENES & needs))
         found[name] = taker.extract(samples, numbers[name], masked.get(name, ()), classed.get(name, ()), tick)
         result[name] = {"images": len(numbers[name])}
 
@@ -76,7 +76,7 @@ def gathered(
             result[name] |= {"images_with_pixels": len(classed[name])} if "images" in needs else {}
         judged = {name: [sources[name].labels[number] for number in some] for name, some in classed.items()}
         result["warnings"] += doubts(sources, {} if "features" in needs else judged)
-    if "patches" in needs:
+    if OF_SCENES & needs:
         _add_scenes(parts, found, result)
         result["warnings"] += doubts_of_masks(found, masked)
     held = sizes["patches"] * sum(len(one.keys) for one in found.values())
@@ -145,4 +145,6 @@ def _add_scenes(parts: Parts, found: Mapping[str, Extracted], result: dict[str, 
         for kind, split in scenes(found[name], names).items():
             if kind in parts:
                 parts[kind][f"{name}_scenes"] = split
-        result[name] |= {"images_with_masks": len(found[name].keys), "mask_classes": len(found[name].names)}
+        boxed = found[name].boxed  # and nothing else
+        result[name] |= {"images_with_masks": len(found[name].keys) - boxed, "mask_classes": len(found[name].names)}
+        result[name] |= {"images_with_boxes_only": boxed} if boxed else {}

@@ -13,6 +13,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights, StaleArtifact
 from synthgen.stages._written import check_encoder, encoder_hash
 from synthgen.stores import located
+from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
@@ -72,14 +73,20 @@ def find_start(name: str, method: str) -> Start:
 
 
 def option_inputs(method: Choice) -> dict[str, str]:
-    """Hashes of the encoders that options of a method name."""
+    """Hashes of the encoders that options of a method name, and of the ``tokenizer.json`` of one that reads texts."""
+    from synthgen.methods import METHODS
     from synthgen.models.tower import is_tower
 
-    found = {}
+    reads_texts, found = METHODS.load(method.name).reads_texts, {}
     for option, value in method.options.items():
-        folder = located(value) if isinstance(value, str) and value else None
-        if folder and ((folder / "encoder.safetensors").is_file() or is_tower(folder)):
-            found[f"method.{option}"] = encoder_hash(folder)
+        if not isinstance(value, str) or not value:
+            continue
+        place, name = located(value), f"method.{option}"
+        tokenizer = place / "tokenizer.json" if place.is_dir() else place
+        if reads_texts and tokenizer.is_file():
+            found[name] = sha256_of(tokenizer)
+        elif (place / "encoder.safetensors").is_file() or is_tower(place):
+            found[name] = encoder_hash(place)
     return found
 
 
@@ -134,6 +141,7 @@ def begin(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) 
     tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     if start.whole is not None and start.method is not None:
         _check_named(name, start.method, choice)
+        method.check_start(start.folder)
         every = method_tensors(start.whole)
         if any(key not in every or not every[key].equal(tensor) for key, tensor in tensors.items()):
             raise CorruptShard(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
+from synthgen.errors import MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, looked_at, masks_of_run, open_source, stamps
+from synthgen.stages._judged import Lacking, Source, looked_at, masks_to_judge, open_source, stamp_of, stamps
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._rows import backbone_of, encoder_name, extractor_of, judges, rows_of
+from synthgen.stages._scores import changed, newest, read_scores, text_tower_hash
 from synthgen.stages._written import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stores.tar import write_json
-from synthgen.stores.whole import sha256_of
-from synthgen.untrusted import read_file, read_json, visible
+from synthgen.untrusted import visible
 
 if TYPE_CHECKING:
     from synthgen.evaluators import Evaluator, Need
@@ -47,6 +47,7 @@ class Evaluate(Stage):
     writes: ClassVar = ("evaluate",)
     collective: ClassVar = True
     accelerated: ClassVar = True
+    _known: ClassVar[dict[tuple[str, str], str] | None] = None  # what ``once`` found, from ``prepare`` on
 
     encoder: str = ""  # folder of a training, folder or hub id of a vision transformer; the run's newest training
     train: str = ""  # tar, pattern or folder to learn from; the run's shards/train
@@ -126,7 +127,7 @@ class Evaluate(Stage):
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
-            of_encoder = not self.truth or self.encoder or self.generator or _newest(run) is not None
+            of_encoder = not self.truth or self.encoder or self.generator or newest(run) is not None
             names = (*(_BY_DEFAULT if of_encoder else ()), *(("mask_iou",) if self.truth else ()))
             choices = [Choice(name) for name in names]
         return {name: EVALUATORS.build(choice) for name, choice in named(choices).items()}
@@ -173,9 +174,9 @@ class Evaluate(Stage):
                     f"{name} needs a text tower, and {folder} has none; train one with: synthgen pretrain --method vlp"
                 )
             sources["test"].need_captions()
-        elif need == "patches":
+        elif need in ("patches", "boxes"):
             for source in sources.values():
-                source.need_masks()
+                source.need_masks() if need == "patches" else source.need_boxes()
         else:
             for source in sources.values():
                 source.need_labels()
@@ -199,7 +200,7 @@ class Evaluate(Stage):
         of_generator = [name for name, evaluator in self.wanted(run).items() if evaluator.needs == "latents"]
         if of_generator and not self.generator:
             raise Lacking(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
-        folder = encoder_folder(self.encoder) if self.encoder else _newest(run)
+        folder = encoder_folder(self.encoder) if self.encoder else newest(run)
         if folder is None and self.generator:
             return None
         if folder is None:
@@ -226,18 +227,42 @@ class Evaluate(Stage):
                 raise MissingArtifact(
                     f"{run.path} has no shards/{split}; make shards with a val_ratio above 0, or give --{name}"
                 )
-            found[name] = open_source(name, given or str(own))
+            path = given or str(own)
+            found[name] = open_source(name, path, self.stamp(path))
         return found
+
+    def stamp(self, source: str) -> str:
+        """What tells a source from others: see :func:`~synthgen.stages._judged.stamp_of`."""
+        return self.once(("source", source), lambda: stamp_of(source))
+
+    def once(self, name: tuple[str, str], look: Callable[[], str]) -> str:
+        """What ``look`` finds, which may take long; once for a command, by what stood there in :meth:`prepare`."""
+        if self._known is None:
+            return look()
+        if name not in self._known:
+            self._known[name] = look()
+        return self._known[name]
+
+    @contextmanager
+    def looking_once(self) -> Iterator[None]:
+        """Within it :meth:`once` keeps what it found, also before :meth:`prepare`."""
+        before = self._known
+        object.__setattr__(self, "_known", {} if before is None else before)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_known", before)
 
     def inputs(self, run: Run) -> dict[str, str]:
         """The encoder's hash, that of its text tower, and what tells the images and masks from others."""
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
-        if folder is not None:
-            found["encoder"] = encoder_hash(folder)
-            if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
-                found["text tower"] = sha256_of(folder / "text.safetensors")
-        return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
+        with self.looking_once():
+            if folder is not None:
+                found["encoder"] = self.once(("encoder", str(folder)), lambda: encoder_hash(folder))
+                if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
+                    found["text tower"] = self.once(("text tower", str(folder)), lambda: text_tower_hash(folder))
+            return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
 
     def path(self, run: Run) -> Path:
         """The file that gets the scores."""
@@ -263,7 +288,7 @@ class Evaluate(Stage):
 
     def done(self, run: Run, unit: int) -> bool:
         """Whether the file is there and was made from this."""
-        before = _read(self.path(run))
+        before = read_scores(self.path(run))
         return bool(before) and before.get("fingerprint") == self.fingerprint(run)
 
     def prepare(self, run: Run) -> None:
@@ -273,15 +298,14 @@ class Evaluate(Stage):
             StaleArtifact: the file holds other scores.
             ConfigError: see :meth:`chosen`.
         """
+        object.__setattr__(self, "_known", {})  # what others change from here on is seen when this is done
         self.chosen(run)
         path = self.path(run)
-        before = _read(path)
+        before = read_scores(path)
         if before and before.get("fingerprint") != self.fingerprint(run):
-            now = {**self.fingerprinted(), **{f"its input {k}": v for k, v in self.inputs(run).items()}}
-            then = {**before.get("settings", {}), **{f"its input {k}": v for k, v in before.get("inputs", {}).items()}}
-            changes = ", ".join(name for name in {**now, **then} if then.get(name) != now.get(name))
+            told = changed(before, self.fingerprinted(), self.inputs(run))
             raise StaleArtifact(
-                f"{path} holds scores made differently (changed: {changes or 'the seed'}); delete it, "
+                f"{path} holds scores made differently (changed: {told}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
             )
 
@@ -320,7 +344,7 @@ class Evaluate(Stage):
                 "seconds": round(time.perf_counter() - started, 3),
             }
             write_json(self.path(run), result)
-            notes = {f"evaluator left out ({', '.join(skipped)})": len(skipped)} if skipped else {}
+            notes = {f"evaluators left out ({', '.join(skipped)})": len(skipped)} if skipped else {}
             return Report(unit, self.size(run, unit), time.perf_counter() - started, notes=notes)
 
         yield work
@@ -362,34 +386,11 @@ class Evaluate(Stage):
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
-        from synthgen.datasets import open_masks
         from synthgen.evaluators import Material, noted
 
-        truth = open_masks(self.truth)
-        predicted = open_masks(self.predicted) if self.predicted else masks_of_run(run)
-        shared = len(predicted.keys() & truth.keys())
-        if not shared:
-            raise ConfigError(f"no key of the predicted masks is among those of {self.truth}")
-        if shared < len(truth):
-            result["warnings"].append(
-                f"{len(truth) - shared} of {len(truth)} true masks have no prediction beside them"
-            )
+        predicted, truth = masks_to_judge(self, run, result)
         result["scores"]["masks"] = {
             name: noted(evaluator.evaluate(Material(predicted=predicted, truth=truth)))
             for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }
-
-
-def _newest(run: Run) -> Path | None:
-    done = sorted(run.folder("pretrain").glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns)
-    return done[-1].parent if done else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(read_file(path), finite=False)
-    except (FileNotFoundError, ValueError):
-        return {}
-    mappings = isinstance(value, dict) and all(isinstance(value.get(name, {}), dict) for name in ("settings", "inputs"))
-    return value if mappings else {}

@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from synthgen.config import Choice, build
+from synthgen.devices import devices_for, place
 from synthgen.errors import ConfigError
 from synthgen.records import Report
-from synthgen.run import Run, versions
+from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages._first_look import first_look, side_of, tell_sizes
+from synthgen.stages._left import export_late, is_left, leave
 from synthgen.stages._readers import telling_lost_readers
 from synthgen.stages._start import begin, option_inputs, start_inputs
-from synthgen.stages._written import check_shards, check_there, weights_beside, weights_of
+from synthgen.stages._written import check_shards, check_there
 from synthgen.stores import filled
-from synthgen.stores.tar import write_json
-from synthgen.stores.whole import sha256_of
-from synthgen.untrusted import read_file, read_json, visible
+from synthgen.untrusted import visible
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,6 @@ __all__ = ["Pretrain"]
 _PRECISIONS = ("no", "bf16", "fp16")
 _MASKS = ("own", "elsewhere", "scattered")
 _ADDED = {"start": "", "beta2": 0.95}  # settings that earlier versions had not, and what theirs were
-_LOOKED_AT = 32  # samples, evenly spread, that a method may see before it says that the data will do
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pretrain(Stage):
     writes: ClassVar = ("pretrain",)
     collective: ClassVar = True
     accelerated: ClassVar = True
-    _samples: ClassVar[ImageDataset | None] = None  # that ``prepare`` opened; what it learned of them need not be again
+    _seen: ClassVar[tuple[ImageDataset, int] | None] = None  # by ``prepare``: samples, and their size; once is enough
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
@@ -154,7 +154,7 @@ class Pretrain(Stage):
         return {**settings, "method": {k: v for k, v in method.items() if k not in added or v != added[k]}}
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Names and sizes of the shards, and hashes of the start, and of encoders that options of the method name."""
+        """Names and sizes of the shards, and hashes of the start, and of what options of the method name."""
         from synthgen.datasets import source_inputs
 
         found = source_inputs(*self.sources(run))
@@ -183,13 +183,7 @@ class Pretrain(Stage):
     def todo(self, run: Run) -> list[int]:
         """Nothing, if the encoder is there and was made with these settings."""
         (name,) = self.artifacts()
-        folder = run.folder(name)
-        try:
-            done = read_json(read_file(folder / "done.json"), finite=False)
-            whole = all(sha256_of(folder / name) == sha256 for name, sha256 in weights_of(done).items())
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return [0]
-        return [] if whole and done["fingerprint"] == run.artifact(name)["fingerprint"] else [0]
+        return [] if is_left(run.folder(name), run.artifact(name)["fingerprint"]) else [0]
 
     def size(self, run: Run, unit: int) -> int:
         """Images in all, each counted as often as it is seen."""
@@ -200,19 +194,20 @@ class Pretrain(Stage):
         """See that the method can be built and the data fit it, before anything heavy begins.
 
         Raises:
-            ConfigError: an option is wrong, the data lacks what the method needs, or the start does not fit.
+            ConfigError: an option is wrong, the data lacks what the method needs, the start does not fit, or there is
+                no such precision on this device.
             CorruptShard: a sample that was looked at, or the start, cannot be read.
             MissingDependency: a tracker's library is not installed, or no compiler.
         """
-        from synthgen.train.launch import check_compiler, check_trackers
+        from synthgen.train.launch import check_compiler, check_precision, check_trackers
 
         samples = self.dataset(run)
-        object.__setattr__(self, "_samples", samples)
         part = self.order(run, len(samples)).batch_size // self.accumulate  # first: processes meet in it
-        method = self.build_method(run, samples)
-        spread = range(0, len(samples), max(1, len(samples) // _LOOKED_AT))
+        looked = first_look(samples)
+        object.__setattr__(self, "_seen", (samples, side_of(looked)))
+        method = self.build_method(run, samples, side_of(looked))
         try:
-            method.check([samples[index] for index in spread])
+            method.check(looked)
         except ConfigError as error:
             raise ConfigError(f"{self.folder_name}, {', '.join(self.sources(run))}: {error}") from None
         if part < method.min_images:
@@ -220,7 +215,10 @@ class Pretrain(Stage):
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
                 f"{self.batch_size}, accumulate {self.accumulate}) are too few; it needs {method.min_images} or more"
             )
-        if self.todo(run):  # what is finished needs the weights no more that it began from
+        if self.todo(run):  # what is finished needs no GPU, nor the weights that it began from
+            check_precision(self.precision, devices_for(self)[0])
+            if "image_size" not in self.encoder.options:
+                tell_sizes(looked, method.encoder.config)
             self.begun(run, method)
         check_trackers(self.trackers)
         if self.compile:
@@ -230,6 +228,11 @@ class Pretrain(Stage):
         """Put the weights of ``start`` into ``method``; what ``done.json`` says of it."""
         inputs = run.artifact(*self.artifacts())["inputs"]
         return {"start": begin(method, self.start, self.method, inputs)} if self.start else {}
+
+    def look(self, run: Run) -> tuple[ImageDataset, int]:
+        """The images to train on, and how large they are, in pixels."""
+        samples = self.dataset(run)
+        return samples, side_of(first_look(samples))
 
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
@@ -269,13 +272,13 @@ class Pretrain(Stage):
         """One number from the run's seed and this stage's."""
         return int(hashlib.sha256(f"pretrain {run.seed} {self.seed}".encode()).hexdigest()[:12], 16)
 
-    def build_method(self, run: Run, samples: ImageDataset) -> Method:
-        """The method round a fresh encoder; its weights depend on the seeds alone."""
+    def build_method(self, run: Run, samples: ImageDataset, side: int) -> Method:
+        """The method round a fresh encoder for images of ``side`` pixels; its weights depend on the seeds alone."""
         from synthgen.methods import METHODS
         from synthgen.models.vit import VisionTransformer, encoder_config
         from synthgen.train.loop import seed_everything
 
-        config = encoder_config(self.encoder, min(samples[0].image.shape[:2]))
+        config = encoder_config(self.encoder, side)
         seed_everything(self.mixed_seed(run))
         method = METHODS.build(self.method, encoder=VisionTransformer(config))
         method.fit_to(samples)
@@ -326,8 +329,8 @@ class Pretrain(Stage):
         folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
-        samples = self._samples or self.dataset(run)
-        method = self.build_method(run, samples)
+        samples, side = self._seen or self.look(run)
+        method = self.build_method(run, samples, side)
         begun = self.begun(run, method)
         order = self.order(run, len(samples))
         training = Training(
@@ -352,12 +355,13 @@ class Pretrain(Stage):
         )
         before = training.step * order.batch_size
         worker.skip(before)
+        about = {"size": self.encoder.name, "method": self.method.dump()}
         wanted = {order.steps * number // self.snapshots for number in range(1, self.snapshots + 1)} - {0}
 
         def snapshot(step: int) -> None:
-            place = folder / "snapshots" / f"step-{step:06d}"
-            if step in wanted and accelerator.is_main_process and not (place / "encoder.safetensors").is_file():
-                save_encoder(method.encoder, place, size=self.encoder.name, method=self.method.dump())
+            path = folder / "snapshots" / f"step-{step:06d}"
+            if step in wanted and accelerator.is_main_process and not (path / "encoder.safetensors").is_file():
+                save_encoder(method.encoder, path, **about)
 
         snapshot(training.step)  # killed between its checkpoint and its snapshot
         count, loss = 0, float("nan")
@@ -370,19 +374,10 @@ class Pretrain(Stage):
                 worker.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            encoder = method.cpu().encoder
-            method.export(folder)
-            save_encoder(encoder, folder, size=self.encoder.name, method=self.method.dump())
-            if self.export:
-                from synthgen.export import export_encoder
-
-                export_encoder(encoder, folder / "transformers")
             if not count:  # killed between the last checkpoint and here: the loss stands in the metrics
                 loss = last_loss(folder / "metrics.jsonl")
             done = {
                 "fingerprint": fingerprint,
-                "sha256": sha256_of(folder / "encoder.safetensors"),
-                "beside": weights_beside(folder),
                 "steps": order.steps,
                 "images": len(samples),
                 "loss": loss,
@@ -390,9 +385,13 @@ class Pretrain(Stage):
                 "threads": self.threads,
                 "device": str(accelerator.device),
                 "processes": accelerator.num_processes,
-                "versions": versions(),
                 **begun,
             }
-            write_json(folder / "done.json", done)
+            leave(method.cpu(), folder, about, done, export=self.export)
         accelerator.wait_for_everyone()
         return Report(unit, count, time.perf_counter() - started)
+
+    def finish(self, run: Run) -> None:
+        """Write ``transformers/`` where ``export`` is asked for only now, when the training is long finished."""
+        if self.export and place().rank == 0:
+            export_late(run.folder(*self.artifacts()))

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
-from synthgen.errors import MissingDependency, UnknownName
+from synthgen.errors import ConfigError, MissingDependency, UnknownName
 
-__all__ = ["accelerated", "check_compiler", "check_trackers", "num_processes"]
+__all__ = ["accelerated", "check_compiler", "check_precision", "check_trackers", "num_processes"]
 
 
 def num_processes() -> int:
@@ -47,6 +47,16 @@ def accelerated(
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
     accelerator.init_trackers("trackers", config=plain)
     return accelerator
+
+
+def check_precision(precision: str, device: str) -> None:
+    """See that a training on ``device`` can have this precision: on a CPU Accelerate takes float32 for fp16, silently.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if precision == "fp16" and (device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")):
+        raise ConfigError("precision fp16 is for GPUs, and this training runs on a CPU; give precision bf16, or no")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

@@ -17,9 +17,10 @@ from synthgen.errors import ConfigError
 from synthgen.export import to_transformers
 from synthgen.loader import Batch, collate
 from synthgen.methods import METHODS
+from synthgen.methods._products import products, unit
 from synthgen.methods._regions import WHOLE
 from synthgen.methods.umd import cosine_schedule
-from synthgen.methods.vlp import _draw, blocks_of
+from synthgen.methods.vlp import FAR, _draw, blocks_of
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, take
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
@@ -922,3 +923,39 @@ def test_the_rate_rises_then_falls_to_nothing():
     assert rates[55] == pytest.approx(1e-3, rel=0.02)  # half way down
     assert 0 < rates[0] < 3e-4
     assert rates[-1] < 1e-5
+
+
+# -- products of vectors in bfloat16
+
+
+def test_products_are_of_full_precision_in_any_training():
+    ours, theirs = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    whole = ours @ theirs.mT
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (ours @ theirs.mT).dtype == torch.bfloat16
+        assert torch.equal(products(ours, theirs), whole)
+        assert products(ours.bfloat16(), theirs.bfloat16()).dtype == unit(ours.bfloat16()).dtype == torch.float32
+        assert torch.allclose(unit(ours.bfloat16()).norm(dim=-1), torch.ones(3, 5), atol=1e-6)
+
+
+def fine(numbers):
+    """Whether numbers have more digits than bfloat16 holds."""
+    return numbers.dtype == torch.float32 and bool((numbers != numbers.bfloat16().float()).any())
+
+
+def test_similarities_are_worked_out_in_full_also_in_bfloat16():
+    """Over a temperature of 0.01 the digits that bfloat16 lacks would be tenths of a logit."""
+    batch, seen = make_batch(6), []
+    vlp = build("vlp", region_weight=1.0, temperature=0.01)
+    contrast = vlp.contrast
+    vlp.contrast = lambda logits, fits, told: seen.append(logits) or contrast(logits, fits, told)
+    with torch.autocast("cpu", torch.bfloat16):
+        vlp(batch, 0.0)
+    assert [fine(0.01 * logits.where(logits > FAR, 0)) for logits in seen] == [True] * 4
+    method = build("contrastive", queue=4)
+    method(batch, 0.0)
+    method.after_step(0.0)  # which fills the queue
+    q, k, within = (unit(torch.randn(6, 1, 256, generator=torch.Generator().manual_seed(n))) for n in range(3))
+    whole = method.contrast(q, k, within, method.whole(batch))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.contrast(q, k, within, method.whole(batch))[0], whole)

@@ -484,7 +484,7 @@ def add_text_tower(folder: Path) -> None:
 
 def test_retrieval_is_left_out_or_refused_without_a_text_tower(run):
     summary = run_stage(Evaluate(), run, ONE)
-    assert summary.notes == {"evaluator left out (retrieval)": 1}
+    assert summary.notes == {"evaluators left out (retrieval)": 1}
     assert "has none; train one with: synthgen pretrain --method vlp" in result(run)["skipped"]["retrieval"]
     with pytest.raises(ConfigError, match="retrieval needs a text tower"):
         run_stage(Evaluate(evaluators=(Choice("retrieval"),), label="asked"), run, ONE)

@@ -206,11 +206,19 @@ def test_vlp_leaves_both_towers(run, data):
     assert not v.requires_grad
     assert not u.requires_grad
     with torch.no_grad():
-        told = method.text_head(method.text(*method.tokenizer(texts))[:, 0])
+        read = [" ".join(text.split()[:22]) for text in texts]  # max_words, as in training
+        told = method.text_head(method.text(*method.tokenizer(read))[:, 0])
         seen = method.image_head(method.encoder(images)[:, 1:].mean(1))
     assert torch.allclose(torch.nn.functional.normalize(told), u, atol=1e-6)
     assert torch.allclose(torch.nn.functional.normalize(seen), v, atol=1e-6)
     assert torch.allclose(dual.embed_texts(texts[:1]), u[:1], atol=1e-5)  # padding changes nothing
+    whole, begun = dual.embed_texts(["a disc " * 15, "a disc " * 11])  # 30 words and 22
+    assert torch.equal(whole, begun)
+    described = json.loads((folder / "text.json").read_text())
+    assert described.pop("max_words") == 22
+    (folder / "text.json").write_text(json.dumps(described))  # as an earlier version left it, which read on
+    whole, begun = load_dual_encoder(folder).embed_texts(["a disc " * 15, "a disc " * 11])
+    assert not torch.allclose(whole, begun, atol=1e-3)
     whole = (folder / "text.safetensors").read_bytes()
     (folder / "text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(

@@ -14,8 +14,11 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 from synthgen.api import make_stage
 from synthgen.config import Choice
@@ -27,6 +30,7 @@ from synthgen.runner import Progress, run_stage
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.train.checkpoint import Checkpoints
+from synthgen.train.launch import check_precision
 from synthgen.train.loop import Training
 from tests.factories import make_run
 
@@ -371,6 +375,75 @@ def test_control_masks_guide_otherwise(run: Run) -> None:
         assert not all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="one of own, elsewhere, scattered"):
         Pretrain(masks="away")  # type: ignore[arg-type]
+
+
+# -- images of several sizes
+
+
+def write_sizes(folder: Path, *sides: int) -> str:
+    folder.mkdir()
+    for number, side in enumerate(sides):
+        Image.fromarray(np.full((side, side + 8, 3), 10 * number, np.uint8)).save(folder / f"{number:02d}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("sides", "size", "options"),
+    [
+        ((24, 64, 64, 64, 64), 64, {}),  # one small image, be it the first, decides nothing
+        ((64, 64, 64, 24, 512), 64, {}),
+        ((48, 48, 64, 64), 48, {}),
+        ((40, 40, 40), 40, {}),
+        ((300, 900, 260), 224, {}),
+        ((24, 64, 64), 32, {"image_size": 32}),
+    ],
+)
+def test_an_encoder_is_as_large_as_most_images(tmp_path, caplog, sides, size, options):
+    data = write_sizes(tmp_path / "data", *sides)
+    encoder = Choice("micro", {"dim": 8, "depth": 1, "num_heads": 1, **options})
+    stage = Pretrain(**SMALL | {"encoder": encoder, "batch_size": 2}, data=(data,)).complete()
+    run = Run.create(tmp_path / "run")
+    with run.claim(stage) as claimed:
+        stage.prepare(claimed)
+    samples, side = stage._seen
+    assert stage.look(run)[1] == side
+    assert stage.build_method(run, samples, side).encoder.config.image_size == size
+    unlike = min(max(sides), 224) >= 2 * min(sides) and not options
+    assert (f"the images have {min(sides)} to {max(sides)} pixels along their shorter side" in caplog.text) == unlike
+
+
+def test_half_precision_is_not_for_cpus(run, monkeypatch):
+    monkeypatch.setattr("synthgen.stages.pretrain.devices_for", lambda stage: ["cpu"])
+    with pytest.raises(ConfigError, match=r"precision fp16 is for GPUs, .* runs on a CPU; give precision bf16, or no"):
+        run_stage(Pretrain(**SMALL, precision="fp16"), run, ONE)
+    assert not run.folder("pretrain/mae").exists()
+    check_precision("fp16", "cuda:0")
+    check_precision("bf16", "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ConfigError, match="precision fp16"):
+        check_precision("fp16", "cuda:0")
+
+
+# -- an export that comes later
+
+
+def test_a_finished_training_is_exported_when_that_is_asked_for(run, whole):
+    folder = shutil.copytree(whole, run.folder("pretrain/mae"))
+    run.note(Pretrain(**SMALL).complete())
+    before = {name: (folder / name).read_bytes() for name in ("encoder.safetensors", "config.json", "done.json")}
+    asked = Pretrain(**SMALL | {"export": True})
+    assert run_stage(asked, run, ONE).done_before == 1
+    model = transformers.ViTModel.from_pretrained(folder / "transformers", add_pooling_layer=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model(images).last_hidden_state, load_encoder(folder)(images), atol=1e-5)
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    written = (folder / "transformers" / "model.safetensors").stat().st_mtime_ns
+    run_stage(asked, run, ONE)
+    assert (folder / "transformers" / "model.safetensors").stat().st_mtime_ns == written
+    (folder / "transformers" / "preprocessor_config.json").unlink()  # it was killed before its end
+    run_stage(asked, run, ONE)
+    assert (folder / "transformers" / "preprocessor_config.json").is_file()
 
 
 @pytest.mark.slow

@@ -14,14 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from synthgen.api import make_stage
+from synthgen.config import Choice
 from synthgen.datasets import ShardDataset
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.methods import METHODS
 from synthgen.models.adopted import adopt
 from synthgen.models.tower import load_tower
-from synthgen.models.vit import load_encoder
+from synthgen.models.vit import VisionTransformer, load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, Summary, run_stage
+from synthgen.stages._start import option_inputs
+from synthgen.stores.whole import sha256_of
+from synthgen.tiny import WEIGHTS
 from synthgen.train.checkpoint import load_method
 from tests.stages.test_methods_training import KillAt, Killed, losses, members, write
 
@@ -252,6 +257,62 @@ def test_damage_is_told_before_anything_begins(run, umd):
     (umd / "encoder.safetensors").write_bytes((run.folder("pretrain/mae") / "encoder.safetensors").read_bytes())
     with pytest.raises(CorruptShard, match=r"encoder\.safetensors is cut off, or a byte of it is wrong"):
         train(run, TUNED, "tuned", start=str(umd))
+
+
+# -- tokenizers
+
+
+VLP = {"name": "vlp", "embed_dim": 8}
+
+
+def other_numbers(path: Path) -> None:
+    """The same vocabulary, numbered otherwise."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    words = list(told["model"]["vocab"])[300:]
+    told["model"]["vocab"] |= dict(zip(words, [told["model"]["vocab"][word] for word in reversed(words)], strict=True))
+    path.write_text(json.dumps(told), encoding="utf-8")
+
+
+@pytest.mark.parametrize("place", ["", "tokenizer.json"])
+def test_another_vocabulary_is_another_training(run, tmp_path, place):
+    (tmp_path / "tok").mkdir()
+    path = Path(shutil.copy(WEIGHTS / "tokenizer" / "tokenizer.json", tmp_path / "tok"))
+    method = VLP | {"tokenizer": str(path.parent / place)}
+    stage = make_stage("pretrain", SMALL | {"data": [str(tmp_path / "data.tar")], "method": method}).complete()
+    run.note(stage)
+    noted = run.artifact("pretrain/vlp")
+    assert noted["settings"]["method"]["tokenizer"] == method["tokenizer"]  # it is called like a secret, and is none
+    assert noted["inputs"]["method.tokenizer"] == sha256_of(path)
+    (run.folder("pretrain/vlp") / "metrics.jsonl").write_text("{}")
+    run.check(stage)
+    other_numbers(path)
+    with pytest.raises(StaleArtifact, match=r"differently: its input 'method\.tokenizer' has changed; use"):
+        run.check(stage)
+
+
+def test_tokenizers_of_encoders_are_their_weights(run, tmp_path):
+    """Of ``mapet``, whose tokenizer is an encoder; one of vlp's lies beside its words."""
+    folder = Path(shutil.copytree(run.folder("pretrain/mae"), tmp_path / "enc"))
+    (folder / "tokenizer.json").write_text("{}")
+    before = option_inputs(Choice("mapet", {"tokenizer": str(folder)}))
+    (folder / "tokenizer.json").write_text("{ }")
+    assert option_inputs(Choice("mapet", {"tokenizer": str(folder)})) == before
+    assert option_inputs(Choice("vlp", {"tokenizer": str(folder)})) != before
+    assert option_inputs(Choice("vlp", {"tokenizer": ""})) == {}
+
+
+def test_a_whole_training_goes_on_with_its_own_vocabulary(run, tmp_path):
+    (tmp_path / "tok").mkdir()
+    path = Path(shutil.copy(WEIGHTS / "tokenizer" / "tokenizer.json", tmp_path / "tok"))
+    method = VLP | {"tokenizer": str(path)}
+    first = train(run, method, "first", samples_seen=8)
+    config = load_encoder(first).config
+    METHODS.build(Choice.of(method), encoder=VisionTransformer(config)).check_start(first)
+    other_numbers(path)
+    said = r"training in .*first had another tokenizer\.json than this one has; put back the one that lies there, or"
+    with pytest.raises(ConfigError, match=said):
+        train(run, method, "second", start=str(first))
+    assert not run.folder("pretrain/second").exists()
 
 
 # -- encoders alone

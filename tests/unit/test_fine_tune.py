@@ -10,10 +10,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import BeitConfig, BeitModel
 
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import Material, Pictured
 from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
+from synthgen.models.tower import load_tower
 from tests.evaluation import make_encoder, make_pictured
 
 QUICK = {"seeds": 2, "steps": 30, "batch_size": 16, "learning_rate": 0.02, "layer_decay": 1.0}
@@ -67,6 +69,22 @@ def test_the_order_of_images_changes_no_figure_at_all():
     )
     assert other.train_images.keys != material.train_images.keys
     assert FineTune(**QUICK).evaluate(other) == FineTune(**QUICK).evaluate(material)
+
+
+def test_nothing_is_dropped_while_it_learns(tmp_path):
+    """Drop path of BEiT would make each look another one."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    beit = BeitModel(BeitConfig(**shape, image_size=16, patch_size=4, drop_path_rate=0.9, layer_scale_init_value=1.0))
+    beit.save_pretrained(tmp_path)
+    learner = Learner(load_tower(tmp_path), 3)
+    torch.nn.init.normal_(learner.classify.weight)  # or it would be as good as silent
+    images = torch.randn(4, 3, 16, 16)
+    assert learner(images).std() > 0.1
+    assert torch.equal(learner(images), learner(images))
+    learner(images).square().sum().backward()
+    assert all(weight.requires_grad for weight in learner.parameters())
+    learned = {name for name, weight in learner.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert any("layer.0." in name or "layers.0." in name for name in learned)
 
 
 def shuffled(given: Pictured) -> Pictured:

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import BeitConfig, BeitModel, CLIPVisionConfig, CLIPVisionModel
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact
@@ -314,6 +314,27 @@ def test_tokens_may_come_from_clip(tmp_path):
     ids = torch.cdist(features, method.codebook.codes.expand(4, -1, -1)).argmin(2)
     assert torch.equal(method.tokens(batch, patchify(batch.images, 4)), ids)
     assert all(not p.requires_grad and p.grad is None for p in method.tokenizer.parameters())
+
+
+def test_a_tokenizer_with_drop_path_says_the_same_each_time(tmp_path):
+    """Training mode is for what learns; tokens that were a draw would differ from process to process."""
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    beit = BeitModel(BeitConfig(**shape, image_size=16, patch_size=4, drop_path_rate=0.9, layer_scale_init_value=1.0))
+    for weight in beit.parameters():
+        weight.data.add_(torch.randn_like(weight) * 0.1)
+    beit.save_pretrained(tmp_path)
+    method, batch = build(tokenizer=str(tmp_path)), make_batch(8)
+    assert method.train() is method
+    assert method.training
+    assert method.head.training
+    assert not any(part.training for part in method.tokenizer.modules())
+    patches = patchify(batch.images, 4)
+    first = method.tokens(batch, patches)
+    assert all(torch.equal(method.tokens(batch, patches), first) for _ in range(3))
+    assert len(first.unique()) > 8
+    assert not method.eval().training
+    assert build().train().training  # without a tokenizer
 
 
 @pytest.mark.parametrize(
