@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 from synthgen.datasets.samples import place_in
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.stores import stays_remote
+from synthgen.stores.index import Member, TarIndex
 from synthgen.stores.opened import OpenFiles
 from synthgen.stores.remote import RemotePath
-from synthgen.stores.tar import Member, index_tar, read_member
+from synthgen.stores.tar import index_tar, read_member
 from synthgen.untrusted import MOST_BYTES
 
 __all__ = ["Row", "Rows"]
@@ -57,6 +57,11 @@ class Rows:
         tar, number = place_in(self._ends, index)
         return Row(self._paths[tar], *self._tars[tar][number])
 
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        tar, number = place_in(self._ends, index)
+        return self._tars[tar].key(number)
+
     def read(self, row: Row, name: str) -> bytes:
         """The bytes of a member.
 
@@ -80,15 +85,18 @@ class Rows:
         return self._held[2][offset : offset + members[name].size]
 
 
-def _index(path: Path) -> list[tuple[str, dict[str, Member]]]:
+#: The tars that this process has indexed, each as it was last: its size and time, and what stands in it.
+_known: dict[Path, tuple[tuple[int, int], TarIndex]] = {}
+
+
+def _index(path: Path) -> TarIndex:
     if path.suffix != ".tar":
         raise ConfigError(f"{path} is not a tar; give a tar, a pattern such as 'shards/*.tar', or a folder of images")
     if not path.is_file():
         raise MissingArtifact(f"there is no file {path}")
     status = path.stat()
-    return _indexed(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _indexed(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Member]]]:
-    return index_tar(path)
+    state = status.st_size, status.st_mtime_ns
+    known = _known.get(path)
+    if known is None or known[0] != state:
+        known = _known[path] = state, index_tar(path)
+    return known[1]

@@ -72,7 +72,7 @@ class ShardDataset(ImageDataset):
 
     def key(self, index: int) -> str:
         """The name of a sample in its tar."""
-        return self._rows[index].key
+        return self._rows.key(index)
 
     def label(self, index: int) -> str | None:
         """The class of a sample: ``label`` of its json, else its ``cls``."""

@@ -16,7 +16,6 @@ import re
 import tarfile
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,6 +24,7 @@ from synthgen.errors import CorruptShard, MissingArtifact, StorageError, one_lin
 from synthgen.stores import open_here, remedy
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
+from synthgen.stores.index import Indexing, Member, TarIndex
 from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import MOST_BYTES
 
@@ -215,15 +215,7 @@ class TarWriter:
                     self._temporary.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where a member's bytes lie in its tar."""
-
-    offset: int
-    size: int
-
-
-def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
+def index_tar(path: Path) -> TarIndex:
     """The samples of a tar in order: key, and where each member lies. Reads headers only.
 
     Links, folders and devices are passed over: nothing is ever unpacked. So are files that belong to no sample: those
@@ -235,12 +227,12 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
         MissingArtifact: there is no such file.
         CorruptShard: it is no tar, it is cut off, or a name in it is refused; names the last key that is whole.
     """
-    samples: list[tuple[str, dict[str, Member]]] = []
-    keys: set[str] = set()
+    found = Indexing()
     try:
         with open_here(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             size, end = os.fstat(file.fileno()).st_size, 0
             for info in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
                 if info.offset_data <= end:  # a header that points back would be read for ever
                     raise ValueError("its members overlap")
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -251,23 +243,15 @@ def index_tar(path: Path) -> list[tuple[str, dict[str, Member]]]:
                     raise ValueError("it is cut off")
                 if named is None:
                     continue
-                key, name = named
-                if not samples or samples[-1][0] != key:
-                    if key in keys:
-                        raise ValueError(f"the key {key!r} stands in it twice")
-                    keys.add(key)
-                    samples.append((key, {}))
-                if name in samples[-1][1]:
-                    raise ValueError(f"sample {key} has two members {name!r}")
-                samples[-1][1][name] = Member(info.offset_data, info.size)
+                found.add(*named, info.offset_data, info.size)
             file.seek(end)  # a whole tar ends with blocks of zeros; a damaged header ends it as well
             if size % tarfile.BLOCKSIZE or any(block := file.read(tarfile.BLOCKSIZE)) or not block:
                 raise ValueError("it is cut off, or a header in it is damaged")
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}") from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
-        raise _corrupt(path, samples, one_line(error)) from None
-    return samples
+        raise _corrupt(path, found.last, one_line(error)) from None
+    return found.done()
 
 
 class _Header(tarfile.TarInfo):
@@ -336,17 +320,18 @@ def read_tar(
     """
     samples = index_tar(path)
     with open_here(path) as file:
-        for number, (key, members) in enumerate(samples):
-            if keys is not None and key not in keys:
+        for number in range(len(samples)):
+            if keys is not None and samples.key(number) not in keys:
                 continue
+            key, members = samples[number]
             try:
                 wanted = {name: member for name, member in members.items() if names is None or name in names}
                 values = {name: read_member(file, member) for name, member in wanted.items()}
             except ValueError as error:
-                raise _corrupt(path, samples[:number], str(error)) from None
+                raise _corrupt(path, samples.key(number - 1) if number else "", str(error)) from None
             yield key, values
 
 
-def _corrupt(path: Path, samples: list[tuple[str, dict[str, Member]]], why: str) -> CorruptShard:
-    last = f"the last key read is {samples[-1][0]}" if samples else "no key could be read"
-    return CorruptShard(f"{path} cannot be read: {why}; {last}; {remedy(path)}")
+def _corrupt(path: Path, last: str, why: str) -> CorruptShard:
+    so_far = f"the last key read is {last}" if last else "no key could be read"
+    return CorruptShard(f"{path} cannot be read: {why}; {so_far}; {remedy(path)}")

@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from synthgen.augment import Augment, CenterCrop
-from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, source_inputs
+from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, rows, source_inputs
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.loader import Order, ahead, collate, loader, workers_for
-from synthgen.stores.tar import TarWriter
+from synthgen.stores.tar import TarWriter, index_tar
 from tests.factories import make_generation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -162,6 +162,31 @@ def test_a_cut_tar_is_named(shards):
     path.write_bytes(path.read_bytes()[:-9000])
     with pytest.raises(CorruptShard, match=r"000001\.tar"):
         open_dataset(shards)
+
+
+def test_a_tar_is_indexed_once_until_it_changes(shards, monkeypatch):
+    indexed = []
+    monkeypatch.setattr(rows, "index_tar", lambda path: indexed.append(path.name) or index_tar(path))
+    for _ in range(2):
+        assert len(open_dataset(shards)) == 8
+    assert indexed == ["000000.tar", "000001.tar"]
+    write(shards / "000001.tar", {9: members(9)})
+    assert [open_dataset(shards).key(n) for n in (4, 5, -1)] == ["0000000004", "0000000009", "0000000009"]
+    assert indexed[2:] == ["000001.tar"]
+    held = [path.name for path in rows._known if path.parent == shards]
+    assert sorted(held) == ["000000.tar", "000001.tar"]  # what stood in it before is forgotten
+
+
+def test_members_may_differ_from_sample_to_sample(tmp_path):
+    tars = [
+        {0: members(0), 1: members(1, image="jpg", txt=None), 2: members(2, cls=None, json=None)},
+        {3: members(3, **{"mask.png": None})},
+    ]
+    samples = open_dataset(*(write(tmp_path / f"{number}.tar", tar) for number, tar in enumerate(tars)))
+    assert [samples[n].key for n in range(4)] == [samples.key(n) for n in range(4)]
+    assert [samples[n].labels is None for n in range(4)] == [False, False, False, True]
+    assert [samples.label(n) for n in range(4)] == ["disc", "disc", None, "disc"]
+    assert [bool(samples[n].text) for n in range(4)] == [True, False, True, True]
 
 
 def test_folders_are_classes(tmp_path):

@@ -1,0 +1,114 @@
+"""What stands where in a tar, in few bytes: that of millions of samples is kept while they are read."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Indexing", "Member", "TarIndex"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a member's bytes lie in its tar."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TarIndex:
+    """The samples of a tar in order: of each its key, and where its members lie, by their names in their order.
+
+    Of a sample there is no object until it is asked for, only numbers in arrays that all samples share. So it takes
+    little, and a forked process that reads samples copies none of it: nothing here counts references to a sample.
+    """
+
+    _keys: array[int]  # one after another, as UTF-8; no bytes, whose references are counted beside their content
+    _key_starts: array[int]  # the byte at which each key begins, and at last where they end
+    _names: tuple[tuple[str, ...], ...]  # what the members of a sample are called; each such list once
+    _named: array[int]  # of each sample: which of these lists is its own
+    _firsts: array[int]  # of each sample: the number of its first member, and at last how many there are
+    _offsets: array[int]  # of each member
+    _sizes: array[int]
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Member]]]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> tuple[str, dict[str, Member]]:
+        row = range(len(self))[number]
+        span = slice(self._firsts[row], self._firsts[row + 1])
+        places = map(Member, self._offsets[span], self._sizes[span])
+        return self.key(row), dict(zip(self._names[self._named[row]], places, strict=True))
+
+    def key(self, number: int) -> str:
+        """The key of a sample.
+
+        Raises:
+            IndexError: there is no such sample. A number below 0 counts from the end, as in a list.
+        """
+        row = range(len(self))[number]
+        return self._keys[self._key_starts[row] : self._key_starts[row + 1]].tobytes().decode()
+
+
+class Indexing:
+    """An index in the making: it is given one member after another, in the order of the tar."""
+
+    def __init__(self) -> None:
+        self.last = ""  # the key of the sample that the last member belongs to
+        self._keys: dict[str, None] = {}  # in order
+        self._own: dict[str, None] = {}  # the names of the members of the last sample, in order
+        self._names: dict[tuple[str, ...], int] = {}
+        self._named, self._firsts = array("Q"), array("Q")
+        self._offsets, self._sizes = array("Q"), array("Q")
+
+    def add(self, key: str, name: str, offset: int, size: int) -> None:
+        """Take a member.
+
+        Raises:
+            ValueError: its key stands farther up already, or its sample has one of this name.
+        """
+        if key != self.last:
+            if key in self._keys:
+                raise ValueError(f"the key {key!r} stands in it twice")
+            self._end_sample()
+            self._keys[key], self.last = None, key
+            self._firsts.append(len(self._offsets))
+        if name in self._own:
+            raise ValueError(f"sample {key} has two members {name!r}")
+        self._own[name] = None
+        self._offsets.append(offset)
+        self._sizes.append(size)
+
+    def done(self) -> TarIndex:
+        """What was given; nothing can be added."""
+        self._end_sample()
+        self._firsts.append(len(self._offsets))
+        keys, starts = bytearray(), array("Q", [0])
+        for key in self._keys:
+            keys += key.encode()
+            starts.append(len(keys))
+        return TarIndex(
+            array("B", keys),
+            _narrow(starts),
+            tuple(self._names),
+            _narrow(self._named),
+            _narrow(self._firsts),
+            _narrow(self._offsets),
+            _narrow(self._sizes),
+        )
+
+    def _end_sample(self) -> None:
+        if self._own:
+            self._named.append(self._names.setdefault(tuple(self._own), len(self._names)))
+            self._own = {}
+
+
+def _narrow(numbers: array[int]) -> array[int]:
+    """The same whole numbers with as few bytes each as the largest needs: 1, 2, 4 or 8."""
+    most = max(numbers, default=0)
+    return array(next(code for code in "BHIQ" if most < 256 ** array(code).itemsize), numbers)
