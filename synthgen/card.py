@@ -42,7 +42,7 @@ _CARD = """\
 |---|---|---|---|
 {splits}
 
-{labels}{words}Image size: {sizes}. {prompts} different prompts, such as:
+{labels}{words}Image size: {sizes}. {prompts} different prompts{shared}, such as:
 
 ````text
 {examples}
@@ -95,7 +95,9 @@ With open_clip: `--train-data '{urls}' --dataset-type webdataset` (`sizes.json` 
 
 Backbone {backbone}, model {model}, run seed {seed}; each image has {own} of its own, in its `json`.
 {mask_note}
-Versions: {versions}.
+Versions of what they were made with:
+
+{versions}
 
 ## Licence
 
@@ -103,7 +105,7 @@ Versions: {versions}.
 """
 
 _MASK_NOTE = """
-The masks come from the model's attention while it {looked} the image, refined by synthgen's own {refine}. No person
+The masks come from the model's attention while it {looked} the image, refined by {refine}. No person
 drew or checked them: they are good to train with and no ground truth to measure with.
 """
 
@@ -122,7 +124,7 @@ def count_split(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
     for row in rows:
         table = parquet.read_table((folder / row["file"]).with_suffix(".parquet")).to_pydict()
         labels.update(label for label in table["label"] if label)
-        words.update(word for all_words in table["words"] for word in all_words)
+        words.update(word for all_words in table["words"] for word in set(all_words))
         sizes.update(f"{width}x{height}" for width, height in zip(table["width"], table["height"], strict=True))
         prompts.update(table["prompt"])
     return {
@@ -221,7 +223,8 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in the gaps of the card."""
     splits, versions = description["splits"], description["versions"]
     masks, attended = "mask.png" in description["members"], _attended(description)
-    refine = description["made_from"].get("masks", {}).get("refine") or {}
+    refine = (description["made_from"].get("masks", {}).get("refine") or {}).get("name", "the masks stage")
+    prompts = description["prompts"]
     words, sizes = (sum((Counter(one[name]) for one in splits.values()), Counter()) for name in ("words", "sizes"))
     rows = [
         f"| {name} | {one['samples']} | {one['shards']} | {one['bytes'] / 1e6:.1f} |" for name, one in splits.items()
@@ -240,19 +243,32 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         "labels": f"{len(description['classes'])} classes. " if description["classes"] else "",
         "words": f"Words by number of images: {_most(words)}. " if words else "",
         "sizes": _most(sizes),
-        "prompts": description["prompts"]["distinct"],
-        "examples": "\n".join(visible(example) for example in description["prompts"]["examples"]),
+        "prompts": prompts["distinct"],
+        "shared": f" ({prompts['val_in_train']} of the {prompts['val']} in val are in train as well)"
+        if "val" in prompts
+        else "",
+        "examples": "\n".join(visible(example) for example in prompts["examples"]),
         "members": "\n".join(
             f"| `{name}` | {_MEMBERS.get(name, 'the image, RGB')} |" for name in description["members"]
         ),
         "mask_note": _MASK_NOTE.format(
-            looked="looked at" if attended else "made", refine=refine.get("name", "masks stage")
+            looked="looked at" if attended else "made",
+            refine="synthgen's own attentioncut" if refine == "attentioncut" else refine,  # no other has that energy
         )
         if masks
         else "",
         "version": versions.get("synthgen", "unknown"),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": _versions(description["made_with"] | {"shards": versions}),
     }
+
+
+def _versions(artifacts: Mapping[str, Mapping[str, str]]) -> str:
+    """The versions that each artifact was made with, a line for those that share them."""
+    names: dict[str, list[str]] = {}
+    for name, versions in artifacts.items():
+        told = ", ".join(f"{library} {version}" for library, version in versions.items()) or "nobody noted them"
+        names.setdefault(told, []).append(name)
+    return "\n".join(f"- {', '.join(alike)}: {told}" for told, alike in names.items())
 
 
 def _loading(description: Mapping[str, Any]) -> dict[str, str]:

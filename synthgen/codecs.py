@@ -27,13 +27,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from synthgen.errors import CorruptShard, one_line
+from synthgen.errors import ConfigError, CorruptShard, one_line
 from synthgen.image import decode_rgb, encode_png
 from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 from synthgen.untrusted import MOST_WORDS, read_json
 
 __all__ = [
+    "check_masks",
     "decode_generation",
     "decode_image",
     "decode_maps",
@@ -138,7 +139,12 @@ def decode_generation(key: str, image: Members, maps: Members) -> Generation:
 
 
 def encode_masks(masks: WordMasks) -> dict[str, bytes]:
-    """Masks as one label image with scores; the json holds their words, their reasons and all that is known of them."""
+    """Masks as one label image with scores; the json holds their words, their reasons and all that is known of them.
+
+    Raises:
+        ConfigError: nobody would read so many again (see :func:`check_masks`).
+    """
+    check_masks(len(masks.values), masks.values.shape[1:])
     meta = {"words": list(masks.words), "dropped": list(masks.dropped), "masks": describe_masks(masks)}
     return {"masks.npz": _npz(labels=masks_to_labels(masks.values), scores=masks.scores), "json": _json(meta)}
 
@@ -162,6 +168,26 @@ def decode_masks(key: str, members: Members) -> WordMasks:
         raise _corrupt(key, "masks", error) from None
 
 
+def check_masks(num_words: int, size: tuple[int, ...], key: str = "") -> None:
+    """See that so many masks of ``size`` (height, width) can be read again once they are written.
+
+    Raises:
+        ConfigError: there are more words than 8 bits can tell apart, or more pixels of them than memory should hold.
+    """
+    if told := _too_many(num_words, size):
+        where = f"sample {key}: " if key else ""
+        raise ConfigError(
+            f"{where}{told}; in a new run keep images smaller (of attend with a lower max_side), or mark fewer words"
+        )
+
+
+def _too_many(num_words: int, size: tuple[int, ...]) -> str:
+    """Why so many masks are not read, or ""."""
+    if num_words <= MOST_WORDS and num_words * math.prod(size) <= _MOST_MASKS:
+        return ""
+    return f"{num_words} masks of {size[1]} x {size[0]} pixels are more than are read"
+
+
 def masks_to_labels(values: Bool[np.ndarray, "words H W"]) -> UInt8[np.ndarray, "H W"]:
     """One image of word numbers: 0 where no word is, k where the k-th is (from 1)."""
     labels = np.zeros(values.shape[1:], np.uint8)
@@ -176,8 +202,8 @@ def labels_to_masks(labels: UInt8[np.ndarray, "H W"], num_words: int) -> Bool[np
     Raises:
         ValueError: there are more words than 8 bits can tell apart, or more pixels of them than memory should hold.
     """
-    if num_words > MOST_WORDS or num_words * labels.size > _MOST_MASKS:
-        raise ValueError(f"{num_words} masks of {labels.shape[1]} x {labels.shape[0]} pixels are more than are read")
+    if told := _too_many(num_words, labels.shape):
+        raise ValueError(told)
     masks: Bool[np.ndarray, "words H W"] = labels[None] == np.arange(1, num_words + 1, dtype=np.uint8)[:, None, None]
     return masks
 

@@ -11,10 +11,15 @@ __all__ = ["Column", "unit_of"]
 
 
 class Column:
-    """The samples of one artifact by key; headers of a unit are read when it is first asked for."""
+    """The samples of one artifact by key; headers of a unit are read when it is first asked for.
 
-    def __init__(self, run: Run, artifact: str) -> None:
+    ``verified`` are artifact and number of units that were seen to be as they were written, and are not read through
+    again; what is found good is added to it.
+    """
+
+    def __init__(self, run: Run, artifact: str, verified: set[tuple[str, int]] | None = None) -> None:
         self.run, self.artifact = run, artifact
+        self._verified = set() if verified is None else verified
         self._units: dict[int, dict[str, dict[str, Member]]] = {}
         self._files = OpenFiles()
 
@@ -28,7 +33,9 @@ class Column:
         unit = unit_of(key)
         path = self.run.tar(self.artifact, unit)
         if unit not in self._units:
-            self.run.verify(self.artifact, unit)
+            if (self.artifact, unit) not in self._verified:
+                self.run.verify(self.artifact, unit)
+                self._verified.add((self.artifact, unit))
             self._units[unit] = dict(index_tar(path))
         members = self._units[unit].get(key)
         if members is None:

@@ -13,7 +13,7 @@ from typing import Any
 from synthgen import __version__, codecs
 from synthgen.config import dump
 from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
-from synthgen.interchange.formats import WRITERS, Export, Sample, Writer
+from synthgen.interchange.formats import WRITERS, Export, Sample
 from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
@@ -47,27 +47,32 @@ def export_dataset(
     entry = _entry(run, settings, units)
     _check(folder, entry)
     writer = WRITERS[settings.format](run, settings, folder, _names(run, units))
-    todo = [unit for unit in units if not _written(run, unit, writer)]
-    described = all((folder / name).is_file() for name in writer.summaries)
-    if writer.collects and (todo or not described):
-        todo = units  # what describes the whole is made from every sample
+    todo = [unit for unit in units if not writer.written(unit, run.keys("images", unit))]
     summary = Summary("export", len(units), len(units) - len(todo))
-    if described and not todo:
+    if writer.described and not todo:
+        writer.tidy()
         return summary
     if not (folder / _MARK).is_file():
         write_json(folder / _MARK, entry)
-    sizes = {unit: int((run.mark("images", unit) or {"count": 0})["count"]) for unit in units}
+    counts = {unit: int(mark["count"]) for unit, mark in run.iter_marks("images")}
+    sizes = {unit: counts.get(unit, 0) for unit in units}
     total, started, notes = sum(sizes.values()), time.perf_counter(), Counter[str]()
     progress.start("export", total, total - sum(sizes[unit] for unit in todo))
-    try:
-        for sample in (sample for unit in todo for sample in _samples(run, unit)):
-            writer.add(sample)
+
+    def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            yield sample
             kept = int(sample.masks.values.any(axis=(1, 2)).sum())
             notes.update({"masks": kept, "dropped": len(sample.masks.words) - kept})
             summary.samples += 1
             progress.advance(1)
+
+    try:
+        for unit in todo:
+            writer.write(unit, counted(_samples(run, unit)))
         _keep_sources(run, units, folder)
-        writer.finish()
+        writer.finish(units)
+        writer.tidy()
     finally:
         progress.stop()
     for leftover in temporaries(folder):
@@ -166,7 +171,3 @@ def _check(folder: Path, entry: Mapping[str, Any]) -> None:
             f"{folder} was exported differently: {'; '.join(changes) or 'from another run'}; "
             f"choose another --out, or delete {folder} to make it anew"
         )
-
-
-def _written(run: Run, unit: int, writer: Writer) -> bool:
-    return all(path.is_file() for key in run.keys("images", unit) for path in writer.files(key))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +18,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from synthgen import codecs
-from synthgen.errors import ConfigError, CorruptShard
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, describe_masks, split
@@ -24,7 +26,8 @@ from synthgen.records import Prompt, WordMasks
 from synthgen.run import Run
 from synthgen.stages._layout import split_of
 from synthgen.stages.shards import Shards, source_of
-from synthgen.stores.tar import write_bytes
+from synthgen.stores import open_here
+from synthgen.stores.tar import write_bytes, write_chunks
 from synthgen.untrusted import visible
 
 __all__ = ["WRITERS", "Export", "Sample", "Writer"]
@@ -80,14 +83,27 @@ class Sample:
 
 
 class Writer(ABC):
-    """Writes samples in order, then what describes the whole."""
+    """Writes the samples of each unit, then what describes the whole."""
 
     summaries: ClassVar[tuple[str, ...]]  # the files that :meth:`finish` writes
-    collects: ClassVar[bool] = False  # True: they need every sample
 
     def __init__(self, run: Run, settings: Export, folder: Path, names: Sequence[str]) -> None:
         self.run, self.settings, self.folder, self.names = run, settings, folder, names
         self.numbers = {name: number for number, name in enumerate(names)}
+
+    @property
+    def described(self) -> bool:
+        """Whether all that describes the whole is there."""
+        return all((self.folder / name).is_file() for name in self.summaries)
+
+    def written(self, unit: int, keys: Iterable[str]) -> bool:
+        """Whether all that the samples of a unit leave is there."""
+        return all(path.is_file() for key in keys for path in self.files(key))
+
+    def write(self, unit: int, samples: Iterable[Sample]) -> None:
+        """Write what is not there yet of a unit."""
+        for sample in samples:
+            self.add(sample)
 
     def files(self, key: str) -> tuple[Path, ...]:
         """What a sample leaves: its image first."""
@@ -106,8 +122,11 @@ class Writer(ABC):
         """Write a sample."""
 
     @abstractmethod
-    def finish(self) -> None:
-        """Write what describes the whole."""
+    def finish(self, units: Sequence[int]) -> None:
+        """Write what describes the whole of these units."""
+
+    def tidy(self) -> None:
+        """Take away what was kept to go on from; what describes the whole is there."""
 
     def objects(self, mask: Bool[np.ndarray, "H W"]) -> list[Bool[np.ndarray, "H W"]]:
         """What is annotated apart of one word's mask; nothing where it is empty."""
@@ -120,36 +139,50 @@ class Writer(ABC):
 
 
 class Coco(Writer):
-    """https://cocodataset.org/#format-data, with ``caption`` on images, ``score`` and ``confidence`` on annotations."""
+    """https://cocodataset.org/#format-data, with ``caption`` on images, ``score`` and ``confidence`` on annotations.
+
+    The masks of a unit are described in a file of their own (``annotations/parts``) as soon as its images are there,
+    and put together at the end: no more than one image's are held, and a killed export goes on where it was.
+    """
 
     summaries: ClassVar = ("annotations/instances.json", "annotations/captions.json")
-    collects: ClassVar = True
-
-    def __init__(self, run: Run, settings: Export, folder: Path, names: Sequence[str]) -> None:
-        super().__init__(run, settings, folder, names)
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
 
     def paths(self, key: str) -> tuple[Path, ...]:
         return (self.folder / "images" / f"{key}.{self.settings.image_format}",)
 
+    def part(self, unit: int) -> Path:
+        """A line for each image of a unit, then one for each of its annotations; nothing has a number yet."""
+        return self.folder / "annotations" / "parts" / f"{unit:06d}.jsonl"
+
+    def written(self, unit: int, keys: Iterable[str]) -> bool:
+        return super().written(unit, keys) and (self.described or self.part(unit).is_file())
+
+    def write(self, unit: int, samples: Iterable[Sample]) -> None:
+        write_chunks(self.part(unit), (line for sample in samples for line in self.lines(sample)))
+
     def add(self, sample: Sample) -> None:
         (path,) = self.files(sample.key)
         _put(path, lambda: self.image(sample))
-        height, width = sample.pixels.shape[:2]
-        number = len(self.images) + 1
-        file = path.relative_to(self.folder / "images").as_posix()
-        facts = {"id": number, "file_name": file, "height": height, "width": width, "caption": sample.prompt.text}
-        self.images.append(facts)
-        described = describe_masks(sample.masks, instances=False)
-        for about, mask in zip(described, sample.masks.values, strict=True):
-            self.annotations += [self.annotation(number, about, one) for one in self.objects(mask)]
 
-    def annotation(self, image: int, about: Mapping[str, Any], mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-        """One object of a word, without its number."""
+    def lines(self, sample: Sample) -> Iterator[bytes]:
+        """Write the image of a sample, then give its lines of the part."""
+        self.add(sample)
+        (path,) = self.files(sample.key)
+        height, width = sample.pixels.shape[:2]
+        file = path.relative_to(self.folder / "images").as_posix()
+        facts = {"file_name": file, "height": height, "width": width, "caption": sample.prompt.text}
+        described = describe_masks(sample.masks, instances=False)
+        found = [
+            self.annotation(about, one)
+            for about, mask in zip(described, sample.masks.values, strict=True)
+            for one in self.objects(mask)
+        ]
+        yield from (_json(value) + b"\n" for value in ({"image": facts, "annotations": len(found)}, *found))
+
+    def annotation(self, about: Mapping[str, Any], mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+        """One object of a word, without its number and its image's."""
         left, top, right, bottom = box(mask)
         return {
-            "image_id": image,
             "category_id": self.numbers[about["word"]] + 1,
             "segmentation": self.segmentation(mask),
             "area": int(mask.sum()),
@@ -165,22 +198,73 @@ class Coco(Writer):
             return {"size": list(mask.shape), "counts": compress_counts(run_lengths(mask))}
         return [outline.ravel().tolist() for outline in outlines(mask)]
 
-    def finish(self) -> None:
-        name = self.run.path.resolve().name
-        head = {
-            "info": {"description": f"{name}: images made by a model, masks from its attention", "version": "1.0"},
+    def finish(self, units: Sequence[int]) -> None:
+        if self.described:
+            return
+        instances, captions = (self.folder / name for name in self.summaries)
+        categories = [{"id": number + 1, "name": name} for name, number in self.numbers.items()]
+        images = ({"id": number, **facts} for number, facts, _ in self.read(units))
+        lists = {"images": images, "annotations": self.annotations(units), "categories": categories}
+        plain = (
+            {"id": number, **{name: fact for name, fact in facts.items() if name != "caption"}}
+            for number, facts, _ in self.read(units)
+        )
+        told = (
+            {"id": number, "image_id": number, "caption": facts["caption"]} for number, facts, _ in self.read(units)
+        )
+        try:
+            write_chunks(instances, _document(self.head(), lists))
+            write_chunks(captions, _document(self.head(), {"images": plain, "annotations": told}))
+        except MissingArtifact:
+            if not self.described:  # by another export of the same, which has taken the parts away
+                raise
+
+    def head(self) -> dict[str, Any]:
+        """What both files begin with."""
+        origin = "images made by a model, masks from its attention"
+        if self.run.artifact("images")["stage"] == "attend":
+            origin = "images that existed before, masks from the attention of a model that looked at them"
+        return {
+            "info": {"description": f"{self.run.path.resolve().name}: {origin}", "version": "1.0"},
             "licenses": [{"id": 1, "name": source_of(self.run)["licence"], "url": ""}],
         }
-        categories = [{"id": number + 1, "name": name} for name, number in self.numbers.items()]
-        numbered = [{"id": number, **one} for number, one in enumerate(self.annotations, start=1)]
-        instances = {"images": self.images, "annotations": numbered, "categories": categories}
-        plain = [{key: value for key, value in image.items() if key != "caption"} for image in self.images]
-        captions = [{"id": one["id"], "image_id": one["id"], "caption": one["caption"]} for one in self.images]
-        for file, value in zip(
-            self.summaries, (instances, {"images": plain, "annotations": captions}), strict=True
-        ):  # as long as all polygons: without the spaces of write_json
-            text = json.dumps(head | value, ensure_ascii=False, separators=(",", ":"))
-            write_bytes(self.folder / file, text.encode())
+
+    def annotations(self, units: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """All of them, with their numbers and their images'."""
+        numbers = count(1)
+        for image, _, found in self.read(units, masks=True):
+            yield from ({"id": next(numbers), "image_id": image, **one} for one in found)
+
+    def read(
+        self, units: Iterable[int], *, masks: bool = False
+    ) -> Iterator[tuple[int, dict[str, Any], list[dict[str, Any]]]]:
+        """The images of all parts: the number of each from 1, what is said of it, and with ``masks`` its annotations.
+
+        Raises:
+            MissingArtifact: a part is gone.
+            CorruptShard: one cannot be read.
+        """
+        numbers = count(1)
+        for path in map(self.part, units):
+            try:
+                with open_here(path) as file:
+                    for line in file:
+                        about = json.loads(line)
+                        lines = list(islice(file, about["annotations"]))
+                        if len(lines) != about["annotations"]:
+                            raise ValueError("it is cut off")
+                        yield next(numbers), about["image"], [json.loads(one) for one in lines if masks]
+            except FileNotFoundError:
+                raise MissingArtifact(f"{path} is gone; run the same command again") from None
+            except (LookupError, TypeError, ValueError):
+                raise CorruptShard(f"{path} cannot be read; delete it and run the same command again") from None
+
+    def tidy(self) -> None:
+        parts = self.part(0).parent
+        for path in parts.glob("*.jsonl"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            parts.rmdir()
 
 
 class Yolo(Writer):
@@ -211,7 +295,7 @@ class Yolo(Writer):
             for polygon in join_corners(outlines(one))
         )
 
-    def finish(self) -> None:
+    def finish(self, units: Sequence[int]) -> None:
         val = "val" if (self.folder / "images" / "val").is_dir() else "train"  # trainers want one that has images
         data = {"train": "images/train", "val": f"images/{val}", "names": dict(enumerate(self.names))}
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -243,7 +327,7 @@ class Labels(Writer):
         Image.fromarray(np.array(numbers, np.uint16)[codecs.masks_to_labels(masks.values)]).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def finish(self) -> None:
+    def finish(self, units: Sequence[int]) -> None:
         lines = ["background", *(" ".join(name.split()) for name in self.names)]
         write_bytes(self.folder / "classes.txt", "".join(f"{line}\n" for line in lines).encode())
 
@@ -254,3 +338,18 @@ WRITERS: dict[str, type[Writer]] = {"coco": Coco, "yolo": Yolo, "labels": Labels
 def _put(path: Path, make: Callable[[], bytes]) -> None:
     if not path.is_file():  # files appear whole, and the folder holds one export only
         write_bytes(path, make())
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()  # there is one for each polygon
+
+
+def _document(head: Mapping[str, Any], lists: Mapping[str, Iterable[Any]]) -> Iterator[bytes]:
+    """The bytes of a JSON object: the head, then lists of which one entry is held at a time."""
+    yield _json(head)[:-1]
+    for name, values in lists.items():
+        yield b"," + _json(name) + b":["
+        for number, value in enumerate(values):
+            yield b"," * (number > 0) + _json(value)
+        yield b"]"
+    yield b"}"

@@ -95,10 +95,13 @@ def above_level(
 
     Fields are linear between cell centres on a grid of ``size`` (height, width); the first word wins a tie.
     """
-    if not len(fields):
-        return np.zeros((0, *size), dtype=bool)
-    levels = np.array([otsu_level(field) if level is None else level for field in fields])
-    fine = resize(fields, size)
-    winner = fine.argmax(axis=0) == np.arange(len(fine))[:, None, None]
-    above: Bool[np.ndarray, "words H W"] = (fine > levels[:, None, None]) & winner
+    above = np.zeros((len(fields), *size), dtype=bool)
+    winner, most = np.zeros(size, dtype=np.intp), np.full(size, -np.inf, dtype=np.float32)
+    for word in range(len(fields)):  # one at a time: all fields of many words would be gigabytes
+        fine = resize(fields[word : word + 1], size)[0]
+        np.copyto(winner, word, where=fine > most)
+        np.maximum(most, fine, out=most)
+    for word, field in enumerate(fields):
+        least = np.array([otsu_level(field) if level is None else level])
+        above[word] = (winner == word) & (most > least)
     return above

@@ -122,7 +122,8 @@ class AttentionCut:
             edges = affinity_edges(maps.affinity)
             likely = self.probabilities(attention[told], Links.of(edges))
             labels = self.cut_pixels(image, likely, self.cut_cells(image, likely, edges))
-            masks[told] = labels == np.arange(1, told.size + 1)[:, None, None]
+            for label, word in enumerate(told, start=1):
+                masks[word] = labels == label
         return masks
 
     def probabilities(
@@ -321,9 +322,9 @@ def enlarged(labels: Int[np.ndarray, "h w"], count: int, size: tuple[int, int]) 
         return labels
     if (2 * labels.shape[0], 2 * labels.shape[1]) == size:  # each pixel has 9/16 of its own cell, or more
         return labels.repeat(2, axis=0).repeat(2, axis=1)
-    shares = resize(one_hot(labels, count), size)
-    largest, most = np.zeros(size, dtype=labels.dtype), shares[0]
-    for label in range(1, count):  # many times as fast as NumPy's argmax over a first axis
-        np.copyto(largest, label, where=shares[label] > most)
-        most = np.maximum(most, shares[label])
+    largest, most = np.zeros(size, dtype=labels.dtype), resize((labels == 0).astype(np.float32)[None], size)[0]
+    for label in range(1, count):  # one at a time: all of many words would be gigabytes
+        share = resize((labels == label).astype(np.float32)[None], size)[0]
+        np.copyto(largest, label, where=share > most)
+        np.maximum(most, share, out=most)
     return largest

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 
 from synthgen.errors import MissingDependency
 from synthgen.records import Maps
@@ -47,21 +48,25 @@ class GrabCut:
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.
         """
-        fields = scaled(maps.weights)
-        masks = np.zeros((len(fields), *image.shape[:2]), dtype=bool)
-        if not len(fields):
-            return masks
-        fine = resize(fields, (image.shape[0], image.shape[1]))
-        for word in np.flatnonzero(fields.any(axis=(1, 2))):
-            others = np.delete(fine, word, axis=0).max(axis=0, initial=0.0)
-            first = np.full(fine[word].shape, cv2.GC_PR_BGD, dtype=np.uint8)
-            first[fine[word] > otsu_level(fields[word])] = cv2.GC_PR_FGD
-            first[(fine[word] <= self.outside) | (others >= self.inside)] = cv2.GC_BGD
-            first[(fine[word] >= self.inside) & (fine[word] > others)] = cv2.GC_FGD
+        fields, size = scaled(maps.weights), (image.shape[0], image.shape[1])
+        masks = np.zeros((len(fields), *size), dtype=bool)
+
+        def fine(word: int) -> Float32[np.ndarray, "H W"]:  # all of many words at once would be gigabytes
+            layer: Float32[np.ndarray, "H W"] = resize(fields[word : word + 1], size)[0]
+            return layer
+
+        leader, highest, second = highest_two(fine, len(fields), size)
+        for word in np.flatnonzero(fields.any(axis=(1, 2))).tolist():
+            mine, others = fine(word), np.where(leader == word, second, highest)
+            first = np.full(size, cv2.GC_PR_BGD, dtype=np.uint8)
+            first[mine > otsu_level(fields[word])] = cv2.GC_PR_FGD
+            first[(mine <= self.outside) | (others >= self.inside)] = cv2.GC_BGD
+            first[(mine >= self.inside) & (mine > others)] = cv2.GC_FGD
             masks[word] = self.cut(image, first)
-        winner = (masks * fine).argmax(axis=0) == np.arange(len(masks))[:, None, None]
-        mine: Bool[np.ndarray, "words H W"] = masks & winner
-        return mine
+        leader, *_ = highest_two(lambda word: masks[word] * fine(word), len(fields), size)
+        for word in range(len(masks)):
+            masks[word] &= leader == word
+        return masks
 
     def cut(self, image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
         """OpenCV's answer; the first guess where it has colours of one side alone, of which it makes no model."""
@@ -73,3 +78,19 @@ class GrabCut:
             labels = cv2.grabCut(pixels, labels, nowhere, *models, self.num_iterations, cv2.GC_INIT_WITH_MASK)[0]
         found: Bool[np.ndarray, "H W"] = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
         return found
+
+
+def highest_two(
+    field: Callable[[int], Float32[np.ndarray, "H W"]], count: int, size: tuple[int, int]
+) -> tuple[Int[np.ndarray, "H W"], Float32[np.ndarray, "H W"], Float32[np.ndarray, "H W"]]:
+    """Which of ``count`` fields, none below 0, is the highest (the first of equals), its value, and that of the next.
+
+    Fields are asked for one at a time. Where all are 0 none is: -1.
+    """
+    leader, highest, second = np.full(size, -1), np.zeros(size, np.float32), np.zeros(size, np.float32)
+    for number in range(count):
+        one = field(number)
+        np.maximum(second, np.minimum(highest, one), out=second)
+        np.copyto(leader, number, where=one > highest)
+        np.maximum(highest, one, out=highest)
+    return leader, highest, second

@@ -87,9 +87,13 @@ def extractor_of(
     if "random" in kinds:
         seed_everything(run.seed)
         networks["random"] = networks["encoder"].untrained().eval().to(worker.device)
+    judged: dict[Need, set[Row]] = {need: set() for need in needs}
+    for one in evaluators:
+        judged[one.needs] |= {kind for kind in kinds if judges(one, kind)}
     return Extractor(
         networks=networks,
         needs=needs,
+        rows=judged,
         generator=_reader(stage, run, worker, needs) if "generator" in kinds else None,
         dual=load_dual_encoder(folder).to(worker.device) if folder and "pairs" in needs else None,
         pool=stage.pool,

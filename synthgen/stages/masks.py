@@ -104,7 +104,12 @@ class Masks(Stage):
         yield work
 
     def mask(self, refiner: Refiner, plain: Refiner, generation: Generation) -> WordMasks:
-        """The masks of one sample, measured; ``plain`` makes those that the refined ones are compared with."""
+        """The masks of one sample, measured; ``plain`` makes those that the refined ones are compared with.
+
+        Raises:
+            ConfigError: they would be too many, or too large, for anyone to read again.
+        """
+        codecs.check_masks(len(generation.maps.words), generation.image.shape[:2], generation.request.key)
         image, maps, faults = generation.image, generation.maps, self.faults(generation.maps)
         step = -(-max(image.shape[:2]) // COMPARED)
         few = image[::step, ::step]

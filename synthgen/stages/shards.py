@@ -175,7 +175,9 @@ class Shards(Stage):
         """What ``dataset.json`` holds."""
         folder = run.folder("shards")
         splits = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
-        prompts = set().union(*(counts.pop("prompts") for counts in splits.values()))
+        in_train, in_val = (counts.pop("prompts") for counts in splits.values())
+        prompts = in_train | in_val
+        shared = {"val": len(in_val), "val_in_train": len(in_train & in_val)} if in_train and in_val else {}
         classes = self.classes(run)
         members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
         return {
@@ -187,9 +189,10 @@ class Shards(Stage):
             "members": sorted(members),
             "settings": self.settings(),
             "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
+            "made_with": {name: run.artifact(name).get("versions", {}) for name in self.reads},
             "classes": classes,
             "splits": {split: counts for split, counts in splits.items() if counts["samples"]},
-            "prompts": {"distinct": len(prompts), "examples": sorted(prompts)[:10]},
+            "prompts": {"distinct": len(prompts), "examples": sorted(prompts)[:10], **shared},
             "shards": rows,
             "versions": versions(),
         }
@@ -234,6 +237,7 @@ class Packer:
         self.stage, self.run = stage, run
         self.fingerprint = run.artifact("shards")["fingerprint"]
         self.source = source_of(run)
+        self.verified: set[tuple[str, int]] = set()  # units that have their sha256: val looks at all of them again
         self.classes = {label: number for number, label in enumerate(stage.classes(run))}
 
     def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
@@ -243,7 +247,7 @@ class Packer:
             MissingArtifact, CorruptShard: a sample's image or masks are not there, or not readable.
             StorageError: the disk is full or the folder may not be written to.
         """
-        columns = {name: Column(self.run, name) for name in self.stage.reads}
+        columns = {name: Column(self.run, name, self.verified) for name in self.stage.reads}
         path = self.run.folder("shards") / shard.file
         mark = path.with_name(f"{path.stem}_stats.json")
         try:

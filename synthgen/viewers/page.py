@@ -27,7 +27,7 @@ from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.run import Run
 from synthgen.status import RunStatus, Training, finite, status
-from synthgen.stores import located
+from synthgen.stores import listing, located
 from synthgen.stores.tar import read_tar, write_bytes
 from synthgen.text import size
 
@@ -79,7 +79,7 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
     made = {artifact.name for artifact in state.artifacts}
     if "images" not in made:
         return [], []
-    for unit, rows in _spread(run, limit).items():
+    for unit, rows in _spread(run, limit, problems).items():
         try:
             keys = run.keys("images", unit)
             wanted = {keys[row] for row in rows if row < len(keys)}
@@ -92,11 +92,21 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
     return found, problems
 
 
-def _spread(run: Run, limit: int) -> dict[int, list[int]]:
-    """Which rows of which units to show: ``limit`` samples at even distances through all that are finished."""
-    units = [int(path.stem) for path in sorted(run.folder("images").glob("[0-9]*.json")) if path.stem.isdigit()]
-    marks = {unit: run.mark("images", unit) or {} for unit in units}
-    counts = [(unit, int(mark.get("count", 0))) for unit, mark in marks.items()]
+def _spread(run: Run, limit: int, problems: list[str]) -> dict[int, list[int]]:
+    """Which rows of which units to show: ``limit`` samples at even distances through all that are finished.
+
+    Units whose tars are not what their marks tell of are named in ``problems``.
+    """
+    marked = {
+        int(name[:-5]) for name in listing(run.folder("images")) if name.endswith(".json") and name[:-5].isdecimal()
+    }
+    counts = sorted((unit, mark["count"]) for unit, mark in run.iter_marks("images"))
+    if lost := sorted(marked - {unit for unit, _ in counts}):
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        problems.append(
+            f"{run.tar('images', lost[0])}{others}: missing, cut off, or not what the done mark tells of; "
+            f"delete it and run: {run.remedy('images')}"
+        )
     total = sum(count for _, count in counts)
     num = min(limit, total)
     rows: dict[int, list[int]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import socket
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from synthgen import codecs
+from synthgen import codecs, interchange
 from synthgen.api import export_dataset
 from synthgen.cli import main
 from synthgen.engines.local import Local
@@ -295,6 +296,55 @@ def test_the_coco_api_draws_our_outlines_and_packs_the_same_text(make: Callable[
             assert tools.merge(tools.frPyObjects(flat, *mask.shape))["counts"] == lengths["counts"]
 
 
+def test_coco_says_whether_a_model_made_the_images(tmp_path: Path) -> None:
+    run = make_own(tmp_path / "run", [("0000000000", ("dog",))])
+    noted = run.folder("images") / "settings.yaml"
+    for stage, told in (("generate", "images made by a model"), ("attend", "images that existed before")):
+        noted.write_text(noted.read_text().replace("stage: generate", f"stage: {stage}"))
+        export_dataset(run, "coco", tmp_path / stage)
+        for name in formats.Coco.summaries:
+            assert json.loads((tmp_path / stage / name).read_text())["info"]["description"].startswith(f"run: {told}")
+
+
+def coco_of(run: Run, folder: Path) -> formats.Coco:
+    return formats.Coco(run, formats.Export("coco").complete(run), folder, ["dog"])
+
+
+def some_samples(count: int) -> Iterator[formats.Sample]:
+    image, masks = np.zeros((8, 8, 3), np.uint8), WordMasks(("dog",), np.ones((1, 8, 8), bool), np.ones(1, np.float32))
+    for number in range(count):
+        yield formats.Sample(f"{number:010}", Prompt("a dog", ("dog",), ((2, 5),)), b"png", image, masks)
+
+
+def test_coco_holds_one_image_at_a_time(tmp_path: Path) -> None:
+    class Long(formats.Coco):
+        def segmentation(self, mask: np.ndarray) -> list[list[int]]:
+            return [list(range(3000))]
+
+    run, peaks, bytes_written = make_own(tmp_path / "run", []), [], []
+    for count in (4, 40):
+        coco = Long(run, formats.Export("coco").complete(run), tmp_path / str(count), ["dog"])
+        tracemalloc.start()
+        coco.write(0, some_samples(count))
+        coco.finish([0])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        bytes_written.append((tmp_path / str(count) / "annotations/instances.json").stat().st_size)
+    assert bytes_written[1] > 9 * bytes_written[0] > 50_000
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_coco_files_are_compact_json_in_the_order_of_the_format(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "coco", tmp_path / "out")
+    for name, lists in (
+        ("instances", ["images", "annotations", "categories"]),
+        ("captions", ["images", "annotations"]),
+    ):
+        text = (tmp_path / f"out/annotations/{name}.json").read_text()
+        assert list(json.loads(text)) == ["info", "licenses", *lists]
+        assert text == json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+
+
 def test_jpg_instead_of_png(source: Run, tmp_path: Path) -> None:
     export_dataset(source, "coco", tmp_path / "out", image_format="jpg")
     assert {path.suffix for path in (tmp_path / "out/images").iterdir()} == {".jpg"}
@@ -464,6 +514,74 @@ def test_cut_short_and_run_again_gives_the_same_bytes(
     assert 8 < len(contents(folder)) < len(whole)
     export_dataset(source, format, folder)
     assert contents(folder) == whole
+
+
+def test_units_that_a_killed_coco_export_described_are_not_decoded_again(
+    source: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, read = tmp_path / "whole", list[int]()
+    export_dataset(source, "coco", whole)
+    assert not (whole / "annotations/parts").exists()
+    real, read_samples = formats.write_chunks, interchange._samples
+
+    def samples(run: Run, unit: int) -> Iterator[formats.Sample]:
+        read.append(unit)
+        return read_samples(run, unit)
+
+    def write_but(doomed: str) -> None:
+        def write(path: Path, chunks: Iterator[bytes]) -> None:
+            if path.name == doomed:
+                raise KeyboardInterrupt
+            real(path, chunks)
+
+        monkeypatch.setattr(formats, "write_chunks", write)
+
+    monkeypatch.setattr(interchange, "_samples", samples)
+    for doomed, units in (("000001.jsonl", [0, 1]), ("instances.json", [1]), ("captions.json", [])):
+        write_but(doomed)
+        read.clear()
+        with pytest.raises(KeyboardInterrupt):
+            export_dataset(source, "coco", tmp_path / "out")
+        assert read == units
+    write_but("")
+    export_dataset(source, "coco", tmp_path / "out")
+    assert read == []
+    assert contents(tmp_path / "out") == contents(whole)
+    assert not (tmp_path / "out/annotations/parts").exists()
+
+
+def test_parts_that_a_kill_left_behind_are_taken_away(source: Run, tmp_path: Path) -> None:
+    export_dataset(source, "coco", tmp_path / "out")
+    part = tmp_path / "out/annotations/parts/000001.jsonl"
+    part.parent.mkdir()
+    part.touch()
+    assert export_dataset(source, "coco", tmp_path / "out").done_before == 2
+    assert not part.parent.exists()
+
+
+def test_a_part_that_is_gone_or_damaged_is_named_unless_another_export_has_ended(tmp_path: Path) -> None:
+    coco = coco_of(make_own(tmp_path / "run", []), tmp_path / "out")
+    coco.write(0, some_samples(2))
+    part = coco.part(0)
+    good = part.read_bytes()
+    for damage in (good[:-20], good[: good.rindex(b'{"cat')], b"[1]\n" + good, good.replace(b"annotations", b"things")):
+        part.write_bytes(damage)
+        with pytest.raises(CorruptShard, match=rf"^{part} cannot be read; delete it and run the same command again$"):
+            coco.finish([0])
+        assert not coco.described
+    with pytest.raises(MissingArtifact, match=rf"^{coco.part(1)} is gone; run the same command again$"):
+        coco.finish([1])
+
+    class Other(formats.Coco):
+        def head(self) -> dict[str, object]:  # asked for when the first file is begun
+            for name in self.summaries:
+                (self.folder / name).write_text("theirs")
+            part.unlink(missing_ok=True)
+            return {}
+
+    part.write_bytes(good)
+    Other(coco.run, coco.settings, coco.folder, coco.names).finish([0])
+    assert [(coco.folder / name).read_text() for name in coco.summaries] == ["theirs"] * 2
 
 
 @pytest.mark.parametrize("format", FORMATS)

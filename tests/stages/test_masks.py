@@ -11,7 +11,7 @@ from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, StaleArtifact, UnitsFailed
 from synthgen.mask_shape import describe_masks
-from synthgen.records import Maps
+from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.refiners.attentioncut import AttentionCut
 from synthgen.refiners.threshold import Threshold
 from synthgen.stages.masks import Masks
@@ -59,6 +59,25 @@ def test_another_refiner_over_old_masks_is_refused(tmp_path):
     with pytest.raises(StaleArtifact, match="refine is"):
         api.masks(run, engine=Local(workers=1), refine=Choice("attentioncut"))
     assert sums(run) == before
+
+
+def test_masks_that_nobody_would_read_again_are_refused_before_the_work():
+    words = tuple(f"w{number}" for number in range(45))
+    generation, _ = make_generation(key="0000120003")
+    request = replace(generation.request, prompt=Prompt(" ".join(words), words))
+    image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (4000, 6000, 3))  # 24 million pixels in three bytes
+    maps = Maps(words, np.zeros((45, 4, 4), np.float16), np.zeros((12, 4, 4), np.float16))
+    told = "45 masks of 6000 x 4000 pixels are more than are read; .* a lower max_side.* or mark fewer words$"
+    with pytest.raises(ConfigError, match=f"^sample 0000120003: {told}"):
+        Masks().mask(None, None, replace(generation, request=request, image=image, maps=maps))
+    values = np.broadcast_to(np.zeros((1, 1, 1), bool), (45, 4000, 6000))
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        codecs.encode_masks(WordMasks(words, values, np.zeros(45, np.float32)))
+    with pytest.raises(ValueError, match=r"45 masks of 6000 x 4000 pixels are more than are read$"):
+        codecs.labels_to_masks(np.broadcast_to(np.uint8(0), (4000, 6000)), 45)
+    codecs.check_masks(44, (4000, 6000))
+    with pytest.raises(ConfigError, match="256 masks of 8 x 8 pixels"):
+        codecs.check_masks(256, (8, 8))
 
 
 def test_masks_that_are_too_small_or_too_large_are_dropped_with_the_reason():

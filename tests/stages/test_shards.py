@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import io
 import json
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from pyarrow import parquet
 
 from synthgen import codecs
-from synthgen.card import MASK_COLUMNS
+from synthgen.card import MASK_COLUMNS, count_split, parquet_bytes
+from synthgen.config import Choice
 from synthgen.engines import Listener
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
@@ -235,6 +238,21 @@ def test_order_is_mixed_and_without_shuffle_that_of_the_keys(source: Path, tmp_p
     assert len({key[:6] for key in mixed[:10]}) == 1  # a shard holds neighbouring units: each is read once
 
 
+def test_a_worker_verifies_each_unit_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of val look at every unit again."""
+    from synthgen import run as runs
+
+    real, verified = runs.check_whole, collections.Counter[str]()
+
+    def check(path: Path, sha256: str, again: str) -> None:
+        verified[path.relative_to(run.path).as_posix()] += 1
+        real(path, sha256, again)
+
+    monkeypatch.setattr(runs, "check_whole", check)
+    pack(run, samples_per_shard=5)
+    assert verified == {f"{name}/{unit:06d}.tar": 1 for name in ("images", "masks") for unit in range(3)}
+
+
 def test_images_that_failed_are_in_no_shard(run: Run) -> None:
     """The done mark knows them: the tars are not read for the layout."""
     unit = run.tar("images", 0)
@@ -298,6 +316,66 @@ def test_one_prompt_without_label_and_no_sample_has_a_class(run: Run) -> None:
     pack(run)
     assert {tuple(members) for members in samples(run).values()} == {("jpg", "json", "mask.png", "txt")}
     assert "class_label" not in (run.folder("shards") / "README.md").read_text()
+
+
+# -- what the card says
+
+
+def card_of(run: Run) -> str:
+    return (run.folder("shards") / "README.md").read_text()
+
+
+def test_card_and_dataset_tell_the_versions_that_drew_the_images(run: Run) -> None:
+    noted = run.folder("images") / "settings.yaml"
+    entry = yaml.safe_load(noted.read_text())
+    here = dict(entry["versions"])
+    entry["versions"] |= {"torch": "2.4.0", "diffusers": "0.30.0"}
+    noted.write_text(yaml.safe_dump(entry, sort_keys=False))
+    pack(run)
+    described = json.loads((run.folder("shards") / "dataset.json").read_text())
+    assert described["made_with"] == {"images": entry["versions"], "masks": here}
+    assert described["versions"] == here
+    first, second = (line for line in card_of(run).splitlines() if line.startswith(("- images", "- masks")))
+    assert first.startswith("- images: python")
+    assert "diffusers 0.30.0" in first
+    assert second.startswith("- masks, shards: python")
+    assert f"torch {here['torch']}" in second
+
+
+def test_the_card_says_how_many_prompts_of_val_are_in_train_as_well(source: Path, tmp_path: Path) -> None:
+    run = pack(copy(source, tmp_path / "both"))
+    assert "3 different prompts (3 of the 3 in val are in train as well), such as:" in card_of(run)
+    run = copy(source, tmp_path / "own")
+    val = next(shard for shard in Shards(**SETTINGS).layout(run) if shard.split == "val").keys[0]
+    (unit,) = {int(val[:6])}
+    members = dict(run.read("images", unit))
+    run.tar("images", unit).with_suffix(".json").unlink()
+    with run.write("images", unit) as images:
+        for key, old in members.items():
+            meta = json.loads(old["json"])
+            meta["prompt"] += ", alone" * (key == val)
+            images.add(key, old | {"json": json.dumps(meta).encode()})
+    prompts = json.loads((pack(run).folder("shards") / "dataset.json").read_text())["prompts"]
+    assert (prompts["distinct"], prompts["val"], prompts["val_in_train"]) == (4, 4, 3)
+    assert "(3 of the 4 in val are in train as well)" in card_of(run)
+    assert "in train as well" not in card_of(pack(copy(source, tmp_path / "none"), val_ratio=0.0))
+
+
+def test_a_word_that_an_image_marks_twice_counts_once(tmp_path: Path) -> None:
+    row = {"prompt": "p", "label": "", "width": 8, "height": 8}
+    rows = [row | {"words": ["dog", "cat", "dog"]}, row | {"words": ["dog"]}, row | {"words": []}]
+    (tmp_path / "000000.parquet").write_bytes(parquet_bytes(rows, masks=False))
+    counts = count_split(tmp_path, [{"file": "000000.tar", "samples": 3, "bytes": 1}])
+    assert counts["words"] == {"cat": 1, "dog": 2}
+
+
+@pytest.mark.parametrize(
+    ("refine", "told"), [("threshold", "threshold"), ("attentioncut", "synthgen's own attentioncut")]
+)
+def test_the_card_calls_no_other_refiner_our_own(tmp_path: Path, refine: str, told: str) -> None:
+    run = make_run(tmp_path / "run", units=1, unit_size=2, masks=False)
+    run_stage(Masks(refine=Choice(refine)), run, Local(workers=1))
+    assert f"attention while it made the image, refined by {told}. No person" in card_of(pack(run))
 
 
 # -- settings

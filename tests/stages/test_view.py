@@ -24,7 +24,8 @@ from synthgen.runner import run_stage
 from synthgen.stages import Work, Worker
 from synthgen.stages.masks import Masks
 from synthgen.status import RunStatus, Tally
-from synthgen.viewers.page import _attention, _segments, _summary, write_page
+from synthgen.stores.remote import RemotePath
+from synthgen.viewers.page import _attention, _segments, _spread, _summary, write_page
 from tests.factories import Drawn, TrueMasks, make_generation, make_prompt, make_run
 
 EVIL = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>{{data}}<!-- 🌄 "
@@ -158,6 +159,33 @@ def test_samples_are_spread_evenly_over_units(tmp_path, limit, rows):
     run = make_run(tmp_path / "demo", masks=False)
     data = read(write_page(run, limit=limit))
     assert [sample["key"] for sample in data["samples"]] == [sample_key(row // 6, row % 6) for row in rows]
+
+
+def test_the_marks_of_a_run_in_a_store_are_read_together(tmp_path, monkeypatch):
+    run = Run.create(f"memory://{tmp_path.name}/run")
+    for unit, count in ((0, 4), (1, 6), (2, 2)):
+        mark = {"count": count, "bytes": 1, "sha256": "0" * 64, "seconds": 1.0, "fingerprint": "x"}
+        run.tar("images", unit).put(b"x")
+        run.tar("images", unit).with_suffix(".json").put(json.dumps(mark).encode())
+
+    def alone(path):
+        raise AssertionError(f"{path} is read alone")
+
+    monkeypatch.setattr(RemotePath, "read_bytes", alone)
+    problems = []
+    assert _spread(run, 6, problems) == {0: [0, 2], 1: [0, 2, 4], 2: [0]}
+    assert problems == []
+
+
+def test_units_whose_tars_are_gone_are_named_and_the_others_shown(tmp_path):
+    run = make_run(tmp_path / "demo", units=4, masks=False)
+    run.tar("images", 1).unlink()
+    run.tar("images", 2).write_bytes(b"")
+    data = read(write_page(run))
+    assert {sample["key"][:6] for sample in data["samples"]} == {"000000", "000003"}
+    (problem,) = data["problems"]
+    assert problem.startswith(f"{run.tar('images', 1)} and 1 more: missing, cut off")
+    assert problem.endswith(f"delete it and run: synthgen generate --run {run.path}")
 
 
 def test_a_page_of_96_small_samples_is_small(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from synthgen.errors import MissingDependency
 from synthgen.graphcut import MaximumFlow
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import REFINERS
-from synthgen.refiners._words import otsu_level, resize, side_means
+from synthgen.refiners._words import above_level, otsu_level, resize, scaled, side_means
 from synthgen.refiners.attentioncut import AttentionCut, anchored, enlarged, finer, near_border
-from synthgen.refiners.grabcut import GrabCut
+from synthgen.refiners.grabcut import GrabCut, highest_two
 from synthgen.refiners.propagation import Propagation
 from synthgen.refiners.threshold import Threshold
 from tests.factories import make_generation
@@ -48,6 +49,52 @@ def test_propagation_fills_what_self_attention_links_and_nothing_else():
     assert mask[:48, :28].all(), "the walk goes on below the cells that were looked at"
     assert not mask[:, 40:].any(), "and not to the other half"
     assert plain.sum() < 0.8 * mask.sum()
+
+
+def many_words(count, height=160, width=224):
+    """Maps with a peak each at places of chance, two of them equal and one flat, and an image of colours."""
+    rng = np.random.default_rng(0)
+    weights = np.zeros((count, 10, 14))
+    weights[range(count), rng.integers(10, size=count), rng.integers(14, size=count)] = 9
+    weights = gaussian_filter(weights, (0, 1.5, 1.5)) + gaussian_filter(rng.random(weights.shape), (0, 1, 1)) / 4
+    weights[1], weights[2] = weights[0], 0.5
+    image = (gaussian_filter(rng.random((height, width, 3)), (5, 5, 0)) * 2000 % 255).astype(np.uint8)
+    affinity = rng.random((len(AFFINITY_OFFSETS), 10, 14)) * 4
+    return image, Maps(tuple(map(str, range(count))), weights.astype(np.float16), affinity.astype(np.float16))
+
+
+@pytest.mark.parametrize("level", [None, 0.0, 0.6])
+def test_words_compete_as_if_all_were_compared_at_once(level):
+    fields = scaled(many_words(7)[1].weights)
+    fine = resize(fields, (160, 224))
+    levels = np.array([otsu_level(field) if level is None else level for field in fields])[:, None, None]
+    together = (fine > levels) & (fine.argmax(axis=0) == np.arange(7)[:, None, None])
+    assert (above_level(fields, level, (160, 224)) == together).all()
+    assert together.any(axis=(1, 2)).tolist() == [True, False, False, True, True, True, True]
+
+
+def test_the_highest_two_fields_are_those_of_a_sort():
+    fields = np.random.default_rng(0).integers(0, 4, (6, 30, 40)).astype(np.float32)  # many are equal, or 0
+    leader, highest, second = highest_two(lambda number: fields[number], 6, (30, 40))
+    ordered = np.sort(fields, axis=0)
+    assert (highest == ordered[-1]).all()
+    assert (second == ordered[-2]).all()
+    assert (leader == np.where(ordered[-1] > 0, fields.argmax(axis=0), -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("refiner", "scale"),
+    [(Threshold(), 2), (Propagation(), 2), (GrabCut(num_iterations=1), 1), (AttentionCut(max_size=16, cuts=1), 3)],
+)
+def test_memory_is_that_of_the_masks_and_a_few_fields_however_many_words(refiner, scale):
+    image, maps = many_words(40, 120 * scale, 168 * scale)
+    refiner.refine(image, many_words(3)[1])
+    tracemalloc.start()
+    masks = refiner.refine(image, maps)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert masks.any()
+    assert peak < 120 * masks[0].nbytes  # all words in float32 would be 160 alone, and were two or three times as much
 
 
 def test_propagation_without_steps_is_the_threshold():
