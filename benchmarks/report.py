@@ -149,8 +149,8 @@ def describe(settings: dict[str, Any]) -> str:
 def masks_speed(figures: dict[str, Any]) -> Iterator[str]:
     yield "Drawn shapes, noisy maps of 16 × 16 cells, one thread, processor time. `whole` is AttentionCut without its"
     yield f"bands, by SciPy. Compiling, once a machine, takes {figures['compile_seconds']:.1f} s and is not counted."
-    yield "Spots of the objects' colours lie behind them; where one touches its object, `attentioncut` takes it along and"
-    yield "`grabcut` does not. What masks are worth on composites and photos stands under [masks](#masks).\n"
+    yield "Spots of the objects' colours lie behind them; where one touches its object, `attentioncut` takes it along,"
+    yield "and `grabcut` does not. What masks are worth on composites and photos stands under [masks](#masks).\n"
     yield "| case | refiner | masks/s | speed over whole | mean IoU |\n| --- | --- | --- | --- | --- |"
     for case, refiners in figures.items():
         if isinstance(refiners, dict):
@@ -185,6 +185,10 @@ def shards(figures: dict[str, Any]) -> Iterator[str]:
         for name, row in figures[way].items():
             yield f"| {way} | {name} | {row['mb_per_s']:.0f} | {row['times_tarfile']:.2f} |"
     overhead = figures["tar_overhead_percent"]
+    held = figures["held_bytes_per_sample"]
+    yield "\nHeld in memory to find any sample of an open shard, bytes a sample: " + (
+        ", ".join(f"{name} {value:.0f} ({value / held['synthgen']:.0f} x)" for name, value in held.items()) + "."
+    )
     yield "\nTar overhead: " + ", ".join(f"{name} {value:.1f} %" for name, value in overhead.items()) + "."
 
 

@@ -3,12 +3,15 @@
 ``python benchmarks/shards.py`` writes ``results/shards.json``. All write the same samples (bytes of an image, a mask, a
 prompt, a class and a JSON object) to one folder, in turn.
 synthgen's writer also takes a sha256 and waits for the disk (fsync), which the others do not; ``synthgen, as others``
-leaves both out, to compare like with like. Readers return every member's bytes and decode nothing.
+leaves both out, to compare like with like. Readers return every member's bytes and decode nothing. ``held`` is the
+memory that Python objects take so that any sample of a shard can be read by its number: what ``wids`` and ``tarfile``
+keep of an open tar, and synthgen's index of it.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import io
 import json
@@ -18,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +29,12 @@ from unittest import mock
 
 import webdataset
 from _common import rounds, write_result
+from wids.wids import IndexedTarSamples
 
 from synthgen.engines.local import Local
 from synthgen.runner import run_stage
 from synthgen.stages.shards import Shards
-from synthgen.stores.tar import TarWriter, read_tar
+from synthgen.stores.tar import TarWriter, index_tar, read_tar
 
 SAMPLES = 1000
 IMAGE_BYTES, MASK_BYTES = 60_000, 3_000  # about those of a 512 px JPEG and its mask
@@ -116,6 +121,24 @@ def speeds(seconds: Mapping[str, list[float]], size: int) -> dict[str, dict[str,
     }
 
 
+def held(opened: Callable[[], Any]) -> float:
+    """Bytes a sample of the Python objects that are there when a shard has been opened."""
+    gc.collect()
+    tracemalloc.start()
+    kept = opened()
+    gc.collect()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del kept
+    return round(size / SAMPLES, 1)
+
+
+def open_tarfile(path: Path) -> tarfile.TarFile:
+    tar = tarfile.open(path)  # noqa: SIM115  # kept open while it is measured
+    tar.getmembers()
+    return tar
+
+
 def time_stage(folder: Path) -> dict[str, float]:
     """The stage from end to end: PNG and masks decoded, JPEG and mask PNG encoded, one process."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -159,6 +182,12 @@ def main() -> None:
         shard = paths["synthgen"]
         assert all(read(shard) == size for read in readers.values())
         was_read = rounds({r: functools.partial(call, read, shard) for r, read in readers.items()}, REPEATS)
+        openers: dict[str, Callable[[], Any]] = {
+            "synthgen": functools.partial(index_tar, shard),
+            "tarfile": functools.partial(open_tarfile, shard),
+            "wids": functools.partial(IndexedTarSamples, path=str(shard)),
+        }
+        kept = {name: held(opened) for name, opened in openers.items()}
         overhead = {writer: round(100 * (path.stat().st_size / size - 1), 2) for writer, path in paths.items()}
         figures = {
             "samples": SAMPLES,
@@ -166,6 +195,7 @@ def main() -> None:
             "repeats": REPEATS,
             "write": speeds(written, size),
             "read": speeds(was_read, size),
+            "held_bytes_per_sample": kept,
             "tar_overhead_percent": overhead,
             "stage": time_stage(Path(name)),
         }
