@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from synthgen.errors import MissingArtifact, PromptError
-from synthgen.untrusted import read_file, read_json, read_lines, visible
+from synthgen.untrusted import read_file, read_json, read_lines, shortened, visible
 
 __all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "iter_listing", "read_beside", "read_listing"]
 
@@ -32,7 +32,8 @@ def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
     """The captions that a file lists, by the path of each image under ``folder`` (by default the file's own).
 
     ``.jsonl`` has an object a line and ``.csv`` a header and a row an image, both with ``file_name`` and ``text`` (or
-    ``caption``, or ``prompt``), and where wanted ``words`` (a list; in a csv parted by semicolons) and ``label``.
+    ``caption``, or ``prompt``), and where wanted ``words`` (a list; in a csv parted by semicolons) and ``label``. A csv
+    may name its columns in either case and have spaces behind its commas.
     ``.json`` is COCO's captions file, with ``images`` and ``annotations``; its names are always relative to ``folder``.
 
     Raises:
@@ -42,7 +43,7 @@ def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
     found: dict[str, Caption] = {}
     for where, name, caption in iter_listing(path, folder):
         if name in found:
-            raise PromptError(f"{path}, {where}: the file {name!r} is listed twice")
+            raise PromptError(f"{path}, {where}: the file {shortened(name)!r} is listed twice")
         found[name] = caption
     return found
 
@@ -53,13 +54,13 @@ def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, 
     Raises:
         MissingArtifact, PromptError: as there, when the row is come to; that a file is listed twice is not seen.
     """
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}
-    if path.suffix not in readers:
+    readers, kind = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}, path.suffix.lower()
+    if kind not in readers:
         raise PromptError(f"{path} is no list of captions; give a .jsonl, a .csv, or COCO's captions as .json")
-    own = folder is not None and path.suffix != ".json" and path.is_relative_to(folder)
+    own = folder is not None and kind != ".json" and path.is_relative_to(folder)
     under = path.parent.relative_to(folder).as_posix() if folder and own else "."
     try:
-        for where, row in readers[path.suffix](path):
+        for where, row in readers[kind](path):
             try:
                 read = (PurePosixPath(under) / inside(row.get("file_name"))).as_posix(), _caption(row)
             except ValueError as error:
@@ -82,7 +83,10 @@ def read_beside(image: Path) -> Caption:
         raise PromptError(f"{path} cannot be read: it is no plain file")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = (visible(line).strip() for line in file.read(LONGEST + 1).splitlines())
+            text = file.read(LONGEST + 1)
+        if "\0" in text:
+            raise PromptError(f"{path} is not UTF-8 text, as it holds zero bytes; save it as UTF-8")
+        lines = (visible(line).strip() for line in text.splitlines())
         return Caption(tuple(line for line in lines if line)[:1])
     except FileNotFoundError:
         return Caption()
@@ -106,7 +110,7 @@ def inside(name: Any) -> PurePosixPath:
         or PureWindowsPath(name).drive
         or visible(name) != name
     ):
-        raise ValueError(f"the file name {name!r} does not lead to a file in its folder")
+        raise ValueError(f"the file name {shortened(name)!r} does not lead to a file in its folder")
     return path
 
 
@@ -122,7 +126,7 @@ def _caption(row: Mapping[str, Any]) -> Caption:
     if label is not None and not isinstance(label, str | int):
         raise ValueError("'label' must be a text or a whole number")
     stripped = (" ".join(visible(text).split()) for text in texts)
-    shown = None if label in (None, "") else visible(str(label))
+    shown = None if label is None else visible(str(label)).strip() or None
     return Caption(tuple(text for text in stripped if text), tuple(visible(word) for word in words), shown)
 
 
@@ -143,12 +147,27 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    rows = csv.DictReader(read_lines(path), strict=True)
-    if "file_name" not in (rows.fieldnames or ()):
-        raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns")
+    rows = csv.DictReader(read_lines(path), strict=True, skipinitialspace=True)
+    columns = [name.strip().lower() for name in rows.fieldnames or ()]
+    while columns and not columns[-1]:  # what stands under no name at the end is more than there are columns
+        columns.pop()
+    rows.fieldnames = columns
+    if "file_name" not in columns:
+        raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns, parted by commas")
+    if twice := next((name for name in ("file_name", *TEXT_KEYS, "words", "label") if columns.count(name) > 1), None):
+        raise PromptError(f"{path} has two columns {twice!r}; keep one")
+    others = [name for name in columns if name and name != "file_name"]
+    if others and not {*TEXT_KEYS, "label"} & {*others}:  # without others the names say which images count
+        raise PromptError(
+            f"{path} has no column 'text', 'caption', 'prompt' or 'label', but {shortened(', '.join(others))}; name "
+            "that of the captions 'text', or leave 'file_name' alone where there are none"
+        )
     for row in rows:
+        where, more = f"line {rows.line_num}", row.pop(None, ())
+        if any(field.strip() for field in more):
+            raise PromptError(f"{path}, {where}: it has more fields than columns; put quotes round a text with commas")
         listed = [word.strip() for word in (row.get("words") or "").split(";")]
-        yield f"line {rows.line_num}", {**row, "words": [word for word in listed if word]}
+        yield where, {**row, "words": [word for word in listed if word]}
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import re
 import unicodedata
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
-from synthgen.untrusted import LONGEST_LINE, MOST_PROMPTS, MOST_WORDS, read_chunks, read_json, visible
+from synthgen.untrusted import MOST_PROMPTS, MOST_WORDS, is_object, iter_text, read_json, shortened, visible
 
 __all__ = [
     "Prompts",
@@ -43,7 +43,6 @@ STOP_WORDS = frozenset(
 # Vowel letters that do not sound like one, and the silent h.
 _SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
 _SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
-_CHUNK = 2**18  # bytes that are read at once
 _BRACKETS = re.compile(r"([\[\]])")
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, Han; and these marks of Han.
@@ -51,6 +50,9 @@ _UNSPACED = (
     "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3040-\u309f\u30a0-\u30ff\u31f0-\u31ff"
     "\uff66-\uff9f\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 )
+_PLAIN_EDGES = re.compile(r"(?<!\w)"), re.compile(r"(?!\w)")  # of ASCII text: where a word may begin, and end
+_BEGIN, _END = "\ud800", "\ud801"  # signs for such places; halves of characters, which no text holds
+_SAME = str.maketrans("ı\u1fd3\u1fe3\ufb06", "i\u0390\u03b0\ufb05")  # same but for case, as patterns have it
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
 
 
@@ -127,7 +129,7 @@ def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that hold a prompt, with their numbers."""
     found = False
     for number, line in _lines(path, "prompt file", "--prompts"):
-        if line.startswith("#") and path.suffix != ".jsonl":
+        if line.startswith("#") and not _is_json(path):
             continue
         found = True
         yield number, line
@@ -141,9 +143,15 @@ def _parsed(path: Path) -> Iterator[Prompt]:
 
 def _parse(path: Path, number: int, line: str) -> Prompt:
     try:
-        return _within_bounds(_parse_json(line) if path.suffix == ".jsonl" else parse_line(line))
+        if not _is_json(path) and is_object(line):
+            raise ValueError("it is a JSON object, and this is a file of plain text; name the file .jsonl")
+        return _within_bounds(_parse_json(line) if _is_json(path) else parse_line(line))
     except ValueError as error:
         raise PromptError(f"{path}, line {number}: {error}") from None
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".jsonl"
 
 
 def read_templates(path: str | Path) -> list[str]:
@@ -218,7 +226,7 @@ def _parse_json(line: str) -> Prompt:
         raise ValueError("expected an object with a text under 'prompt'")
     unknown = sorted(set(row) - {"prompt", "words", "label"})
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; there are: prompt, words, label")
+        raise ValueError(f"unknown key {shortened(unknown[0])!r}; there are: prompt, words, label")
     label = row.get("label")
     if label is not None and not isinstance(label, str | int):
         raise ValueError("'label' must be a text or a whole number")
@@ -251,32 +259,57 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     """
     if len(words) > MOST_WORDS:
         raise ValueError(f"{len(words)} words are listed; {MOST_WORDS} are the most")
-    longest = sorted(range(len(words)), key=lambda number: -len(words[number].strip()))
-    for order in (longest, range(len(words))):  # the second for words that share a part: "hot dog" and "dog bun"
+    named = [word.strip() for word in words]
+    pieces = _pieces(text, text.isascii())
+    marked, starts = "".join(pieces), list(accumulate(map(len, pieces), initial=0))
+    longest = sorted(range(len(named)), key=lambda number: -len(named[number]))
+    for order in (longest, range(len(named))):  # the second for words that share a part: "hot dog" and "dog bun"
         found: dict[int, tuple[int, int]] = {}
         for number in order:
-            for first, last in _places(text, words[number].strip()):
-                if all(last <= start or first >= stop for start, stop in found.values()):
-                    found[number] = first, last
-                    break
-        if len(found) == len(words):
-            return [found[number] for number in range(len(words))]
-    lost = next(word for number, word in enumerate(words) if number not in found)
-    raise ValueError(f"the word {lost!r} does not stand in the prompt {text!r} (or not so often)")
+            place = _free_place(marked, starts, named[number], text.isascii(), sorted(found.values()))
+            if place is None:
+                break
+            found[number] = place
+        else:
+            return [found[number] for number in range(len(named))]
+    lost, told = shortened(words[number]), shortened(text)
+    raise ValueError(f"the word {lost!r} does not stand in the prompt {told!r} (or not so often)")
 
 
-def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Where a word stands whole in a text, either case, from left to right; an empty one nowhere."""
-    if not word:
-        return
-    if text.isascii():
-        yield from (match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
-        return
-    (before, after), spelled, at = _edges(), re.compile(re.escape(word), re.IGNORECASE), 0
-    while match := spelled.search(text, at):
-        if before.match(text, match.start()) and after.match(text, match.end()):
-            yield match.span()
-        at = match.start() + 1
+def _free_place(
+    marked: str, starts: Sequence[int], word: str, plain: bool, taken: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The first place of a word that shares nothing with those that are ``taken``, which are in order."""
+    if not word or len(word) >= len(starts):
+        return None
+    head, *inner, _ = _pieces(word, plain)
+    spelled, at = f"{_BEGIN}{head[-1]}{''.join(inner)}{_END}", 0
+    while (at := marked.find(spelled, at)) >= 0:
+        first = bisect(starts, at) - 1
+        before = bisect(taken, (first + len(word) - 1, len(starts))) - 1  # the last that begins before the word ends
+        if before < 0 or taken[before][1] <= first:
+            return first, first + len(word)
+        at = starts[taken[before][1]]
+    return None
+
+
+def _pieces(text: str, plain: bool) -> list[str]:
+    """Each character in one case, behind a sign where a word may end before it and one where a word may begin at it.
+
+    The last piece is the end of the text. A word with its signs is found by a plain search, however long it is.
+    """
+    folded = text.lower() if text.isascii() else map(_folded, text)
+    pieces = [*folded, ""]
+    for sign, edge in zip((_BEGIN, _END), _PLAIN_EDGES if plain else _edges(), strict=True):
+        for match in edge.finditer(text):
+            pieces[match.start()] = sign + pieces[match.start()]
+    return pieces
+
+
+def _folded(character: str) -> str:
+    """The one character for all that a pattern without case takes for the same."""
+    folded = character.lower()[0].casefold()
+    return (folded if len(folded) == 1 else character.lower()[0]).translate(_SAME)
 
 
 def _word_of(text: str) -> re.Pattern[str]:
@@ -321,8 +354,9 @@ def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
 
 def _filled(template: str, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     for prompt in prompts:
-        if not prompt.words:
-            raise PromptError(f"the prompt {prompt.text!r} marks no word to put into the template {template!r}")
+        if not prompt.words or not prompt.words[0]:
+            told, into = shortened(prompt.text), shortened(template)
+            raise PromptError(f"the prompt {told!r} marks no word to put into the template {into!r}")
         word = prompt.words[0]
         text = _ARTICLE.sub(rf"\1{'n' if _takes_an(word) else ''}\2{{}}", template)
         start = text.index("{}")
@@ -350,31 +384,12 @@ def request_for(prompts: Prompts, run_seed: int, unit: int, row: int, unit_size:
 
 
 def _lines(path: Path, kind: str, option: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers; read bit by bit, so that any length will do."""
-    decoder, number, tail, decoded = codecs.getincrementaldecoder("utf-8-sig")(), 0, "", 0
+    """The lines of a text file that are not empty, with their numbers."""
     try:
-        for data in chain(read_chunks(path, MOST_PROMPTS, _CHUNK), [b""]):  # the empty one ends the last line
-            *lines, tail = (tail + decoder.decode(data, not data)).split("\n")
-            decoded += len(data)
-            for line in lines if data else [*lines, tail]:
-                number += 1
-                if text := visible(_within_length(path, number, line)).strip():
-                    yield number, text
-            _within_length(path, number + 1, tail)
+        yield from iter_text(path, MOST_PROMPTS)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no {kind} {path}; give one with {option} FILE") from None
-    except UnicodeDecodeError as error:
-        place = decoded - len(error.object) + len(data) + error.start
-        raise PromptError(
-            f"{path} is not UTF-8 (byte {place}, 0x{error.object[error.start]:02x}); save it as UTF-8, "
-            f"for example with: iconv -t UTF-8 {path.name}"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PromptError(f"{path} cannot be read: {reason}; give a file with {option} FILE") from None
-
-
-def _within_length(path: Path, number: int, line: str) -> str:
-    if len(line) > LONGEST_LINE:
-        raise PromptError(f"{path}, line {number}: it has too many characters; {LONGEST_LINE:,} are the most")
-    return line
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}; give a file with {option} FILE") from None
+    except ValueError as error:
+        raise PromptError(f"{path} cannot be read: {error}") from None

@@ -6,11 +6,15 @@ names the file. Arrays and images have their own: :func:`synthgen.codecs.read_np
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 import re
+import shlex
 import stat
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,14 @@ __all__ = [
     "MOST_WORDS",
     "MOST_YAML",
     "SAFE_LOADER",
+    "is_object",
+    "iter_text",
     "read_chunks",
     "read_file",
     "read_json",
     "read_lines",
     "read_yaml",
+    "shortened",
     "visible",
 ]
 
@@ -41,6 +48,7 @@ MOST_YAML = 2**18  # bytes of a YAML file
 MOST_WORDS = 255  # masks of one image: what 8 bits can tell apart
 LONGEST_LINE = 2**16  # characters of a line of prompts or captions
 SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
+_CHUNK = 2**18  # bytes of text that are read at once
 _MOST_NODES = 20_000  # values of a YAML file, each counted as often as it is referred to
 _DEEPEST = 100  # mappings and lists inside each other
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -81,17 +89,62 @@ def read_chunks(path: Path, most: int = MOST_BYTES, size: int = 2**20) -> Iterat
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file with their endings, each at most ``LONGEST_LINE`` characters long.
 
+    A line ends with a line feed, a carriage return, or both.
+
     Raises:
         OSError: there is no such file, or it is no plain file.
-        ValueError: it is not UTF-8 (``UnicodeDecodeError`` is one), or a line is longer.
+        ValueError: it is not UTF-8 (``UnicodeDecodeError`` is one), holds a zero byte, or a line is longer.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is no plain file")
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         while line := file.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"a line has more than {LONGEST_LINE:,} characters")
+            if "\0" in line:
+                raise ValueError("it is not UTF-8 text, as it holds zero bytes; save it as UTF-8")
             yield line
+
+
+def iter_text(path: Path, most: int) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not empty, with their numbers: visible characters, without space around them.
+
+    Read bit by bit, so that any length up to ``most`` bytes will do. A line ends as in :func:`read_lines`.
+
+    Raises:
+        OSError, ValueError: as there, and where it is larger.
+    """
+    number, tail, decoded = 0, "", 0
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    for data in chain(read_chunks(path, most, _CHUNK), [b""]):  # the empty one ends the last line
+        if (zero := data.find(0)) >= 0:
+            raise _not_text(path, decoded + zero, 0)
+        try:
+            *lines, tail = (tail + decoder.decode(data, not data)).split("\n")
+        except UnicodeDecodeError as error:
+            place = decoded - len(error.object) + len(data) + error.start
+            raise _not_text(path, place, error.object[error.start]) from None
+        decoded += len(data)
+        for line in lines if data else [*lines, tail]:
+            number += 1
+            if text := visible(_within_length(number, line)).strip():
+                yield number, text
+        _within_length(number + 1, tail)
+
+
+def _within_length(number: int, line: str) -> str:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"line {number}: it has too many characters; {LONGEST_LINE:,} are the most")
+    return line
+
+
+def _not_text(path: Path, place: int, byte: int) -> ValueError:
+    """What to do about a byte that is none of UTF-8 text; a guess at what it was written in, by that byte."""
+    coding = "UTF-16" if place == 0 and byte >= 0xFE else "LATIN1" if byte else ("UTF-16BE", "UTF-16LE")[place % 2]
+    return ValueError(
+        f"it is not UTF-8 (byte {place}, 0x{byte:02x}); save it as UTF-8, from {coding} or whatever it is written in: "
+        f"iconv -f {coding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote('NEW' + path.suffix)}"
+    )
 
 
 def read_json(data: bytes | str, most: int = MOST_JSON, *, finite: bool = True) -> Any:
@@ -114,6 +167,14 @@ def read_json(data: bytes | str, most: int = MOST_JSON, *, finite: bool = True) 
     return value
 
 
+def is_object(text: str) -> bool:
+    """Whether a text is one object of JSON."""
+    try:
+        return text.startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
@@ -125,7 +186,7 @@ def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MOST_YAML) -> An
     """A YAML file, by a safe loader; an alias counts for all that it stands for, so that none can multiply without end.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or too large.
+        yaml.YAMLError: it is not YAML, or too large, or a mapping has a key twice.
     """
     if len(text) > most:
         raise yaml.YAMLError(f"it is larger than {most:,} characters")
@@ -136,7 +197,11 @@ def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MOST_YAML) -> An
             node = made.get_single_node()
             if node is None:
                 return None
-            _count(node, {}, 0)
+            known: dict[yaml.Node, int] = {}
+            _count(node, known, 0)
+            stages = {value for key, value in _pairs(node) if key.value == "stages"}
+            for inner in known:
+                _check_keys(inner, made, "give it a list" if inner in stages else "keep one")
             return made.construct_document(node)
         finally:
             made.dispose()
@@ -173,6 +238,28 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
     if before + total > _MOST_NODES:
         raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
     return total
+
+
+def _check_keys(node: yaml.Node, made: Any, advice: str) -> None:
+    """See that no key of a mapping stands there twice, as all but the last would not be read."""
+    lines: dict[Any, int] = {}
+    for key, _ in _pairs(node):
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":  # all that is merged is read
+            continue
+        name = key.value if key.tag == "tag:yaml.org,2002:value" else made.construct_object(key)  # 1 and 0x1 are equal
+        line = key.start_mark.line + 1
+        if name in lines:
+            raise yaml.YAMLError(f"{shortened(key.value)!r} stands twice, in lines {lines[name]} and {line}; {advice}")
+        lines[name] = line
+
+
+def _pairs(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The first ``most`` characters of a text, and dots where there are more: a message stays short."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def visible(text: str) -> str:

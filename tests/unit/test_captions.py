@@ -242,3 +242,76 @@ def test_a_hostile_image_is_an_error_in_one_line(folder: Path, tmp_path: Path, m
     Image.new("L", (4, 4)).save(buffer, format="TIFF")
     with pytest.raises(OSError, match="cannot identify"):
         decode_rgb(buffer.getvalue())  # no format but those that images are kept in
+
+
+# -- tables written by hand
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "file_name, text\na.png, a dog\n",
+        "file_name,Text\na.png,a dog\n",
+        " File_Name ,\tCAPTION\na.png,a dog\n",
+        'file_name, text\na.png, "a dog"\n',
+        "file_name,text\ra.png,a dog\r",
+        "file_name,text\r\na.png,a dog\r\n",
+        "file_name,text\na.png,a dog,\n",  # an empty field too many says nothing
+        "file_name,text,,\na.png,a dog,,\n",
+        ",file_name,text,Width\n0,a.png,a dog,6\n",  # an index without a name
+    ],
+)
+def test_a_table_may_be_written_by_hand(tmp_path: Path, table: str) -> None:
+    (tmp_path / "A.CSV").write_bytes(table.encode())
+    assert read_listing(tmp_path / "A.CSV") == {"a.png": Caption(("a dog",))}
+
+
+def test_commas_and_line_ends_stay_within_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'file_name, text, words\na.png, "a dog,\rbig", dog; big\nb.png\n')
+    assert read_listing(tmp_path / "a.csv") == {"a.png": Caption(("a dog, big",), ("dog", "big")), "b.png": Caption()}
+
+
+@pytest.mark.parametrize("label", ["", " ", "\u0000", "\t \x1b"])
+def test_a_label_without_a_character_is_none(folder: Path, label: str) -> None:
+    write(folder / "metadata.jsonl", [{"file_name": "a.png", "label": label}])
+    samples = CaptionedFolder(folder)
+    assert samples.label(0) is None
+    with pytest.raises(PromptError, match="neither caption nor class"):
+        prompt_of(samples, 0, "a {label}")
+
+
+def test_labels_alone_and_names_alone_are_tables_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("file_name,Label\na.png,owl\n")
+    assert read_listing(tmp_path / "a.csv") == {"a.png": Caption(label="owl")}
+    (tmp_path / "a.csv").write_text("file_name\na.png\n")
+    assert read_listing(tmp_path / "a.csv") == {"a.png": Caption()}
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("file_name,text\na.png,x\nb.png,a dog, big\n", "line 3: it has more fields than columns; put quotes round"),
+        ("file_name,text,\na.png,a dog, big\n", "line 2: it has more fields than columns"),
+        ("file_name,description\na.png,a dog\n", "no column 'text', .* but description; name that .* 'text'"),
+        ("file_name,words\na.png,dog\n", "no column 'text', .* but words"),
+        ("file_name,text,Text\na.png,x,y\n", "two columns 'text'; keep one"),
+        ("file_name;text\na.png;a dog\n", "no column 'file_name'; its first line must name .*commas"),
+        ("", "no column 'file_name'"),
+    ],
+)
+def test_a_table_that_would_lose_captions_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(table)
+    with pytest.raises(PromptError, match=rf"a\.csv.*{said}"):
+        read_listing(tmp_path / "a.csv")
+
+
+def test_text_of_two_bytes_a_character_is_no_caption(folder: Path) -> None:
+    for name, text in (("a.txt", "a dog"), ("metadata.csv", "file_name,text\na.png,a dog\n")):
+        (folder / name).write_bytes(text.encode("utf-16-le"))
+        with pytest.raises(PromptError, match=rf"{name}.*not UTF-8 text, as it holds zero bytes; save it as UTF-8"):
+            open_captioned(folder)
+
+
+def test_the_ending_of_a_list_may_be_in_capitals(folder: Path, tmp_path: Path) -> None:
+    samples = open_captioned(folder, write(tmp_path / "SOME.JSONL", ROWS))
+    assert said(samples) == {key: EXPECTED[key] for key in ("a", "sub/b")}

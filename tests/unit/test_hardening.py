@@ -19,7 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from synthgen import codecs
+from synthgen import codecs, prompts
 from synthgen.api import make_stage
 from synthgen.captions import read_listing
 from synthgen.card import dataset_card
@@ -349,6 +349,43 @@ def test_a_prompt_of_too_many_words_or_characters(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(ValueError, match="255 are the most"):
         find_words("a " * 5000, ["a"] * 5000)  # would take hours: each looks past all others
+
+
+@pytest.mark.parametrize("before", ["", "é "])
+def test_words_without_a_place_are_not_looked_for_again_and_again(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these would take seconds or minutes if every word were tried at every place."""
+    looked: list[str] = []
+    search = prompts._free_place
+    monkeypatch.setattr(prompts, "_free_place", lambda *given: (looked.append(given[2]), search(*given))[1])
+    many, stairs = "a " * 8_000, ["a" * number for number in range(1, 100)]
+    tries: list[tuple[str, list[str], int]] = [
+        (f"{many}b", [many.strip(), *["a"] * 254], 4),  # in two orders: once with its place, once without
+        (f"{many}b", [f"{many}c", *["a"] * 254], 2),
+        (f"{'a' * 20_000} {' '.join(stairs)}", [*stairs, "b"], 200),
+        (f"{'A' * 20_000} b", ["a" * 20_000, "a"], 4),
+        ("abcd", ["x" * 2**20] * 255, 2),
+    ]
+    for text, words, number in tries:
+        looked.clear()
+        with pytest.raises(ValueError, match="does not stand") as caught:
+            find_words(before + text, words)
+        assert len(looked) == number
+        assert len(str(caught.value)) < 500
+
+
+def test_errors_do_not_repeat_what_is_long(tmp_path: Path) -> None:
+    long = "the " * 10_000
+    (tmp_path / "t.txt").write_text("a {}\n")
+    texts = {"p.txt": long, "q.jsonl": json.dumps({"prompt": "a dog", long: 1})}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(PromptError) as caught:
+            read_prompts(tmp_path / name, tmp_path / "t.txt")
+        assert len(str(caught.value)) < 1000
+    (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": f"../{long}"}))
+    with pytest.raises(PromptError, match="does not lead") as caught:
+        read_listing(tmp_path / "m.jsonl")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 import random
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.prompts import (
     STOP_WORDS,
+    _edges,
+    _folded,
     expand,
     find_words,
     iter_prompts,
@@ -14,7 +18,9 @@ from synthgen.prompts import (
     read_templates,
     request_for,
     sample_seed,
+    survey_prompts,
 )
+from synthgen.records import Prompt
 
 
 def test_brackets_mark_words_and_vanish_from_the_text():
@@ -241,3 +247,131 @@ def test_words_of_ascii_text_are_what_they_were():
         for text in (line, line + " é"):
             words = [word for word in plain.findall(text) if word.lower() not in STOP_WORDS]
             assert list(parse_line(text).words) == words
+
+
+ROW = '{"prompt": "a dog and a cat", "words": ["cat"]}'
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.JsonL"])
+def test_objects_are_read_under_their_ending_in_either_case(tmp_path, name):
+    (tmp_path / name).write_text(f"{ROW}\n")
+    (prompt,) = read_prompts(tmp_path / name)
+    assert (prompt.text, prompt.words) == ("a dog and a cat", ("cat",))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.ndjson", "rows.txt", "rows"])
+@pytest.mark.parametrize("row", [ROW, "{}", '{"score": NaN}', '{"prompt": "\\ud800"}'])
+def test_objects_under_another_ending_are_not_drawn_as_text(tmp_path, name, row):
+    path = tmp_path / name
+    path.write_text(f"a [dog]\n  {row}\n")
+    for read in (read_prompts, survey_prompts):
+        with pytest.raises(PromptError, match=r"line 2: it is a JSON object.*name the file \.jsonl"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{a|b}", "{a|b} in the rain", "[dog] on a beach", "[dog]", '["dog"]', "{", "{'prompt': 'a dog'}", '{"dog"} there',
+     '{"a": 1} and {"b": 2}', '{"a":' * 5000],
+)  # fmt: skip
+def test_text_that_merely_begins_as_json_does_is_text(tmp_path, line):
+    path = tmp_path / "p.txt"
+    path.write_text(f"{line}\n")
+    assert read_prompts(path) == [parse_line(line)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_lines_end_in_every_way(tmp_path, end, monkeypatch):
+    lines = ["a [dog]", "", "# no", "a [cat]", "a [bird"]
+    (tmp_path / "p.txt").write_bytes(end.join(lines[:4]).encode())
+    (tmp_path / "t.txt").write_bytes(f"a {{}}{end}the {{}}{end}".encode())
+    for size in (2**18, 1, 7, 8):  # chunks end before, within and after the end of a line
+        monkeypatch.setattr("synthgen.untrusted._CHUNK", size)
+        (tmp_path / "p.txt").write_bytes(end.join(lines[:4]).encode())
+        assert [prompt.text for prompt in read_prompts(tmp_path / "p.txt")] == ["a dog", "a cat"]
+        assert read_templates(tmp_path / "t.txt") == ["a {}", "the {}"]
+        (tmp_path / "p.txt").write_bytes(end.join(lines).encode())
+        with pytest.raises(PromptError, match="line 5"):
+            read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    ("coding", "place"),
+    [
+        ("LATIN1", "byte 5, 0xfc"),
+        ("UTF-16LE", "byte 1, 0x00"),
+        ("UTF-16BE", "byte 0, 0x00"),
+        ("UTF-16", "byte 0, 0xff"),
+    ],
+)
+def test_the_command_that_is_advised_makes_the_file_readable(tmp_path, coding, place):
+    path = tmp_path / "my prompts.txt"
+    text = "\ufeff犬と猫" if coding == "UTF-16" else "ein Hündchen"
+    path.write_bytes(text.encode("UTF-16LE" if coding == "UTF-16" else coding))
+    with pytest.raises(PromptError, match=rf"not UTF-8 \({place}\).*from {coding} or whatever") as caught:
+        read_prompts(path)
+    command = str(caught.value).partition("written in: ")[2]
+    assert command == f"iconv -f {coding} -t UTF-8 '{path}' > NEW.txt"
+    if shutil.which("iconv"):
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        assert [prompt.text for prompt in read_prompts(tmp_path / "NEW.txt")] == [text.lstrip("\ufeff")]
+
+
+def test_a_zero_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr("synthgen.untrusted._CHUNK", 16)
+    path = tmp_path / "t.txt"
+    path.write_bytes("a photo of a {}\nthe {} at né\0ght\n".encode())
+    with pytest.raises(PromptError, match=r"byte 29, 0x00"):
+        read_templates(path)
+
+
+def placed(text, words):
+    """By patterns, each place tried: what ``find_words`` is held against."""
+    plain = re.compile(r"(?<!\w)"), re.compile(r"(?!\w)")
+    before, after = plain if text.isascii() else _edges()
+    for order in (sorted(range(len(words)), key=lambda number: -len(words[number])), range(len(words))):
+        found = {}
+        for number in order:
+            spelled = re.compile(re.escape(words[number]), re.IGNORECASE)
+            for first in range(len(text)):
+                match = spelled.match(text, first)
+                whole = match and match.end() > first and before.match(text, first) and after.match(text, match.end())
+                if whole and all(match.end() <= start or first >= stop for start, stop in found.values()):
+                    found[number] = match.span()
+                    break
+        if len(found) == len(words):
+            return [found[number] for number in range(len(words))]
+    return None
+
+
+def test_places_are_those_that_patterns_find():
+    draw, both = random.Random(0), 0
+    for letters in ("ab -'A", "a bé-É", "sSſkK\u212aIiıİ", "犬a猫 b", "a\u0301 ท\u0e35bA", "σςΣ βϐ µμ"):
+        for _ in range(400):
+            text = "".join(draw.choice(letters) for _ in range(draw.randint(1, 14)))
+            starts = [draw.randrange(len(text)) for _ in range(draw.randint(1, 4))]
+            words = [text[start : start + draw.randint(1, 4)].strip() for start in starts]
+            words = [draw.choice((word, word.upper(), word.lower(), word.swapcase())) for word in words]
+            expected = placed(text, words)
+            both += expected is not None
+            if expected is None:
+                with pytest.raises(ValueError, match="does not stand"):
+                    find_words(text, words)
+            else:
+                assert find_words(text, words) == expected
+    assert both > 300
+
+
+def test_either_case_is_what_patterns_take_for_it():
+    letters = [letter for letter in map(chr, range(0x20000)) if letter.lower() != letter or letter.upper() != letter]
+    assert len(letters) > 2500
+    for letter in letters[::3] + list("ıİſ\u212a\u1fd3\ufb06ς"):
+        spelled = re.compile(re.escape(letter), re.IGNORECASE)
+        for other in (letter.lower(), letter.upper(), letter.casefold(), "i", "s"):
+            if len(other) == 1:
+                assert bool(spelled.fullmatch(other)) == (_folded(letter) == _folded(other)), (letter, other)
+
+
+def test_a_word_without_a_character_goes_into_no_template():
+    with pytest.raises(PromptError, match="marks no word to put into"):
+        expand([Prompt("", ("",), ((0, 0),), " ")], ["a {}"])
