@@ -9,6 +9,7 @@ Stages deal their units out to processes, so a script that calls them keeps its 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,7 +93,7 @@ def settings_to_go_on(run: Run, stage: str, given: Mapping[str, Any]) -> dict[st
             if item.default is dataclasses.MISSING and name not in given:
                 raise MissingArtifact(
                     f"{run.path} has no {name} of {stage} yet; give some with: "
-                    f"synthgen {stage} --{name} PATH --run {run.path}"
+                    f"synthgen {stage} --{name} PATH --run {shlex.quote(str(run.path))}"
                 )
         return dict(given)
     before = {name: value for name, value in begun["settings"].items() if name in known}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthgen.errors import ConfigError, SynthgenError
+from synthgen.errors import ConfigError, SynthgenError, one_line
 from synthgen.options import (
     LATEST,
     AddressOption,
@@ -29,7 +29,9 @@ from synthgen.options import (
     ModelOption,
     PathSetOption,
     PlannedRunOption,
+    RunArgument,
     RunOption,
+    RunsOption,
     SetOption,
     WorkersOption,
     agree,
@@ -40,7 +42,7 @@ from synthgen.options import (
     method_of,
     pairs_of,
     part_of,
-    planned_of,
+    plan_of,
 )
 
 if TYPE_CHECKING:
@@ -253,31 +255,19 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a pipeline will cost before it starts: images, units, bytes, hours and memory."""
-    from synthgen import api
     from synthgen.console import doing
     from synthgen.plan.text import render
 
-    agree({"engine": engine_of(engine, workers, None)}, settings)
-    options: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample, "describe": doing("plan")}
-    given: dict[str, Any] = {"backbone": backbone_of(None, settings, model=model)}
-    if file and run:
-        raise ConfigError(f"{file} names the run that it is for; leave --run out, or give --set run={run}")
-    if file and not any((prompts, images, metadata, caption, model)):
-        found = api.plan_pipeline(file, overrides=tuple(pairs_of(settings).items()), engine=engine, **options)
-    elif prompts and not any((file, images, metadata, caption)):
-        given |= {"prompts": prompts, "template": ""}
-        found = api.plan_stage("generate", **options, **planned_of(run, "generate", given, settings, engine))
-    elif images and not any((file, prompts)):
-        given |= {"images": images, "metadata": metadata, "caption": caption}
-        found = api.plan_stage("attend", **options, **planned_of(run, "attend", given, settings, engine))
-    else:
-        raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
+    found = plan_of(
+        file, run, prompts=prompts, images=images, metadata=metadata, caption=caption, model=model, engine=engine,
+        extra=settings, workers=workers, measure=measure, sample=sample, describe=doing("plan"),
+    )  # fmt: skip
     print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST,
+    run: RunArgument = LATEST,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every class and word in it.")] = False,
 ) -> None:
     """Say what is done, what failed and why, and what to do next."""
@@ -290,7 +280,7 @@ def status(
 
 @app.command()
 def view(
-    run: Annotated[Path, typer.Argument(help="Run directory.")] = LATEST,
+    run: RunArgument = LATEST,
     output: Annotated[Path | None, typer.Option(help="Where to write the page.  [default: RUN/view.html]")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 96,
 ) -> None:
@@ -320,7 +310,7 @@ def export(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Option("--run", help="Where runs would be written.")] = Path("runs"),
+    run: RunsOption = Path("runs"),
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -374,6 +364,12 @@ def _stage(
     say(call(run, progress=progress(), engine=chosen, **settings))
 
 
+def _refused(error: OSError) -> str:
+    """What the system does not let be done, such as reading a folder of somebody else."""
+    why = error.strerror or type(error).__name__
+    return f"{one_line(OSError(error.filename))}: {why}; put that right, or give another path"
+
+
 def main() -> None:
     """Run the command line; an error that a person can act on is one line, which cannot steer the console."""
     from synthgen.redact import redact
@@ -385,6 +381,9 @@ def main() -> None:
         print(f"synthgen: {plain(str(error))}", file=sys.stderr)
         code = error.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, FileNotFoundError):
+            print(f"synthgen: {plain(_refused(error))}", file=sys.stderr)
+            sys.exit(2)
         if not hasattr(error, "format_message"):  # the parser's own errors have one; anything else is a bug
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
             sys.exit(1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from synthgen.errors import ConfigError
@@ -77,17 +80,45 @@ def load_yaml(text: str) -> Any:
     return read_yaml(text, Loader)
 
 
+def run_folder(name: str | Path) -> Path:
+    """The folder of a run as a person writes it: a ``~`` before it is their home, as in a shell.
+
+    Raises:
+        ConfigError: it is empty, or begins with a variable or a home that only a shell would know.
+    """
+    text = os.path.expanduser(name)  # noqa: PTH111 - a URL is no path yet
+    if not text:
+        raise ConfigError("the run folder has no name; give one, such as runs/latest, or . for this very folder")
+    if re.match(r"\$\w|\$\{|~", text):
+        raise ConfigError(
+            f"the run folder {text!r} begins with what a shell would put in; write it out, or as ./{text}"
+        )
+    return Path(text)
+
+
+def at_home(value: Any) -> Any:
+    """Plain data in which every text that begins with a home, such as ``~/prompts.txt``, says where that is."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if re.match(r"~[\w.-]*/", value) else value  # noqa: PTH111 - as in run_folder
+    if isinstance(value, Mapping):
+        return {key: at_home(item) for key, item in value.items()}
+    return [at_home(item) for item in value] if isinstance(value, list) else value
+
+
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
     """A strict pydantic model of the arguments of ``target``, without those that the caller gives itself."""
-    from pydantic import ConfigDict, create_model
+    from pydantic import ConfigDict, Field, create_model
 
     init = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     hints = typing.get_type_hints(init, vars(inspect.getmodule(target) or types))
+    made = {item.name: item.default_factory for item in dataclasses.fields(target)} if is_dataclass(target) else {}
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if name in given or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
+        if repr(default) == "<factory>":  # what the signature of a dataclass shows for a default_factory
+            default = Field(default_factory=typing.cast("Callable[[], Any]", made[name]))
         fields[name] = (hints.get(name, Any), default)
     name = getattr(target, "__name__", "settings")
     return create_model(
@@ -122,12 +153,11 @@ def check(
     model = settings_model(target, given=given)
     values: dict[str, Any] = {}
     for key, value in options.items():
-        default = model.model_fields[key].default if key in model.model_fields else None
-        if isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(default, Choice) and isinstance(value, Mapping) and "name" not in value:
+        known = model.model_fields.get(key)
+        default = known.get_default(call_default_factory=True) if known else None
+        if isinstance(default, Choice) and isinstance(value, Mapping) and "name" not in value:
             value = {"name": default.name, **value}  # options alone are those of the part that is there by default
-        values[key] = value
+        values[key] = _fitted(value, known.annotation) if known else value
     try:
         checked = model.model_validate(values)
     except ValidationError as error:
@@ -149,6 +179,24 @@ def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, l
         raise ConfigError(f"{where}: {error}") from None
 
 
+def _fitted(value: Any, hint: Any) -> Any:
+    """``value`` with its lists as tuples where the hint says tuple: YAML has no other word for both."""
+    kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        kinds = {typing.get_origin(one) or one: one for one in inside}
+        likely = (dict, Mapping) if isinstance(value, Mapping) else (list, Sequence, tuple)
+        return next((_fitted(value, kinds[one]) for one in likely if one in kinds), value)
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        several = kind is list or inside[1:] == (...,)
+        hints = inside[:1] * len(value) if several else inside
+        return kind(
+            _fitted(item, one) for item, one in itertools.zip_longest(value, hints[: len(value)], fillvalue=Any)
+        )
+    if isinstance(value, Mapping) and kind in (dict, Mapping) and inside:
+        return {key: _fitted(item, inside[1]) for key, item in value.items()}
+    return value
+
+
 def _explain(error: Any, where: str, known: list[str]) -> str:
     lines = []
     for detail in error.errors():
@@ -168,7 +216,7 @@ def dump(value: Any) -> Any:
     """Settings as plain values that YAML and JSON can hold."""
     if isinstance(value, Choice):
         return {key: dump(option) for key, option in value.dump().items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value) and not isinstance(value, type):
         return {item.name: dump(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): dump(item) for key, item in value.items()}

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from synthgen.errors import ConfigError
+from synthgen.redact import HIDDEN, redacted
 from synthgen.stores.tar import is_abandoned
 from synthgen.untrusted import MOST_BYTES, read_file, read_yaml
 
-__all__ = ["FAILED", "SETTINGS", "as_yaml", "changes", "checked_entry", "laid_over", "made_in", "read_entry"]
+__all__ = [
+    "FAILED",
+    "SETTINGS",
+    "as_yaml",
+    "changes",
+    "checked_entry",
+    "digest",
+    "laid_over",
+    "made_in",
+    "read_entry",
+    "told_apart",
+    "versions",
+]
 
 SETTINGS = "settings.yaml"  # in an artifact's folder: what it is made with
 FAILED = ".failed.json"  # ends the name of what is noted of a unit that failed
 _LOG = "metrics.jsonl"  # of a training
+_PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
+
+
+def digest(value: Any) -> str:
+    """The sha256 of plain data, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results may depend on. Recorded, never hashed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def as_yaml(value: Mapping[str, Any]) -> bytes:
@@ -36,7 +70,9 @@ def read_entry(path: Path, key: str, kind: type) -> dict[str, Any] | None:
         value = read_yaml(read_file(path).decode(), most=MOST_BYTES)  # names of a million files may stand in it
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}); restore it or start a new run") from None
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML ({reason}); restore it or start a new run") from None
     if not isinstance(value, dict) or not isinstance(value.get(key), kind):
@@ -74,11 +110,47 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") ->
 
 
 def _told(value: Any) -> str:
-    return "not set" if value is None else repr(value)
+    return "not set" if value is None else f"not written down ({HIDDEN})" if value == HIDDEN else repr(value)
+
+
+def told_apart(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How an artifact was made differently: by its ``settings`` and ``inputs`` before and now; and what first to do.
+
+    Before synthgen told a tokenizer from a token, both were hidden: whether it is the same nobody can tell any more.
+    """
+    told = [*changes(before["settings"], now["settings"])]
+    unknown = [path for path, is_secret in _hidden(before["settings"]) if not is_secret]
+    for key in {**before["inputs"], **now["inputs"]}:
+        was = before["inputs"].get(key)
+        if was == HIDDEN and key not in unknown:
+            unknown.append(key)
+            told.append(f"its input {key!r} was not written down ({HIDDEN})")
+        elif was not in (HIDDEN, now["inputs"].get(key)):
+            told.append(f"its input {key!r} has changed")
+    return f"{'; '.join(told) or 'by another stage'}; {'' if unknown else 'use the same settings, '}"
+
+
+def _hidden(value: Any, path: str = "") -> Iterator[tuple[str, bool]]:
+    """The settings that were not written down, by their dotted paths; and whether they are secrets still."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _hidden(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _hidden(item, path)
+    elif value == HIDDEN:
+        name = path.rpartition(".")[2]
+        yield path, redacted({name: "x"}) == {name: HIDDEN}
+    elif isinstance(value, str) and f"/{HIDDEN}@" in value:
+        yield path, True
 
 
 def laid_over(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings ``before`` with those that are ``given`` in their place; of the same part, option by option."""
+    """The settings ``before`` with those that are ``given`` in their place; of the same part, option by option.
+
+    Raises:
+        ConfigError: one of those before was not written down, and is not given.
+    """
     settings = dict(before)
     for key, value in given.items():
         was, now = before.get(key), {"name": value} if isinstance(value, str) else value
@@ -86,6 +158,10 @@ def laid_over(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
             settings[key] = {**was, **now}
         else:
             settings[key] = value
+    for path, is_secret in _hidden(settings):
+        again = f"give it again: --set {path}=VALUE"
+        elsewhere = "an older synthgen took it for a secret; choose another --label or --run folder, or begin anew"
+        raise ConfigError(f"{path} was not written down ({HIDDEN}); {again if is_secret else elsewhere}")
     return settings
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from synthgen.errors import ConfigError
 
 if TYPE_CHECKING:
     from synthgen.config import Choice
+    from synthgen.plan import Plan
     from synthgen.run import Run
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "ModelOption",
     "PathSetOption",
     "PlannedRunOption",
+    "RunArgument",
     "RunOption",
+    "RunsOption",
     "SetOption",
     "WorkersOption",
     "agree",
@@ -35,11 +39,22 @@ __all__ = [
     "method_of",
     "pairs_of",
     "part_of",
-    "planned_of",
+    "plan_of",
     "with_set",
 ]
 
-RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
+
+def _folder(name: str | Path) -> Path:
+    from synthgen.config import run_folder
+
+    return run_folder(name)
+
+
+RunOption = Annotated[Path, typer.Option("--run", parser=_folder, metavar="<path>", help="Run directory.")]
+RunArgument = Annotated[Path, typer.Argument(parser=_folder, help="Run directory.")]
+RunsOption = Annotated[
+    Path, typer.Option("--run", parser=_folder, metavar="<path>", help="Where runs would be written.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, or PART.NAME=VALUE: see synthgen schema."),
@@ -49,7 +64,12 @@ PathSetOption = Annotated[
 ]
 PlannedRunOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Run directory; a pipeline file has its own (--set run=DIR).  [default: runs/latest]"),
+    typer.Option(
+        "--run",
+        parser=_folder,
+        metavar="<path>",
+        help="Run directory; a pipeline file has its own (--set run=DIR).  [default: runs/latest]",
+    ),
 ]
 EngineOption = Annotated[
     str | None,
@@ -222,7 +242,47 @@ def chosen_of(
     return chosen, settings
 
 
-def planned_of(
+def plan_of(
+    file: Path | None,
+    run: Path | None,
+    *,
+    prompts: str | None,
+    images: str | None,
+    metadata: str | None,
+    caption: str | None,
+    model: str | None,
+    engine: str | None,
+    extra: list[str] | None,
+    workers: int,
+    measure: bool,
+    sample: int,
+    describe: Callable[[str], None],
+) -> Plan:
+    """What a pipeline file will cost, or ``generate`` of prompts, or ``attend`` of images.
+
+    Raises:
+        ConfigError: it is not one of the three that is asked for.
+    """
+    from synthgen import api
+
+    agree({"engine": engine_of(engine, workers, None)}, extra)
+    how: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample, "describe": describe}
+    given: dict[str, Any] = {"backbone": backbone_of(None, extra, model=model)}
+    if file and run:
+        own = shlex.quote(f"run={run}")
+        raise ConfigError(f"{file} names the run that it is for; leave --run out, or give --set {own}")
+    if file and not any((prompts, images, metadata, caption, model)):
+        return api.plan_pipeline(file, overrides=tuple(pairs_of(extra).items()), engine=engine, **how)
+    if prompts and not any((file, images, metadata, caption)):
+        given |= {"prompts": prompts, "template": ""}
+        return api.plan_stage("generate", **how, **_planned(run, "generate", given, extra, engine))
+    if images and not any((file, prompts)):
+        given |= {"images": images, "metadata": metadata, "caption": caption}
+        return api.plan_stage("attend", **how, **_planned(run, "attend", given, extra, engine))
+    raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
+
+
+def _planned(
     path: Path | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: str | None
 ) -> dict[str, Any]:
     """The run, the engine and the settings with which that stage would go on with it, or begin it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from synthgen.config import Choice, load_yaml
+from synthgen.config import Choice, at_home, load_yaml, run_folder
 from synthgen.engines import default_engine
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
@@ -74,7 +74,7 @@ class Pipeline:
             MissingArtifact, PromptError, CorruptShard, ConfigError: what the run would be refused for.
         """
         run, made = Run(located(self.run), self.seed), set[str]()
-        there = (run.path / "run.yaml").is_file()
+        there = run.is_there
         for stage in self.stages:
             check_engine(stage, engine or self.engine)
         for stage in self.stages:
@@ -107,13 +107,14 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
 
     Raises:
         MissingArtifact: there is no such file.
-        PipelineError: it is not YAML, or its stages do not follow from one another.
+        PipelineError: it cannot be read, is not YAML, or its stages do not follow from one another.
         ConfigError: a setting is unknown, missing or of the wrong kind; names it with its dotted path.
     """
     path = Path(path)
     content = _load(path)
     for dotted, value in overrides:
         _put(content, dotted, value)
+    content = at_home(content)
     for key in content:
         if key not in _KEYS:
             raise UnknownName.among(f"key of {path}", str(key), _KEYS)
@@ -128,7 +129,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     engine = content.get("engine") or {}
     if isinstance(engine, dict):  # options alone are those of the engine that is there by default
         engine = {"name": default_engine(), **engine}
-    return Pipeline(path, Path(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
+    return Pipeline(path, run_folder(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
 
 
 def _check_given(stage: Stage, run: Run) -> None:
@@ -141,8 +142,10 @@ def _check_given(stage: Stage, run: Run) -> None:
 
     sources: tuple[str, ...] = ()
     encoder = ""
-    if isinstance(stage, Generate) and stage.prompts:
+    if isinstance(stage, Generate):
         stage.inputs(run)
+        if not stage.prompts:
+            stage.prepare(run)  # sees that the run's copy is whole
     elif isinstance(stage, Attend):
         stage.inputs(run)
         stage.prepare(run)
@@ -172,7 +175,9 @@ def _load(path: Path) -> dict[str, Any]:
         content = load_yaml(read_file(path).decode())
     except FileNotFoundError:
         raise MissingArtifact(f"there is no pipeline file {path}; look into pipelines/ for examples") from None
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror or error}; give a pipeline file") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise PipelineError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{path} holds no settings; it needs 'stages' at least")

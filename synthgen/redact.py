@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["redact", "redacted"]
+__all__ = ["HIDDEN", "redact", "redacted"]
 
-_HIDDEN = "***"
+HIDDEN = "***"
 _NAME = (  # bounded, as all patterns here are: hostile text must not take quadratic time
-    r"(?:[\w.-]{0,40}(?:token|secret|passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|credential|signature)[\w.-]{0,40}"
-    r"|sig)"
+    r"(?:[\w.-]{0,40}"
+    r"(?:token(?!iz)|secret|passw(?:or)?d|passphrase|api[_-]?key|access[_-]?key|credential|signature)"
+    r"[\w.-]{0,40}|sig)"
 )
 _PATTERNS = (
     # user:password@ or token@ in a URL, whatever its scheme; as a path it may have lost a slash
@@ -21,18 +22,18 @@ _PATTERNS = (
             r"\b([A-Za-z][\w+.-]{0,20}:/{1,2})"
             r"(?:[^\s/?#@:'\"<>]{1,200}:[^\s?#@'\"<>]{1,200}|[^\s/?#@'\"<>]{1,200})@"
         ),
-        rf"\1{_HIDDEN}@",
+        rf"\1{HIDDEN}@",
     ),
     # token=... and ?X-Amz-Signature=...; "token": "..."
-    (re.compile(rf"\b({_NAME}=[\"']?)(?!\*\*\*)[^\s&\"'\\;,<>{{}}()\[\]]{{6,}}", re.I), rf"\1{_HIDDEN}"),
-    (re.compile(rf"([\"']{_NAME}\\?[\"']\s?:\s?\\?[\"'])(?!\*\*\*)[^\"'\\]{{1,500}}", re.I), rf"\1{_HIDDEN}"),
-    (re.compile(r"\b(Authorization\W{1,4}(?:Bearer|Basic)\s)[^\s\"']+", re.I), rf"\1{_HIDDEN}"),
+    (re.compile(rf"\b({_NAME}=[\"']?)(?!\*\*\*)[^\s&\"'\\;,<>{{}}()\[\]]{{6,}}", re.I), rf"\1{HIDDEN}"),
+    (re.compile(rf"([\"']{_NAME}\\?[\"']\s?:\s?\\?[\"'])(?!\*\*\*)[^\"'\\]{{1,500}}", re.I), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(Authorization\W{1,4}(?:Bearer|Basic)\s)[^\s\"']+", re.I), rf"\1{HIDDEN}"),
     # what the keys of known services look like: Hugging Face, AWS, GitHub, OpenAI, Slack
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{16,}|A[KS]IA[A-Z0-9]{16}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})"
         ),
-        _HIDDEN,
+        HIDDEN,
     ),
 )
 _SECRET_KEY = re.compile(rf"{_NAME}|key|pass|auth", re.I)  # names under which a mapping keeps a secret
@@ -47,7 +48,7 @@ def redact(text: str) -> str:
     taken out wherever they stand.
     """
     for value in _of_environment():
-        text = text.replace(value, _HIDDEN)
+        text = text.replace(value, HIDDEN)
     for pattern, shown in _PATTERNS:
         text = pattern.sub(shown, text)
     return text
@@ -59,7 +60,7 @@ def redacted(value: Any) -> Any:
         return redact(value)
     if isinstance(value, Mapping):
         return {
-            redact(key) if isinstance(key, str) else key: _HIDDEN if _is_secret(key, item) else redacted(item)
+            redact(key) if isinstance(key, str) else key: HIDDEN if _is_secret(key, item) else redacted(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -5,7 +5,7 @@ Other packages add parts by entry points: the group is that folder's package, su
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -42,7 +42,8 @@ class Registry(Generic[T]):
         Raises:
             UnknownName: there is no such part.
             MissingDependency: its module needs a library that is not installed.
-            ConfigError: several packages have one of this name, or it is not where its package says.
+            ConfigError: several packages have one of this name, or it is not where its package says, or imports what
+                its package does not have.
         """
         own, others = name in self._modules(), [*entry_points(group=self.package, name=name)]
         packages = ["synthgen"] * own + [point.dist.name if point.dist else point.value for point in others]
@@ -61,16 +62,21 @@ class Registry(Generic[T]):
                 (public,) = module.__all__
                 part = getattr(module, public)
         except ModuleNotFoundError as error:
-            if error.name and error.name.partition(".")[0] == "synthgen":
+            library = (error.name or "").partition(".")[0]
+            if own and library == "synthgen":
                 raise
-            raise MissingDependency(
-                f"the {self.kind} {name!r} needs the library {error.name!r}; install it with: pip install {error.name}"
-            ) from None
+            if others and (library in ("", others[0].module.partition(".")[0]) or importlib.util.find_spec(library)):
+                raise self._not_loaded(name, packages[0], error) from None  # it names a module that its library lacks
+            how = f"it with: pip install {library}" if own else "the package that provides it"
+            raise MissingDependency(f"the {self.kind} {name!r} needs the library {library!r}; install {how}") from None
         except (ImportError, AttributeError) as error:
             if own:
                 raise
-            raise ConfigError(f"the {self.kind} {name!r} of {packages[0]} does not load: {one_line(error)}") from None
+            raise self._not_loaded(name, packages[0], error) from None
         return part
+
+    def _not_loaded(self, name: str, package: str, error: Exception) -> ConfigError:
+        return ConfigError(f"the {self.kind} {name!r} of {package} does not load: {one_line(error)}")
 
     def _modules(self) -> set[str]:
         """The names of the parts in the package's own folder."""

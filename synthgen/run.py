@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthgen.entries import FAILED, SETTINGS, as_yaml, changes, checked_entry, made_in, read_entry
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact
+from synthgen.entries import FAILED, SETTINGS, as_yaml, checked_entry, digest, made_in, read_entry, told_apart, versions
+from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, StorageError
 from synthgen.records import Report
-from synthgen.redact import redact, redacted
+from synthgen.redact import redact
 from synthgen.stores import listing, located, read_many
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
 from synthgen.stores.whole import check_whole
@@ -28,25 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "digest", "versions"]
 
-_PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 _MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
-
-
-def digest(value: Any) -> str:
-    """The sha256 of plain data, in hexadecimal."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that results may depend on. Recorded, never hashed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Run:
         """
         run = cls(located(path), seed or 0)
         file = run.path / "run.yaml"
-        if not file.exists() and create_bytes(file, as_yaml({"seed": run.seed})):
+        if not _exists(file) and create_bytes(file, as_yaml({"seed": run.seed})):
             return run
         before = cls.open(path)
         if seed is None or seed == before.seed:
@@ -90,7 +68,7 @@ class Run:
     def created(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
         """:meth:`create`, taken back if the block fails and nothing came into a run that was not there before."""
         folder = located(path)
-        there = folder.exists()
+        there = _exists(folder)
         run = cls.create(path, seed=seed)
         try:
             yield run
@@ -110,11 +88,17 @@ class Run:
             ConfigError: its ``run.yaml`` cannot be read.
         """
         path = located(path)
-        if not (path / "run.yaml").is_file():
+        if not cls(path).is_there:
             raise MissingArtifact(
-                f"there is no run at {path}; make one with: synthgen generate --prompts FILE --run {path}"
+                f"there is no run at {path}; make one with: "
+                f"synthgen generate --prompts FILE --run {shlex.quote(str(path))}"
             )
         return cls(path, cls(path)._run_yaml()["seed"])
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been begun."""
+        return _exists(self.path / "run.yaml")
 
     # -- settings and fingerprint of each artifact
 
@@ -158,7 +142,8 @@ class Run:
     def lacks(self, name: str) -> MissingArtifact:
         """The error that an artifact has not been made, with the stage to run first."""
         stage = _MADE_BY.get(name.partition("/")[0], name)
-        first = f"synthgen {stage} {'--prompts FILE ' if stage == 'generate' else ''}--run {self.path}"
+        given = "--prompts FILE " if stage == "generate" else ""
+        first = f"synthgen {stage} {given}--run {shlex.quote(str(self.path))}"
         return MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
 
     def begun(self, name: str) -> dict[str, Any] | None:
@@ -184,7 +169,8 @@ class Run:
             StaleArtifact: its folder was made with other settings or from other inputs; names them.
         """
         settings = stage.fingerprinted()
-        inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads} | redacted(stage.inputs(self))
+        inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads}
+        inputs |= {redact(name): value for name, value in stage.inputs(self).items()}
         fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
         for name in stage.artifacts():
             before = self._entry(name)
@@ -265,17 +251,11 @@ class Run:
     def _refuse(self, name: str, before: dict[str, Any], stage: Stage, inputs: dict[str, str]) -> None:
         counted = {item.name for item in fields(stage) if not item.metadata.get("free")}
         old = {key: value for key, value in before["settings"].items() if key in counted}
-        told = [*changes(old, stage.fingerprinted())]
-        told += [
-            f"its input {key!r} has changed"
-            for key in {**before["inputs"], **inputs}
-            if before["inputs"].get(key) != inputs.get(key)
-        ]
+        told = told_apart({**before, "settings": old}, {"settings": stage.fingerprinted(), "inputs": inputs})
         folder = self.path / name
         elsewhere = "another --label" if name.startswith("pretrain/") else "another --run folder"
         raise StaleArtifact(
-            f"{folder} was made differently: {'; '.join(told) or 'by another stage'}; "
-            f"use the same settings, choose {elsewhere}, or delete {folder} to make it anew"
+            f"{folder} was made differently: {told}choose {elsewhere}, or delete {folder} to make it anew"
         )
 
     # -- units
@@ -397,3 +377,17 @@ class Run:
             except (OSError, ValueError, LookupError, TypeError):
                 found[int(unit)] = f"{path} cannot be read"
         return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is at a place.
+
+    Raises:
+        StorageError: nobody can tell, because it may not be looked at or cannot have this name.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be looked at ({error.strerror or error}); choose another --run folder"
+        ) from None

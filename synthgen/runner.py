@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass, field
 
@@ -114,7 +115,7 @@ def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
         many = f"{len(failed)} of {len(plan)} units" if len(plan) > 1 else "its one unit"
         raise UnitsFailed(
             f"{stage.name}: {many} failed; unit {first.unit:06d}: {first.error}; "
-            f"run the same command again to retry only those, or see: synthgen status {run.path}"
+            f"run the same command again to retry only those, or see: synthgen status {shlex.quote(str(run.path))}"
         )
     stage.finish(run)
     for name in stage.artifacts():  # what is half written is of processes that were killed, or that come too late

@@ -67,13 +67,13 @@ def listing(path: str = "", *, as_json: bool = False) -> str:
 
 def settings_schema(target: Callable[..., Any], *, given: Sequence[str] = (), stage: str = "") -> dict[str, Any]:
     """The JSON schema of the arguments of ``target``, without those that the caller gives itself."""
-    schema = settings_model(target, given=frozenset(given)).model_json_schema()
+    model = settings_model(target, given=frozenset(given))
+    schema = model.model_json_schema()
     schema["description"] = _readable(inspect.getdoc(target) or "")
-    parameters, told = inspect.signature(target).parameters, remarks(target)
+    told = remarks(target)
     for name, found in schema["properties"].items():
-        default = parameters[name].default
-        if isinstance(default, Choice):
-            found["default"] = default.dump()
+        if not model.model_fields[name].is_required():
+            found["default"] = dump(model.model_fields[name].get_default(call_default_factory=True))
         if names := _names(f"{stage}.{name}"):
             word, mapping = found.get("items", found)["anyOf"]
             word["enum"] = mapping["properties"]["name"]["enum"] = names
@@ -174,7 +174,7 @@ def _tell_settings(path: str, target: Callable[..., Any], given: Sequence[str] =
         note = told.get(name, "")
         if names := _names(f"{path}.{name}"):
             note = "; ".join([*filter(None, [note]), ", ".join(names)])
-        default = "required" if field.is_required() else _value(field.default)
+        default = "required" if field.is_required() else _value(field.get_default(call_default_factory=True))
         rows.append((name, _kind(hints.get(name, Any)), default, note))
     if rows:
         yield from _table(("setting" if "=" not in path else "option", "kind", "default", "what it is"), rows)
@@ -208,8 +208,10 @@ def _kind(hint: Any) -> str:
         return ", ".join(str(value) for value in inside)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if one is types.NoneType else _kind(one) for one in inside)
-    if origin is tuple:
+    if origin in (list, tuple):
         return f"list of {_kind(inside[0])}"
+    if origin is dict:
+        return f"mapping of {_kind(inside[0])} to {_kind(inside[1])}"
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}.get(hint, str(hint))
 
 

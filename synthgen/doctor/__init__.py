@@ -13,7 +13,7 @@ from synthgen.doctor.libraries import Extra, extras, has_libraries
 from synthgen.doctor.machine import Device, Disk, Memory, Plan
 from synthgen.doctor.models import Hosted, Shipped, hosted_model, shipped_model
 from synthgen.doctor.recording import Attention, attention_on
-from synthgen.run import versions
+from synthgen.entries import versions
 
 __all__ = [
     "Attention",

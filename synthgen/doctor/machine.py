@@ -7,10 +7,15 @@ import platform
 import re
 import shutil
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthgen.errors import one_line
+from synthgen.errors import SynthgenError, one_line
+from synthgen.redact import redact
+from synthgen.stores import located
+from synthgen.stores.remote import RemotePath
+from synthgen.stores.tar import create_bytes
 
 __all__ = ["Device", "Disk", "Memory", "Plan", "devices", "disk", "memory", "plan"]
 
@@ -45,7 +50,7 @@ class Disk:
     """Where runs would be written."""
 
     path: str
-    free: int  # bytes
+    free: int | None  # bytes; None: not on a disk of this machine
     writable: bool
 
 
@@ -99,9 +104,14 @@ def plan() -> Plan:
 
 def disk(run: Path, problems: list[str]) -> Disk:
     """Where runs would be written; what is written to try it is gone again."""
-    folder = run.absolute()
-    free, writable = 0, False
+    free: int | None = None
+    writable = False
     try:
+        place = located(run)
+        if isinstance(place, RemotePath):
+            _try_store(place)
+            return Disk(str(place), None, writable=True)
+        folder, free = place.absolute(), 0
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
@@ -110,7 +120,20 @@ def disk(run: Path, problems: list[str]) -> Disk:
         writable = True
     except OSError as error:
         problems.append(f"{run} cannot be written to ({error.strerror or error}); choose another --run folder")
-    return Disk(str(run), free, writable)
+    except SynthgenError as error:  # of a store: it says what to do
+        problems.append(str(error))
+    return Disk(redact(str(run)), free, writable)
+
+
+def _try_store(folder: RemotePath) -> None:
+    """Put an object into a store, and take it away again.
+
+    Raises:
+        SynthgenError: the store does not take it.
+    """
+    path = folder / f".synthgen-doctor-{uuid.uuid4().hex}"
+    create_bytes(path, bytes(4096))
+    path.unlink(missing_ok=True)
 
 
 def memory() -> Memory:

@@ -77,7 +77,8 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
 def _places(found: Examination) -> Iterator[str]:
     """One line each: disk, memory, models."""
     disk, memory, shipped = found.disk, found.memory, found.shipped
-    yield from wrap(f"disk: {disk.path}: {size(disk.free)} free, can{'' if disk.writable else 'not'} be written to")
+    kind, free = ("store", "") if disk.free is None else ("disk", f" {size(disk.free)} free,")
+    yield from wrap(f"{kind}: {disk.path}:{free} can{'' if disk.writable else 'not'} be written to")
     if memory.total is not None:
         yield f"memory: {size(memory.total)}" + (
             f", {size(memory.available)} available" if memory.available is not None else ""

@@ -91,7 +91,7 @@ def _masked_units(run: Run) -> list[int]:
     if missing:
         raise MissingArtifact(
             f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
-            f"run: synthgen masks --run {run.path}"
+            f"run: {run.remedy('masks')}"
         )
     return units
 

@@ -23,7 +23,7 @@ from synthgen.pipeline import Pipeline
 from synthgen.plan.count import Counts, count, first_of
 from synthgen.plan.meter import Took
 from synthgen.plan.sample import MEASURED, ROUNDS, SECONDS, Sample, sampled
-from synthgen.plan.source import Pictures, survey_pictures
+from synthgen.plan.source import Pictures, survey_copy, survey_pictures
 from synthgen.prompts import Survey, survey_prompts
 from synthgen.run import Run
 from synthgen.runner import EngineLike, check_engine
@@ -136,7 +136,7 @@ def plan(
     engines = [check_engine(stage, engine or pipeline.engine) for stage in pipeline.stages]
     most = images or ROUNDS * first.batch_size * getattr(first, "window", 1)
     describe(f"counting {', '.join(first.told())}")
-    survey = _survey(first, most)
+    survey = _survey(first, most, Run(located(pipeline.run), pipeline.seed))
     notes: list[str] = []
     lines = [stage.complete() for stage in pipeline.stages]
     describe(f"counting what there is to do in {pipeline.run}")
@@ -171,9 +171,12 @@ def plan(
     )
 
 
-def _survey(stage: Generate | Attend, most: int) -> Survey | Pictures:
+def _survey(stage: Generate | Attend, most: int, run: Run) -> Survey | Pictures:
     if isinstance(stage, Attend):
         return survey_pictures(stage.images, stage.metadata, limit=stage.limit, most=max(_FEW, most))
+    own = stage.own_prompts(run)
+    if own is not None:
+        return survey_copy(own)
     return survey_prompts(stage.prompts, stage.template or None)
 
 

@@ -285,6 +285,8 @@ class _Line:
         if isinstance(self.survey, Pictures):
             return prompts_of(self.survey, self.first.caption if isinstance(self.first, Attend) else ""), False
         if self.survey.count <= COMPARED and isinstance(self.first, Generate):
+            if (own := self.first.own_prompts(self.run)) is not None:
+                return [own[number] for number in range(len(own))], True
             return list(iter_prompts(self.first.prompts, self.first.template or None)), True
         few = self.survey.prompts
         return expand(few, self.survey.templates[:1]) if self.survey.templates else few, False

@@ -98,7 +98,8 @@ class Sample:
         assert isinstance(self.survey, Survey)
         few = _spread(self.survey.templates, min(_TEMPLATES, images))
         lines = _spread(self.survey.lines, -(-images // max(1, len(few))))
-        prompts, template = self.folder / f"prompts{Path(stage.prompts).suffix}", self.folder / "templates.txt"
+        ending = Path(stage.prompts).suffix if stage.prompts else ".jsonl"  # of the run's own copy
+        prompts, template = self.folder / f"prompts{ending}", self.folder / "templates.txt"
         prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
         template.write_text("\n".join(few) + "\n", encoding="utf-8")
         drawn = replace(stage, prompts=str(prompts), template=str(template) if few else "", images_per_prompt=images)

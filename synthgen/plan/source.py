@@ -1,6 +1,7 @@
-"""Images that exist already, as a plan looks at them: how many there are, and a few of them from all over.
+"""What a plan looks at in place of a prompt file: images that exist already, or a run's own copy of its prompts.
 
-They are counted as ``attend`` would read them, tar by tar or file by file, and never held all at once.
+It is told how many there are, and a few of them from all over. Images are counted as ``attend`` would read them, tar by
+tar or file by file, and never held all at once.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import TypeVar
 
 from synthgen.captions import TABLES, Caption, iter_listing, read_beside
 from synthgen.errors import ConfigError, MissingArtifact, PromptError
+from synthgen.prompt_copy import PromptCopy
+from synthgen.prompts import Survey, find_words
+from synthgen.records import Prompt
 from synthgen.stores import located, open_here
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import Member, TarWriter, read_member
 from synthgen.stores.walk import iter_samples
 from synthgen.untrusted import read_file
 
-__all__ = ["Pictures", "survey_pictures"]
+__all__ = ["Pictures", "survey_copy", "survey_pictures"]
 
 T = TypeVar("T")
 
@@ -107,6 +111,32 @@ def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: in
         return Pictures(count, tuple(few))
     count, loose = _listed(folder, located(metadata), most) if metadata else _beside(folder, most)
     return Pictures(min(count, limit) if limit else count, tuple(loose))
+
+
+def survey_copy(copy: PromptCopy, *, most: int = 64) -> Survey:
+    """What a run's own copy of its prompts holds: ``most`` of them, evenly apart, and their lines as of a ``.jsonl``.
+
+    Raises:
+        CorruptShard: one that was looked at cannot be read.
+    """
+    count = min(most, len(copy))
+    prompts = tuple(copy[index * len(copy) // count] for index in range(count))
+    return Survey(len(copy), tuple(map(_line_of, prompts)), prompts, ())
+
+
+def _line_of(prompt: Prompt) -> str:
+    """The line of a ``.jsonl`` file that says this prompt."""
+    told = {} if prompt.label is None else {"label": prompt.label}
+    try:
+        plain = tuple(find_words(prompt.text, prompt.words)) == prompt.spans
+    except ValueError:  # brackets may mark a part of a word
+        plain = False
+    if plain:
+        return json.dumps({"prompt": prompt.text, "words": list(prompt.words), **told}, ensure_ascii=False)
+    text = prompt.text
+    for first, last in sorted(prompt.spans, reverse=True):
+        text = f"{text[:first]}[{text[first:last]}]{text[last:]}"
+    return json.dumps({"prompt": text, **told}, ensure_ascii=False)
 
 
 def _has_no_tars(folder: Path) -> bool:

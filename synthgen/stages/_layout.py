@@ -80,7 +80,7 @@ def lay_out(
                 chunk = array("Q", sorted(chunk, key=lambda sample: _draw(run, "order", f"{sample:010}")))
             shards.append(Shard(split, number, chunk))
     if not shards:
-        raise MissingArtifact(f"{run.path} has no image to pack; run: synthgen generate --run {run.path}")
+        raise MissingArtifact(f"{run.path} has no image to pack; run: {run.remedy('images')}")
     return tuple(shards)
 
 

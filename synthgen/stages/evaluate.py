@@ -205,7 +205,7 @@ class Evaluate(Stage):
             return None
         if folder is None:
             raise MissingArtifact(
-                f"{run.path} has no finished encoder; first run: synthgen pretrain --run {run.path}, or give --encoder"
+                f"{run.path} has no finished encoder; first run: {run.remedy('pretrain')}, or give --encoder"
             )
         return folder
 

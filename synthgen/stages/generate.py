@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,7 @@ class Generate(Stage):
         """The content of the prompt file after templates, or of the run's own copy.
 
         Raises:
-            MissingArtifact: the run has none yet.
+            MissingArtifact, PromptError: there is no such file, or it cannot be read; the run has no copy yet.
         """
         return {"prompts": self._content().sha256 if self.prompts else _begun(run)["inputs"]["prompts"]}
 
@@ -79,6 +80,14 @@ class Generate(Stage):
         """The settings; a run that goes on with its own prompts keeps the names of the files that those came from."""
         before = {} if self.prompts else _begun(run)["settings"]
         return self.settings() | {name: before[name] for name in ("prompts", "template") if name in before}
+
+    def own_prompts(self, run: Run) -> PromptCopy | None:
+        """The run's own copy of its prompts, where the stage goes on with that; None where it has a file.
+
+        Raises:
+            MissingArtifact, StaleArtifact: the run has none yet, or not the one that it was begun with.
+        """
+        return None if self.prompts else open_copy(run.path, _begun(run)["inputs"]["prompts"])
 
     def prepare(self, run: Run) -> None:
         """Put the run's own copy of its prompts down, which is what workers read; or see that it is whole.
@@ -136,8 +145,7 @@ class Generate(Stage):
 
     def _content(self) -> Content:
         """What the prompt file holds, templates applied."""
-        paths = [Path(name) for name in self._files()]
-        return _content(tuple((str(path), path.stat().st_mtime_ns if path.exists() else 0) for path in paths))
+        return _content(tuple((str(Path(name)), _date(Path(name))) for name in self._files()))
 
     def _total(self, run: Run) -> int:
         """Images in all; of a run that is worked on, by its own copy of the prompts."""
@@ -158,10 +166,11 @@ def _begun(run: Run) -> dict[str, Any]:
     Raises:
         MissingArtifact: nothing is, or they are not made from prompts.
     """
-    entry = run.begun("images")
+    entry = run.begun("images") if run.is_there else None
     if entry is None or "prompts" not in entry["inputs"]:
         raise MissingArtifact(
-            f"{run.path} has no prompts yet; give some with: synthgen generate --prompts FILE --run {run.path}"
+            f"{run.path} has no prompts yet; give some with: "
+            f"synthgen generate --prompts FILE --run {shlex.quote(str(run.path))}"
         )
     return entry
 
@@ -169,6 +178,14 @@ def _begun(run: Run) -> dict[str, Any]:
 def _copy_of(run: Run) -> PromptCopy:
     """The run's copy of the prompts that its images show."""
     return open_copy(run.path, run.artifact("images")["inputs"].get("prompts", ""))
+
+
+def _date(path: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where that cannot be asked, which its reader says in a line."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @lru_cache(maxsize=2)

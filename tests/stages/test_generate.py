@@ -170,6 +170,14 @@ def test_a_run_in_a_store_goes_on_with_its_own_prompts(settings, tmp_path):
     assert sums(run, "images", "maps") == before
 
 
+def test_a_stage_that_is_given_no_prompts_goes_on_with_those_of_the_run(kept, settings, tmp_path):
+    stage = Generate(**settings | {"prompts": ""})
+    assert list(stage.own_prompts(kept)) == read_prompts(settings["prompts"])
+    assert Generate(**settings).own_prompts(kept) is None
+    with pytest.raises(MissingArtifact, match="has no prompts yet"):
+        stage.own_prompts(Run(tmp_path / "absent"))
+
+
 def test_a_run_without_prompts_says_how_to_give_some(tmp_path):
     with pytest.raises(MissingArtifact, match=r"has no prompts yet; give some with: synthgen generate --prompts FILE"):
         api.generate(Run.create(tmp_path / "r"), prompts="")

@@ -1,9 +1,13 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from synthgen.config import Choice, build, dump, load_yaml
-from synthgen.errors import ConfigError, MissingDependency, UnknownName
+from synthgen.config import Choice, at_home, build, dump, load_yaml, run_folder
+from synthgen.errors import ConfigError, MissingDependency, PipelineError, UnknownName
+from synthgen.pipeline import read_pipeline
 from synthgen.registry import Registry
 from synthgen.stages import STAGES
 
@@ -74,3 +78,105 @@ def test_options_alone_are_those_of_the_default_part():
 
 def test_exponents_are_numbers():
     assert load_yaml("[1e-3, -2.5E+4, .5e1, 1.5, 3, 1e, x1e3]") == [1e-3, -2.5e4, 5.0, 1.5, 3, "1e", "x1e3"]
+
+
+@dataclass(frozen=True)
+class Listy:
+    layers: list[int] | None = None
+    names: tuple[str, ...] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    either: tuple[str, ...] | str = "a"
+    whatever: Any = None
+    part: Choice = field(default_factory=lambda: Choice("threshold"))
+
+
+@pytest.mark.parametrize(
+    ("given", "become"),
+    [
+        ({"layers": [1, 2]}, {"layers": [1, 2]}),
+        ({"layers": (1, 2)}, {"layers": [1, 2]}),
+        ({"layers": None}, {}),
+        ({"names": ["a"]}, {"names": ("a",)}),
+        ({"sizes": [[1, 2], [3, 4]]}, {"sizes": ((1, 2), (3, 4))}),
+        ({"ranges": {"a": [1, 2]}}, {"ranges": {"a": (1, 2)}}),
+        ({"either": ["b"]}, {"either": ("b",)}),
+        ({"whatever": [1]}, {"whatever": [1]}),
+        ({"part": {"level": 0.4}}, {"part": Choice("threshold", {"level": 0.4})}),
+        ({}, {}),
+    ],
+)
+def test_a_list_is_a_tuple_only_where_a_tuple_is_asked_for(given, become):
+    assert build(Listy, given, where="part") == Listy(**become)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layers": [1, "b"]}, "part.layers.1: Input should be a valid integer"),
+        ({"layers": 3}, "part.layers: Input should be a valid list"),
+        ({"sizes": [[1, 2, 3]]}, "part.sizes.0"),
+        ({"sizes": [[1]]}, "part.sizes.0.1"),
+        ({"either": 3}, "part.either"),
+    ],
+)
+def test_a_list_of_other_things_is_refused(given, says):
+    with pytest.raises(ConfigError) as caught:
+        build(Listy, given, where="part")
+    assert says in str(caught.value)
+
+
+def test_every_part_has_its_own_default_from_a_factory():
+    one, other = build(Listy, {}, where="part"), build(Listy, {}, where="part")
+    assert one.ranges == {}
+    assert one.ranges is not other.ranges
+
+
+def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert run_folder("~/runs/x") == Path("/home/me/runs/x")
+    assert run_folder("./~/x") == Path("~/x")
+    assert run_folder("s3://bucket/run") == Path("s3:/bucket/run")
+    assert run_folder(Path("runs/price-5$")) == Path("runs/price-5$")
+    with pytest.raises(ConfigError, match="has no name; give one"):
+        run_folder("")
+    for name in ("$HOME/x", "${HOME}/x", "~nobody-at-all/x"):
+        with pytest.raises(ConfigError, match="begins with what a shell would put in"):
+            run_folder(name)
+
+
+def test_only_what_is_a_place_at_home_becomes_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"a": "~/p.txt", "b": ["~/x.tar", "~ two cats"], "c": {"d": "~"}, "e": 1, "f": "x/~/y", "g": "~5/6 full"}
+    assert at_home(given) == given | {"a": "/home/me/p.txt", "b": ["/home/me/x.tar", "~ two cats"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stages:\n  masks: {}\n  pretrain: {label: a}\n  pretrain: {label: b}\n",
+         "'pretrain' stands twice, in lines 3 and 4; give it a list"),
+        ("run: a\nseed: 1\nrun: b\n", "'run' stands twice, in lines 1 and 3; keep one"),
+        ("stages: {masks: {refine: {name: x, name: y}}}", "'name' stands twice, in lines 1 and 1; keep one"),
+        ("stages:\n  pretrain:\n  - {label: a,\n     label: b}\n", "'label' stands twice, in lines 3 and 4; keep one"),
+        ("a: 1\n'a': 2", "'a' stands twice"), ("1: a\n0x1: b", "'0x1' stands twice"),
+        ("yes: a\ntrue: b", "'true' stands twice"), ("=: a\n'=': b", "'=' stands twice"),
+        ("a: &x {b: 1, b: 2}\nc: *x", "'b' stands twice"), (f"{'k' * 900}: 1\n{'k' * 900}: 2", r"k{200}\.\.\.' stands"),
+    ],
+)  # fmt: skip
+def test_no_key_of_yaml_is_lost(text, says):
+    with pytest.raises(yaml.YAMLError, match=says):
+        load_yaml(text)
+
+
+def test_what_is_merged_may_be_said_again():
+    merged = load_yaml("a: &a {x: 1}\nb: &b {y: 1}\nc: {<<: *a, <<: *b, x: 2}\nd: {1: 0, '1': 0, 1.5: 0}")
+    assert merged["c"] == {"x": 2, "y": 1}
+    assert merged["d"] == {1: 0, "1": 0, 1.5: 0}
+
+
+def test_a_pipeline_with_two_stages_of_a_name_says_how_to_write_it(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("stages:\n  masks: {}\n  masks: {}\n")
+    with pytest.raises(PipelineError, match=r"p\.yaml.*'masks' stands twice, in lines 2 and 3; give it a list"):
+        read_pipeline(path)

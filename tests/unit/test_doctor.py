@@ -4,16 +4,20 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from synthgen import cli, doctor
 from synthgen.attention import kernel
 from synthgen.attention.kernel import attention_with_normaliser
-from synthgen.doctor import examine, libraries, recording
+from synthgen.doctor import examine, libraries, machine, recording
 from synthgen.doctor.text import render
 from synthgen.engines.local import Local, devices_for
+from synthgen.errors import StorageError
 from synthgen.stages.generate import Generate
+from synthgen.stores import located
+from synthgen.stores.remote import RemotePath
 from synthgen.text import columns
 
 
@@ -132,6 +136,42 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
         assert not json.loads(told)["disk"]["writable"]
     else:
         assert told.endswith("1 problem must be put right\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_is_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, told, _ = typed(monkeypatch, capsys, "--run", f"memory://{tmp_path.name}/run")
+    assert code == 0
+    assert f"store: memory://{tmp_path.name}/run: can be written to" in told
+    disk = json.loads(typed(monkeypatch, capsys, "--run", f"memory://{tmp_path.name}/run", "--json")[1])["disk"]
+    assert disk == {"path": f"memory://{tmp_path.name}/run", "free": None, "writable": True}
+    assert not list(located(f"memory://{tmp_path.name}").rglob("*"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ("nowhere://bucket/run", "there is no kind of store called nowhere://"),
+        ("memory://me:hunter2@bucket/run", "a password stands in memory://***@bucket"),
+    ],
+)
+def test_a_store_that_cannot_be_is_a_problem(monkeypatch, capsys, run, says):
+    code, told, complaints = typed(monkeypatch, capsys, "--run", run)
+    assert (code, says in complaints, "hunter2" in told + complaints) == (2, True, False)
+    assert "cannot be written to" in told
+
+
+def test_a_store_that_refuses_is_a_problem(monkeypatch):
+    def refuse(self, data):
+        raise StorageError(f"{self}: it says no")
+
+    monkeypatch.setattr(RemotePath, "create", refuse)
+    problems = []
+    assert not machine.disk(Path("memory:/bucket/run"), problems).writable
+    assert "it says no" in problems[0]
 
 
 @pytest.mark.usefixtures("quick")

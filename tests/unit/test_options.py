@@ -94,6 +94,43 @@ def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
     assert err == "synthgen: --only masks and --from generate ask for different stages; give one of them\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["masks", "--run", ""], "the run folder has no name; give one"),
+        (["status", ""], "the run folder has no name; give one"),
+        (["doctor", "--run", ""], "the run folder has no name; give one"),
+        ([*PLAN, "--run", ""], "the run folder has no name; give one"),
+        (["masks", "--run", "$HOME/r"], "'$HOME/r' begins with what a shell would put in"),
+        (["masks", "--run=~/r"], "there is no run at {at}/r; "),
+        (["status", "run s"], "make one with: synthgen generate --prompts FILE --run 'run s'\n"),
+        (["masks", "--run", "n" * 300], "cannot be looked at (File name too long); choose another --run folder"),
+        (["generate", "--prompts", "n" * 300], "cannot be read: File name too long; give a file with --prompts FILE"),
+        (["run", "n" * 300], "cannot be read: File name too long; give a pipeline file"),
+        (["generate", "--prompts", "p.txt", "--template", "n" * 300], "cannot be read: File name too long"),
+    ],
+)
+def test_what_is_no_place_is_one_line(monkeypatch, capsys, begun, arguments, says):
+    monkeypatch.setenv("HOME", str(begun.path.parent))
+    assert says.format(at=begun.path.parent) in told_by(monkeypatch, capsys, *arguments)[1]
+    assert {path.name for path in begun.path.parent.iterdir()} <= {"p.txt", "run", "runs"}
+
+
+def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(monkeypatch, capsys, begun):
+    """Permissions count for nothing where tests run as root."""
+    refused = [PermissionError(13, "Permission denied", f"{begun.path}/x")]
+
+    def look(run):
+        raise refused[0]
+
+    monkeypatch.setattr(import_module("synthgen.status"), "status", look)
+    err = told_by(monkeypatch, capsys, "status", begun.path)[1]
+    assert err == f"synthgen: {begun.path}/x: Permission denied; put that right, or give another path\n"
+    for refused[0] in (FileNotFoundError(2, "No such file or directory", "x"), OSError("bug"), ValueError("bug")):
+        with pytest.raises(AssertionError, match="Traceback"):
+            told_by(monkeypatch, capsys, "status", begun.path)
+
+
 def test_a_plan_of_a_file_is_for_the_run_of_the_file(monkeypatch, capsys, begun):
     line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
     (begun.path.parent / "line.yaml").write_text(line)

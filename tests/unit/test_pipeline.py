@@ -43,6 +43,8 @@ def test_stages_and_overrides(tmp_path):
         ("run: x", PipelineError, "'stages' must name"),
         ("seed: a\nstages: {masks: {}}", PipelineError, "'seed' must be"),
         ("a: [", PipelineError, "not a YAML file"),
+        ("run: $HOME/x\nstages: {masks: {}}", ConfigError, "'$HOME/x' begins with what a shell would put in"),
+        ("run: ''\nstages: {masks: {}}", ConfigError, "the run folder has no name"),
         ("- a", PipelineError, "holds no settings"),
         ("stages:\n  masks: {}\n  generate: {prompts: p.txt}", PipelineError, "makes after it; put it first"),
     ],
@@ -111,6 +113,7 @@ def test_several_of_a_stage_that_cannot_be(tmp_path, text, says):
         "stages: {{generate: {{prompts: {at}/absent.txt}}, masks: {{}}}}",
         "stages: {{generate: {{prompts: {at}/good.txt, template: {at}/absent.txt}}}}",
         "stages: {{generate: {{prompts: {at}/bad.txt}}}}",
+        "stages: {{generate: {{prompts: ''}}}}",
         "stages: {{attend: {{images: {at}/absent}}}}",
         "stages: {{attend: {{images: {at}/photos, metadata: {at}/absent.jsonl}}}}",
         "stages: {{attend: {{images: {at}/photos}}}}",
@@ -139,6 +142,22 @@ def test_a_rehearsal_is_refused_as_the_run_would_be(tmp_path, line):
         list(pipeline.execute())
     assert (type(rehearsed.value), str(rehearsed.value)) == (type(refused.value), str(refused.value))
     assert "\n" not in str(rehearsed.value)
+
+
+def test_a_file_that_cannot_be_read_is_not_told_to_be_no_yaml(tmp_path):
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / ("n" * 300), "File name too long")):
+        with pytest.raises(PipelineError, match=f"cannot be read: {why}; give a pipeline file"):
+            read_pipeline(path)
+
+
+def test_a_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a [dog]\n")
+    pipeline = read_pipeline(write(tmp_path, "run: ~/r\nstages: {generate: {prompts: ~/p.txt}}"), [("seed", 1)])
+    assert pipeline.run == tmp_path / "r"
+    assert pipeline.stages[0].prompts == str(tmp_path / "p.txt")
+    assert len(pipeline.rehearsed()) == 2
+    assert read_pipeline(pipeline.path, [("run", "~/other")]).run == tmp_path / "other"
 
 
 @pytest.mark.parametrize(("run", "data"), [("r", "{at}/r/shards"), ("{at}/r", "r/shards"), ("x/../r", "r/shards")])

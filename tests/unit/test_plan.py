@@ -18,9 +18,11 @@ from synthgen.plan import StagePlan, _estimated, plan
 from synthgen.plan.count import Counts
 from synthgen.plan.files import TarFiles
 from synthgen.plan.meter import Took
-from synthgen.plan.sample import rounds_of
+from synthgen.plan.sample import Sample, rounds_of
+from synthgen.plan.source import survey_copy
 from synthgen.plan.text import render
-from synthgen.prompts import read_prompts, survey_prompts
+from synthgen.prompt_copy import content_of, keep_copy, open_copy
+from synthgen.prompts import iter_prompts, read_prompts, survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
 from synthgen.stages._layout import split_of
@@ -72,6 +74,39 @@ def test_characters_that_two_chunks_share_are_read_whole(tmp_path):
     path.write_bytes(("\ufeff" + text * 6).encode() + b"\xff")
     with pytest.raises(PromptError, match=rf"not UTF-8 \(byte {3 + 6 * len(text.encode())}, 0xff\)"):
         survey_prompts(path)
+
+
+def test_the_copy_of_a_run_is_surveyed_as_its_file_was(tmp_path):
+    lines = [
+        {"prompt": "a [dog] on a wo[lf]", "label": "dog"},
+        {"prompt": "two [dogs] [dogs] 犬"},
+        {"prompt": "x[1] dog", "words": ["dog"]},
+        {"prompt": "nothing", "words": []},
+    ]
+    path = write(tmp_path / "p.jsonl", "\n".join(json.dumps(line) for line in lines))
+    keep_copy(tmp_path, iter_prompts(path), content_of(iter_prompts(path)))
+    copy = open_copy(tmp_path, content_of(iter_prompts(path)).sha256)
+    found = survey_copy(copy)
+    assert found.prompts == survey_prompts(path).prompts
+    again = write(tmp_path / "again.jsonl", "\n".join(found.lines))
+    assert tuple(read_prompts(again)) == found.prompts
+    assert (found.count, survey_copy(copy, most=2).prompts) == (4, found.prompts[::2])
+
+
+def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
+    stages = {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}, "shards": {}, "pretrain": {}}
+    line = pipeline(tmp_path, {**stages, "evaluate": {}})
+    own = (("stages.generate.prompts", ""),)
+    with pytest.raises(MissingArtifact, match="has no prompts yet; give some with: synthgen generate --prompts FILE"):
+        plan_pipeline(line, overrides=own, measure=False)
+    stage, run = read_pipeline(line).stages[0].complete(), Run.create(tmp_path / "run")
+    run.note(stage)
+    stage.prepare(run)
+    found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ((), own))
+    assert again == found
+    stage = replace(stage, prompts="")
+    sample = Sample(tmp_path, survey_copy(stage.own_prompts(run)), seed=0, most=4, seconds=1)
+    assert read_prompts(sample.first(stage, 4, 4, 4).prompts) == read_prompts(tmp_path / "p.txt")
 
 
 def test_counting_takes_no_memory_for_the_lines(tmp_path):

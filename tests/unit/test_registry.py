@@ -91,7 +91,36 @@ def test_a_name_that_two_packages_have_is_refused(install):
     ("point", "module", "error", "says"),
     [
         ("half = left_half:RightHalf", MODULE, ConfigError, "the refiner 'half' of halves does not load:"),
-        ("half = left_half:LeftHalf", "import no_such_library", MissingDependency, "pip install no_such_library"),
+        (
+            "half = left_half:LeftHalf",
+            "import no_such_library.inside",
+            MissingDependency,
+            "the refiner 'half' needs the library 'no_such_library'; install the package that provides it$",
+        ),
+        (
+            "half = left_half.masks:LeftHalf",
+            MODULE,
+            ConfigError,
+            "'half' of halves does not load: No module named 'left_",
+        ),
+        (
+            "half = left_half:LeftHalf",
+            "import left_half.more",
+            ConfigError,
+            "'half' of halves does not load: No module",
+        ),
+        (
+            "half = left_half:LeftHalf",
+            "import numpy.nothing",
+            ConfigError,
+            "does not load: No module named 'numpy.noth",
+        ),
+        (
+            "half = left_half:LeftHalf",
+            "import synthgen.nothing",
+            ConfigError,
+            "does not load: No module named 'synthge",
+        ),
     ],
 )
 def test_a_part_that_does_not_load_says_whose_it_is(install, point, module, error, says):

@@ -1,9 +1,12 @@
 import os
+import shlex
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -12,7 +15,9 @@ from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.entries import changes, laid_over
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
+from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, StorageError, UnitsFailed
+from synthgen.records import Report
+from synthgen.redact import redacted
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import make_stage
@@ -35,6 +40,45 @@ def test_a_run_keeps_its_seed(tmp_path):
 def test_a_missing_run_says_how_to_make_one(tmp_path):
     with pytest.raises(MissingArtifact, match="make one with: synthgen generate"):
         Run.open(tmp_path / "absent")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An engine whose units all fail."""
+
+    collective: ClassVar = True
+
+    def map(self, stage, run, units, listener):
+        return (Report(unit, error="no") for unit in units)
+
+
+def test_a_command_that_is_advised_can_be_typed(tmp_path):
+    path = tmp_path / "it's a run"
+    with pytest.raises(MissingArtifact) as missing:
+        Run.open(path)
+    with pytest.raises(MissingArtifact) as lacking:
+        run_stage(TrueMasks(), Run.create(path), Local(workers=1))
+    with pytest.raises(UnitsFailed) as failed:
+        run_stage(Drawn(), Run.open(path), Refused())
+    for error in (missing, lacking, failed):
+        assert shlex.split(f"synthgen {str(error.value).rpartition('synthgen ')[2]}")[-1] == str(path)
+
+
+def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, monkeypatch):
+    long = tmp_path / ("n" * 300)
+    for begin in (Run.open, Run.create, lambda path: Run.created(path).__enter__()):
+        with pytest.raises(StorageError, match=r"\(File name too long\); choose another --run folder"):
+            begin(long)
+    exists = Path.exists
+
+    def refuses(path, **options):
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refuses)
+    with pytest.raises(StorageError, match=r"private/run\.yaml cannot be looked at \(Permission denied\)"):
+        Run.open(tmp_path / "private")
 
 
 @pytest.mark.parametrize("text", ["- a", "seed: x", "seed: 1\nartifacts: []", "a: [", b"\xff"])
@@ -311,6 +355,69 @@ def test_a_training_goes_on_with_the_settings_of_its_folder(tmp_path):
     other = settings_to_go_on(run, "pretrain", {"label": "mae", "method": "vlp"})  # to be refused, in that folder
     assert make_stage("pretrain", other).artifacts() == ("pretrain/mae",)
     assert run.remedy("pretrain/second") == f"synthgen pretrain --label second --run {run.path}"
+
+
+@dataclass(frozen=True)
+class Told(Drawn):
+    """Is given what is called as secrets are, and works from files that are called so."""
+
+    method: Choice = Choice("vlp", {"tokenizer": "tokA", "api_key": "x"})
+    stamps: ClassVar[dict[str, str]] = {"method.tokenizer": "hash", "tokens": "of data", "secret-santa.tar": "more"}
+
+    def inputs(self, run):
+        return self.stamps
+
+
+def test_a_tokenizer_is_no_secret_and_no_hash_is_one(tmp_path):
+    run = Run.create(tmp_path / "r")
+    before = run.check(Told())
+    assert before["settings"]["method"] == {"name": "vlp", "tokenizer": "tokA", "api_key": "***"}
+    assert before["inputs"] == Told.stamps
+    other = run.check(Told(method=Choice("vlp", {"tokenizer": "tokB", "api_key": "x"})))
+    assert other["fingerprint"] != before["fingerprint"]
+    assert run.check(Told(method=Choice("vlp", {"tokenizer": "tokA", "api_key": "y"}))) == before
+    names = {"tokenizer": "a", "Tokenizers": "b", "hf_token": "c", "tokenizer_token": "d", "Token": "e"}
+    assert redacted(names) == {"tokenizer": "a", "Tokenizers": "b"} | dict.fromkeys(list(names)[2:], "***")
+
+
+def test_what_an_older_version_hid_is_not_taken_for_the_same(tmp_path):
+    run = Run.create(tmp_path / "r")
+    entry = run.check(Told())
+    entry["settings"]["method"]["tokenizer"] = "***"
+    entry["inputs"] = dict.fromkeys(entry["inputs"], "***")
+    for name in ("images", "maps"):
+        run.tar(name, 0).parent.mkdir()
+        run.tar(name, 0).touch()
+        (run.folder(name) / "settings.yaml").write_text(yaml.safe_dump(entry | {"fingerprint": "of before"}))
+    with pytest.raises(StaleArtifact) as refused:
+        run.note(Told())
+    assert str(refused.value) == (
+        f"{run.path}/images was made differently: method.tokenizer is 'tokA' and was not written down (***); its input "
+        "'secret-santa.tar' was not written down (***); its input 'tokens' was not written down (***); "
+        f"choose another --run folder, or delete {run.path}/images to make it anew"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "says"),
+    [
+        (
+            {"tokenizer": "***"},
+            (),
+            "method.tokenizer was not written down (***); an older synthgen took it for a secret",
+        ),
+        ({"tokenizer": "tok", "api_key": "***"}, (), "(***); give it again: --set method.api_key=VALUE"),
+        ({}, ("s3://***@bucket/data",), "data was not written down (***); give it again: --set data=VALUE"),
+    ],
+)
+def test_what_was_not_written_down_is_not_gone_on_with(tmp_path, method, data, says):
+    run = Run.create(tmp_path / "r")
+    trained(run, "pretrain/vlp", method=Choice("vlp", method), data=data)
+    with pytest.raises(ConfigError) as refused:
+        settings_to_go_on(run, "pretrain", {"label": "vlp"})
+    assert says in str(refused.value)
+    given = {"label": "vlp", "method": {"tokenizer": "tok", "api_key": "x"}, "data": ["d.tar"]}
+    assert settings_to_go_on(run, "pretrain", given)["method"] == {"name": "vlp", "tokenizer": "tok", "api_key": "x"}
 
 
 def test_settings_with_which_nothing_was_made_are_not_gone_on_with(tmp_path):

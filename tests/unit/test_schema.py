@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 
 import pytest
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingDependency, UnknownName
 from synthgen.refiners import REFINERS
-from synthgen.schema import _PARTS, listing, remarks, settings_schema
+from synthgen.schema import _PARTS, _tell_settings, listing, remarks, settings_schema
 from synthgen.stages import STAGES, make_stage
 
 PARTS = [f"{setting}={name}" for setting, (family, _) in _PARTS.items() for name in family.names()]
@@ -66,6 +67,24 @@ def test_a_schema_has_defaults_kinds_and_descriptions():
     }  # fmt: skip
     assert "device" not in schema["properties"]
     assert settings_schema(Child)["description"] == "A part.\n\nMore of it."
+
+
+@dataclass(frozen=True)
+class Several:
+    """A part."""
+
+    weights: dict[str, float] = field(default_factory=lambda: {"dog": 2.0})  # by word
+    layers: list[int] = field(default_factory=list)  # that count
+
+
+def test_defaults_that_are_made_each_time_are_told_as_others():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = settings_schema(Several)["properties"]
+    assert (found["weights"]["default"], found["layers"]["default"]) == ({"dog": 2.0}, [])
+    told = "\n".join(_tell_settings("part", Several))
+    assert 'weights  mapping of text to number  {"dog": 2.0}  by word' in told
+    assert "layers   list of whole number       []            that count" in told
 
 
 @pytest.mark.parametrize("path", [*STAGES.names(), *PARTS])
