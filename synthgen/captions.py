@@ -68,7 +68,10 @@ def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, 
             yield where, *read
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; give one with --metadata FILE") from None
-    except (OSError, UnicodeDecodeError, csv.Error, RecursionError, ValueError) as error:
+    except csv.Error as error:
+        quotes = "; put quotes round a whole text and double those within it" if '"' in str(error) else ""
+        raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}{quotes}") from None
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 

@@ -65,6 +65,10 @@ class MissingWeights(SynthgenError):
     """A model's weights are not on this machine."""
 
 
+class TooLittleMemory(SynthgenError):
+    """A device cannot hold a model; fewer of them it might."""
+
+
 class StorageError(SynthgenError):
     """A file could not be written: the disk is full, or the folder may not be written to."""
 

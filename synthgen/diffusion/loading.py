@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from synthgen.diffusion.memory import ran_out
-from synthgen.errors import ConfigError, MissingDependency, MissingWeights, SynthgenError, UnknownName, one_line
+from synthgen.errors import ConfigError, MissingDependency, MissingWeights, TooLittleMemory, UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["DTYPES", "SHORT_NAMES", "DType", "Loading", "load_pipeline", "pipeline_class"]
@@ -82,7 +82,7 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
         UnknownName: the model is neither a folder nor a hub id, and no short name is that.
         ConfigError: the model is of another family, or its scheduler cannot be used.
         MissingDependency: LoRA weights need a library that is not installed.
-        SynthgenError: the device has too little memory for the model.
+        TooLittleMemory: the device cannot hold the model.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -141,7 +141,7 @@ def _placed(pipeline: Any, loading: Loading) -> Any:
     return pipeline.to(loading.device)
 
 
-def _too_large(model: str, loading: Loading) -> SynthgenError:
+def _too_large(model: str, loading: Loading) -> TooLittleMemory:
     """The error for a model that the device cannot hold, with the settings that would help."""
     helps = {
         "dtype float16 or bfloat16": loading.dtype == "float32",
@@ -149,7 +149,7 @@ def _too_large(model: str, loading: Loading) -> SynthgenError:
         "safety_checker: false": loading.safety_checker,
     }
     ways = ", ".join(way for way, helpful in helps.items() if helpful)
-    return SynthgenError(
+    return TooLittleMemory(
         f"{loading.device} has too little memory to load {model!r} in {loading.dtype}; see what else is on it, or take "
         f"a smaller model{'; or try ' + ways if ways else ''}"
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 from synthgen.engines import Listener
 from synthgen.engines._work import DeviceFailed, opened
-from synthgen.errors import SynthgenError, one_line
+from synthgen.errors import SynthgenError, TooLittleMemory, one_line
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
@@ -46,6 +46,7 @@ class _Hand:
     opened: bool = False
     dismissed: bool = False
     failed: DeviceFailed | None = None
+    refused: TooLittleMemory | None = None  # why it could not be opened
 
     def give(self, unit: int) -> None:
         self.unit = unit
@@ -131,6 +132,7 @@ class Crew:
         """Reports of the units ``left``, by a worker on each device, until none is left or every worker is left out."""
         hands: dict[Connection[Any, Any], _Hand] = {}
         strikes: Counter[int] = Counter()
+        fits = False  # whether any worker of the team could be opened
 
         def begin(index: int) -> None:
             hand = _begin(index, devices[index], self.stage, self.run, self.rank + index, self.size or len(devices))
@@ -147,6 +149,8 @@ class Crew:
                     except (EOFError, OSError):
                         del hands[hand.line]
                         hand.end()
+                        if hand.refused and not (fits or hands):
+                            raise (self.spent or hand.refused) from None
                         if not hand.dismissed and self._goes_on(hand, strikes, len(devices), len(hands)) and left:
                             begin(hand.index)
                         continue
@@ -154,11 +158,13 @@ class Crew:
                         getattr(self.listener, told[0])(told[1])
                     elif isinstance(told, DeviceFailed):
                         hand.failed = told
+                    elif isinstance(told, TooLittleMemory) and not hand.opened:
+                        hand.refused = told  # fewer workers may fit
                     elif isinstance(told, Exception):
-                        if not hand.opened:
+                        if not hand.opened or hand.unit is not None:
                             raise self.spent or told  # this process holds its memory still: no wonder
                     else:
-                        hand.opened = True
+                        hand.opened = fits = True
                         if told is not None:
                             hand.unit = None
                             del strikes[hand.index]
@@ -183,7 +189,7 @@ class Crew:
         Raises:
             SynthgenError: it was killed though it was alone, and will be again.
         """
-        reason = hand.failed.short if hand.failed else _KILLED
+        reason = hand.failed.short if hand.failed else str(hand.refused or _KILLED)
         doing = f"loaded what {self.stage.name} needs"
         if hand.unit is not None:
             self._aside[hand.unit] = (hand.device, hand.failed)
@@ -195,14 +201,16 @@ class Crew:
         if hand.failed:
             self._broken[hand.device] = hand.failed
         elif many == 1:
-            if self.spent:
-                raise self.spent
+            if self.spent or hand.refused:
+                raise self.spent or hand.refused  # type: ignore[misc]
             raise SynthgenError(
                 f"a worker process ended while it {doing} ({reason}), also when it was alone; "
                 "give it more memory, or a smaller model"
             )
-        text = "worker %d is left out: it ended while it %s (%s); %d of %d workers go on"
-        logger.warning(text, self.rank + hand.index, doing, reason, others, many)
+        still = f"; {others} of {many} workers go on" if others else ""
+        logger.warning(
+            "worker %d is left out: it ended while it %s (%s)%s", self.rank + hand.index, doing, reason, still
+        )
         return False
 
 
@@ -247,12 +255,13 @@ def _serve(line: Connection[Any, Any], stage: Stage, run: Run, rank: int, size: 
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error as another process can read it: one of ours as it is, any other in words, with its traceback."""
+    """The error as another process can read it: ours and the system's as they are, any other in words."""
+    told: Exception = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
     with suppress(Exception):
-        if isinstance(error, SynthgenError) and type(copy.copy(error)) is type(error):  # made anew as there
-            return error
-    told = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
-    told.add_note("".join(traceback.format_exception(error)))
+        if isinstance(error, SynthgenError | OSError) and type(copy.copy(error)) is type(error):  # made anew as there
+            told = error
+    if not isinstance(told, SynthgenError):
+        told.add_note("".join(traceback.format_exception(error)))
     return told
 
 

@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 _OF_A_DEVICE = re.compile(
     r"\b(CUDA|HIP|cuDNN|MIOpen)( driver)? error\b|\b(CUDNN|(CU|HIP)(BLAS|SOLVER|FFT))_STATUS_|\bmiopenStatus"
 )
-_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|AllocFailed")  # the device is well: the unit asks for too much
+#: Where these stand in it the device is well: the unit asks for too much, or for what the library does not do.
+_OF_A_UNIT = re.compile(
+    r"out of memory|ALLOC_FAILED|AllocFailed|_STATUS_(NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE|ARCH_MISMATCH)"
+)
 
 
 class DeviceFailed(SynthgenError):
@@ -56,7 +59,7 @@ class DeviceFailed(SynthgenError):
         text = str(error)
         known = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch's; imported late
         known = known or (isinstance(error, RuntimeError) and _OF_A_DEVICE.search(text) is not None)
-        if not known or _OF_MEMORY.search(text):
+        if not known or _OF_A_UNIT.search(text):
             return None
         first = f"{type(error).__name__}: {text}".splitlines()[0][:300]  # the others say how CUDA is debugged
         return cls(device, socket.gethostname(), first, redact(traceback.format_exc()))

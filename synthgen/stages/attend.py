@@ -240,10 +240,10 @@ def _from_template(template: str, label: str | None) -> Prompt:
         )
     if "{label}" not in template:
         return replace(parse_line(template), label=label)
-    if not label or label.isdecimal():
-        known = f"its class is only a number, {label}" if label else "it has neither caption nor class"
+    word = " ".join((label or "").replace("_", " ").split())
+    if not word or word.isdecimal():
+        known = f"its class is only a number, {word}" if word else "it has neither caption nor class"
         raise ValueError(f"{known}; name the class by a folder around it, or by label in its json or metadata row")
-    word = " ".join(label.replace("_", " ").split())
     (prompt,) = expand([Prompt(word, (word,), ((0, len(word)),), label)], [template.replace("{label}", "{}")])
     return prompt
 

@@ -292,6 +292,7 @@ def test_labels_alone_and_names_alone_are_tables_too(tmp_path: Path) -> None:
     [
         ("file_name,text\na.png,x\nb.png,a dog, big\n", "line 3: it has more fields than columns; put quotes round"),
         ("file_name,text,\na.png,a dog, big\n", "line 2: it has more fields than columns"),
+        ('file_name,text\na.png, "Stop" says a sign\n', "put quotes round a whole text and double those within it"),
         ("file_name,description\na.png,a dog\n", "no column 'text', .* but description; name that .* 'text'"),
         ("file_name,words\na.png,dog\n", "no column 'text', .* but words"),
         ("file_name,text,Text\na.png,x,y\n", "two columns 'text'; keep one"),

@@ -4,6 +4,7 @@ Processes are forked here, which takes milliseconds, except in the one test that
 """
 
 import builtins
+import errno
 import json
 import logging
 import multiprocessing as mp
@@ -20,7 +21,7 @@ from synthgen.engines import _crew, accelerate, local
 from synthgen.engines._work import DeviceFailed
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
-from synthgen.errors import StorageError, SynthgenError, UnitsFailed
+from synthgen.errors import StorageError, SynthgenError, TooLittleMemory, UnitsFailed
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -44,7 +45,10 @@ class Devices(Stage):
     poison: tuple[int, ...] = ()  # units on which every device fails
     once: tuple[int, ...] = ()  # units on which a device fails the first time
     crowd: int = 0  # workers that do not fit together: of more, those from this rank on are killed while they load
+    full: int = 0  # the same on a device that has room for so many (below 0: for none), and says so
+    away: bool = False  # what is done cannot be looked up
     kills: tuple[int, ...] = ()  # units that kill their worker
+    barred: bool = False  # it may not read what it needs
     unsent: bool = False  # it cannot be opened, for a reason that cannot be sent between processes
 
     def plan(self, run):
@@ -53,15 +57,24 @@ class Devices(Stage):
     def size(self, run, unit):
         return 1
 
+    def done(self, run, unit):
+        if self.away and mp.parent_process():
+            raise StorageError("the store does not answer")
+        return super().done(run, unit)
+
     @contextmanager
     def open(self, run, worker):
         tell(run, rank=worker.rank, device=worker.device, size=worker.world_size)
         if worker.device == self.dead:
             raise RuntimeError(ILLEGAL)
+        if self.barred:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "weights")
         if self.unsent:
             raise Unsent("no", "weights")
         if self.crowd and worker.world_size > self.crowd and worker.rank >= self.crowd:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.full and worker.rank >= max(0, self.full):
+            raise TooLittleMemory("cuda:0 has too little memory")
         made = []
 
         def work(unit):
@@ -152,6 +165,11 @@ def test_what_a_broken_device_says_is_known(kind, text):
         ("AcceleratorError", "CUDA error: out of memory"),
         ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (
+            "RuntimeError",
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if the input is not contiguous",
+        ),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"),
         ("RuntimeError", "bad row"),
         ("RuntimeError", "Expected all tensors to be on the same device, but found cpu and cuda:0"),
         ("ValueError", "a caption that says: CUDA error"),
@@ -298,6 +316,33 @@ def test_workers_that_do_not_fit_together_are_left_out_and_told(run, monkeypatch
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "worker 3 is left out: it ended while it loaded what numbers needs (killed, or out of memory)" in caplog.text
     assert "2 of 4 workers go on" in caplog.text
+
+
+def test_workers_whose_device_is_full_are_left_out_while_others_work(run, monkeypatch, forked, caplog):
+    with_devices(monkeypatch, *["cpu"] * 3)
+    assert run_stage(Devices(units=12, full=1), run, Local()).samples == 12
+    assert len(loads(run)) == 3
+    assert "loaded what numbers needs (cuda:0 has too little memory)" in caplog.text
+
+
+def test_a_model_that_no_worker_has_room_for_ends_the_command(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(TooLittleMemory, match="cuda:0 has too little memory"):
+        run_stage(Devices(full=-1), run, Local())
+    assert len(loads(run)) == 2
+
+
+def test_an_error_beside_the_units_ends_the_command(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(StorageError, match="the store does not answer"):
+        run_stage(Devices(away=True), run, Local())
+    assert len(loads(run)) == 2
+
+
+def test_an_error_of_the_system_keeps_its_kind(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    with pytest.raises(PermissionError, match="Permission denied: 'weights'"):
+        run_stage(Devices(barred=True), run, Local())
 
 
 def test_a_unit_that_kills_its_workers_is_told_and_the_others_are_made(run, monkeypatch, forked):
