@@ -200,6 +200,8 @@ def test_a_class_makes_a_caption(folder: Path, tmp_path: Path) -> None:
     assert prompt_of(labelled, 0, "a {label}") == Prompt("an old owl", ("old owl",), ((3, 10),), "old_owl")
     with pytest.raises(PromptError, match="its class is only a number, 7"):
         prompt_of(tar_of(tmp_path, cls=b"7"), 0, "a {label}")
+    with pytest.raises(PromptError, match="it has neither caption nor class"):
+        prompt_of(tar_of(tmp_path, json=b'{"label": "_ _"}'), 0, "a {label}")
 
 
 @pytest.mark.parametrize(
