@@ -11,7 +11,8 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +45,8 @@ class Devices(Stage):
     broken: str = ""  # the device on which units fail
     poison: tuple[int, ...] = ()  # units on which every device fails
     once: tuple[int, ...] = ()  # units on which a device fails the first time
-    crowd: int = 0  # workers that do not fit together: of more, those from this rank on are killed while they load
+    crowd: int = 0  # workers that do not fit together: of more, those from this rank on are killed while they load,
+    # and the others begin when that was seen
     full: int = 0  # the same on a device that has room for so many (below 0: for none), and says so
     away: bool = False  # what is done cannot be looked up
     kills: tuple[int, ...] = ()  # units that kill their worker
@@ -64,7 +66,7 @@ class Devices(Stage):
 
     @contextmanager
     def open(self, run, worker):
-        tell(run, rank=worker.rank, device=worker.device, size=worker.world_size)
+        tell(run, rank=worker.rank, device=worker.device, process=os.getpid())
         if worker.device == self.dead:
             raise RuntimeError(ILLEGAL)
         if self.barred:
@@ -80,6 +82,8 @@ class Devices(Stage):
         def work(unit):
             before = [line["unit"] for line in told(run) if "unit" in line]
             tell(run, unit=unit, rank=worker.rank, device=worker.device, pid=os.getpid())
+            if self.crowd and worker.world_size > self.crowd:
+                await_the_ends(run, self.crowd, worker.world_size)
             if unit in self.kills:
                 os.kill(os.getpid(), signal.SIGKILL)
             fails = unit in self.poison or (unit in self.once and unit not in before)
@@ -111,6 +115,23 @@ def told(run):
 
 def loads(run):
     return [line["device"] for line in told(run) if "unit" not in line]
+
+
+def await_the_ends(run, first, size):
+    """Return when the parent has seen that the workers of the ranks from ``first`` on are gone."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        begun = {line["rank"]: line["process"] for line in told(run) if "process" in line}
+        if set(range(first, size)) <= set(begun) and not any(there_is(begun[rank]) for rank in range(first, size)):
+            return
+        time.sleep(0.005)
+
+
+def there_is(process):
+    with suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return True
+    return False
 
 
 def tries(run, unit):

@@ -103,7 +103,7 @@ def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     run.note(stage)
     stage.prepare(run)
     found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ((), own))
-    assert again == found
+    assert replace(again, disk_free=found.disk_free) == found  # others write to this disk as well
     stage = replace(stage, prompts="")
     sample = Sample(tmp_path, survey_copy(stage.own_prompts(run)), seed=0, most=4, seconds=1)
     assert read_prompts(sample.first(stage, 4, 4, 4).prompts) == read_prompts(tmp_path / "p.txt")
