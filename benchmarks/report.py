@@ -185,6 +185,13 @@ def shards(figures: dict[str, Any]) -> Iterator[str]:
         for name, row in figures[way].items():
             yield f"| {way} | {name} | {row['mb_per_s']:.0f} | {row['times_tarfile']:.2f} |"
     overhead = figures["tar_overhead_percent"]
+    yield "\nTime to open a shard so that any sample can be found, µs a sample: " + (
+        ", ".join(
+            f"{name} {row['us_per_sample']:.0f} ({row['times_tarfile']:.1f} x as fast as tarfile)"
+            for name, row in figures["open"].items()
+        )
+        + "."
+    )
     held = figures["held_bytes_per_sample"]
     yield "\nHeld in memory to find any sample of an open shard, bytes a sample: " + (
         ", ".join(f"{name} {value:.0f} ({value / held['synthgen']:.0f} x)" for name, value in held.items()) + "."

@@ -3,9 +3,9 @@
 ``python benchmarks/shards.py`` writes ``results/shards.json``. All write the same samples (bytes of an image, a mask, a
 prompt, a class and a JSON object) to one folder, in turn.
 synthgen's writer also takes a sha256 and waits for the disk (fsync), which the others do not; ``synthgen, as others``
-leaves both out, to compare like with like. Readers return every member's bytes and decode nothing. ``held`` is the
-memory that Python objects take so that any sample of a shard can be read by its number: what ``wids`` and ``tarfile``
-keep of an open tar, and synthgen's index of it.
+leaves both out, to compare like with like. Readers return every member's bytes and decode nothing. ``open`` is the
+time until any sample of a shard can be read by its number, and ``held`` the memory that Python objects take then: what
+``wids`` and ``tarfile`` keep of an open tar, and synthgen's index of it.
 """
 
 from __future__ import annotations
@@ -105,20 +105,25 @@ def read_webdataset(path: Path) -> int:
 
 
 def speeds(seconds: Mapping[str, list[float]], size: int) -> dict[str, dict[str, float]]:
-    """Megabytes of content a second in the median and in the best round, and how many times as fast as ``tarfile``.
-
-    The last is the median over rounds, each against the same round of ``tarfile``: other work on the machine weighs
-    least on it.
-    """
+    """Megabytes of content a second in the median and in the best round, and how many times as fast as ``tarfile``."""
     plain = seconds["tarfile"]
     return {
         name: {
             "mb_per_s": round(size / 1e6 / statistics.median(times), 1),
             "best_mb_per_s": round(size / 1e6 / min(times), 1),
-            "times_tarfile": round(statistics.median(b / a for a, b in zip(times, plain, strict=True)), 2),
+            "times_tarfile": times_tarfile(times, plain),
         }
         for name, times in seconds.items()
     }
+
+
+def times_tarfile(times: list[float], plain: list[float]) -> float:
+    """How many times as fast as ``tarfile``.
+
+    That is the median over rounds, each against the same round of ``tarfile``: other work on the machine weighs least
+    on it.
+    """
+    return round(statistics.median(b / a for a, b in zip(times, plain, strict=True)), 2)
 
 
 def held(opened: Callable[[], Any]) -> float:
@@ -187,6 +192,7 @@ def main() -> None:
             "tarfile": functools.partial(open_tarfile, shard),
             "wids": functools.partial(IndexedTarSamples, path=str(shard)),
         }
+        was_opened = rounds({name: functools.partial(call, opened) for name, opened in openers.items()}, REPEATS)
         kept = {name: held(opened) for name, opened in openers.items()}
         overhead = {writer: round(100 * (path.stat().st_size / size - 1), 2) for writer, path in paths.items()}
         figures = {
@@ -195,6 +201,13 @@ def main() -> None:
             "repeats": REPEATS,
             "write": speeds(written, size),
             "read": speeds(was_read, size),
+            "open": {
+                name: {
+                    "us_per_sample": round(1e6 * statistics.median(times) / SAMPLES, 1),
+                    "times_tarfile": times_tarfile(times, was_opened["tarfile"]),
+                }
+                for name, times in was_opened.items()
+            },
             "held_bytes_per_sample": kept,
             "tar_overhead_percent": overhead,
             "stage": time_stage(Path(name)),

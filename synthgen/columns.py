@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from synthgen.errors import CorruptShard, MissingArtifact
 from synthgen.run import Run
+from synthgen.stores.index import TarIndex
 from synthgen.stores.opened import OpenFiles
-from synthgen.stores.tar import Member, index_tar, read_member
+from synthgen.stores.tar import index_tar, read_member
 
 __all__ = ["Column", "unit_of"]
 
@@ -20,7 +21,7 @@ class Column:
     def __init__(self, run: Run, artifact: str, verified: set[tuple[str, int]] | None = None) -> None:
         self.run, self.artifact = run, artifact
         self._verified = set() if verified is None else verified
-        self._units: dict[int, dict[str, dict[str, Member]]] = {}
+        self._units: dict[int, TarIndex] = {}
         self._files = OpenFiles()
 
     def read(self, key: str, *names: str) -> dict[str, bytes]:
@@ -36,8 +37,8 @@ class Column:
             if (self.artifact, unit) not in self._verified:
                 self.run.verify(self.artifact, unit)
                 self._verified.add((self.artifact, unit))
-            self._units[unit] = dict(index_tar(path))
-        members = self._units[unit].get(key)
+            self._units[unit] = index_tar(path)
+        members = self._units[unit].find(key)
         if members is None:
             raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
         values = {}

@@ -24,8 +24,7 @@ from synthgen.prompts import Survey, find_words
 from synthgen.records import Prompt
 from synthgen.stores import located, open_here
 from synthgen.stores.remote import RemotePath
-from synthgen.stores.tar import Member, TarWriter, read_member
-from synthgen.stores.walk import iter_samples
+from synthgen.stores.tar import Member, TarWriter, iter_samples, read_member
 from synthgen.untrusted import read_file
 
 __all__ = ["Pictures", "survey_copy", "survey_pictures"]

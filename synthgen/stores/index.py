@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 __all__ = ["Indexing", "Member", "TarIndex"]
@@ -45,6 +46,13 @@ class TarIndex:
         places = map(Member, self._offsets[span], self._sizes[span])
         return self.key(row), dict(zip(self._names[self._named[row]], places, strict=True))
 
+    def find(self, key: str) -> dict[str, Member] | None:
+        """Where the members of a sample lie, by its key; None: there is none of it. Quick where keys are in order."""
+        number = bisect_left(range(len(self)), key, key=self.key)
+        if number == len(self) or self.key(number) != key:  # not there, or in a tar of another order
+            number = next((number for number in range(len(self)) if self.key(number) == key), -1)
+        return self[number][1] if number >= 0 else None
+
     def key(self, number: int) -> str:
         """The key of a sample.
 
@@ -56,37 +64,30 @@ class TarIndex:
 
 
 class Indexing:
-    """An index in the making: it is given one member after another, in the order of the tar."""
+    """An index in the making: it is given one sample after another, in the order of the tar."""
 
     def __init__(self) -> None:
-        self.last = ""  # the key of the sample that the last member belongs to
         self._keys: dict[str, None] = {}  # in order
-        self._own: dict[str, None] = {}  # the names of the members of the last sample, in order
         self._names: dict[tuple[str, ...], int] = {}
         self._named, self._firsts = array("Q"), array("Q")
         self._offsets, self._sizes = array("Q"), array("Q")
 
-    def add(self, key: str, name: str, offset: int, size: int) -> None:
-        """Take a member.
+    def add(self, key: str, members: Mapping[str, Member]) -> None:
+        """Take a sample.
 
         Raises:
-            ValueError: its key stands farther up already, or its sample has one of this name.
+            ValueError: its key stands farther up already.
         """
-        if key != self.last:
-            if key in self._keys:
-                raise ValueError(f"the key {key!r} stands in it twice")
-            self._end_sample()
-            self._keys[key], self.last = None, key
-            self._firsts.append(len(self._offsets))
-        if name in self._own:
-            raise ValueError(f"sample {key} has two members {name!r}")
-        self._own[name] = None
-        self._offsets.append(offset)
-        self._sizes.append(size)
+        if key in self._keys:
+            raise ValueError(f"the key {key!r} stands in it twice")
+        self._keys[key] = None
+        self._named.append(self._names.setdefault(tuple(members), len(self._names)))
+        self._firsts.append(len(self._offsets))
+        self._offsets.extend(member.offset for member in members.values())
+        self._sizes.extend(member.size for member in members.values())
 
     def done(self) -> TarIndex:
         """What was given; nothing can be added."""
-        self._end_sample()
         self._firsts.append(len(self._offsets))
         keys, starts = bytearray(), array("Q", [0])
         for key in self._keys:
@@ -101,11 +102,6 @@ class Indexing:
             _narrow(self._offsets),
             _narrow(self._sizes),
         )
-
-    def _end_sample(self) -> None:
-        if self._own:
-            self._named.append(self._names.setdefault(tuple(self._own), len(self._names)))
-            self._own = {}
 
 
 def _narrow(numbers: array[int]) -> array[int]:

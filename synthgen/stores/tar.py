@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tarfile
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from synthgen.errors import CorruptShard, MissingArtifact, StorageError, one_lin
 from synthgen.stores import open_here, remedy
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
+from synthgen.stores.headers import iter_files
 from synthgen.stores.index import Indexing, Member, TarIndex
 from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import MOST_BYTES
@@ -34,6 +34,7 @@ __all__ = [
     "create_bytes",
     "index_tar",
     "is_abandoned",
+    "iter_samples",
     "read_member",
     "read_tar",
     "temporary_beside",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 _MODE = 0o444
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -218,82 +220,61 @@ class TarWriter:
 def index_tar(path: Path) -> TarIndex:
     """The samples of a tar in order: key, and where each member lies. Reads headers only.
 
-    Links, folders and devices are passed over: nothing is ever unpacked. So are files that belong to no sample: those
-    whose names begin with a dot (``._0.jpg``, which macOS puts beside ``0.jpg``) or have none (``LICENSE``). That is
-    webdataset's rule, but that a dot file in a folder is a sample there. Names are kept within bounds all the same,
-    because a key may come to name a file: no way up, no control characters, nothing twice.
-
     Raises:
-        MissingArtifact: there is no such file.
-        CorruptShard: it is no tar, it is cut off, or a name in it is refused; names the last key that is whole.
+        MissingArtifact, CorruptShard: as for :func:`iter_samples`; or a key stands in it twice.
     """
-    found = Indexing()
-    try:
-        with open_here(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-            size, end = os.fstat(file.fileno()).st_size, 0
-            for info in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
-                if info.offset_data <= end:  # a header that points back would be read for ever
-                    raise ValueError("its members overlap")
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if not info.isfile():
-                    continue
-                named = _key_and_name(info.name)
-                if info.offset_data + info.size > size:
-                    raise ValueError("it is cut off")
-                if named is None:
-                    continue
-                found.add(*named, info.offset_data, info.size)
-            file.seek(end)  # a whole tar ends with blocks of zeros; a damaged header ends it as well
-            if size % tarfile.BLOCKSIZE or any(block := file.read(tarfile.BLOCKSIZE)) or not block:
-                raise ValueError("it is cut off, or a header in it is damaged")
-    except FileNotFoundError:
-        raise MissingArtifact(f"there is no file {path}") from None
-    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
-        raise _corrupt(path, found.last, one_line(error)) from None
+    found, last = Indexing(), ""
+    for key, members in iter_samples(path):
+        try:
+            found.add(key, members)
+        except ValueError as error:
+            raise _corrupt(path, last, str(error)) from None
+        last = key
     return found.done()
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header whose sizes are taken for what they may be: wrong on purpose."""
+def iter_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """What :func:`index_tar` finds, sample by sample; none is held, so that a key stands in it twice is not seen.
 
-    def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        """Called by tarfile for each header, before anything of the member is read."""
-        if self.size < 0:
-            raise tarfile.ReadError("a member has a negative size")
-        if self.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError("it holds a sparse file; write it without --sparse")
-        if self.type in _SPOKEN_OF:
-            file: Any = archive.fileobj
-            place = file.tell()
-            data = file.read(min(self.size, _MOST_SPOKEN + 1))
-            file.seek(place)
-            if len(data) > _MOST_SPOKEN or _DIGITS.search(data):  # a pattern of tarfile's takes quadratic time on these
-                raise tarfile.ReadError("a header in it is larger than any name")
-        return super()._proc_member(archive)  # type: ignore[misc]
+    Links, folders and devices are passed over: nothing is ever unpacked. So are files that belong to no sample: those
+    whose names begin with a dot (``._0.jpg``, which macOS puts beside ``0.jpg``) or have none (``LICENSE``). That is
+    webdataset's rule, but that a dot file in a folder is a sample there. Names are kept within bounds all the same,
+    because a key may come to name a file: no way up, no control characters.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        CorruptShard: it is no tar, it is cut off, or a name in it is refused; names the last key that was read.
+    """
+    last, members = "", dict[str, Member]()
+    try:
+        with open_here(path) as file:
+            for file_name, start, length in iter_files(file):
+                key, name = _key_and_name(file_name)
+                if not name:
+                    continue
+                if key != last:
+                    if members:
+                        yield last, members
+                    last, members = key, {}
+                if name in members:
+                    raise ValueError(f"sample {key} has two members {name!r}")
+                members[name] = Member(start, length)
+    except FileNotFoundError:
+        raise MissingArtifact(f"there is no file {path}") from None
+    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
+        raise _corrupt(path, last, one_line(error)) from None
+    if members:
+        yield last, members
 
 
-#: Headers that only say more of the next one: long names, and PAX records.
-_SPOKEN_OF = {
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-}
-_MOST_SPOKEN = 2**16  # bytes
-_DIGITS = re.compile(rb"\d{256}")
-
-
-def _key_and_name(path: str) -> tuple[str, str] | None:
-    """The key of a member's sample, and what the member is called in it; None where it belongs to no sample."""
+def _key_and_name(path: str) -> tuple[str, str]:
+    """The key of a file's sample, and what the file is called in it: "" where it belongs to no sample."""
     folder, _, base = path.rpartition("/")
     stem, dot, name = base.partition(".")
-    key = f"{folder}/{stem}" if folder else stem
     path.encode()  # bytes that are no UTF-8 cannot be written again
-    if path.startswith("/") or ".." in path.split("/") or any(unicodedata.category(char) == "Cc" for char in path):
+    if path.startswith("/") or _CONTROL.search(path) or (".." in path and ".." in path.split("/")):
         raise ValueError(f"{path[:200]!r} cannot be the name of a file: it leads out, or has control characters")
-    return (key, name.lower()) if stem and dot else None
+    return f"{folder}/{stem}" if folder else stem, name.lower() if stem and dot else ""
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:

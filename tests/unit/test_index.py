@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from synthgen.errors import CorruptShard
-from synthgen.stores.index import Indexing, Member
+from synthgen.stores.index import Indexing, Member, TarIndex
 from synthgen.stores.tar import index_tar, read_tar
 
 
@@ -62,6 +62,9 @@ def test_an_index_is_what_stands_in_the_tar(tmp_path, seed):
     for number in draw.sample(range(-60, 60), 30):
         assert same([found[number]], [wanted[number]])
         assert found.key(number) == wanted[number][0]
+    for key, members in draw.sample(wanted, 10):  # which are in no order
+        assert found.find(key) == members
+    assert found.find("absent") is None
     assert index_tar(path) == found == pickle.loads(pickle.dumps(found))
     assert [key for key, _ in read_tar(path, keys={wanted[7][0], wanted[9][0]})] == [wanted[7][0], wanted[9][0]]
 
@@ -75,19 +78,30 @@ def test_numbers_that_are_none(tmp_path):
             found.key(number)
 
 
+def test_a_key_among_keys_in_order_is_found_by_few_looks(monkeypatch):
+    making = Indexing()
+    for number in range(1000):
+        making.add(f"{number:010d}", {"jpg": Member(number, 1)})
+    looks, found = [], making.done()
+    read = TarIndex.key
+    monkeypatch.setattr(TarIndex, "key", lambda index, number: looks.append(number) or read(index, number))
+    assert found.find("0000000700") == {"jpg": Member(700, 1)}
+    assert len(looks) < 15
+
+
 def test_places_are_whole_in_tars_of_any_size():
     """What is kept in a byte, two, four or eight reads the same."""
     for largest in (0, 255, 256, 2**16 - 1, 2**16, 2**32 - 1, 2**32, 2**50):
         making = Indexing()
-        making.add("0", "jpg", 3, largest)
-        making.add("1", "jpg", largest, 7)
+        making.add("0", {"jpg": Member(3, largest)})
+        making.add("1", {"jpg": Member(largest, 7)})
         assert list(making.done()) == [("0", {"jpg": Member(3, largest)}), ("1", {"jpg": Member(largest, 7)})]
 
 
 def test_many_lists_of_names():
     making = Indexing()
     for number in range(300):
-        making.add(f"k{number}", f"n{number}", number, 1)
+        making.add(f"k{number}", {f"n{number}": Member(number, 1)})
     assert list(making.done()) == [(f"k{number}", {f"n{number}": Member(number, 1)}) for number in range(300)]
 
 

@@ -12,8 +12,7 @@ import pytest
 import webdataset
 
 from synthgen.errors import CorruptShard, MissingArtifact, StorageError
-from synthgen.stores.tar import TarWriter, index_tar, read_tar, write_bytes, write_json
-from synthgen.stores.walk import iter_samples
+from synthgen.stores.tar import TarWriter, index_tar, iter_samples, read_tar, write_bytes, write_json
 
 SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "mask.png": bytes(number)}) for number in range(5)]
 
