@@ -146,7 +146,7 @@ def speed_of_two(units: int, unit_size: int, repeats: int) -> dict[str, Any]:
     """
 
     @dataclass(frozen=True)
-    class Scenes(Stage):
+    class DenseFeatures(Stage):
         name: ClassVar = "generate"
         reads: ClassVar = ()
         writes: ClassVar = ("images", "maps")
@@ -175,7 +175,7 @@ def speed_of_two(units: int, unit_size: int, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(folder)
         (run.path / "prompt.txt").write_text("a [word0] and a [word1]\n", encoding="utf-8")
-        run_stage(Scenes(), run, Choice("local", {"workers": 1}))
+        run_stage(DenseFeatures(), run, Choice("local", {"workers": 1}))
         for turn in range(repeats):
             for workers in (1, 2) if turn % 2 else (2, 1):
                 taken[workers].append(masks_by(workers, run))
@@ -259,7 +259,7 @@ def large_run(units: int) -> dict[str, Any]:
     """Seconds that ``status`` and a command with nothing to do take on a run of so many units."""
     with tempfile.TemporaryDirectory() as folder:
         run, stage = Run.create(folder), Sleep(units=units, seconds=0.0)
-        run.note(stage)
+        run.record_settings(stage)
         with run.write("sleep", 0) as tar:
             tar.add(sample_key(0, 0), {"txt": b"slept"})
         data, mark = run.tar("sleep", 0).read_bytes(), run.tar("sleep", 0).with_suffix(".json").read_bytes()

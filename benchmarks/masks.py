@@ -83,13 +83,13 @@ def photos(tar: Path, damage: Damage) -> list[Scene]:
     for number in range(len(samples)):
         sample, rng = samples[number], np.random.default_rng(number)
         words = samples.word_masks(number).words
-        if sample.labels is None or not words:
+        if sample.label_map is None or not words:
             continue
-        truth = sample.labels == np.arange(1, len(words) + 1)[:, None, None]
+        truth = sample.label_map == np.arange(1, len(words) + 1)[:, None, None]
         seen = truth.mean(axis=(1, 2)) >= SMALLEST
         if not seen.any():
             continue
-        shape = grid_of(sample.labels.shape)
+        shape = grid_of(sample.label_map.shape)
         weights = np.stack([damaged(one, shape, damage, rng) for one in truth[seen]])
         affinity = np.ones((len(AFFINITY_OFFSETS), *shape), np.float16)  # uniform: links nothing
         names = tuple(word for word, there in zip(words, seen, strict=True) if there)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from synthgen.config import build
-from synthgen.entries import laid_over
+from synthgen.entries import merge_settings
 from synthgen.errors import MissingArtifact
 from synthgen.records import Generation, WordMasks
 from synthgen.run import Run
@@ -85,10 +85,10 @@ def settings_to_go_on(run: Run, stage: str, given: Mapping[str, Any]) -> dict[st
     """
     contract = STAGES.load(stage)
     folder = contract.folder_of(given)
-    begun = run.begun(folder)
+    begun = run.find_artifact(folder)
     asked = any(value not in ("", None) for value in given.values())
     known = {item.name: item for item in dataclasses.fields(contract)}
-    if begun is None or begun["stage"] != stage or (asked and not run.holds(folder)):
+    if begun is None or begun["stage"] != stage or (asked and not run.is_nonempty(folder)):
         for name, item in known.items():
             if item.default is dataclasses.MISSING and name not in given:
                 raise MissingArtifact(
@@ -97,7 +97,7 @@ def settings_to_go_on(run: Run, stage: str, given: Mapping[str, Any]) -> dict[st
                 )
         return dict(given)
     before = {name: value for name, value in begun["settings"].items() if name in known}
-    settings = laid_over(before, given)
+    settings = merge_settings(before, given)
     if "label" in given and contract.folder_of(settings | {"label": before.get("label", "")}) == folder:
         settings["label"] = before.get("label", "")  # the folder has that name anyway
     return settings

@@ -85,11 +85,11 @@ class CenterCrop:
 
 def _cut(sample: Sample, box: Box, size: int, mirror: bool) -> Sample:
     image = _resample(sample.image, box, size, Image.Resampling.BICUBIC)
-    labels = None if sample.labels is None else _resample(sample.labels, box, size, Image.Resampling.NEAREST)
+    labels = None if sample.label_map is None else _resample(sample.label_map, box, size, Image.Resampling.NEAREST)
     if mirror:
         image = np.ascontiguousarray(image[:, ::-1])
         labels = None if labels is None else np.ascontiguousarray(labels[:, ::-1])
-    return replace(sample, image=image, labels=labels)
+    return replace(sample, image=image, label_map=labels)
 
 
 def _resample(

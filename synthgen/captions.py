@@ -16,7 +16,7 @@ __all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "iter_listing", "read_be
 TABLES = ("metadata.jsonl", "metadata.csv")  # looked for in a folder of images, and in the folders in it
 TEXT_KEYS = ("text", "caption", "prompt")  # what tables and json members call the caption; the first that is there
 LONGEST = 10_000  # characters of a caption; text encoders read a few hundred
-_MOST_COCO = 2**29  # bytes of a file of COCO's captions; the largest, of 2017, has 92 million
+_MAX_COCO = 2**29  # bytes of a file of COCO's captions; the largest, of 2017, has 92 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    content = read_json(read_file(path, _MOST_COCO), _MOST_COCO)
+    content = read_json(read_file(path, _MAX_COCO), _MAX_COCO)
     images, annotations = (_rows(path, content, name) for name in ("images", "annotations"))
     captions = [row for row in annotations if "caption" in row]
     if not captions:

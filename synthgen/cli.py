@@ -344,7 +344,7 @@ def schema(
 def _created(path: Path, seed: int | None) -> AbstractContextManager[Run]:
     from synthgen.run import Run
 
-    return Run.created(path, seed=seed)
+    return Run.create_or_roll_back(path, seed=seed)
 
 
 def _open(path: Path) -> Run:

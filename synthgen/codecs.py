@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from synthgen.errors import ConfigError, CorruptShard, one_line
+from synthgen.errors import ConfigError, CorruptFile, one_line
 from synthgen.image import decode_rgb, encode_png
 from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
-from synthgen.untrusted import MOST_WORDS, read_json
+from synthgen.untrusted import MAX_WORDS, read_json
 
 __all__ = [
     "check_masks",
@@ -56,8 +56,8 @@ Members = Mapping[str, bytes]
 _UNREADABLE = (LookupError, ValueError, TypeError, OSError, EOFError, SyntaxError, OverflowError, zlib.error,
                zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error)  # fmt: skip
 _MEASURED = ("confidence", "sharpness", "disagreement")
-_MOST_ARRAY = 2**27  # bytes; 255 maps on a grid of 512 x 512 are a little less
-_MOST_MASKS = 2**30  # pixels of all masks of one image together
+_MAX_ARRAY = 2**27  # bytes; 255 maps on a grid of 512 x 512 are a little less
+_MAX_MASKS = 2**30  # pixels of all masks of one image together
 
 
 def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def decode_image(key: str, members: Members) -> tuple[Request, UInt8[np.ndarray,
     """The request that an image answers, the image, and its warnings.
 
     Raises:
-        CorruptShard: a member is missing or unreadable.
+        CorruptFile: a member is missing or unreadable.
     """
     try:
         meta = _object(members["json"])
@@ -117,7 +117,7 @@ def decode_maps(key: str, members: Members, words: tuple[str, ...]) -> Maps:
     """The inverse of :func:`encode_maps`.
 
     Raises:
-        CorruptShard: the member is missing, unreadable, or holds another number of words.
+        CorruptFile: the member is missing, unreadable, or holds another number of words.
     """
     try:
         arrays = read_npz(members["maps.npz"], weights=(np.float16, 3), affinity=(np.float16, 3))
@@ -153,7 +153,7 @@ def decode_masks(key: str, members: Members) -> WordMasks:
     """The inverse of :func:`encode_masks`; figures that nobody measured, as in older runs, are None.
 
     Raises:
-        CorruptShard: a member is missing or unreadable.
+        CorruptFile: a member is missing or unreadable.
     """
     try:
         meta = _object(members["json"])
@@ -183,7 +183,7 @@ def check_masks(num_words: int, size: tuple[int, ...], key: str = "") -> None:
 
 def _too_many(num_words: int, size: tuple[int, ...]) -> str:
     """Why so many masks are not read, or ""."""
-    if num_words <= MOST_WORDS and num_words * math.prod(size) <= _MOST_MASKS:
+    if num_words <= MAX_WORDS and num_words * math.prod(size) <= _MAX_MASKS:
         return ""
     return f"{num_words} masks of {size[1]} x {size[0]} pixels are more than are read"
 
@@ -212,7 +212,7 @@ def read_npz(data: bytes, **wanted: tuple[type[np.generic], int]) -> dict[str, S
     """Arrays of an npz by name, each of the type and the number of axes that are wanted.
 
     A header's shape is held against the bytes that are there before an array is made, so that no header can ask for
-    more memory than ``_MOST_ARRAY``; ``numpy.load`` believes it.
+    more memory than ``_MAX_ARRAY``; ``numpy.load`` believes it.
 
     Raises:
         ValueError, KeyError, or what ``zipfile`` and ``zlib`` raise: it is damaged, or holds something else.
@@ -221,8 +221,8 @@ def read_npz(data: bytes, **wanted: tuple[type[np.generic], int]) -> dict[str, S
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for name, (kind, axes) in wanted.items():
             entry = archive.getinfo(f"{name}.npy")
-            if entry.file_size > _MOST_ARRAY or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} is larger than {_MOST_ARRAY:,} bytes, or packed as numpy does not")
+            if entry.file_size > _MAX_ARRAY or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is larger than {_MAX_ARRAY:,} bytes, or packed as numpy does not")
             with archive.open(entry) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
                     raise ValueError(f"{name} is of another version of numpy's format")
@@ -259,7 +259,7 @@ def decode_meta(key: str, members: Members) -> dict[str, Any]:
     """The json of a sample as it is, for those who want nothing but a word of it.
 
     Raises:
-        CorruptShard: it is missing, or no JSON object; or its ``words``, where it has any, are no list of texts.
+        CorruptFile: it is missing, or no JSON object; or its ``words``, where it has any, are no list of texts.
     """
     try:
         meta = _object(members["json"])
@@ -286,8 +286,8 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
-def _corrupt(key: str, what: str, error: Exception) -> CorruptShard:
+def _corrupt(key: str, what: str, error: Exception) -> CorruptFile:
     reason = f"member {error} is missing" if isinstance(error, KeyError) else one_line(error)
-    return CorruptShard(
+    return CorruptFile(
         f"the {what} of sample {key} cannot be read: {reason}; delete its tar and run the stage that made it again"
     )

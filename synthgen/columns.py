@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.run import Run
 from synthgen.stores.index import TarIndex
-from synthgen.stores.opened import OpenFiles
+from synthgen.stores.open_files import OpenFiles
 from synthgen.stores.tar import index_tar, read_member
 
 __all__ = ["Column", "unit_of"]
@@ -29,7 +29,7 @@ class Column:
 
         Raises:
             MissingArtifact: there is no such sample, or its unit is gone.
-            CorruptShard: a member is missing, or the unit is not as it was written.
+            CorruptFile: a member is missing, or the unit is not as it was written.
         """
         unit = unit_of(key)
         path = self.run.tar(self.artifact, unit)
@@ -45,11 +45,11 @@ class Column:
         file = self._files[path]
         for name in names or members:
             if name not in members:
-                raise CorruptShard(f"{path}: sample {key} has no member {name!r}; {self._again()}")
+                raise CorruptFile(f"{path}: sample {key} has no member {name!r}; {self._again()}")
             try:
                 values[name] = read_member(file, members[name])
             except ValueError as error:
-                raise CorruptShard(f"{path}: sample {key}: {error}; {self._again()}") from None
+                raise CorruptFile(f"{path}: sample {key}: {error}; {self._again()}") from None
         return values
 
     def _again(self) -> str:
@@ -60,10 +60,10 @@ def unit_of(key: str) -> int:
     """The unit that a sample of the run's own making belongs to.
 
     Raises:
-        CorruptShard: its key is none of ours.
+        CorruptFile: its key is none of ours.
     """
     if not (key.isascii() and key.isdecimal()):
-        raise CorruptShard(
+        raise CorruptFile(
             f"{key!r} is no key of a run's sample, which has ten digits; delete its tar, and make it again"
         )
     return int(key[:6])

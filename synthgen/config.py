@@ -96,13 +96,13 @@ def run_folder(name: str | Path) -> Path:
     return Path(text)
 
 
-def at_home(value: Any) -> Any:
+def expand_home(value: Any) -> Any:
     """Plain data in which every text that begins with a home, such as ``~/prompts.txt``, says where that is."""
     if isinstance(value, str):
         return os.path.expanduser(value) if re.match(r"~[\w.-]*/", value) else value  # noqa: PTH111 - as in run_folder
     if isinstance(value, Mapping):
-        return {key: at_home(item) for key, item in value.items()}
-    return [at_home(item) for item in value] if isinstance(value, list) else value
+        return {key: expand_home(item) for key, item in value.items()}
+    return [expand_home(item) for item in value] if isinstance(value, list) else value
 
 
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:

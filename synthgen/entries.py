@@ -15,19 +15,19 @@ import yaml
 from synthgen.errors import ConfigError
 from synthgen.redact import HIDDEN, redacted
 from synthgen.stores.tar import is_abandoned
-from synthgen.untrusted import MOST_BYTES, read_file, read_yaml
+from synthgen.untrusted import MAX_BYTES, read_file, read_yaml
 
 __all__ = [
     "FAILED",
     "SETTINGS",
     "as_yaml",
     "changes",
-    "checked_entry",
+    "describe_changes",
     "digest",
-    "laid_over",
     "made_in",
+    "merge_settings",
     "read_entry",
-    "told_apart",
+    "validate_entry",
     "versions",
 ]
 
@@ -67,7 +67,7 @@ def read_entry(path: Path, key: str, kind: type) -> dict[str, Any] | None:
         ConfigError: it is not YAML, or does not hold a ``kind`` under ``key``.
     """
     try:
-        value = read_yaml(read_file(path).decode(), most=MOST_BYTES)  # names of a million files may stand in it
+        value = read_yaml(read_file(path).decode(), most=MAX_BYTES)  # names of a million files may stand in it
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -80,8 +80,8 @@ def read_entry(path: Path, key: str, kind: type) -> dict[str, Any] | None:
     return value
 
 
-def checked_entry(entry: Any, path: Path) -> dict[str, Any]:
-    """What is noted of an artifact, if it is what :meth:`synthgen.run.Run.note` writes.
+def validate_entry(entry: Any, path: Path) -> dict[str, Any]:
+    """What is noted of an artifact, if it is what :meth:`synthgen.run.Run.record_settings` writes.
 
     Raises:
         ConfigError: it is not.
@@ -113,7 +113,7 @@ def _told(value: Any) -> str:
     return "not set" if value is None else f"not written down ({HIDDEN})" if value == HIDDEN else repr(value)
 
 
-def told_apart(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How an artifact was made differently: by its ``settings`` and ``inputs`` before and now; and what first to do.
 
     Before synthgen told a tokenizer from a token, both were hidden: whether it is the same nobody can tell any more.
@@ -145,7 +145,7 @@ def _hidden(value: Any, path: str = "") -> Iterator[tuple[str, bool]]:
         yield path, True
 
 
-def laid_over(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings ``before`` with those that are ``given`` in their place; of the same part, option by option.
 
     Raises:

@@ -53,7 +53,7 @@ class StaleArtifact(SynthgenError):
     """A folder was made with other settings, or from other inputs, than those asked for now."""
 
 
-class CorruptShard(SynthgenError):
+class CorruptFile(SynthgenError):
     """A tar, or a member of one, cannot be read."""
 
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from synthgen.errors import one_line
 
-__all__ = ["MOST_PIXELS", "UNDECODABLE", "decode_labels", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
+__all__ = ["MAX_PIXELS", "UNDECODABLE", "decode_labels", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
 
-MOST_PIXELS = 2**26  # of an image that is read; a larger one is a bomb, or too large for any network
-#: What readers of images raise on bytes that are damaged, no image, or an image of more than ``MOST_PIXELS``.
+MAX_PIXELS = 2**26  # of an image that is read; a larger one is a bomb, or too large for any network
+#: What readers of images raise on bytes that are damaged, no image, or an image of more than ``MAX_PIXELS``.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and none whose reader is seldom used, or starts a program
 
@@ -40,7 +40,7 @@ def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 
     Of 16 bits the upper 8 are taken, of grey (where Pillow alone would make all but the darkest white) as of colour.
 
     Raises:
-        OSError: the bytes are no image, it is cut off, has more than ``MOST_PIXELS``, or numbers of 32 bits as pixels;
+        OSError: the bytes are no image, it is cut off, has more than ``MAX_PIXELS``, or numbers of 32 bits as pixels;
             whatever Pillow raises.
     """
     with _opened(data, _FORMATS) as image:
@@ -70,8 +70,8 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """A picture by its header; its pixels are decoded in the block."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise OSError(f"it has {image.width} x {image.height} pixels; {MOST_PIXELS:,} are the most")
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"it has {image.width} x {image.height} pixels; {MAX_PIXELS:,} are the most")
             yield image
     except UnidentifiedImageError:
         raise OSError("cannot identify image file: it is none, or of a format that is not read") from None

@@ -136,12 +136,12 @@ def collate(
     pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
     offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
     images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2)  # channels last in memory, as patches are cut
-    with_masks = [len(sample.words) for sample in samples if sample.labels is not None]
+    with_masks = [len(sample.words) for sample in samples if sample.label_map is not None]
     masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
     for row, sample in enumerate(samples):
-        if sample.labels is not None and sample.words:
+        if sample.label_map is not None and sample.words:
             numbers = np.arange(1, len(sample.words) + 1, dtype=np.uint8)[:, None, None]
-            masks[row, : len(sample.words)] = torch.from_numpy(sample.labels[None] == numbers)
+            masks[row, : len(sample.words)] = torch.from_numpy(sample.label_map[None] == numbers)
     return Batch(
         images,
         masks,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from synthgen.errors import SynthgenError
 from synthgen.redact import redact, redacted
-from synthgen.stores import Growing
+from synthgen.stores import AppendFile
 from synthgen.stores.remote import RemotePath
 
 __all__ = ["logged_to"]
@@ -36,7 +36,7 @@ class JsonLines(logging.Handler):
         self._whose = {"host": socket.gethostname(), "pid": os.getpid()}
         if isinstance(path, RemotePath):
             path = path.with_stem("-".join([path.stem, *map(str, self._whose.values())]))
-        self._file = Growing(path)
+        self._file = AppendFile(path)
         self._next = 0.0  # when lines may be sent again
         self._busy = False
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from synthgen.config import Choice, at_home, load_yaml, run_folder
+from synthgen.config import Choice, expand_home, load_yaml, run_folder
 from synthgen.engines import default_engine
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage, make_stage
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file
 
@@ -71,22 +71,23 @@ class Pipeline:
         asked.
 
         Raises:
-            MissingArtifact, PromptError, CorruptShard, ConfigError: what the run would be refused for.
+            MissingArtifact, PromptError, CorruptFile, ConfigError: what the run would be refused for.
         """
-        run, made = Run(located(self.run), self.seed), set[str]()
+        run, made = Run(parse_location(self.run), self.seed), set[str]()
         there = run.is_there
         for stage in self.stages:
             check_engine(stage, engine or self.engine)
         for stage in self.stages:
             for name in stage.reads:
                 if name not in made and not there:
-                    raise run.lacks(name)
+                    raise run.missing_artifact(name)
                 if name not in made:
                     run.artifact(name)
             _check_given(stage, run)
             made.update(stage.artifacts())
         named = [
-            (stage, ", ".join(stage.told()), ", ".join(stage.artifacts() or stage.writes)) for stage in self.stages
+            (stage, ", ".join(stage.source_names()), ", ".join(stage.artifacts() or stage.writes))
+            for stage in self.stages
         ]
         return [f"run: {self.run}", *(f"{stage.name}: {given} -> {made}" for stage, given, made in named)]
 
@@ -97,7 +98,7 @@ class Pipeline:
             ConfigError: the engine cannot run one of the stages; nothing has run.
         """
         engines = [check_engine(stage, engine or self.engine) for stage in self.stages]
-        with Run.created(self.run, seed=self.seed) as run:
+        with Run.create_or_roll_back(self.run, seed=self.seed) as run:
             for stage, made in zip(self.stages, engines, strict=True):
                 yield run_stage(stage, run, made, progress)
 
@@ -114,7 +115,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     content = _load(path)
     for dotted, value in overrides:
         _put(content, dotted, value)
-    content = at_home(content)
+    content = expand_home(content)
     for key in content:
         if key not in _KEYS:
             raise UnknownName.among(f"key of {path}", str(key), _KEYS)
@@ -156,7 +157,11 @@ def _check_given(stage: Stage, run: Run) -> None:
     for source in sources:
         if source and not _is_within(source, run) and not tars_of(source):
             open_dataset(source)  # a folder without tars
-    if encoder and not _is_within(encoder, run) and (located(encoder).exists() or not _HUB_ID.fullmatch(encoder)):
+    if (
+        encoder
+        and not _is_within(encoder, run)
+        and (parse_location(encoder).exists() or not _HUB_ID.fullmatch(encoder))
+    ):
         from synthgen.models.tower import encoder_folder
 
         encoder_folder(encoder)
@@ -164,7 +169,7 @@ def _check_given(stage: Stage, run: Run) -> None:
 
 def _is_within(place: str, run: Run) -> bool:
     """Whether a place lies in the run's folder, however the two are written."""
-    inner, outer = located(place), run.path
+    inner, outer = parse_location(place), run.path
     if not isinstance(inner, RemotePath) and not isinstance(outer, RemotePath):
         return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))  # noqa: PTH100 - links stay links
     return str(inner).startswith(f"{outer}/")

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from synthgen import codecs
-from synthgen.errors import CorruptShard, MissingArtifact, PromptError, StaleArtifact
+from synthgen.errors import CorruptFile, MissingArtifact, PromptError, StaleArtifact
 from synthgen.records import Prompt
 from synthgen.stores import open_here, read_range
+from synthgen.stores.checksum import sha256_of
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import write_chunks, write_json
-from synthgen.stores.whole import sha256_of
-from synthgen.untrusted import MOST_BYTES, read_file, read_json
+from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Content", "PromptCopy", "check_copy", "content_of", "iter_lines", "keep_copy", "open_copy"]
 
@@ -73,11 +73,11 @@ def check_copy(folder: Path, sha256: str) -> None:
 
     Raises:
         MissingArtifact, StaleArtifact: as for :func:`open_copy`.
-        CorruptShard: it is cut off, or a byte of it is wrong.
+        CorruptFile: it is cut off, or a byte of it is wrong.
     """
     copy = _found(folder, sha256)
     if not _is_whole(copy.path, copy.content):
-        raise CorruptShard(f"{copy.path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
+        raise CorruptFile(f"{copy.path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
 
 
 @lru_cache(maxsize=4)
@@ -119,7 +119,7 @@ class PromptCopy:
 
         Raises:
             IndexError: there are not so many.
-            CorruptShard: the copy is not as it was written.
+            CorruptFile: the copy is not as it was written.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no prompt {index}: there are {len(self)}")
@@ -142,8 +142,8 @@ class PromptCopy:
         except (OSError, EOFError) as error:
             raise self._corrupt(str(error)) from None
 
-    def _corrupt(self, why: str) -> CorruptShard:
-        return CorruptShard(f"{self.path}: {why}; {_anew(self.path.parent)}")
+    def _corrupt(self, why: str) -> CorruptFile:
+        return CorruptFile(f"{self.path}: {why}; {_anew(self.path.parent)}")
 
 
 def iter_lines(path: Path) -> Iterator[bytes]:
@@ -206,7 +206,7 @@ def _paths(folder: Path) -> tuple[Path, Path]:
 def _marked(mark: Path) -> Content | None:
     """What the mark says, or None where there is none, or none that can be."""
     try:
-        return _checked(read_json(read_file(mark), most=MOST_BYTES))
+        return _checked(read_json(read_file(mark), most=MAX_BYTES))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -226,7 +226,7 @@ def _checked(value: Any) -> Content:
         or content.every < 1
         or len(content.blocks) != -(-content.count // content.every)
         or edges[0] != 0
-        or not all(0 < end - start <= MOST_BYTES for start, end in pairwise(edges))
+        or not all(0 < end - start <= MAX_BYTES for start, end in pairwise(edges))
     ):
         raise ValueError("it is no mark of prompts")
     return content

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.records import Prompt, Request, sample_key
-from synthgen.untrusted import MOST_PROMPTS, MOST_WORDS, is_object, iter_text, read_json, shortened, visible
+from synthgen.untrusted import MAX_PROMPTS, MAX_WORDS, is_object, iter_text, read_json, shortened, visible
 
 __all__ = [
     "Prompts",
@@ -243,8 +243,8 @@ def _parse_json(line: str) -> Prompt:
 
 
 def _within_bounds(prompt: Prompt) -> Prompt:
-    if len(prompt.words) > MOST_WORDS:
-        raise ValueError(f"it asks for {len(prompt.words)} masks; {MOST_WORDS} are the most, so mark fewer in brackets")
+    if len(prompt.words) > MAX_WORDS:
+        raise ValueError(f"it asks for {len(prompt.words)} masks; {MAX_WORDS} are the most, so mark fewer in brackets")
     return prompt
 
 
@@ -255,10 +255,10 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     letters of scripts that are written without spaces a word may begin and end anywhere.
 
     Raises:
-        ValueError: a word does not stand there, or not so often; or there are more than ``MOST_WORDS``.
+        ValueError: a word does not stand there, or not so often; or there are more than ``MAX_WORDS``.
     """
-    if len(words) > MOST_WORDS:
-        raise ValueError(f"{len(words)} words are listed; {MOST_WORDS} are the most")
+    if len(words) > MAX_WORDS:
+        raise ValueError(f"{len(words)} words are listed; {MAX_WORDS} are the most")
     named = [word.strip() for word in words]
     pieces = _pieces(text, text.isascii())
     marked, starts = "".join(pieces), list(accumulate(map(len, pieces), initial=0))
@@ -386,7 +386,7 @@ def request_for(prompts: Prompts, run_seed: int, unit: int, row: int, unit_size:
 def _lines(path: Path, kind: str, option: str) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers."""
     try:
-        yield from iter_text(path, MOST_PROMPTS)
+        yield from iter_text(path, MAX_PROMPTS)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no {kind} {path}; give one with {option} FILE") from None
     except OSError as error:

@@ -9,15 +9,25 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthgen.entries import FAILED, SETTINGS, as_yaml, checked_entry, digest, made_in, read_entry, told_apart, versions
+from synthgen.entries import (
+    FAILED,
+    SETTINGS,
+    as_yaml,
+    describe_changes,
+    digest,
+    made_in,
+    read_entry,
+    validate_entry,
+    versions,
+)
 from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, StorageError
 from synthgen.records import Report
 from synthgen.redact import redact
-from synthgen.stores import listing, located, read_many
+from synthgen.stores import listing, parse_location, read_many
+from synthgen.stores.checksum import verify_sha256
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
-from synthgen.stores.whole import check_whole
 from synthgen.units import UnitWriter, checked_mark
-from synthgen.untrusted import MOST_JSON, read_file, read_json
+from synthgen.untrusted import MAX_JSON, read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
@@ -37,9 +47,9 @@ class Run:
     and nothing is locked, so any number of workers and people may work on one run.
     """
 
-    path: Path  # as ``located`` gives it
+    path: Path  # as ``parse_location`` gives it
     seed: int = 0
-    held: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see ``claim``
+    claimed: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see ``claim``
 
     @classmethod
     def create(cls, path: str | Path, *, seed: int | None = None) -> Run:
@@ -48,7 +58,7 @@ class Run:
         Raises:
             StaleArtifact: the run is there and has another seed.
         """
-        run = cls(located(path), seed or 0)
+        run = cls(parse_location(path), seed or 0)
         file = run.path / "run.yaml"
         if not _exists(file) and create_bytes(file, as_yaml({"seed": run.seed})):
             return run
@@ -65,9 +75,9 @@ class Run:
 
     @classmethod
     @contextmanager
-    def created(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
+    def create_or_roll_back(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
         """:meth:`create`, taken back if the block fails and nothing came into a run that was not there before."""
-        folder = located(path)
+        folder = parse_location(path)
         there = _exists(folder)
         run = cls.create(path, seed=seed)
         try:
@@ -87,7 +97,7 @@ class Run:
             MissingArtifact: there is no run at ``path``.
             ConfigError: its ``run.yaml`` cannot be read.
         """
-        path = located(path)
+        path = parse_location(path)
         if not cls(path).is_there:
             raise MissingArtifact(
                 f"there is no run at {path}; make one with: "
@@ -110,7 +120,7 @@ class Run:
             if (entry := read_entry(path, "fingerprint", str)) is not None:
                 artifacts[path.parent.relative_to(self.path).as_posix()] = entry
         for name, entry in artifacts.items():
-            checked_entry(entry, self.folder(str(name)) / SETTINGS)
+            validate_entry(entry, self.folder(str(name)) / SETTINGS)
         places = {name: place for place, name in enumerate(_MADE_BY)}
         names = sorted(artifacts, key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
         return run | {"artifacts": {name: artifacts[name] for name in names}}
@@ -123,10 +133,11 @@ class Run:
             raise ConfigError(f"{self.path}/run.yaml is no run's: its artifacts are no mapping; start a new run")
         return value
 
-    def _entry(self, name: str) -> dict[str, Any] | None:
+    def find_artifact(self, name: str) -> dict[str, Any] | None:
+        """What an artifact is made with, as :meth:`artifact` tells it, or None where no stage has begun with it."""
         path = self.folder(name) / SETTINGS
         entry = read_entry(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
-        return None if entry is None else checked_entry(entry, path)
+        return None if entry is None else validate_entry(entry, path)
 
     def artifact(self, name: str) -> dict[str, Any]:
         """What an artifact is made with: stage, settings, inputs, fingerprint, versions.
@@ -134,26 +145,22 @@ class Run:
         Raises:
             MissingArtifact: it has not been made; names the stage to run first.
         """
-        entry = self.held[name] if name in self.held else self._entry(name)
+        entry = self.claimed[name] if name in self.claimed else self.find_artifact(name)
         if entry is None:
-            raise self.lacks(name)
+            raise self.missing_artifact(name)
         return entry
 
-    def lacks(self, name: str) -> MissingArtifact:
+    def missing_artifact(self, name: str) -> MissingArtifact:
         """The error that an artifact has not been made, with the stage to run first."""
         stage = _MADE_BY.get(name.partition("/")[0], name)
         given = "--prompts FILE " if stage == "generate" else ""
         first = f"synthgen {stage} {given}--run {shlex.quote(str(self.path))}"
         return MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
 
-    def begun(self, name: str) -> dict[str, Any] | None:
-        """What an artifact is made with, as :meth:`artifact` tells it, or None where no stage has begun with it."""
-        return self._entry(name)
-
     def remedy(self, name: str) -> str:
         """The command that makes what an artifact lacks, with the settings that it was begun with."""
         stage, _, label = name.partition("/")
-        entry = self.held.get(name) or self._entry(name)
+        entry = self.claimed.get(name) or self.find_artifact(name)
         stage = str(entry["stage"]) if entry else _MADE_BY.get(stage, stage)
         label = f"--label {shlex.quote(label)} " if label else ""
         return f"synthgen {stage} {label}--run {shlex.quote(str(self.path))}"
@@ -162,7 +169,7 @@ class Run:
         """See that the inputs of ``stage`` are there and that what it made before had these settings.
 
         Returns:
-            What should be noted of its artifacts (see :meth:`note`). Nothing is written.
+            What should be noted of its artifacts (see :meth:`record_settings`). Nothing is written.
 
         Raises:
             MissingArtifact: an input is missing; names the stage to run first.
@@ -173,15 +180,15 @@ class Run:
         inputs |= {redact(name): value for name, value in stage.inputs(self).items()}
         fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
         for name in stage.artifacts():
-            before = self._entry(name)
+            before = self.find_artifact(name)
             if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
                 self._refuse(name, before, stage, inputs)
-        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.noted(self), "inputs": inputs}
+        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.recorded_settings(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 
     @contextmanager
     def claim(self, stage: Stage) -> Iterator[Run]:
-        """Note what ``stage`` works with (see :meth:`note`), and yield the run as it is to be worked on.
+        """Note what ``stage`` works with (see :meth:`record_settings`), and yield the run as it is to be worked on.
 
         That run holds on to what was noted, whatever others do to the folders meanwhile. What was noted of folders that
         nothing came into is taken back when the block fails, so that a mistake may be mended with other settings; where
@@ -190,24 +197,24 @@ class Run:
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
         """
-        noted = self.note(stage)
+        noted = self.record_settings(stage)
         try:
             if Run.open(self.path).seed != self.seed:
                 raise StaleArtifact(f"another command has just given {self.path} another seed; run this one again")
-            held = {name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())}
-            yield replace(self, held=held)
+            claimed = {name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())}
+            yield replace(self, claimed=claimed)
             for name in stage.artifacts():
-                if self._entry(name) is None:  # the same command elsewhere failed early and took them back
-                    create_bytes(self.folder(name) / SETTINGS, as_yaml(held[name]))
+                if self.find_artifact(name) is None:  # the same command elsewhere failed early and took them back
+                    create_bytes(self.folder(name) / SETTINGS, as_yaml(claimed[name]))
         except BaseException:
             for name in noted:
-                if not self.holds(name) and not self._failure_notes(name):
+                if not self.is_nonempty(name) and not self._failure_notes(name):
                     (self.folder(name) / SETTINGS).unlink(missing_ok=True)
                     with suppress(OSError):  # the half written file of somebody else is in it
                         self.folder(name).rmdir()
             raise
 
-    def note(self, stage: Stage) -> list[str]:
+    def record_settings(self, stage: Stage) -> list[str]:
         """Put settings, inputs and versions of ``stage`` into the folders of its artifacts, after :meth:`check`.
 
         Returns:
@@ -219,7 +226,7 @@ class Run:
         entry = self.check(stage)
         new = []
         for name in stage.artifacts():
-            kept = self._entry(name)
+            kept = self.find_artifact(name)
             if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
                 continue
             path, data = self.folder(name) / SETTINGS, as_yaml(entry | {"versions": versions()})
@@ -236,22 +243,22 @@ class Run:
                 new.append(name)
         return new
 
-    def holds(self, name: str) -> bool:
+    def is_nonempty(self, name: str) -> bool:
         """Whether anything was made of an artifact, or is being made: its settings, logs and failures are nothing."""
         return any(True for _ in made_in(self.folder(name)))
 
     def _is_free(self, name: str) -> bool:
         """Whether other settings may take the place of those in a folder: nothing is there, or all of it failed."""
         begun = (self.folder(name) / SETTINGS).is_file()  # maybe by a command that is just about to make something
-        return not self.holds(name) and (not begun or bool(self._failure_notes(name)))
+        return not self.is_nonempty(name) and (not begun or bool(self._failure_notes(name)))
 
     def _failure_notes(self, name: str) -> list[Path]:
         return sorted(self.folder(name).glob(f"*{FAILED}"))
 
     def _refuse(self, name: str, before: dict[str, Any], stage: Stage, inputs: dict[str, str]) -> None:
-        counted = {item.name for item in fields(stage) if not item.metadata.get("free")}
+        counted = {item.name for item in fields(stage) if not item.metadata.get("unhashed")}
         old = {key: value for key, value in before["settings"].items() if key in counted}
-        told = told_apart({**before, "settings": old}, {"settings": stage.fingerprinted(), "inputs": inputs})
+        told = describe_changes({**before, "settings": old}, {"settings": stage.fingerprinted(), "inputs": inputs})
         folder = self.path / name
         elsewhere = "another --label" if name.startswith("pretrain/") else "another --run folder"
         raise StaleArtifact(
@@ -271,11 +278,11 @@ class Run:
     def mark(self, artifact: str, unit: int) -> dict[str, Any] | None:
         """The done mark of a unit, or None where it is not done."""
         try:
-            return checked_mark(read_json(read_file(self.tar(artifact, unit).with_suffix(".json"), MOST_JSON)))
+            return checked_mark(read_json(read_file(self.tar(artifact, unit).with_suffix(".json"), MAX_JSON)))
         except (FileNotFoundError, ValueError):
             return None
 
-    def has(self, artifact: str, unit: int, fingerprint: str) -> bool:
+    def has_unit(self, artifact: str, unit: int, fingerprint: str) -> bool:
         """Whether a unit is there, whole, and made with the settings of ``fingerprint``."""
         mark = self.mark(artifact, unit)
         if mark is None or mark["fingerprint"] != fingerprint:
@@ -293,7 +300,7 @@ class Run:
         folder = self.folder(artifact)
         sizes = listing(folder)
         names = sorted(name for name in sizes if name.endswith(".json") and name[:-5].isdecimal())
-        for name, data in read_many(folder, names, MOST_JSON):
+        for name, data in read_many(folder, names, MAX_JSON):
             try:
                 mark = checked_mark(read_json(data))
             except ValueError:
@@ -326,7 +333,7 @@ class Run:
         """The samples of a unit in order: key, and each member's bytes.
 
         Raises:
-            MissingArtifact, CorruptShard: the unit is not there, or not as it was written.
+            MissingArtifact, CorruptFile: the unit is not there, or not as it was written.
         """
         self.verify(artifact, unit)
         return read_tar(self.tar(artifact, unit))
@@ -336,11 +343,11 @@ class Run:
 
         Raises:
             MissingArtifact: it is not there.
-            CorruptShard: it has another.
+            CorruptFile: it has another.
         """
         mark, path = self.mark(artifact, unit), self.tar(artifact, unit)
-        if mark is not None and self.has(artifact, unit, mark["fingerprint"]):
-            check_whole(path, mark["sha256"], self.remedy(artifact))
+        if mark is not None and self.has_unit(artifact, unit, mark["fingerprint"]):
+            verify_sha256(path, mark["sha256"], self.remedy(artifact))
         elif not path.is_file():
             raise MissingArtifact(f"there is no file {path}; run: {self.remedy(artifact)}")
 
@@ -365,15 +372,15 @@ class Run:
         A worker that is killed between the done mark of a unit and the end of its note leaves the note: it counts no
         more.
         """
-        found, entry = {}, self._entry(artifact)
+        found, entry = {}, self.find_artifact(artifact)
         for path in self._failure_notes(artifact):
             unit = path.name.partition(".")[0]
             if not (unit.isascii() and unit.isdecimal()):  # not one of ours
                 continue
-            if entry is not None and self.has(artifact, int(unit), entry["fingerprint"]):
+            if entry is not None and self.has_unit(artifact, int(unit), entry["fingerprint"]):
                 continue
             try:
-                found[int(unit)] = str(read_json(read_file(path, MOST_JSON))["error"])
+                found[int(unit)] = str(read_json(read_file(path, MAX_JSON))["error"])
             except (OSError, ValueError, LookupError, TypeError):
                 found[int(unit)] = f"{path} cannot be read"
         return found

@@ -106,14 +106,14 @@ class UnitWriter:
         Of two artifacts of one unit, such as images and their maps, both come from one worker. So what another left of
         one alone is replaced if its bytes differ, and the second is kept only beside the first that belongs to it.
         """
-        there = self.run.has(self.artifact, self.unit, self._fingerprint)
+        there = self.run.has_unit(self.artifact, self.unit, self._fingerprint)
         if not self.second and self.first is None:
             return there
         self._tar.seal()
         if self.first is not None:
             if self.first.sha256 != self._sha256_of(self.first.artifact):
                 return True
-        elif there and self.run.has(self.second, self.unit, self._fingerprint):
+        elif there and self.run.has_unit(self.second, self.unit, self._fingerprint):
             return True
         return there and self.sha256 == self._sha256_of(self.artifact)
 

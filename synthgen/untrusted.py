@@ -23,12 +23,12 @@ import yaml
 from synthgen.stores.remote import RemotePath
 
 __all__ = [
-    "LONGEST_LINE",
-    "MOST_BYTES",
-    "MOST_JSON",
-    "MOST_PROMPTS",
-    "MOST_WORDS",
-    "MOST_YAML",
+    "MAX_BYTES",
+    "MAX_JSON",
+    "MAX_LINE_LENGTH",
+    "MAX_PROMPTS",
+    "MAX_WORDS",
+    "MAX_YAML",
     "SAFE_LOADER",
     "is_object",
     "iter_text",
@@ -41,21 +41,21 @@ __all__ = [
     "visible",
 ]
 
-MOST_BYTES = 2**28  # of a file or a member of a tar that is read whole
-MOST_JSON = 2**24  # bytes of a JSON object that describes a sample, a unit or a folder
-MOST_PROMPTS = 2**32  # bytes of a prompt file; ten million prompts are about 1e9
-MOST_YAML = 2**18  # bytes of a YAML file
-MOST_WORDS = 255  # masks of one image: what 8 bits can tell apart
-LONGEST_LINE = 2**16  # characters of a line of prompts or captions
+MAX_BYTES = 2**28  # of a file or a member of a tar that is read whole
+MAX_JSON = 2**24  # bytes of a JSON object that describes a sample, a unit or a folder
+MAX_PROMPTS = 2**32  # bytes of a prompt file; ten million prompts are about 1e9
+MAX_YAML = 2**18  # bytes of a YAML file
+MAX_WORDS = 255  # masks of one image: what 8 bits can tell apart
+MAX_LINE_LENGTH = 2**16  # characters of a line of prompts or captions
 SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
 _CHUNK = 2**18  # bytes of text that are read at once
-_MOST_NODES = 20_000  # values of a YAML file, each counted as often as it is referred to
+_MAX_NODES = 20_000  # values of a YAML file, each counted as often as it is referred to
 _DEEPEST = 100  # mappings and lists inside each other
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = {number: " " for number in (*range(32), *range(127, 160)) if number != ord("\t")}
 
 
-def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
     """The bytes of a plain file: no pipe or device, which may never end, and at most ``most`` of them.
 
     Raises:
@@ -65,7 +65,7 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
     return b"".join(read_chunks(path, most, size=most))
 
 
-def read_chunks(path: Path, most: int = MOST_BYTES, size: int = 2**20) -> Iterator[bytes]:
+def read_chunks(path: Path, most: int = MAX_BYTES, size: int = 2**20) -> Iterator[bytes]:
     """What :func:`read_file` reads, ``size`` bytes at a time.
 
     Raises:
@@ -87,7 +87,7 @@ def read_chunks(path: Path, most: int = MOST_BYTES, size: int = 2**20) -> Iterat
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their endings, each at most ``LONGEST_LINE`` characters long.
+    """The lines of a UTF-8 file with their endings, each at most ``MAX_LINE_LENGTH`` characters long.
 
     A line ends with a line feed, a carriage return, or both.
 
@@ -98,9 +98,9 @@ def read_lines(path: Path) -> Iterator[str]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is no plain file")
     with open(path, encoding="utf-8-sig", newline="") as file:
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"a line has more than {LONGEST_LINE:,} characters")
+        while line := file.readline(MAX_LINE_LENGTH + 1):
+            if len(line) > MAX_LINE_LENGTH:
+                raise ValueError(f"a line has more than {MAX_LINE_LENGTH:,} characters")
             if "\0" in line:
                 raise ValueError("it is not UTF-8 text, as it holds zero bytes; save it as UTF-8")
             yield line
@@ -133,8 +133,8 @@ def iter_text(path: Path, most: int) -> Iterator[tuple[int, str]]:
 
 
 def _within_length(number: int, line: str) -> str:
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"line {number}: it has too many characters; {LONGEST_LINE:,} are the most")
+    if len(line) > MAX_LINE_LENGTH:
+        raise ValueError(f"line {number}: it has too many characters; {MAX_LINE_LENGTH:,} are the most")
     return line
 
 
@@ -147,7 +147,7 @@ def _not_text(path: Path, place: int, byte: int) -> ValueError:
     )
 
 
-def read_json(data: bytes | str, most: int = MOST_JSON, *, finite: bool = True) -> Any:
+def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True) -> Any:
     """JSON as its standard has it: UTF-8, finite numbers, whole characters, and not nested without end.
 
     Not ``finite``: NaN and infinity too, which Python writes for a loss or a score that is none.
@@ -182,7 +182,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MOST_YAML) -> Any:
+def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML) -> Any:
     """A YAML file, by a safe loader; an alias counts for all that it stands for, so that none can multiply without end.
 
     Raises:
@@ -235,8 +235,8 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
             for part in parts:
                 total += _count(part, known, before + total)
         known[node] = total
-    if before + total > _MOST_NODES:
-        raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
+    if before + total > _MAX_NODES:
+        raise yaml.YAMLError(f"it holds more than {_MAX_NODES:,} values")
     return total
 
 

@@ -1,4 +1,4 @@
-"""Material for evaluators of which it is known what it must score: all can be read off it, or nothing."""
+"""EvalData for evaluators of which it is known what it must score: all can be read off it, or nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from synthgen.evaluators import Labelled, Latents, Mapped, Material, Pairs, Pictured, Scenes
+from synthgen.evaluators import (
+    DenseFeatures,
+    EvalData,
+    ImageTextPairs,
+    LabelledFeatureMaps,
+    LabelledFeatures,
+    LabelledImages,
+    Latents,
+)
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 from synthgen.records import WordMasks
 
@@ -22,16 +30,16 @@ CLASSES = ("background", "disc", "square")
 GRID = 8
 
 
-def make_labelled(count: int, seed: int, *, known: bool) -> Labelled:
+def make_labelled(count: int, seed: int, *, known: bool) -> LabelledFeatures:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     features = 0.1 * torch.randn(count, 6, generator=generator)
     if known:
         features[torch.arange(count), labels] += 1
-    return Labelled(features, labels, tuple(f"{image:04d}" for image in range(count)))
+    return LabelledFeatures(features, labels, tuple(f"{image:04d}" for image in range(count)))
 
 
-def make_mapped(count: int, seed: int, *, known: bool) -> Mapped:
+def make_mapped(count: int, seed: int, *, known: bool) -> LabelledFeatureMaps:
     """Two blocks at two timesteps; the class is the bright channel of the second block at the second timestep."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
@@ -39,7 +47,7 @@ def make_mapped(count: int, seed: int, *, known: bool) -> Mapped:
     if known:
         fine[torch.arange(count), 1, labels] += 1
     keys = tuple(f"{image:04d}" for image in range(count))
-    return Mapped((coarse.half(), fine.half()), labels, keys)
+    return LabelledFeatureMaps((coarse.half(), fine.half()), labels, keys)
 
 
 def make_latents(count: int, seed: int, *, known: bool) -> Latents:
@@ -52,7 +60,7 @@ def make_latents(count: int, seed: int, *, known: bool) -> Latents:
     return Latents(values, labels, tuple(f"{image:04d}" for image in range(count)))
 
 
-def make_pictured(count: int, seed: int, *, known: bool) -> Pictured:
+def make_pictured(count: int, seed: int, *, known: bool) -> LabelledImages:
     """Noise of 16 x 16 pixels; the class is the colour of a bright square somewhere in it."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
@@ -60,7 +68,7 @@ def make_pictured(count: int, seed: int, *, known: bool) -> Pictured:
     corners = torch.randint(0, 9, (count, 2), generator=generator).tolist()
     for image, (top, left) in enumerate(corners if known else ()):
         pixels[image, top : top + 8, left : left + 8, labels[image]] = 220
-    return Pictured(pixels, labels, tuple(f"{image:04d}" for image in range(count)))
+    return LabelledImages(pixels, labels, tuple(f"{image:04d}" for image in range(count)))
 
 
 def make_encoder(seed: int = 0) -> VisionTransformer:
@@ -82,7 +90,7 @@ def make_reader() -> FeatureReader:
     return FeatureReader(backbone, timesteps=[10])
 
 
-def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> Scenes:
+def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> DenseFeatures:
     """One or two boxes an image; ``scale`` pixels to a cell. Known features tell class and distances to the sides."""
     rng = np.random.default_rng(seed)
     pixels = torch.zeros(count, GRID, GRID, dtype=torch.int16)
@@ -110,16 +118,16 @@ def make_scenes(count: int, seed: int, *, known: bool, scale: int = 1) -> Scenes
         patches = torch.randn(patches.shape, generator=torch.Generator().manual_seed(seed))
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     keys = tuple(f"{seed:03d}{image:07d}" for image in range(count))
-    return Scenes(patches.half(), pixels, tuple(boxes), tuple(box_classes), keys, CLASSES)
+    return DenseFeatures(patches.half(), pixels, tuple(boxes), tuple(box_classes), keys, CLASSES)
 
 
-def make_pairs(count: int, *, known: bool) -> Pairs:
+def make_pairs(count: int, *, known: bool) -> ImageTextPairs:
     """Two texts an image."""
     generator = torch.Generator().manual_seed(7)
     images, others = torch.randn(2, count, 16, generator=generator)
     texts = torch.cat([images, 2 * images]) if known else torch.cat([others, -others])
     numbers = torch.arange(count)
-    return Pairs(images, texts, torch.cat([numbers, numbers]), torch.arange(2 * count))
+    return ImageTextPairs(images, texts, torch.cat([numbers, numbers]), torch.arange(2 * count))
 
 
 def make_word_masks(count: int, *, known: bool) -> tuple[dict[str, WordMasks], dict[str, WordMasks]]:
@@ -133,9 +141,9 @@ def make_word_masks(count: int, *, known: bool) -> tuple[dict[str, WordMasks], d
     return predicted, truth
 
 
-def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
+def make_data(*, known: bool, train: int = 48, test: int = 24) -> EvalData:
     """From it every evaluator must read everything (``known``), or nothing."""
-    return Material(
+    return EvalData(
         make_labelled(train, 1, known=known),
         make_labelled(test, 2, known=known),
         *make_word_masks(test, known=known),
@@ -153,50 +161,50 @@ def make_material(*, known: bool, train: int = 48, test: int = 24) -> Material:
     )
 
 
-def reordered(material: Material) -> Material:
+def reordered(data: EvalData) -> EvalData:
     """The same images in another order."""
     generator = torch.Generator().manual_seed(0)
 
-    def labelled(split: Labelled) -> Labelled:
+    def labelled(split: LabelledFeatures) -> LabelledFeatures:
         order = torch.randperm(len(split.labels), generator=generator)
-        return Labelled(split.features[order], split.labels[order], tuple(split.keys[i] for i in order))
+        return LabelledFeatures(split.features[order], split.labels[order], tuple(split.keys[i] for i in order))
 
-    def mapped(split: Mapped) -> Mapped:
+    def mapped(split: LabelledFeatureMaps) -> LabelledFeatureMaps:
         order = torch.randperm(len(split.labels), generator=generator)
         maps = tuple(block[order] for block in split.maps)
-        return Mapped(maps, split.labels[order], tuple(split.keys[i] for i in order))
+        return LabelledFeatureMaps(maps, split.labels[order], tuple(split.keys[i] for i in order))
 
     def latents(split: Latents) -> Latents:
         order = torch.randperm(len(split.labels), generator=generator)
         return Latents(split.values[order], split.labels[order], tuple(split.keys[i] for i in order))
 
-    def pictured(split: Pictured) -> Pictured:
+    def pictured(split: LabelledImages) -> LabelledImages:
         order = torch.randperm(len(split.labels), generator=generator)
-        return Pictured(split.pixels[order], split.labels[order], tuple(split.keys[i] for i in order))
+        return LabelledImages(split.pixels[order], split.labels[order], tuple(split.keys[i] for i in order))
 
-    def scenes(split: Scenes) -> Scenes:
+    def scenes(split: DenseFeatures) -> DenseFeatures:
         order = torch.randperm(len(split), generator=generator)
         parts = (tuple(part[i] for i in order) for part in (split.boxes, split.box_classes, split.keys))
         boxes, box_classes, keys = parts
-        return Scenes(split.patches[order], split.pixels[order], boxes, box_classes, keys, split.classes)
+        return DenseFeatures(split.patches[order], split.pixels[order], boxes, box_classes, keys, split.classes)
 
-    pairs = material.pairs
+    pairs = data.pairs
     place = torch.randperm(len(pairs.images), generator=generator)
     shuffle = torch.randperm(len(pairs.of_image), generator=generator)
     images = torch.empty_like(pairs.images)
     images[place] = pairs.images
     return dataclasses.replace(
-        material,
-        train=labelled(material.train),
-        test=labelled(material.test),
-        predicted=dict(reversed(material.predicted.items())),
-        train_scenes=scenes(material.train_scenes),
-        test_scenes=scenes(material.test_scenes),
-        pairs=Pairs(images, pairs.texts, place[pairs.of_image][shuffle], pairs.of_text[shuffle]),
-        train_maps=mapped(material.train_maps),
-        test_maps=mapped(material.test_maps),
-        train_latents=latents(material.train_latents),
-        test_latents=latents(material.test_latents),
-        train_images=pictured(material.train_images),
-        test_images=pictured(material.test_images),
+        data,
+        train=labelled(data.train),
+        test=labelled(data.test),
+        predicted=dict(reversed(data.predicted.items())),
+        train_scenes=scenes(data.train_scenes),
+        test_scenes=scenes(data.test_scenes),
+        pairs=ImageTextPairs(images, pairs.texts, place[pairs.of_image][shuffle], pairs.of_text[shuffle]),
+        train_maps=mapped(data.train_maps),
+        test_maps=mapped(data.test_maps),
+        train_latents=latents(data.train_latents),
+        test_latents=latents(data.test_latents),
+        train_images=pictured(data.train_images),
+        test_images=pictured(data.test_images),
     )

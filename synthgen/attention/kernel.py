@@ -1,4 +1,4 @@
-"""Fused attention that also tells the normaliser of each row's softmax, so that single columns of it cost little.
+"""Fused attention that also tells the log-sum-exp of each row's softmax, so that single columns of it cost little.
 
 ``softmax(s)[i, j] = exp(s[i, j] - L[i])`` with ``L[i] = logsumexp(s[i])``. The fused kernels compute L on their way and
 PyTorch's public function throws it away; called by their own names they return it, and the same output to the bit.
@@ -14,18 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-__all__ = ["attention_with_normaliser", "chosen_kernel", "log_normaliser"]
+__all__ = ["attention_with_lse", "chosen_kernel", "logsumexp_of"]
 
-_CHUNK = 2**24  # logits that are held at a time where no kernel gives the normaliser
+_CHUNK = 2**24  # logits that are held at a time where no kernel gives the log-sum-exp
 _FLASH, _EFFICIENT, _CUDNN = (
     int(backend.value)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 )
-_PROBE = 8  # rows of the first head that a kernel's normaliser is checked on, once
+_PROBE = 8  # rows of the first head that a kernel's log-sum-exp is checked on, once
 _trusted: dict[tuple[Any, ...], bool] = {}
 
 
-def attention_with_normaliser(
+def attention_with_lse(
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h k d"],
     value: Float[Tensor, "b h k e"],
@@ -35,9 +35,9 @@ def attention_with_normaliser(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"] | None]:
-    """``torch.nn.functional.scaled_dot_product_attention`` and the normaliser of its rows, in float32.
+    """``torch.nn.functional.scaled_dot_product_attention`` and the log-sum-exp of its rows, in float32.
 
-    The output is the public function's, bit for bit: the kernel that it would choose is called. The normaliser is None
+    The output is the public function's, bit for bit: the kernel that it would choose is called. The log-sum-exp is None
     where that kernel does not tell it, and where its word, on the first call that tells anything (NaN does not), was
     not that of a plain computation.
     """
@@ -62,18 +62,16 @@ def attention_with_normaliser(
     if found is None:
         options["enable_gqa"] = enable_gqa
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), None
-    output, normaliser = found
+    output, lse = found
     if kind not in _trusted:
-        expected = log_normaliser(query[:1, :1, :_PROBE], key[:1, :1], scale=scale, mask=_first(attn_mask))
+        expected = logsumexp_of(query[:1, :1, :_PROBE], key[:1, :1], scale=scale, mask=_first(attn_mask))
         if not expected.isfinite().all():
             return output, None  # a broken image says nothing of the kernel
-        near = normaliser.shape == query.shape[:3] and torch.allclose(
-            normaliser[:1, :1, :_PROBE], expected, rtol=1e-3, atol=1e-3
-        )
+        near = lse.shape == query.shape[:3] and torch.allclose(lse[:1, :1, :_PROBE], expected, rtol=1e-3, atol=1e-3)
         _trusted[kind] = bool(near)
         if not near:
             return output, None
-    return output, normaliser
+    return output, lse
 
 
 def chosen_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> int:
@@ -85,24 +83,22 @@ def chosen_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
 def _call(
     kernel: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """The output and normaliser of one kernel, None where it is none of those that tell it."""
+    """The output and log-sum-exp of one kernel, None where it is none of those that tell it."""
     aten, scale, rows = torch.ops.aten, options["scale"], query.shape[2]
     if query.device.type == "cpu" and kernel == _FLASH:
-        output, normaliser = aten._scaled_dot_product_flash_attention_for_cpu(
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=_as_bias(mask, query), scale=scale
         )
     elif query.is_cuda and kernel == _FLASH and query.shape[-1] % 8 == 0:  # others are padded on the way
-        output, normaliser, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
     elif query.is_cuda and kernel == _EFFICIENT:
-        output, normaliser, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, scale=scale
-        )
+        output, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
     elif query.is_cuda and kernel == _CUDNN:
-        output, normaliser, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
-        normaliser = normaliser.reshape(*query.shape[:2], -1)
+        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        lse = lse.reshape(*query.shape[:2], -1)
     else:
         return None
-    return output, normaliser[..., :rows]
+    return output, lse[..., :rows]
 
 
 def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -119,7 +115,7 @@ def _first(mask: Tensor | None) -> Tensor | None:
     return mask[:1, :1, :_PROBE]
 
 
-def log_normaliser(
+def logsumexp_of(
     query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h k d"], *, scale: float | None, mask: Tensor | None = None
 ) -> Float[Tensor, "b h n"]:
     """``logsumexp`` over the keys of ``scale * query · key`` (+ mask), in float32, a few rows at a time."""

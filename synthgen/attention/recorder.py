@@ -2,7 +2,7 @@
 
 Every attention layer keeps its own processor, which is called as before: the image is bit-identical with and without
 recording. What the layer hands to PyTorch's attention, its queries and keys, is seen on the way. For the conditional
-half of the batch the softmax is formed at the wanted words' keys alone, exactly, with the rows' normaliser that the
+half of the batch the softmax is formed at the wanted words' keys alone, exactly, with the rows' log-sum-exp that the
 fused kernel computes anyway; it is averaged over heads and added, at once and in place, to a few small accumulators on
 the device. Memory does not grow with the number of steps, and nothing is copied to the host before the image is done.
 
@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
+from synthgen.attention.kernel import attention_with_lse, logsumexp_of
 from synthgen.records import AFFINITY_OFFSETS
 
 __all__ = ["AttentionCall", "Recorder", "record"]
@@ -43,7 +43,7 @@ class AttentionCall:
 
     query: Float[Tensor, "b h n d"]
     key: Float[Tensor, "b h k d"]
-    normaliser: Float[Tensor, "b h n"] | None  # of each row's softmax; None: still to be computed
+    lse: Float[Tensor, "b h n"] | None  # of each row's softmax; None: still to be computed
     scale: float
     mask: Tensor | None = None  # what was added to the logits, or bool: which keys are seen; spreads over b h n k
 
@@ -52,15 +52,15 @@ class AttentionCall:
         mask = self.mask
         if mask is not None and mask.dim() == 4 and len(mask) > 1:
             mask = mask.chunk(2)[1]
-        normaliser = None if self.normaliser is None else self.normaliser.chunk(2)[1]
-        return AttentionCall(self.query.chunk(2)[1], self.key.chunk(2)[1], normaliser, self.scale, mask)
+        lse = None if self.lse is None else self.lse.chunk(2)[1]
+        return AttentionCall(self.query.chunk(2)[1], self.key.chunk(2)[1], lse, self.scale, mask)
 
     def normalised(self) -> AttentionCall:
-        """With the normaliser, in float32."""
-        if self.normaliser is not None:
+        """With the log-sum-exp, in float32."""
+        if self.lse is not None:
             return self
-        normaliser = log_normaliser(self.query, self.key, scale=self.scale, mask=self.mask)
-        return AttentionCall(self.query, self.key, normaliser, self.scale, self.mask)
+        lse = logsumexp_of(self.query, self.key, scale=self.scale, mask=self.mask)
+        return AttentionCall(self.query, self.key, lse, self.scale, self.mask)
 
 
 @dataclass
@@ -135,8 +135,8 @@ class Recorder:
 
     def _add_words(self, size: Size, call: AttentionCall, image: slice, *, first_key: int) -> None:
         """exp(scale q · k - L) in the rows ``image`` at the words' keys, mean over heads, mean over a word's tokens."""
-        assert call.normaliser is not None
-        query, normaliser = call.query[:, :, image], call.normaliser[:, :, image]
+        assert call.lse is not None
+        query, lse = call.query[:, :, image], call.lse[:, :, image]
         if self._columns is None:
             self._columns = self._wanted(query.device)
         places, weights = self._columns  # b t and b words t
@@ -145,7 +145,7 @@ class Recorder:
         logits = keys @ (query.float() * call.scale).transpose(-1, -2)  # b h t n
         if call.mask is not None:
             logits = logits + self._mask_at(call.mask, places + first_key, logits)
-        probabilities = torch.exp(logits - normaliser[:, :, None]).mean(dim=1)
+        probabilities = torch.exp(logits - lse[:, :, None]).mean(dim=1)
         maps = weights @ probabilities
         if size in self._cross:
             self._cross[size] += maps
@@ -163,12 +163,12 @@ class Recorder:
 
     def _add_edges(self, call: AttentionCall, image: slice) -> None:
         """For each edge between pixels the mean of both ways' probabilities, in multiples of uniform attention."""
-        assert call.normaliser is not None
+        assert call.lse is not None
         rows, columns = self.grid(self.self_level)
         b, heads, _, d = call.query.shape
         q = (call.query[:, :, image].float() * call.scale).reshape(b, heads, rows, columns, d)
         k = call.key[:, :, image].float().reshape(b, heads, rows, columns, d)
-        level = call.normaliser[:, :, image].reshape(b, heads, rows, columns)
+        lse = call.lse[:, :, image].reshape(b, heads, rows, columns)
         if self._self is None:
             self._self = q.new_zeros((len(q), len(AFFINITY_OFFSETS), rows, columns))
         for edge, (down, right) in enumerate(AFFINITY_OFFSETS):
@@ -176,8 +176,8 @@ class Recorder:
                 continue
             here = slice(0, rows - down), slice(max(0, -right), min(columns, columns - right))
             there = slice(down, rows), slice(max(0, right), columns + min(0, right))
-            forth = ((q[:, :, *here] * k[:, :, *there]).sum(-1) - level[:, :, *here]).exp()
-            back = ((q[:, :, *there] * k[:, :, *here]).sum(-1) - level[:, :, *there]).exp()
+            forth = ((q[:, :, *here] * k[:, :, *there]).sum(-1) - lse[:, :, *here]).exp()
+            back = ((q[:, :, *there] * k[:, :, *here]).sum(-1) - lse[:, :, *there]).exp()
             self._self[:, edge, *here] += (forth + back).mean(dim=1) * (0.5 * rows * columns)
         self._counts["self"] = self._counts.get("self", 0) + 1
 
@@ -257,9 +257,9 @@ class _Tap(TorchFunctionMode):
     ) -> Tensor:
         if is_causal or enable_gqa:
             raise RuntimeError("attention that is causal, or grouped by queries, cannot be recorded")
-        output, normaliser = attention_with_normaliser(query, key, value, attn_mask, dropout_p, scale=scale)
+        output, lse = attention_with_lse(query, key, value, attn_mask, dropout_p, scale=scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.observe(AttentionCall(query, key, normaliser, scale, attn_mask))
+        self.observe(AttentionCall(query, key, lse, scale, attn_mask))
         return output
 
 

@@ -9,7 +9,7 @@ from synthgen.captions import TABLES, read_beside, read_listing
 from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, telling
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.image import decode_rgb
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.untrusted import read_file
 
 __all__ = ["CaptionedFolder", "FolderDataset"]
@@ -22,11 +22,11 @@ class FolderDataset(ImageDataset):
 
     Raises:
         MissingArtifact: there are no images in it.
-        CorruptShard: an image cannot be read.
+        CorruptFile: an image cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = located(path)
+        self.path = parse_location(path)
         endings = {*(f".{name}" for name in IMAGES), ".bmp", ".gif"}
         self._files = _shown(self.path, (file for file in self.path.rglob("*") if file.suffix.lower() in endings))
         if not self._files:
@@ -71,7 +71,7 @@ class CaptionedFolder(FolderDataset):
         super().__init__(path)
         by_name = {file.relative_to(self.path).as_posix(): file for file in self._files}
         if metadata:
-            listed = read_listing(located(metadata), self.path)
+            listed = read_listing(parse_location(metadata), self.path)
             self._files = [file for name, file in by_name.items() if name in listed]
             if not self._files:
                 raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")

@@ -11,10 +11,10 @@ from synthgen.datasets.samples import place_in
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.stores import stays_remote
 from synthgen.stores.index import Member, TarIndex
-from synthgen.stores.opened import OpenFiles
+from synthgen.stores.open_files import OpenFiles
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import index_tar, read_member
-from synthgen.untrusted import MOST_BYTES
+from synthgen.untrusted import MAX_BYTES
 
 __all__ = ["Row", "Rows"]
 
@@ -34,7 +34,7 @@ class Rows:
     the others are asked for one by one, a request each, so that their order costs nothing.
 
     Raises:
-        MissingArtifact, CorruptShard: a tar is not there, or cannot be read.
+        MissingArtifact, CorruptFile: a tar is not there, or cannot be read.
         ConfigError: a file is none.
     """
 
@@ -78,8 +78,8 @@ class Rows:
         start = min(member.offset for member in members.values())
         if self._held is None or self._held[:2] != (path, start):
             end = max(member.offset + member.size for member in members.values())
-            if end - start > MOST_BYTES:
-                raise ValueError(f"it has {end - start:,} bytes; {MOST_BYTES:,} are the most")
+            if end - start > MAX_BYTES:
+                raise ValueError(f"it has {end - start:,} bytes; {MAX_BYTES:,} are the most")
             self._held = path, start, path.read_range(start, end)
         offset = members[name].offset - start
         return self._held[2][offset : offset + members[name].size]

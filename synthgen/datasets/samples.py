@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch.utils.data import Dataset
 
-from synthgen.errors import CorruptShard, one_line
+from synthgen.errors import CorruptFile, one_line
 from synthgen.image import UNDECODABLE
 from synthgen.stores import remedy
 
@@ -33,7 +33,7 @@ class Sample:
     label: str | None = None  # class name, or its number where there is no name
     text: str = ""
     words: tuple[str, ...] = ()
-    labels: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
+    label_map: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
 
 
 class ImageDataset(Dataset[Sample], ABC):
@@ -137,10 +137,10 @@ def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
     """Say of which sample it is that its content is wrong.
 
     Raises:
-        CorruptShard: it cannot be decoded, or one of ``also`` came of it.
+        CorruptFile: it cannot be decoded, or one of ``also`` came of it.
     """
     kinds: tuple[type[Exception], ...] = (*UNDECODABLE, *also)
     try:
         yield
     except kinds as error:
-        raise CorruptShard(f"sample {key} of {path} cannot be read: {one_line(error)}; {remedy(path)}") from None
+        raise CorruptFile(f"sample {key} of {path} cannot be read: {one_line(error)}; {remedy(path)}") from None

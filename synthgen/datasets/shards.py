@@ -13,10 +13,10 @@ from synthgen.captions import TEXT_KEYS
 from synthgen.codecs import labels_to_masks
 from synthgen.datasets.rows import Row, Rows
 from synthgen.datasets.samples import IMAGES, ImageDataset, NamedBox, Sample, telling
-from synthgen.errors import CorruptShard
+from synthgen.errors import CorruptFile
 from synthgen.image import decode_labels, decode_rgb
 from synthgen.records import WordMasks
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.untrusted import read_json
 
 __all__ = ["ShardDataset"]
@@ -31,11 +31,11 @@ class ShardDataset(ImageDataset):
     decoded.
 
     Raises:
-        MissingArtifact, CorruptShard: a tar is not there, cannot be read, or a sample in it cannot; says which.
+        MissingArtifact, CorruptFile: a tar is not there, cannot be read, or a sample in it cannot; says which.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, masks: bool = True) -> None:
-        self.paths = [located(path) for path in paths]
+        self.paths = [parse_location(path) for path in paths]
         self.masks = masks
         self._rows = Rows(self.paths)
 
@@ -46,7 +46,7 @@ class ShardDataset(ImageDataset):
         row = self._rows[index]
         image = _image(row)
         if image is None:
-            raise CorruptShard(f"sample {row.key} of {row.path} has no image (a member {', '.join(IMAGES)})")
+            raise CorruptFile(f"sample {row.key} of {row.path} has no image (a member {', '.join(IMAGES)})")
         with telling(row.path, row.key):
             meta = self._meta(row)
             mask = self._mask(row, meta)
@@ -65,7 +65,7 @@ class ShardDataset(ImageDataset):
         """The masks of a sample alone (scores are 0). Its image need not be there."""
         row, mask = self._rows[index], self.mask_member(index)
         if mask is None:
-            raise CorruptShard(f"sample {row.key} of {row.path} has no masks (a member mask.png)")
+            raise CorruptFile(f"sample {row.key} of {row.path} has no masks (a member mask.png)")
         with telling(row.path, row.key):
             words, labels = _words(self._meta(row)), _decode_labels(self._rows.read(row, mask))
             return WordMasks(words, labels_to_masks(labels, len(words)), np.zeros(len(words), np.float32))
@@ -82,7 +82,7 @@ class ShardDataset(ImageDataset):
 
     def has_masks(self) -> bool:
         """Whether the first sample comes with masks."""
-        return len(self) > 0 and self[0].labels is not None
+        return len(self) > 0 and self[0].label_map is not None
 
     def captions(self, index: int) -> tuple[str, ...]:
         """``captions`` of the json, a list of texts; else the ``txt``, else the json's text, caption or prompt."""
@@ -134,7 +134,7 @@ class ShardDataset(ImageDataset):
         try:
             return str(int(self._rows.read(row, "cls")))
         except ValueError:
-            raise CorruptShard(f"the cls of sample {row.key} of {row.path} is not a whole number") from None
+            raise CorruptFile(f"the cls of sample {row.key} of {row.path} is not a whole number") from None
 
 
 def _image(row: Row) -> str | None:

@@ -12,7 +12,7 @@ from synthgen.datasets.samples import ImageDataset, JoinedDataset
 from synthgen.datasets.shards import ShardDataset
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.records import WordMasks
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 
 __all__ = ["LazyMasks", "open_captioned", "open_dataset", "open_masks", "source_inputs", "tars_of"]
@@ -23,7 +23,7 @@ def open_dataset(*sources: str | Path, masks: bool = True) -> ImageDataset:
 
     Raises:
         MissingArtifact: a source is not there or holds nothing.
-        CorruptShard: a tar cannot be read.
+        CorruptFile: a tar cannot be read.
     """
     parts = [_opened(source, tars_of(source), masks=masks) for source in sources]
     return parts[0] if len(parts) == 1 else JoinedDataset(parts)
@@ -33,7 +33,7 @@ def open_captioned(source: str | Path, metadata: str | Path = "") -> ImageDatase
     """The samples of one source with what is said of them; ``metadata`` lists that of the images of a folder.
 
     Raises:
-        MissingArtifact, CorruptShard, PromptError: as for :func:`open_dataset` and :class:`CaptionedFolder`.
+        MissingArtifact, CorruptFile, PromptError: as for :func:`open_dataset` and :class:`CaptionedFolder`.
         ConfigError: ``metadata`` is given for tars.
     """
     tars = tars_of(source)
@@ -85,14 +85,14 @@ def source_inputs(*sources: str | Path) -> dict[str, str]:
     """
     found = {}
     for source in sources:
-        files = tars_of(source) or sorted(file for file in located(source).rglob("*") if file.is_file())
+        files = tars_of(source) or sorted(file for file in parse_location(source).rglob("*") if file.is_file())
         found[str(source)] = " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
     return found
 
 
 def tars_of(source: str | Path) -> list[Path]:
     """The tars of a source; none where it is a folder without."""
-    path = located(source)
+    path = parse_location(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if path.is_file():

@@ -16,7 +16,7 @@ from torch import Tensor
 from synthgen.attention.layers import levels_of
 from synthgen.attention.recorder import Recorder, record
 from synthgen.attention.words import TextEncoder, WordTokens, locate_in_encoders
-from synthgen.diffusion.memory import Portions
+from synthgen.diffusion.memory import AdaptiveBatches
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 from synthgen.records import Generation, Maps, Request
@@ -79,7 +79,7 @@ class DiffusionBackbone(ABC):
 
     def __init__(self, pipeline: Any, sampling: Sampling, selection: AttentionSelection) -> None:
         self.pipeline, self.sampling, self.selection = pipeline, sampling, selection
-        self._portions = Portions()
+        self._portions = AdaptiveBatches()
 
     # -- what differs between families
 
@@ -182,7 +182,7 @@ class DiffusionBackbone(ABC):
                 for generation, flag in zip(made, self.flagged(images), strict=True)
             ]
 
-        return _joined(self.in_portions(_images(*self.size), len(requests), make))
+        return _joined(self.in_batches(_images(*self.size), len(requests), make))
 
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
         """Whether a safety checker objects to each image. None is asked unless a family says otherwise."""
@@ -215,13 +215,13 @@ class DiffusionBackbone(ABC):
             ]
 
         what = f"{_images(*images.shape[1:3])} that exist"
-        return _joined(self.in_portions(what, len(requests), look))
+        return _joined(self.in_batches(what, len(requests), look))
 
-    def in_portions(self, what: str, count: int, compute: Callable[[slice], T], most: int = 0) -> list[T]:
+    def in_batches(self, what: str, count: int, compute: Callable[[slice], T], most: int = 0) -> list[T]:
         """What ``compute`` makes of ``count`` images, ``most`` (0: all) at once or as few as there is memory for.
 
-        ``what`` is the kind of work; see :class:`~synthgen.diffusion.memory.Portions`. After a call that failed, in
-        whatever way, the model is as it was before it.
+        ``what`` is the kind of work; see :class:`~synthgen.diffusion.memory.AdaptiveBatches`. After a call that failed,
+        in whatever way, the model is as it was before it.
 
         Raises:
             SynthgenError: there is too little memory for one image.

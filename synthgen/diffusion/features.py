@@ -87,7 +87,7 @@ class FeatureReader:
         """The side of the square that the model sees, in pixels: the shorter one of its own images."""
         return min(self.model.size)
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """How images are read, for the record; ``seen_at`` are the steps of an inversion that were nearest."""
         told: dict[str, Any] = {"timesteps": self.timesteps, "blocks": self.blocks, "image_size": self.image_size}
         if not self.inversion_steps:
@@ -141,7 +141,7 @@ class FeatureReader:
     def _in_portions(self, verb: str, images: Tensor, compute: Callable[[slice], T]) -> list[T]:
         """What ``compute`` makes of images, ``most`` at a time, or as few as there is memory for."""
         what = f"images of {images.shape[1]} x {images.shape[2]} pixels to {verb}"
-        return self.model.in_portions(what, len(images), compute, self.most)
+        return self.model.in_batches(what, len(images), compute, self.most)
 
     def _read(self, images: Tensor, keys: Sequence[str], grid: int, largest: int) -> Activations:
         maps = self._maps(images, keys)

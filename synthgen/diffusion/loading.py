@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from synthgen.diffusion.memory import ran_out
+from synthgen.diffusion.memory import is_out_of_memory
 from synthgen.errors import ConfigError, MissingDependency, MissingWeights, TooLittleMemory, UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
 
@@ -125,7 +125,7 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     try:
         return _placed(pipeline, loading)
     except RuntimeError as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         raise _too_large(model, loading) from None
 

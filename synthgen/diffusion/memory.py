@@ -11,7 +11,7 @@ import torch
 
 from synthgen.errors import SynthgenError
 
-__all__ = ["TOO_LITTLE", "Portions", "ran_out"]
+__all__ = ["TOO_LITTLE", "AdaptiveBatches", "is_out_of_memory"]
 
 T = TypeVar("T")
 
@@ -24,13 +24,13 @@ TOO_LITTLE = (
 _SAID = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error tells of too little memory on a device; what is not PyTorch's own allocator says so in words."""
     told = isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
     return told or isinstance(error, torch.OutOfMemoryError)
 
 
-class Portions:
+class AdaptiveBatches:
     """How many images a model's device has memory for at once, for each kind of work."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Portions:
             try:
                 made.append(compute(slice(start, start + few)))
             except BaseException as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     with suppress(Exception):  # on a broken device that fails too, and says less
                         put_back()
                     raise

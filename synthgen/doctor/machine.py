@@ -13,7 +13,7 @@ from pathlib import Path
 
 from synthgen.errors import SynthgenError, one_line
 from synthgen.redact import redact
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import create_bytes
 
@@ -107,7 +107,7 @@ def disk(run: Path, problems: list[str]) -> Disk:
     free: int | None = None
     writable = False
     try:
-        place = located(run)
+        place = parse_location(run)
         if isinstance(place, RemotePath):
             _try_store(place)
             return Disk(str(place), None, writable=True)

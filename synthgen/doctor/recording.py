@@ -24,7 +24,7 @@ class Attention:
     dtype: str
     shape: str
     kernel: str  # that ``scaled_dot_product_attention`` chooses; "math" is not fused
-    tells_normaliser: bool
+    has_lse: bool
     same_output: bool  # bit for bit
     error: float  # the largest of a recorded probability, against softmax in float64
     exact: bool
@@ -56,7 +56,7 @@ def _attention_at(device: str, dtype: str, shape: str) -> Attention:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend
 
-    from synthgen.attention.kernel import attention_with_normaliser, chosen_kernel, log_normaliser
+    from synthgen.attention.kernel import attention_with_lse, chosen_kernel, logsumexp_of
     from synthgen.diffusion.loading import DTYPES
 
     rows, keys, width = SHAPES[shape]
@@ -67,10 +67,10 @@ def _attention_at(device: str, dtype: str, shape: str) -> Attention:
     )
     with torch.inference_mode():
         kernel = SDPBackend(chosen_kernel(query, key, value)).name.lower().removesuffix("_attention")
-        output, told = attention_with_normaliser(query, key, value)
+        output, told = attention_with_lse(query, key, value)
         same = torch.equal(output, F.scaled_dot_product_attention(query, key, value))
-        normaliser = log_normaliser(query, key, scale=None) if told is None else told
-        recorded = (query.float() * scale @ key.float().transpose(-1, -2) - normaliser[..., None]).exp()
+        lse = logsumexp_of(query, key, scale=None) if told is None else told
+        recorded = (query.float() * scale @ key.float().transpose(-1, -2) - lse[..., None]).exp()
         logits = query.cpu().double() * scale @ key.cpu().double().transpose(-1, -2)  # not every device has float64
         difference = (recorded.cpu().double() - logits.softmax(-1)).abs()
         error = float(difference.nan_to_num(nan=1.0, posinf=1.0).max())

@@ -53,7 +53,7 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
                     item.kernel,
                     _YES_NO[item.same_output],
                     f"{item.error:.1e}",
-                    "the kernel's normaliser" if item.tells_normaliser else "a second computation of the normaliser",
+                    "the kernel's logsumexp" if item.has_lse else "a second computation of it",
                 )
                 for item in found.attention
             ],

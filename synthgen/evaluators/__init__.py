@@ -25,18 +25,18 @@ __all__ = [
     "OF_LABELLED",
     "OF_SCENES",
     "Baseline",
+    "DenseFeatures",
+    "EvalData",
     "Evaluator",
-    "Labelled",
+    "ImageTextPairs",
+    "LabelledFeatureMaps",
+    "LabelledFeatures",
+    "LabelledImages",
     "Latents",
-    "Mapped",
-    "Material",
     "Need",
-    "Pairs",
-    "Pictured",
     "Row",
-    "Scenes",
+    "json_safe",
     "named",
-    "noted",
 ]
 
 Need = Literal["features", "patches", "boxes", "maps", "latents", "images", "pairs", "masks"]
@@ -49,7 +49,7 @@ Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  #
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledFeatures:
     """Features of images whose class is known."""
 
     features: Float32[Tensor, "n d"]
@@ -58,20 +58,20 @@ class Labelled:
         str, ...
     ] = ()  # names of the images; without them their order counts where training images are held out
 
-    def by_key(self) -> Labelled:
+    def by_key(self) -> LabelledFeatures:
         """The same in the order of the keys."""
         if not self.keys:
             return self
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
-        return Labelled(self.features[order], self.labels[order], tuple(self.keys[row] for row in order))
+        return LabelledFeatures(self.features[order], self.labels[order], tuple(self.keys[row] for row in order))
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class LabelledFeatureMaps:
     """What blocks of a network make of images whose class is known, each block at its own size (16 x 16 at most)."""
 
     maps: tuple[Float16[Tensor, "n t _ _ _"], ...]  # of each block, at each timestep; of an encoder one, once
-    labels: Int[Tensor, " n"]  # as in Labelled
+    labels: Int[Tensor, " n"]  # as in LabelledFeatures
     keys: tuple[str, ...]
 
 
@@ -80,21 +80,21 @@ class Latents:
     """Images whose class is known, as a diffusion model's autoencoder gives them."""
 
     values: Float32[Tensor, "n c h w"]
-    labels: Int[Tensor, " n"]  # as in Labelled
+    labels: Int[Tensor, " n"]  # as in LabelledFeatures
     keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Pictured:
+class LabelledImages:
     """Images whose class is known, at the size at which the encoder or the generator sees them."""
 
     pixels: UInt8[Tensor, "n S S 3"]
-    labels: Int[Tensor, " n"]  # as in Labelled
+    labels: Int[Tensor, " n"]  # as in LabelledFeatures
     keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Scenes:
+class DenseFeatures:
     """Patch features of square images in which it is known what is where.
 
     Where boxes alone are asked for there may be images without masks: of those all pixels are background.
@@ -114,7 +114,7 @@ class Scenes:
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class ImageTextPairs:
     """Images and what is said of them, as vectors of one space. A text may be said of several images."""
 
     images: Float32[Tensor, "n d"]
@@ -124,30 +124,30 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class EvalData:
     """What there is to judge; each evaluator takes its part (see its ``needs``)."""
 
-    train: Labelled | None = None
-    test: Labelled | None = None
+    train: LabelledFeatures | None = None
+    test: LabelledFeatures | None = None
     predicted: Mapping[str, WordMasks] = field(default_factory=dict)  # by key
     truth: Mapping[str, WordMasks] = field(default_factory=dict)
-    train_scenes: Scenes | None = None
-    test_scenes: Scenes | None = None
-    pairs: Pairs | None = None
-    train_maps: Mapped | None = None
-    test_maps: Mapped | None = None
+    train_scenes: DenseFeatures | None = None
+    test_scenes: DenseFeatures | None = None
+    pairs: ImageTextPairs | None = None
+    train_maps: LabelledFeatureMaps | None = None
+    test_maps: LabelledFeatureMaps | None = None
     train_latents: Latents | None = None
     test_latents: Latents | None = None
     reader: FeatureReader | None = None  # of the generator, whose latents they are
-    train_images: Pictured | None = None
-    test_images: Pictured | None = None
+    train_images: LabelledImages | None = None
+    test_images: LabelledImages | None = None
     encoder: Encoder | None = None  # of the row; its weights are for all, and a training takes a copy
     pool: str = "mean"  # what of its tokens is a feature: see Encoder.features
     device: str = "cpu"  # where heads are trained
     describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
     fresh: bool = False  # the row is of the generator with new weights
 
-    def labelled(self) -> tuple[Labelled, Labelled]:
+    def labelled(self) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Training and test images of known class.
 
         Raises:
@@ -158,7 +158,7 @@ class Material:
         _finite(self.train.features, self.test.features)
         return self.train, self.test
 
-    def mapped(self) -> tuple[Mapped, Mapped]:
+    def mapped(self) -> tuple[LabelledFeatureMaps, LabelledFeatureMaps]:
         """Training and test images of known class, as the blocks of a network give them.
 
         Raises:
@@ -182,7 +182,7 @@ class Material:
         _finite(train.values, test.values)
         return train, test, reader
 
-    def images(self) -> tuple[Pictured, Pictured, Encoder | FeatureReader]:
+    def images(self) -> tuple[LabelledImages, LabelledImages, Encoder | FeatureReader]:
         """Training and test images of known class, and the encoder, or where there is none what reads the generator.
 
         Raises:
@@ -195,7 +195,7 @@ class Material:
             _finite(*(weight.detach().reshape(1, -1) for weight in self.encoder.parameters()), what="weights")
         return train, test, network
 
-    def scenes(self) -> tuple[Scenes, Scenes]:
+    def scenes(self) -> tuple[DenseFeatures, DenseFeatures]:
         """Training and test images in which it is known what is where.
 
         Raises:
@@ -213,7 +213,7 @@ class Material:
         _finite(train.patches, test.patches)
         return train, test
 
-    def matched(self) -> Pairs:
+    def matched(self) -> ImageTextPairs:
         """Images with their texts.
 
         Raises:
@@ -231,7 +231,7 @@ class Evaluator(Protocol):
     needs: ClassVar[Need]
     baselines: ClassVar[tuple[Baseline, ...]]  # what stands beside: random ones, the pixels themselves
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """Named numbers, the same each time; the order of the images does not matter.
 
         The first one is the score; ``low`` and ``high`` bound it (95 %, bootstrap over test images), NaN where there
@@ -239,7 +239,7 @@ class Evaluator(Protocol):
         standard deviation.
 
         Raises:
-            ConfigError: the material lacks what is needed; says what.
+            ConfigError: the data lacks what is needed; says what.
         """
         ...
 
@@ -268,7 +268,7 @@ def named(choices: Sequence[Choice]) -> dict[str, Choice]:
     return found
 
 
-def noted(numbers: Mapping[str, float]) -> dict[str, float | None]:
+def json_safe(numbers: Mapping[str, float]) -> dict[str, float | None]:
     """What an evaluator found as JSON can hold it: bounds that there are none of, those of one image, are None."""
     return {name: None if name in ("low", "high") and math.isnan(value) else value for name, value in numbers.items()}
 

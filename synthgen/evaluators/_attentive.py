@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.errors import ConfigError
-from synthgen.evaluators import Latents, Mapped
+from synthgen.evaluators import LabelledFeatureMaps, Latents
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
 from synthgen.evaluators._heads import fitted
 
@@ -102,7 +102,7 @@ class AttentiveHead(nn.Module):
 
 
 L = TypeVar("L", bound=nn.Module)
-S = TypeVar("S", Mapped, Latents)
+S = TypeVar("S", LabelledFeatureMaps, Latents)
 
 
 @dataclass(frozen=True, kw_only=True)

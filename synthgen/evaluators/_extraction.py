@@ -15,7 +15,17 @@ from torch import Tensor
 
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
-from synthgen.evaluators import OF_SCENES, Labelled, Latents, Mapped, Need, Pairs, Pictured, Row, Scenes
+from synthgen.evaluators import (
+    OF_SCENES,
+    DenseFeatures,
+    ImageTextPairs,
+    LabelledFeatureMaps,
+    LabelledFeatures,
+    LabelledImages,
+    Latents,
+    Need,
+    Row,
+)
 from synthgen.evaluators._attentive import LARGEST
 from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
 from synthgen.loader import Reader
@@ -235,7 +245,7 @@ class Extractor:
         found.pixels = _put(found.pixels, pixels, start, length)
         for row in batch:
             found.keys.append(row.view.key)
-            found.boxed += row.view.labels is None
+            found.boxed += row.view.label_map is None
             boxes = tuple((self._name(row.view, name), edges) for name, edges in row.boxes)
             found.boxes.append(boxes)
             for name, _ in boxes:
@@ -268,21 +278,21 @@ class Extractor:
 
     def _classed(self, row: Viewed) -> bool:
         """Whether the class of each masked pixel, or box, is known: with ``by_label``, of one word with a label."""
-        words = {name for name, _ in row.boxes} if row.view.labels is None else row.view.words
+        words = {name for name, _ in row.boxes} if row.view.label_map is None else row.view.words
         return not self.by_label or (row.view.label is not None and len(words) == 1)
 
     def _name(self, view: Sample, word: str) -> str:
         return view.label or "" if self.by_label else word.lower()
 
     def _pixels(self, names: dict[str, int], view: Sample) -> Int16[np.ndarray, "S S"]:
-        if view.labels is None:  # boxes tell nothing of pixels
+        if view.label_map is None:  # boxes tell nothing of pixels
             return np.zeros(view.image.shape[:2], np.int16)
         numbers = np.zeros(256, np.int16)  # numbers behind the last word are of no class
-        present = set(np.unique(view.labels).tolist())
+        present = set(np.unique(view.label_map).tolist())
         for number, word in enumerate(view.words, start=1):
             if number in present:
                 numbers[number] = names.setdefault(self._name(view, word), len(names) + 1)
-        pixels: Int16[np.ndarray, "S S"] = numbers[view.labels]
+        pixels: Int16[np.ndarray, "S S"] = numbers[view.label_map]
         return pixels
 
 
@@ -292,7 +302,7 @@ def joined_classes(train: Extracted, test: Extracted) -> tuple[tuple[str, ...], 
     return known, (*known, *sorted(test.names.keys() - train.names.keys()))
 
 
-def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, Scenes]:
+def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, DenseFeatures]:
     """Patch features of each row of the table, with the truth in numbers of ``classes``; to be called once."""
     if found.pixels is None:
         return {}
@@ -305,13 +315,13 @@ def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, Scenes]:
     boxes = tuple(torch.tensor([edges for _, edges in image]).view(-1, 4) for image in found.boxes)
     box_classes = tuple(torch.tensor([number[name] for name, _ in image], dtype=torch.long) for image in found.boxes)
     truth = found.pixels, boxes, box_classes, tuple(found.keys), classes
-    return {row: Scenes(patches, *truth) for row, patches in found.patches.items()}
+    return {row: DenseFeatures(patches, *truth) for row, patches in found.patches.items()}
 
 
-def mapped(found: Extracted, row: str, numbers: Tensor, keys: Sequence[str]) -> Mapped | None:
+def mapped(found: Extracted, row: str, numbers: Tensor, keys: Sequence[str]) -> LabelledFeatureMaps | None:
     """The maps of a row of the table, if it has any, of images with the classes ``numbers``."""
     blocks = found.maps.get(row)
-    return Mapped(tuple(blocks), numbers, tuple(keys)) if blocks else None
+    return LabelledFeatureMaps(tuple(blocks), numbers, tuple(keys)) if blocks else None
 
 
 def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latents | None:
@@ -319,9 +329,9 @@ def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latent
     return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
 
 
-def pictured(pixels: UInt8[Tensor, "n S S 3"] | None, numbers: Tensor, keys: Sequence[str]) -> Pictured | None:
+def pictured(pixels: UInt8[Tensor, "n S S 3"] | None, numbers: Tensor, keys: Sequence[str]) -> LabelledImages | None:
     """The images themselves, if they were kept, with the classes ``numbers``."""
-    return None if pixels is None else Pictured(pixels, numbers, tuple(keys))
+    return None if pixels is None else LabelledImages(pixels, numbers, tuple(keys))
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
@@ -332,16 +342,18 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, 
 
 def labelled(
     found: Extracted, row: str, labels: Sequence[str | None], keys: Sequence[str], classes: Sequence[str]
-) -> Labelled:
+) -> LabelledFeatures:
     """Features of the images that have a label; a class that is not among ``classes`` is -1."""
     rows = [index for index, label in enumerate(labels) if label is not None]
     numbers = class_numbers([labels[index] or "" for index in rows], classes)
     features = found.features[row]
     names = tuple(keys[index] for index in rows)
-    return Labelled(features if len(rows) == len(features) else features[rows], numbers, names)
+    return LabelledFeatures(features if len(rows) == len(features) else features[rows], numbers, names)
 
 
-def paired(found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncoder, batch_size: int = 256) -> Pairs:
+def paired(
+    found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncoder, batch_size: int = 256
+) -> ImageTextPairs:
     """Images that have captions beside them, each text once."""
     assert found.embeddings is not None
     rows = [index for index, texts in enumerate(captions) if texts]
@@ -358,7 +370,7 @@ def paired(found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncode
             for start in range(0, len(texts), batch_size)
         ]
     of_image, of_text = (torch.tensor(part) for part in zip(*pairs, strict=True))
-    return Pairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
+    return ImageTextPairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
 
 
 def _on_grid(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.evaluators import Scenes
+from synthgen.evaluators import DenseFeatures
 
 __all__ = ["Standardize", "fitted", "train_head", "trunk"]
 
@@ -23,7 +23,7 @@ class Standardize(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, scenes: Scenes) -> None:
+    def __init__(self, scenes: DenseFeatures) -> None:
         super().__init__()
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for part in torch.split(scenes.patches, 64):
@@ -96,7 +96,7 @@ def fitted(
 
 def train_head(
     make: Callable[[], nn.Module],
-    scenes: Scenes,
+    scenes: DenseFeatures,
     loss: Callable[[nn.Module, Float[Tensor, "b d h w"], Int[Tensor, " b"]], Tensor],
     *,
     seed: int,

@@ -46,13 +46,13 @@ class Views(Dataset[Viewed]):
         number = self.numbers[index]
         sample = self.samples[number]
         view = CenterCrop(size=self.size)(sample)
-        drawn = CenterCrop(size=self.drawn_size)(replace(sample, labels=None)).image if self.drawn_size else None
+        drawn = CenterCrop(size=self.drawn_size)(replace(sample, label_map=None)).image if self.drawn_size else None
         if number not in self.boxed:
             return Viewed(view, (), drawn)
         if given := self.samples.boxes(number):
             height, width = sample.image.shape[:2]
             return Viewed(view, cut_boxes(given, height, width, self.size), drawn)
-        return Viewed(view, () if view.labels is None else boxes_of_masks(view), drawn)
+        return Viewed(view, () if view.label_map is None else boxes_of_masks(view), drawn)
 
 
 def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:
@@ -71,10 +71,10 @@ def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> 
 
 def boxes_of_masks(view: Sample) -> Boxes:
     """The smallest box round each word's mask that has pixels."""
-    assert view.labels is not None
+    assert view.label_map is not None
     found = []
     for number, word in enumerate(view.words, start=1):
-        rows, columns = (np.flatnonzero((view.labels == number).any(axis)) for axis in (1, 0))
+        rows, columns = (np.flatnonzero((view.label_map == number).any(axis)) for axis in (1, 0))
         if len(rows):
             edges = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
             found.append((word, edges))

@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
-from synthgen.evaluators import Baseline, Mapped, Material, Need
+from synthgen.evaluators import Baseline, EvalData, LabelledFeatureMaps, Need
 from synthgen.evaluators._attentive import AttentiveHead, AttentiveSettings
 
 __all__ = ["AttentiveProbe"]
@@ -26,17 +26,17 @@ class AttentiveProbe(AttentiveSettings):
     needs: ClassVar[Need] = "maps"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``."""
-        train, test = material.mapped()
+        train, test = data.mapped()
         shapes = [(block.shape[2], block.shape[3], block.shape[4]) for block in train.maps]
         num_classes = int(train.labels.max()) + 1
 
         def make() -> AttentiveHead:
             return self.head(shapes, train.maps[0].shape[1], num_classes)
 
-        def scores(head: AttentiveHead, given: Mapped, numbers: Int[Tensor, " b"]) -> Tensor:
-            found: Tensor = head([block[numbers].to(material.device) for block in given.maps])
+        def scores(head: AttentiveHead, given: LabelledFeatureMaps, numbers: Int[Tensor, " b"]) -> Tensor:
+            found: Tensor = head([block[numbers].to(data.device) for block in given.maps])
             return found
 
-        return self.figures(make, scores, train, test, material.device)
+        return self.figures(make, scores, train, test, data.device)

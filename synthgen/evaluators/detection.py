@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor, nn
 
 from synthgen.errors import ConfigError, MissingDependency
-from synthgen.evaluators import Baseline, Material, Need, Scenes
+from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import interval, spread
 from synthgen.evaluators._heads import train_head, trunk
 
@@ -75,17 +75,17 @@ class Detection:
         if not (0 <= self.min_score < 1 and 0 < self.nms <= 1):
             raise ValueError("min_score must be 0 or more and below 1, nms above 0 and 1 at most")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``ap`` (IoU 0.5 to 0.95) with interval and spread, ``ap50``, ``ap75``, and counts.
 
         Raises:
             ConfigError: there are no images with boxes to learn from or to be judged on.
         """
-        train, test = material.scenes()
+        train, test = data.scenes()
         if not any(map(len, train.boxes)) or not any(map(len, test.boxes)):
             raise ConfigError("no training image has a box, or no test image")
         judged = [
-            average_precision(self.detect(self.train(train, material.device, seed), test, material.device), test)
+            average_precision(self.detect(self.train(train, data.device, seed), test, data.device), test)
             for seed in range(self.seeds)
         ]
         scores = [score.ap for score in judged]
@@ -106,7 +106,7 @@ class Detection:
             "seeds": float(self.seeds),
         }
 
-    def train(self, scenes: Scenes, device: str, seed: int) -> nn.Module:
+    def train(self, scenes: DenseFeatures, device: str, seed: int) -> nn.Module:
         """A head that gives class scores and distances for each cell."""
         num_classes, grid = len(scenes.classes) - 1, scenes.patches.shape[2]
         cell = scenes.pixels.shape[1] / grid
@@ -136,7 +136,7 @@ class Detection:
             device=device,
         )
 
-    def detect(self, head: nn.Module, scenes: Scenes, device: str) -> Detections:
+    def detect(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Detections:
         """What ``head`` finds in each image, best first."""
         size, grid = scenes.pixels.shape[1], scenes.patches.shape[2]
         found = []
@@ -201,7 +201,7 @@ class Judged:
         return mean
 
 
-def average_precision(found: Detections, scenes: Scenes) -> Judged:
+def average_precision(found: Detections, scenes: DenseFeatures) -> Judged:
     """What pycocotools says of ``found``: boxes of any size, 100 an image."""
     truth, told = COCO(), io.StringIO()
     annotations: list[dict[str, Any]] = []

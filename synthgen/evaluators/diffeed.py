@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from synthgen.diffusion.feedback import FeedbackNetwork
 from synthgen.errors import SynthgenError
-from synthgen.evaluators import Baseline, Latents, Material, Need
+from synthgen.evaluators import Baseline, EvalData, Latents, Need
 from synthgen.evaluators._attentive import AttentiveHead, AttentiveSettings
 
 __all__ = ["Diffeed"]
@@ -33,14 +33,14 @@ class Diffeed(AttentiveSettings):
     batch_size: int = 16  # images a step; the feedback layers are normalised over them
     learning_rate: float = 5e-4  # at its highest
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``.
 
         Raises:
             ConfigError: also where the generator is no U-Net, or is read at several timesteps or blocks.
             SynthgenError: the device has too little memory for a batch.
         """
-        train, test, reader = material.latents()
+        train, test, reader = data.latents()
         network, num_classes = FeedbackNetwork(reader), int(train.labels.max()) + 1
         shape = network.read(network.noised(train.values[:1], train.keys[:1])).shape[1:]
 

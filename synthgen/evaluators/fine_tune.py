@@ -17,7 +17,7 @@ from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.truncated import Shape, TruncatedGenerator
 from synthgen.errors import ConfigError, SynthgenError
-from synthgen.evaluators import Baseline, Material, Need, Pictured
+from synthgen.evaluators import Baseline, EvalData, LabelledImages, Need
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
 from synthgen.loader import Order, ahead, loader
 from synthgen.models.vit import Encoder, EncoderConfig
@@ -73,23 +73,23 @@ class FineTune:
         if not (0 <= self.warmup_ratio <= 1 and 0 <= self.flip <= 1 and 0 <= self.label_smoothing < 1):
             raise ValueError("warmup_ratio and flip must be 0 to 1, and label_smoothing 0 or more and less than 1")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``.
 
         Raises:
             ConfigError: also where a training diverged.
             SynthgenError: the device has too little memory for a batch.
         """
-        train, test, _ = material.images()
+        train, test, _ = data.images()
         right, fit = list[Tensor](), list[float]()
         try:
             for seed in range(self.seeds):
-                learner = self.learned(material, seed)
-                right.append(_right(learner, test, material.device))
-                fit.append(float(_right(learner, train, material.device).mean()))
+                learner = self.learned(data, seed)
+                right.append(_right(learner, test, data.device))
+                fit.append(float(_right(learner, train, data.device).mean()))
                 del learner  # or two would be held while the next one is made
         except torch.OutOfMemoryError:
-            what = "generator" if material.encoder is None else "encoder"
+            what = "generator" if data.encoder is None else "encoder"
             raise SynthgenError(
                 f"the device has too little memory to train the {what} on {self.batch_size} images at once; "
                 "give fine_tune a smaller batch_size"
@@ -104,23 +104,23 @@ class FineTune:
             "seeds": float(self.seeds),
         }
 
-    def learned(self, material: Material, seed: int) -> Learner:
+    def learned(self, data: EvalData, seed: int) -> Learner:
         """A copy of the encoder or generator with a linear layer, trained on images in the order of their keys.
 
         Raises:
             ConfigError: there is nothing to learn from, or the training diverged.
         """
-        train, _, _ = material.images()
+        train, _, _ = data.images()
         num_classes, losses = int(train.labels.max()) + 1, list[Tensor]()
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
-            learner = Learner(_copied(material), num_classes, material.pool).to(material.device)
+            learner = Learner(_copied(data), num_classes, data.pool).to(data.device)
             optimizer = torch.optim.AdamW(layers(learner, self.layer_decay, self.weight_decay), betas=(0.9, 0.999))
             for step, (images, numbers) in enumerate(self.batches(train, learner.encoder.config, seed)):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step, generator=material.encoder is None) * group["share"]
+                    group["lr"] = self.rate(step, generator=data.encoder is None) * group["share"]
                 drawn = [f"{train.keys[number]} at step {step} of training {seed}" for number in numbers.tolist()]
-                scores, labels = learner(images.to(material.device), drawn), train.labels[numbers].to(material.device)
+                scores, labels = learner(images.to(data.device), drawn), train.labels[numbers].to(data.device)
                 loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -130,7 +130,7 @@ class FineTune:
                 losses.append(loss.detach())
                 if step % _TOLD == 0:
                     done = f"training {seed + 1} of {self.seeds}, step {step} of {self.steps}"
-                    material.describe(f"{done}, loss {float(losses[-1]):.3f}")
+                    data.describe(f"{done}, loss {float(losses[-1]):.3f}")
         _see_that_it_learned(torch.stack(losses), num_classes, learner.what)
         return learner.eval()
 
@@ -143,7 +143,7 @@ class FineTune:
         return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, self.steps - warmup)))
 
     def batches(
-        self, train: Pictured, config: EncoderConfig | Shape, seed: int
+        self, train: LabelledImages, config: EncoderConfig | Shape, seed: int
     ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
         """Normalised views of the images of each step, and their numbers; all is drawn from the seed."""
         by_key, size = _by_key(train), min(self.batch_size, len(train.keys))
@@ -158,7 +158,7 @@ class FineTune:
 class Held(ImageDataset):
     """Images in memory as samples, of which nothing is said, in the order of ``numbers``."""
 
-    def __init__(self, images: Pictured, numbers: Int[Tensor, " n"]) -> None:
+    def __init__(self, images: LabelledImages, numbers: Int[Tensor, " n"]) -> None:
         self.images = images
         self.numbers: list[int] = numbers.tolist()
 
@@ -236,12 +236,12 @@ def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[di
     return [{"params": weights, "share": part, "weight_decay": decay} for (part, decay), weights in groups.items()]
 
 
-def _copied(material: Material) -> Encoder | TruncatedGenerator:
+def _copied(data: EvalData) -> Encoder | TruncatedGenerator:
     """What will learn: a copy, so that the encoder or the generator stays as it is."""
-    _, _, network = material.images()
+    _, _, network = data.images()
     if isinstance(network, Encoder):
         return copy.deepcopy(network)
-    return TruncatedGenerator(network, fresh=material.fresh, device=material.device)
+    return TruncatedGenerator(network, fresh=data.fresh, device=data.device)
 
 
 def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
@@ -263,12 +263,12 @@ def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what
         )
 
 
-def _by_key(given: Pictured) -> Int[Tensor, " n"]:
+def _by_key(given: LabelledImages) -> Int[Tensor, " n"]:
     """The numbers of the images in the order of their keys."""
     return torch.tensor(sorted(range(len(given.keys)), key=given.keys.__getitem__))
 
 
-def _right(learner: Learner, given: Pictured, device: str) -> Tensor:
+def _right(learner: Learner, given: LabelledImages, device: str) -> Tensor:
     """For each image, in the order of the keys, 1 where its class is named, else 0."""
     by_key = _by_key(given)
     what, parts = learner.what, list[Tensor]()

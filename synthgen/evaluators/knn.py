@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from synthgen.evaluators import Baseline, Labelled, Material, Need
+from synthgen.evaluators import Baseline, EvalData, LabelledFeatures, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["KNN"]
@@ -37,14 +37,14 @@ class KNN:
         if self.k < 1 or not self.temperature > 0:
             raise ValueError(f"k must be 1 or more and temperature above 0, not {self.k} and {self.temperature}")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval."""
-        train, test = material.labelled()
+        train, test = data.labelled()
         right = (self.predict(train, test.features) == test.labels).double()
         accuracy, low, high = mean_with_interval(right.numpy())
         return {"accuracy": accuracy, "low": low, "high": high}
 
-    def predict(self, train: Labelled, features: Float32[Tensor, "m d"]) -> Int[Tensor, " m"]:
+    def predict(self, train: LabelledFeatures, features: Float32[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """The class of each row of ``features``; of classes with equal votes the one of lowest number."""
         train = train.by_key()
         known = F.normalize(train.features, dim=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from synthgen.evaluators import Baseline, Material, Need
+from synthgen.evaluators import Baseline, EvalData, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["LinearProbe"]
@@ -37,9 +37,9 @@ class LinearProbe:
         if self.l2 < 0 or not self.strengths or min(self.strengths) <= 0:
             raise ValueError("l2 must be 0 or more, and strengths one or more numbers above 0")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval, ``train_accuracy``, and the ``l2`` that was taken."""
-        train, test = material.labelled()
+        train, test = data.labelled()
         train = train.by_key()
         features = train.features.double()
         mean, deviation = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from synthgen.errors import ConfigError
-from synthgen.evaluators import Baseline, Material, Need
+from synthgen.evaluators import Baseline, EvalData, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 from synthgen.records import WordMasks
 
@@ -28,14 +28,14 @@ class MaskIoU:
     needs: ClassVar[Need] = "masks"
     baselines: ClassVar[tuple[Baseline, ...]] = ()
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``mean_iou`` over words with its interval, ``found`` (share with IoU of 0.5 or more), and counts.
 
         Raises:
             ConfigError: no key of the predictions is in the truth.
         """
-        keys = sorted(material.predicted.keys() & material.truth.keys())
-        per_image = [word_ious(material.predicted[key], material.truth[key]) for key in keys]
+        keys = sorted(data.predicted.keys() & data.truth.keys())
+        per_image = [word_ious(data.predicted[key], data.truth[key]) for key in keys]
         per_image = [ious for ious in per_image if ious]
         if not per_image:
             raise ConfigError("predictions and truth share no sample with a mask; are they of the same images?")

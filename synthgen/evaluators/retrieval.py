@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from synthgen.evaluators import Baseline, Material, Need, Pairs
+from synthgen.evaluators import Baseline, EvalData, ImageTextPairs, Need
 from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["Retrieval"]
@@ -34,9 +34,9 @@ class Retrieval:
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"ranks must be whole numbers of 1 or more, not {list(self.ranks)}")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``mean_recall``, of both ways and all ranks, with its interval; each recall, its ``chance``, and counts."""
-        pairs = material.matched()
+        pairs = data.matched()
         of_images, of_texts = self.found(pairs)
         num_images, num_texts = len(pairs.images), len(pairs.texts)
         recalls = {f"image_to_text_r{k}": float((of_images <= k).double().mean()) for k in self.ranks}
@@ -54,7 +54,7 @@ class Retrieval:
         counts = {"images": float(num_images), "texts": float(num_texts)}
         return {"mean_recall": mean, "low": low, "high": high, **recalls, **chance, **counts}
 
-    def found(self, pairs: Pairs) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    def found(self, pairs: ImageTextPairs) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
         """At which place, from 1, each image has its first right text, and each text its first right image."""
         images, texts = F.normalize(pairs.images, dim=1), F.normalize(pairs.texts, dim=1)
         return (
@@ -62,7 +62,7 @@ class Retrieval:
             _places(texts, images, pairs.of_text, pairs.of_image),
         )
 
-    def chance(self, pairs: Pairs, k: int) -> float:
+    def chance(self, pairs: ImageTextPairs, k: int) -> float:
         """The expected recall of images at ``k`` in a random order of the texts."""
         m = len(pairs.texts)
         right = torch.bincount(pairs.of_image, minlength=len(pairs.images)).double()

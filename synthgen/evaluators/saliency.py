@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from synthgen.errors import ConfigError
-from synthgen.evaluators import Baseline, Material, Need, Scenes
+from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
 from synthgen.evaluators._heads import train_head
 from synthgen.mask_shape import box
@@ -57,20 +57,18 @@ class Saliency:
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise ValueError("learning_rate must be above 0, and weight_decay 0 or more")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``iou`` with interval and spread, ``max_f``, ``accuracy``, ``corloc``, and counts.
 
         Raises:
             ConfigError: there are no images with masks to learn from or to be judged on, or no mask has a pixel; or
                 the training of the decoder diverged.
         """
-        train, test = material.scenes()
+        train, test = data.scenes()
         for name, scenes in (("training", train), ("test", test)):
             if not scenes.pixels.any():
                 raise ConfigError(f"no mask of the {name} images has a pixel: there is no foreground to speak of")
-        judged = [
-            self.judge(self.train(train, material.device, seed), test, material.device) for seed in range(self.seeds)
-        ]
+        judged = [self.judge(self.train(train, data.device, seed), test, data.device) for seed in range(self.seeds)]
         iou, low, high = mean_with_interval(np.mean([one.ious for one in judged], axis=0))
         return {
             "iou": iou,
@@ -84,7 +82,7 @@ class Saliency:
             "seeds": float(self.seeds),
         }
 
-    def train(self, scenes: Scenes, device: str, seed: int) -> nn.Module:
+    def train(self, scenes: DenseFeatures, device: str, seed: int) -> nn.Module:
         """A decoder that gives a logit for each cell of its grid, for patches as they are in ``scenes``."""
         (num_channels, grid), size = scenes.patches.shape[1:3], scenes.pixels.shape[1]
         doublings = min(_DOUBLINGS, max(1, size // grid).bit_length() - 1)
@@ -106,7 +104,7 @@ class Saliency:
             device=device,
         )
 
-    def judge(self, head: nn.Module, scenes: Scenes, device: str) -> Judged:
+    def judge(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Judged:
         """How well a decoder finds the foreground of images, as many at a time as it learned from."""
         size = scenes.pixels.shape[1]
         found = []
@@ -134,7 +132,7 @@ class Judged:
         return float(self.curves.mean(0).max())
 
 
-def compared(probabilities: Float32[np.ndarray, "n S S"], scenes: Scenes) -> Judged:
+def compared(probabilities: Float32[np.ndarray, "n S S"], scenes: DenseFeatures) -> Judged:
     """The numbers of each image. Foreground is all that is not the background, classes that nobody knows as well."""
     ious, accuracies, curves, located = [], [], [], []
     for probability, pixels, boxes in zip(probabilities, scenes.pixels.numpy(), scenes.boxes, strict=True):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int, Int16
 from torch import Tensor, nn
 
-from synthgen.evaluators import Baseline, Material, Need, Scenes
+from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import interval, spread
 from synthgen.evaluators._heads import train_head, trunk
 
@@ -51,23 +51,23 @@ class Segmentation:
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
 
-    def evaluate(self, material: Material) -> dict[str, float]:
+    def evaluate(self, data: EvalData) -> dict[str, float]:
         """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, the same of the decoder.
 
         Raises:
             ConfigError: there are no images with masks, or no mask has a pixel.
         """
-        train, test = material.scenes()
-        numbers = self.score(train, test, material.device, decoder=False)
+        train, test = data.scenes()
+        numbers = self.score(train, test, data.device, decoder=False)
         if self.decoder:
-            of_decoder = self.score(train, test, material.device, decoder=True)
+            of_decoder = self.score(train, test, data.device, decoder=True)
             named = {f"decoder_{name}": value for name, value in of_decoder.items()}
             first = {name: numbers[name] for name in ("miou", "low", "high")}
             numbers = {**first, "decoder_miou": named["decoder_miou"], **numbers, **named}  # a console cuts off the end
         shown = float(len(torch.unique(test.pixels)))
         return {**numbers, "classes": shown, "images": float(len(test)), "seeds": float(self.seeds)}
 
-    def score(self, train: Scenes, test: Scenes, device: str, *, decoder: bool) -> dict[str, float]:
+    def score(self, train: DenseFeatures, test: DenseFeatures, device: str, *, decoder: bool) -> dict[str, float]:
         """The numbers of one kind of head."""
         counts = []
         for seed in range(self.seeds):
@@ -80,7 +80,7 @@ class Segmentation:
         right = float(np.mean([shared.sum() / true.sum() for shared, _, true in counts]))
         return {"miou": float(np.mean(scores)), "low": low, "high": high, **spread(scores), "pixel_accuracy": right}
 
-    def train(self, scenes: Scenes, device: str, *, seed: int, decoder: bool) -> nn.Module:
+    def train(self, scenes: DenseFeatures, device: str, *, seed: int, decoder: bool) -> nn.Module:
         """A head that gives class scores on a grid, for patches as they are in ``scenes``."""
         num_channels, grid = scenes.patches.shape[1:3]
         num_classes = len(scenes.classes)
@@ -116,7 +116,7 @@ class Segmentation:
 Counts = tuple[Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"]]
 
 
-def count_pixels(head: nn.Module, scenes: Scenes, device: str) -> Counts:
+def count_pixels(head: nn.Module, scenes: DenseFeatures, device: str) -> Counts:
     """For each image and class the pixels that are predicted and true, that are predicted, and that are true."""
     num_classes, size = len(scenes.classes), scenes.pixels.shape[1]
     known = 0

@@ -12,13 +12,13 @@ from typing import Any
 
 from synthgen import __version__, codecs
 from synthgen.config import dump
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.interchange.formats import WRITERS, Export, Sample
 from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages.shards import content_of, source_of
-from synthgen.stores import located, temporaries
+from synthgen.stores import parse_location, temporaries
 from synthgen.stores.tar import is_abandoned, read_tar, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
@@ -37,12 +37,12 @@ def export_dataset(
         MissingArtifact: there are no masks, or not of every image.
         StaleArtifact: the folder holds an export of other masks, or with other settings.
         ConfigError: the folder holds something else.
-        CorruptShard: a sample cannot be read, or its masks do not fit it.
+        CorruptFile: a sample cannot be read, or its masks do not fit it.
         StorageError: the disk is full or the folder may not be written to.
     """
     progress = progress or Progress()
     settings = settings.complete(run)
-    folder = located(folder) if folder else run.path / f"export-{settings.format}"
+    folder = parse_location(folder) if folder else run.path / f"export-{settings.format}"
     units = _masked_units(run)
     entry = _entry(run, settings, units)
     _check(folder, entry)
@@ -103,7 +103,7 @@ def _samples(run: Run, unit: int) -> Iterator[Sample]:
         masks = codecs.decode_masks(key, found[key]) if key in found else None
         if masks is None or masks.words != request.prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
             path = run.tar("masks", unit)
-            raise CorruptShard(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
+            raise CorruptFile(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
         yield Sample(key, request.prompt, members["png"], pixels, masks)
 
 
@@ -129,7 +129,7 @@ def _names(run: Run, units: Sequence[int]) -> list[str]:
                 names.update(read_json(members["json"])["words"])
             except (LookupError, TypeError, ValueError):
                 path = run.tar("masks", unit)
-                raise CorruptShard(
+                raise CorruptFile(
                     f"the words of sample {key} cannot be read; delete {path} and make it again"
                 ) from None
     return sorted(names)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from synthgen import codecs
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, describe_masks, split
@@ -110,7 +110,7 @@ class Writer(ABC):
         if (
             key.startswith("/") or "\\" in key or ".." in key.split("/") or visible(key) != key
         ):  # keys of foreign images may name folders
-            raise CorruptShard(f"the key {key!r} of {self.run.path} cannot be the name of a file")
+            raise CorruptFile(f"the key {key!r} of {self.run.path} cannot be the name of a file")
         return self.paths(key)
 
     @abstractmethod
@@ -242,7 +242,7 @@ class Coco(Writer):
 
         Raises:
             MissingArtifact: a part is gone.
-            CorruptShard: one cannot be read.
+            CorruptFile: one cannot be read.
         """
         numbers = count(1)
         for path in map(self.part, units):
@@ -257,7 +257,7 @@ class Coco(Writer):
             except FileNotFoundError:
                 raise MissingArtifact(f"{path} is gone; run the same command again") from None
             except (LookupError, TypeError, ValueError):
-                raise CorruptShard(f"{path} cannot be read; delete it and run the same command again") from None
+                raise CorruptFile(f"{path} cannot be read; delete it and run the same command again") from None
 
     def tidy(self) -> None:
         parts = self.part(0).parent

@@ -71,7 +71,7 @@ class Method(nn.Module, ABC):
         Raises:
             ConfigError: it has not; says what is missing and what to do.
         """
-        if self.uses_masks and not any(sample.labels is not None and sample.words for sample in samples):
+        if self.uses_masks and not any(sample.label_map is not None and sample.words for sample in samples):
             raise ConfigError(
                 f"no mask in the {len(samples)} samples looked at, and guidance needs word masks; first run: "
                 "synthgen masks and synthgen shards, or leave --guided out"

@@ -105,7 +105,7 @@ class Contrastive(Method):
     def check(self, samples: Sequence[Sample]) -> None:
         """Masks if guided, and more than one word, for there must be another to be told apart from."""
         super().check(samples)
-        words = {word.strip().lower() for sample in samples if sample.labels is not None for word in sample.words}
+        words = {word.strip().lower() for sample in samples if sample.label_map is not None for word in sample.words}
         if self.uses_masks and len(words) == 1 and not self.same_word_negatives:
             raise ConfigError(
                 f"all {len(samples)} samples looked at have the one word {words.pop()!r}, and guidance tells words "

@@ -199,7 +199,7 @@ def load_tokenizer(name: str, encoder: VisionTransformer) -> Encoder:
 
     Raises:
         MissingArtifact, MissingWeights: as for :func:`encoder_folder`.
-        CorruptShard, ConfigError: as for :func:`open_encoder`.
+        CorruptFile, ConfigError: as for :func:`open_encoder`.
         ValueError: it does not see as many patches as ``encoder``.
     """
     folder, ours = encoder_folder(name), encoder.config

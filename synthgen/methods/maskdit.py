@@ -18,7 +18,6 @@ from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._average import check_decay, follow
 from synthgen.methods._classes import (
     Labels,
     asked,
@@ -29,6 +28,7 @@ from synthgen.methods._classes import (
     labels_of,
     vectors,
 )
+from synthgen.methods._ema import check_decay, update_ema
 from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_target, to_pixels
 from synthgen.models.classes import ClassEmbedding
@@ -240,7 +240,7 @@ class MaskDiT(Method):
 
     def after_step(self, progress: float) -> None:
         """The average follows: it forgets at ``ema_decay`` a step, and faster while few steps are done."""
-        follow(self.average, self, self.steps, self.ema_decay)
+        update_ema(self.average, self, self.steps, self.ema_decay)
 
     def export(self, folder: Path) -> None:
         """The averaged encoder, as a folder of its own."""

@@ -17,7 +17,6 @@ from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._average import check_decay, follow
 from synthgen.methods._classes import (
     Labels,
     asked,
@@ -28,6 +27,7 @@ from synthgen.methods._classes import (
     labels_of,
     vectors,
 )
+from synthgen.methods._ema import check_decay, update_ema
 from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_range, to_pixels
 from synthgen.models.classes import ClassEmbedding
@@ -212,7 +212,7 @@ class UMD(Method):
     def after_step(self, progress: float) -> None:
         """The average, if there is one, follows: it forgets at ``ema_decay`` a step, and faster at first."""
         if self.average is not None:
-            follow(self.average, self, self.steps, self.ema_decay)
+            update_ema(self.average, self, self.steps, self.ema_decay)
 
     def export(self, folder: Path) -> None:
         """The averaged encoder, if there is one, as a folder of its own."""

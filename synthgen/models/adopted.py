@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from synthgen.config import build
-from synthgen.errors import ConfigError, CorruptShard, one_line
+from synthgen.errors import ConfigError, CorruptFile, one_line
 from synthgen.export import _VERSION_4, _VERSION_5
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 from synthgen.stores.remote import RemotePath
@@ -41,7 +41,7 @@ def adopt(folder: Path) -> VisionTransformer:
 
     Raises:
         ConfigError: it is another kind of network, or lies in a store.
-        CorruptShard: its files cannot be read, do not fit each other, or hold more of an encoder than ours takes.
+        CorruptFile: its files cannot be read, do not fit each other, or hold more of an encoder than ours takes.
     """
     if isinstance(folder, RemotePath):
         raise ConfigError(f"{folder} is in a store, and models of transformers are read here; copy it first")
@@ -55,7 +55,7 @@ def adopt(folder: Path) -> VisionTransformer:
         encoder = VisionTransformer(config)
         encoder.load_state_dict(_ours(_read(files), encoder.state_dict()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise CorruptShard(
+        raise CorruptFile(
             f"the model in {folder} cannot be read as a ViT: {one_line(error)}; get it again, with its safetensors"
         ) from None
     return encoder.eval()

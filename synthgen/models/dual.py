@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from synthgen.config import build
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, one_line
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, one_line
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer, first_words
 from synthgen.models.vit import VisionTransformer, check_size, load_encoder
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
@@ -72,9 +72,9 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
 
     Raises:
         MissingArtifact: the training is not there, or has no text tower.
-        CorruptShard: its files cannot be read, or do not fit each other.
+        CorruptFile: its files cannot be read, or do not fit each other.
     """
-    folder = located(folder)
+    folder = parse_location(folder)
     encoder = load_encoder(folder)
     for name in ("text.json", "text.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
@@ -97,7 +97,7 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
         tensors = load_file(folder / "text.safetensors")
         dual.load_state_dict(tensors | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
     except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
-        raise CorruptShard(
+        raise CorruptFile(
             f"the text tower in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
     return dual.eval()

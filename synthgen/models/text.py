@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.models.layers import Block, CrossBlock, initialize
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.tiny import WEIGHTS
 
 __all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer", "first_words"]
@@ -38,7 +38,7 @@ class TextTokenizer:
     def __init__(self, path: str | Path = "", max_tokens: int = 48) -> None:
         from tokenizers import Tokenizer
 
-        path = located(path) if path else WEIGHTS / "tokenizer"
+        path = parse_location(path) if path else WEIGHTS / "tokenizer"
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingArtifact(f"there is no tokenizer {path}; give a tokenizer.json, or a folder with one")

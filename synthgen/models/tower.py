@@ -14,9 +14,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights, one_line
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingWeights, one_line
 from synthgen.models.vit import Encoder, EncoderConfig, load_encoder
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file, read_json
 
@@ -77,7 +77,7 @@ def encoder_folder(name: str) -> Path:
         MissingArtifact: there is no encoder there.
         MissingWeights: it is a hub id, and the model cannot be fetched and is not on this machine, or is pickled.
     """
-    folder = located(name)
+    folder = parse_location(name)
     if (folder / _OWN).is_file() or is_tower(folder):
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -127,9 +127,9 @@ def open_encoder(folder: str | Path) -> Encoder:
     """An encoder of :func:`encoder_folder`, whoever trained it, in evaluation mode on the CPU.
 
     Raises:
-        MissingArtifact, CorruptShard, ConfigError: see :func:`load_encoder` and :func:`load_tower`.
+        MissingArtifact, CorruptFile, ConfigError: see :func:`load_encoder` and :func:`load_tower`.
     """
-    folder = located(folder)
+    folder = parse_location(folder)
     return load_tower(folder) if is_tower(folder) else load_encoder(folder)
 
 
@@ -142,7 +142,7 @@ def load_tower(folder: Path, patches: int = 0) -> VisionTower:
 
     Raises:
         ConfigError: it is no plain vision transformer, wants to run code of its own, or lies in a store.
-        CorruptShard: its files cannot be read, or do not fit each other.
+        CorruptFile: its files cannot be read, or do not fit each other.
     """
     if isinstance(folder, RemotePath):
         raise ConfigError(f"{folder} is in a store, and transformers reads folders; copy it to this machine first")
@@ -158,7 +158,7 @@ def load_tower(folder: Path, patches: int = 0) -> VisionTower:
             network = _vision(folder)
         return _fitted(network.eval(), folder, prepared if isinstance(prepared, dict) else {}, patches)
     except _BROKEN as error:
-        raise CorruptShard(
+        raise CorruptFile(
             f"the model in {folder} cannot be read as a vision model of transformers: {one_line(error)}; "
             "download it again, with its safetensors"
         ) from None

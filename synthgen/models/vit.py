@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from synthgen.config import Choice, build
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName, one_line
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName, one_line
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
 __all__ = [
-    "MOST_PIXELS",
+    "MAX_PIXELS",
     "SIZES",
     "Encoder",
     "EncoderConfig",
@@ -43,7 +43,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 
-MOST_PIXELS = 224  # along a side that an encoder sees, unless another size is asked for
+MAX_PIXELS = 224  # along a side that an encoder sees, unless another size is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
         raise UnknownName.among("encoder", choice.name, SIZES)
     dim, depth, num_heads = SIZES[choice.name]
     options = {"dim": dim, "depth": depth, "num_heads": num_heads, **choice.options}
-    side = options.get("image_size", min(image_size, MOST_PIXELS))
+    side = options.get("image_size", min(image_size, MAX_PIXELS))
     if "patch_size" not in options and isinstance(side, int):
         options["patch_size"] = next((size for size in (16, 8) if side // size >= 8), 4)
     if "image_size" not in options:
@@ -215,9 +215,9 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
 
     Raises:
         MissingArtifact: there is none.
-        CorruptShard: its files cannot be read, or do not fit each other.
+        CorruptFile: its files cannot be read, or do not fit each other.
     """
-    folder = located(folder)
+    folder = parse_location(folder)
     weights, described = folder / "encoder.safetensors", folder / "config.json"
     for path in (described, weights):
         if not path.is_file():
@@ -232,7 +232,7 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
         encoder = VisionTransformer(config)
         encoder.load_state_dict(load_file(weights))
     except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:
-        raise CorruptShard(
+        raise CorruptFile(
             f"the encoder in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
     return encoder.eval()

@@ -32,7 +32,7 @@ from synthgen.stages.attend import Attend
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.generate import Generate
 from synthgen.stages.pretrain import Pretrain
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.text import size
 
@@ -106,7 +106,7 @@ def pipeline_of(stage: Stage, run: str | Path) -> Pipeline:
         seed = Run.open(run).seed
     except MissingArtifact:
         seed = 0
-    return Pipeline(Path(f"synthgen {stage.name}"), located(run), seed, Choice(default_engine()), (stage,))
+    return Pipeline(Path(f"synthgen {stage.name}"), parse_location(run), seed, Choice(default_engine()), (stage,))
 
 
 def plan(
@@ -135,8 +135,8 @@ def plan(
     first = first_of(pipeline)
     engines = [check_engine(stage, engine or pipeline.engine) for stage in pipeline.stages]
     most = images or ROUNDS * first.batch_size * getattr(first, "window", 1)
-    describe(f"counting {', '.join(first.told())}")
-    survey = _survey(first, most, Run(located(pipeline.run), pipeline.seed))
+    describe(f"counting {', '.join(first.source_names())}")
+    survey = _survey(first, most, Run(parse_location(pipeline.run), pipeline.seed))
     notes: list[str] = []
     lines = [stage.complete() for stage in pipeline.stages]
     describe(f"counting what there is to do in {pipeline.run}")
@@ -325,7 +325,7 @@ def _sum(estimates: Iterable[Estimate]) -> Estimate | None:
 
 def _free(run: Path) -> int | None:
     """Bytes that are free where the run lies, or will."""
-    folder = located(run)
+    folder = parse_location(run)
     if isinstance(folder, RemotePath):
         return None
     folder = folder.absolute()

@@ -9,25 +9,25 @@ from pathlib import Path
 
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, StaleArtifact
 from synthgen.pipeline import Pipeline
-from synthgen.plan.judged import COMPARED, Judged, Looked, expected, judged, prompts_of
+from synthgen.plan.eval_counts import COMPARED, Judged, Looked, expected, judged, prompts_of
 from synthgen.plan.source import Pictures
 from synthgen.prompts import Survey, expand, iter_prompts
 from synthgen.records import Prompt, sample_key
 from synthgen.run import Run
 from synthgen.stages import Stage
+from synthgen.stages._init_weights import find_start
 from synthgen.stages._layout import split_of
-from synthgen.stages._start import find_start
 from synthgen.stages.attend import Attend
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.generate import Generate
 from synthgen.stages.masks import Masks
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
-from synthgen.stores import located
+from synthgen.stores import parse_location
 
 __all__ = ["NOTHING", "Counts", "count", "first_of"]
 
-_MOST_UNITS = 10**6  # that a key can tell apart
+_MAX_UNITS = 10**6  # that a key can tell apart
 _DRAWN = 10**6  # images, at most, for each of which the split is drawn; of more it is what is expected
 
 
@@ -84,7 +84,7 @@ def _run_of(pipeline: Pipeline) -> Run:
     try:
         run = Run.open(pipeline.run)
     except MissingArtifact:
-        return Run(located(pipeline.run), pipeline.seed)
+        return Run(parse_location(pipeline.run), pipeline.seed)
     if run.seed != pipeline.seed and run.manifest()["artifacts"]:
         raise StaleArtifact(
             f"{pipeline.run} was made with seed {run.seed}, not {pipeline.seed}; choose another --run folder"
@@ -144,10 +144,10 @@ class _Line:
         images = min(images, stage.limit) if stage.limit else images
         full, rest = divmod(images, stage.unit_size)
         units = full + bool(rest)
-        if units > _MOST_UNITS:
+        if units > _MAX_UNITS:
             raise ConfigError(
-                f"{images:,} images in units of {stage.unit_size} are {units:,} units, of {_MOST_UNITS:,} at most; "
-                f"set unit_size of stages.{stage.name} to {-(-images // _MOST_UNITS)} or more"
+                f"{images:,} images in units of {stage.unit_size} are {units:,} units, of {_MAX_UNITS:,} at most; "
+                f"set unit_size of stages.{stage.name} to {-(-images // _MAX_UNITS)} or more"
             )
         tars = {count: number for count, number in ((stage.unit_size, full), (rest, int(rest > 0))) if number}
         return self._left_by_marks(stage, Counts(units, units, images, images, tars))
@@ -176,7 +176,7 @@ class _Line:
 
     def _compare_settings(self, stage: Stage) -> None:
         """What :meth:`Run.check` does, but for the prompts or images, which it would have to read."""
-        if not any(map(self.run.holds, stage.artifacts())):
+        if not any(map(self.run.is_nonempty, stage.artifacts())):
             return
         before = self.run.artifact("images")["settings"]
         changed = [name for name, value in stage.fingerprinted().items() if before.get(name) != value]
@@ -221,7 +221,7 @@ class _Line:
         """
         entry = self.run.check(stage)
         held = {name: self.run.artifact(name) for name in stage.reads} | dict.fromkeys(stage.artifacts(), entry)
-        return replace(self.run, held=held)
+        return replace(self.run, claimed=held)
 
     def _pretrain(self, stage: Pretrain) -> Counts:
         planned = not stage.data and "shards" in self.made
@@ -241,7 +241,7 @@ class _Line:
 
     def _begins_later(self, stage: Pretrain) -> bool:
         """Whether the weights that a training begins from are yet to be made, by one before it."""
-        start = located(stage.start).absolute()
+        start = parse_location(stage.start).absolute()
         return any(folder in (start, *start.parents) for folder in self.trainings)
 
     def _trained(self, stage: Pretrain, steps: int) -> int:

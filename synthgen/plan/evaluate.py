@@ -1,7 +1,7 @@
 """What an evaluation will take: its images by the image, and what each evaluator does with them by doing it.
 
 The sample's images are seen by the networks in batches, and each evaluator is tried on their features (see
-:mod:`synthgen.plan.trial`). Of masks the true ones are judged beside themselves.
+:mod:`synthgen.plan.eval_timing`). Of masks the true ones are judged beside themselves.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from synthgen.config import Choice
 from synthgen.devices import devices_for
 from synthgen.errors import MissingArtifact
 from synthgen.models.tower import encoder_folder
+from synthgen.plan.eval_counts import Judged, Looked
 from synthgen.plan.files import repeated
-from synthgen.plan.judged import Judged, Looked
 from synthgen.plan.meter import Meter, Took
 from synthgen.run import Run
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source, looked_at
-from synthgen.stages._rows import extractor_of, judges, rows_of
+from synthgen.stages._eval_rows import extractor_of, judges, rows_of
+from synthgen.stages._eval_sources import Source, looked_at
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Material, Need, Row
+    from synthgen.evaluators import EvalData, Evaluator, Need, Row
     from synthgen.plan.sample import Sample
     from synthgen.stages.evaluate import Evaluate
 
 __all__ = ["measure_evaluation"]
 
 _FIRST = 8  # images of either side of the first evaluation, which warms everything up
-_MOST_AT_ONCE = 32  # images of a batch on a CPU, where larger ones are no faster
+_MAX_AT_ONCE = 32  # images of a batch on a CPU, where larger ones are no faster
 _TEXTS = 256  # that are embedded to see how long it takes
 
 
@@ -121,7 +121,7 @@ def _encoder(sample: Sample, judged: Judged) -> str:
 
 def _shortened(stage: Evaluate) -> Evaluate:
     """With trainings of a step or a few, a different number in each, so that none is the same as another."""
-    from synthgen.plan.trial import LENGTHS
+    from synthgen.plan.eval_timing import LENGTHS
 
     few = []
     for place, choice in enumerate(stage.evaluators, start=1):
@@ -162,26 +162,26 @@ class _Looking:
 
         What was measured of each evaluator goes into ``parts``.
         """
-        from synthgen.plan.trial import tried
+        from synthgen.plan.eval_timing import tried
 
         stage = self.stage
         chosen, left_out = stage.chosen(self.run)
         evaluators = {name: one for name, one in chosen.items() if one.needs != "masks"}
         batch, lead = self._batch(evaluators, rounds)
         more = self.sides.shown_to(stage, self.folder / "more", batch * (lead + rounds))
-        totals, material, samples = self._seen(replace(more, batch_size=batch), evaluators, rounds)
-        sizes = self._sizes(material)
+        totals, data, samples = self._seen(replace(more, batch_size=batch), evaluators, rounds)
+        sizes = self._sizes(data)
         for name, evaluator in evaluators.items():
-            kinds = [kind for kind in material if judges(evaluator, kind)]
+            kinds = [kind for kind in data if judges(evaluator, kind)]
             affordable = self.seconds / len(evaluators) / len(kinds)
             basis = ""
             for kind in kinds:
                 there, classes = sizes[evaluator.needs]
-                taken, basis = tried(evaluator, material[kind], there, classes, rounds, affordable)
+                taken, basis = tried(evaluator, data[kind], there, classes, rounds, affordable)
                 totals = [total + seconds for total, seconds in zip(totals, taken, strict=True)]
             parts.append(f"{name}: {basis}")
         parts += [f"{name}: left out" for name in left_out]
-        return totals, samples, batch, _held(material.values(), sizes)
+        return totals, samples, batch, _held(data.values(), sizes)
 
     def _batch(self, evaluators: Mapping[str, Evaluator], rounds: int) -> tuple[int, int]:
         """How many images to look at together, and how many batches come before those that count."""
@@ -194,13 +194,13 @@ class _Looking:
         started = time.perf_counter()
         _, _, samples = self._seen(replace(self.stage, batch_size=_FIRST), evaluators, 1)
         affordable = self.seconds / 2 * samples / (time.perf_counter() - started)
-        return max(1, int(min(most, _MOST_AT_ONCE, affordable / 2 / (lead + rounds)))), lead
+        return max(1, int(min(most, _MAX_AT_ONCE, affordable / 2 / (lead + rounds)))), lead
 
     def _seen(
         self, stage: Evaluate, evaluators: Mapping[str, Evaluator], rounds: int
-    ) -> tuple[list[float], dict[Row, Material], int]:
+    ) -> tuple[list[float], dict[Row, EvalData], int]:
         """Seconds in which all images are read and seen, in each round; what was seen of the sample, and its images."""
-        from synthgen.stages._material import gathered
+        from synthgen.stages._eval_data import gathered
 
         folder = encoder_folder(stage.encoder) if stage.encoder else None
         kinds = rows_of(stage, folder, evaluators.values()).values()
@@ -215,10 +215,10 @@ class _Looking:
             if count:  # of images that are left out there may be none
                 ends.append((ends[-1][0] + count, time.perf_counter()))
 
-        material = gathered(sources, extractor, kinds, stage.patch_memory, tick, {"warnings": []})
+        data = gathered(sources, extractor, kinds, stage.patch_memory, tick, {"warnings": []})
         beside = ends[0][1] - started + time.perf_counter() - ends[-1][1]  # to find images, and to sort what was seen
         totals, before, whole = [0.0] * rounds, 0, sum(counts.values())
-        sizes = self._sizes(material)
+        sizes = self._sizes(data)
         for name, count in counts.items():
             images = getattr(self.judged, name).images
             if not extractor.needs & {"features", "pairs"}:  # then only those that are kept are seen
@@ -232,16 +232,16 @@ class _Looking:
             extractor.dual.embed_texts([f"{said} {number}" for number in range(_TEXTS)])
             seconds = (time.perf_counter() - started) / _TEXTS * self.judged.test.texts
             totals = [total + seconds for total in totals]
-        return totals, material, whole
+        return totals, data, whole
 
-    def _sizes(self, material: Mapping[Row, Material]) -> dict[Need, tuple[tuple[int, int], int]]:
+    def _sizes(self, data: Mapping[Row, EvalData]) -> dict[Need, tuple[tuple[int, int], int]]:
         """For each need the images to learn from and to be judged on (of pairs texts and images), and the classes."""
         train, test = self.judged.train, self.judged.test
-        each = sum(_patch_bytes(given) for given in material.values())
+        each = sum(_patch_bytes(given) for given in data.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.masked + test.masked)))
         words = train.classes if self.stage.mask_classes == "label" else train.words
         masked = (max(1, int(train.masked * share)), max(1, int(test.masked * share))), words
-        each = sum(_map_bytes(given) for given in material.values()) + _pixel_bytes(material.values())
+        each = sum(_map_bytes(given) for given in data.values()) + _pixel_bytes(data.values())
         share = min(1.0, self.stage.patch_memory * 1e9 / max(1, each * (train.labelled + test.labelled)))
         classed = (max(1, int(train.labelled * share)), max(1, int(test.labelled * share))), train.classes
         return {
@@ -261,32 +261,32 @@ def _of_an_image(ends: Sequence[tuple[int, float]], rounds: int) -> list[float]:
     return each + [fmean(each)] * (rounds - len(each))
 
 
-def _patch_bytes(material: Material) -> int:
+def _patch_bytes(data: EvalData) -> int:
     """What an image's patch features take in memory."""
-    scenes = material.test_scenes
+    scenes = data.test_scenes
     return 0 if scenes is None else scenes.patches[0].nbytes
 
 
-def _map_bytes(material: Material) -> int:
+def _map_bytes(data: EvalData) -> int:
     """What an image's maps of blocks take in memory, and its latents."""
-    maps = material.test_maps.maps if material.test_maps else ()
-    latents = material.test_latents.values[0].nbytes if material.test_latents else 0
+    maps = data.test_maps.maps if data.test_maps else ()
+    latents = data.test_latents.values[0].nbytes if data.test_latents else 0
     return latents + sum(block[0].nbytes for block in maps)
 
 
-def _pixel_bytes(materials: Collection[Material]) -> int:
+def _pixel_bytes(materials: Collection[EvalData]) -> int:
     """What an image's own pixels take in memory, which all rows of encoders share, and all of the generator."""
     sizes = {given.encoder is None: given.test_images.pixels[0].nbytes for given in materials if given.test_images}
     return sum(sizes.values())
 
 
-def _held(materials: Collection[Material], sizes: Mapping[Need, tuple[tuple[int, int], int]]) -> int:
+def _held(materials: Collection[EvalData], sizes: Mapping[Need, tuple[tuple[int, int], int]]) -> int:
     """What the features of all images take in memory, in bytes."""
     total = _pixel_bytes(materials) * sum(sizes["images"][0])
-    for material in materials:
-        if material.test is not None:
-            total += material.test.features[0].nbytes * sum(sizes["features"][0])
-        if material.pairs is not None:
-            total += material.pairs.images[0].nbytes * sum(sizes["pairs"][0])
-        total += _patch_bytes(material) * sum(sizes["patches"][0]) + _map_bytes(material) * sum(sizes["maps"][0])
+    for data in materials:
+        if data.test is not None:
+            total += data.test.features[0].nbytes * sum(sizes["features"][0])
+        if data.pairs is not None:
+            total += data.pairs.images[0].nbytes * sum(sizes["pairs"][0])
+        total += _patch_bytes(data) * sum(sizes["patches"][0]) + _map_bytes(data) * sum(sizes["maps"][0])
     return total

@@ -22,7 +22,7 @@ from synthgen.errors import ConfigError, MissingArtifact, PromptError
 from synthgen.prompt_copy import PromptCopy
 from synthgen.prompts import Survey, find_words
 from synthgen.records import Prompt
-from synthgen.stores import located, open_here
+from synthgen.stores import open_here, parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import Member, TarWriter, iter_samples, read_member
 from synthgen.untrusted import read_file
@@ -93,12 +93,12 @@ def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: in
     read whole). With ``limit`` no more tars are read than hold so many.
 
     Raises:
-        MissingArtifact, CorruptShard, PromptError, ConfigError: as :func:`~synthgen.datasets.open_captioned`; captions
+        MissingArtifact, CorruptFile, PromptError, ConfigError: as :func:`~synthgen.datasets.open_captioned`; captions
             are those of the few, and what is wrong with others is not seen.
     """
     from synthgen.datasets.sources import tars_of
 
-    folder = located(source)
+    folder = parse_location(source)
     tars = [] if _has_no_tars(folder) else tars_of(source)
     if tars and metadata:
         raise ConfigError(f"{source} holds tars, which have their captions in them; leave --metadata out")
@@ -108,7 +108,7 @@ def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: in
         if not count:
             raise MissingArtifact(f"there are no samples in {source}")
         return Pictures(count, tuple(few))
-    count, loose = _listed(folder, located(metadata), most) if metadata else _beside(folder, most)
+    count, loose = _listed(folder, parse_location(metadata), most) if metadata else _beside(folder, most)
     return Pictures(min(count, limit) if limit else count, tuple(loose))
 
 
@@ -116,7 +116,7 @@ def survey_copy(copy: PromptCopy, *, most: int = 64) -> Survey:
     """What a run's own copy of its prompts holds: ``most`` of them, evenly apart, and their lines as of a ``.jsonl``.
 
     Raises:
-        CorruptShard: one that was looked at cannot be read.
+        CorruptFile: one that was looked at cannot be read.
     """
     count = min(most, len(copy))
     prompts = tuple(copy[index * len(copy) // count] for index in range(count))

@@ -17,7 +17,7 @@ from synthgen.registry import Registry
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["STAGES", "Stage", "Work", "Worker", "free", "make_stage"]
+__all__ = ["STAGES", "Stage", "Work", "Worker", "make_stage", "unhashed"]
 
 Work = Callable[[int], Report]
 
@@ -34,9 +34,9 @@ class Worker:
     describe: Callable[[str], None] = lambda text: None  # a remark beside the bar, such as the loss
 
 
-def free(default: Any) -> Any:
+def unhashed(default: Any) -> Any:
     """A setting that may differ between two calls on one run, because it changes no result (only speed or display)."""
-    return dataclasses.field(default=default, metadata={"free": True})
+    return dataclasses.field(default=default, metadata={"unhashed": True})
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Stage(ABC):
     def prepare(self, run: Run) -> None:
         """Called once before the units, when inputs and settings have been checked."""
 
-    def told(self) -> tuple[str, ...]:
+    def source_names(self) -> tuple[str, ...]:
         """What the stage works from, for people: artifacts of its run, and what it was given beside them."""
         return self.reads
 
@@ -91,7 +91,7 @@ class Stage(ABC):
     def done(self, run: Run, unit: int) -> bool:
         """Whether a unit is done with the present settings, by whoever did it."""
         names = self.artifacts()
-        return bool(names) and all(run.has(name, unit, run.artifact(name)["fingerprint"]) for name in names)
+        return bool(names) and all(run.has_unit(name, unit, run.artifact(name)["fingerprint"]) for name in names)
 
     @abstractmethod
     def size(self, run: Run, unit: int) -> int:
@@ -113,7 +113,7 @@ class Stage(ABC):
         plain: dict[str, Any] = redacted(dump(self))
         return plain
 
-    def noted(self, run: Run) -> dict[str, Any]:
+    def recorded_settings(self, run: Run) -> dict[str, Any]:
         """The settings as they are written down in ``run``."""
         return self.settings()
 
@@ -124,7 +124,7 @@ class Stage(ABC):
 
     def fingerprinted(self) -> dict[str, Any]:
         """The settings that the result depends on."""
-        kept = {item.name for item in dataclasses.fields(self) if not item.metadata.get("free")}
+        kept = {item.name for item in dataclasses.fields(self) if not item.metadata.get("unhashed")}
         return {name: value for name, value in self.settings().items() if name in kept}
 
 

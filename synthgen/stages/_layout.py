@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.records import sample_key
 from synthgen.run import Run, digest
 
@@ -55,7 +55,7 @@ def lay_out(
 
     Raises:
         MissingArtifact: there is no image.
-        CorruptShard: a done mark counts more samples than a unit can hold.
+        CorruptFile: a done mark counts more samples than a unit can hold.
         StaleArtifact: the units there are no longer have that content.
     """
     found, seen = {}, []
@@ -88,14 +88,14 @@ def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> array[int]:
     """The samples of an image unit, their keys as numbers: as many as its done mark counts, but for those that failed.
 
     Raises:
-        CorruptShard: they are more than a unit can hold.
+        CorruptFile: they are more than a unit can hold.
     """
     failed = mark.get("failed")
     failed = failed if isinstance(failed, dict) else {}
     first, count = int(sample_key(unit, 0)), mark["count"] + len(failed)
     if count > _MOST:
         path = run.tar("images", unit)
-        raise CorruptShard(
+        raise CorruptFile(
             f"the done mark of {path} tells of {count} samples; delete both and run: {run.remedy('images')}"
         )
     return array("Q", (sample for sample in range(first, first + count) if f"{sample:010}" not in failed))

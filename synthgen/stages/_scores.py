@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synthgen.run import Run, digest
-from synthgen.stores.whole import sha256_of
+from synthgen.stores.checksum import sha256_of
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["changed", "newest", "read_scores", "text_tower_hash"]

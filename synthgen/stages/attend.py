@@ -15,12 +15,12 @@ from jaxtyping import UInt8
 
 from synthgen.backbones import BACKBONES, Backbone
 from synthgen.config import Choice
-from synthgen.errors import CorruptShard, PromptError
+from synthgen.errors import CorruptFile, PromptError
 from synthgen.image import resize
 from synthgen.prompts import expand, find_words, parse_line, sample_seed
 from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_key
 from synthgen.run import Run, digest
-from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages import Stage, Work, Worker, unhashed
 from synthgen.stages._generations import write_unit
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Attend"]
 
-_MOST_WORDS = 255  # what an image of labels can tell apart
+_MAX_WORDS = 255  # what an image of labels can tell apart
 _LONGEST = 2.0  # the longest side against the shortest at which the network sees an image
 _ADVICE = re.compile(r"; (?:delete|get|give|name) .*", re.DOTALL)  # to mend a sample: its run would refuse the new one
 
@@ -54,8 +54,8 @@ class Attend(Stage):
     accelerated: ClassVar = True
     window: ClassVar[int] = 4  # batches that are held at once, to see images of one shape together
 
-    images: str = field(metadata={"free": True})  # their names and sizes count, not where they lie
-    metadata: str = free("")  # a file that lists captions, and which images of the folder count; its content counts
+    images: str = field(metadata={"unhashed": True})  # their names and sizes count, not where they lie
+    metadata: str = unhashed("")  # a file that lists captions, and which images of the folder count; its content counts
     caption: str = ""  # for images without one, such as "a photo of a {label}"; the label is the word to look for
     limit: int = 0  # at most so many images; 0: all
     fit: Literal["aspect", "stretch"] = "aspect"  # keep proportions (up to 2 : 1), or see all at the model's own size
@@ -63,7 +63,7 @@ class Attend(Stage):
     timesteps: tuple[int, ...] = (50, 100, 200)
     inversion_steps: int = 0  # more than 0: no noise, but a deterministic inversion in so many steps
     unit_size: int = 64
-    batch_size: int = free(16)
+    batch_size: int = unhashed(16)
     backbone: Choice = Choice("tiny")
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Attend(Stage):
         except ValueError as error:
             raise ValueError(f"caption {self.caption!r} cannot be read: {error}") from None
 
-    def told(self) -> tuple[str, ...]:
+    def source_names(self) -> tuple[str, ...]:
         """The images."""
         return (self.images,)
 
@@ -126,7 +126,7 @@ class Attend(Stage):
                 if is_folder:
                     raise
                 first = first or error
-            except CorruptShard:
+            except CorruptFile:
                 continue  # it is left out, as an image that cannot be read
         if first is not None:
             raise PromptError(f"no caption in {self.images} can be used: {first}")
@@ -168,7 +168,7 @@ class Attend(Stage):
         try:
             image = samples[number].image
             request = replace(request, prompt=prompt_of(samples, number, self.caption))
-        except (CorruptShard, PromptError) as error:
+        except (CorruptFile, PromptError) as error:
             reason = _ADVICE.sub("", str(error))
             return Generation(request, np.zeros((1, 1, 3), np.uint8), _nothing(), failed=reason)
         return Generation(request, image, _nothing())
@@ -223,9 +223,9 @@ def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
             prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
         else:
             prompt = parse_line(text)
-        if len(prompt.words) > _MOST_WORDS:
+        if len(prompt.words) > _MAX_WORDS:
             raise ValueError(
-                f"its caption asks for {len(prompt.words)} masks; {_MOST_WORDS} are the most, so mark fewer"
+                f"its caption asks for {len(prompt.words)} masks; {_MAX_WORDS} are the most, so mark fewer"
             )
     except ValueError as error:
         raise PromptError(f"sample {samples.key(number)}: {error}") from None

@@ -14,12 +14,12 @@ from synthgen.config import Choice
 from synthgen.errors import MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
-from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._judged import Lacking, Source, looked_at, masks_to_judge, open_source, stamp_of, stamps
-from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._rows import backbone_of, encoder_name, extractor_of, judges, rows_of
+from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages._eval_rows import backbone_of, encoder_name, extractor_of, judges, rows_of
+from synthgen.stages._eval_sources import MissingInput, Source, looked_at, masks_to_judge, open_source, stamp_of, stamps
+from synthgen.stages._integrity import check_encoder, check_shards, encoder_hash, naming_damage
+from synthgen.stages._loader_errors import explaining_lost_workers
 from synthgen.stages._scores import changed, newest, read_scores, text_tower_hash
-from synthgen.stages._written import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stores.tar import write_json
 from synthgen.untrusted import visible
 
@@ -66,9 +66,9 @@ class Evaluate(Stage):
     patch_memory: float = 2.0  # GB for patch features, and for maps and latents; with more images fewer are taken
     baselines: bool = True  # rows of a random encoder and of the pixels beside it
     label: str = ""  # name of the file; the encoder's folder, generator, the names of ``test`` and ``truth``
-    batch_size: int = free(128)
-    verify: bool = free(True)  # read the run's shards once before, and see that they are as they were written
-    num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
+    batch_size: int = unhashed(128)
+    verify: bool = unhashed(True)  # read the run's shards once before, and see that they are as they were written
+    num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
 
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "cls"):
@@ -86,7 +86,7 @@ class Evaluate(Stage):
         if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain file name, not {self.label!r}")
 
-    def told(self) -> tuple[str, ...]:
+    def source_names(self) -> tuple[str, ...]:
         """Encoder, images and masks, as far as the settings tell."""
         masks = (self.predicted or "masks", self.truth) if self.truth else ()
         if self.evaluators and all(Choice.of(one).name == "mask_iou" for one in self.evaluators):
@@ -140,12 +140,12 @@ class Evaluate(Stage):
             MissingArtifact: there is nothing to evaluate.
         """
         wanted = self.wanted(run)
-        left_out: dict[str, Lacking] = {}
+        left_out: dict[str, MissingInput] = {}
         for name, evaluator in wanted.items():
             try:
                 with naming_damage(lambda: self.check_written(run, None)):
                     self.check(run, name, evaluator.needs)
-            except Lacking as error:
+            except MissingInput as error:
                 if self.evaluators:
                     raise
                 left_out[name] = error
@@ -158,19 +158,21 @@ class Evaluate(Stage):
         """See that there is what an evaluator needs.
 
         Raises:
-            Lacking: there is not; says what to give.
+            MissingInput: there is not; says what to give.
             MissingArtifact: there is no encoder, or no images at all.
         """
         if need == "masks":
             if not self.truth:
-                raise Lacking(f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)")
+                raise MissingInput(
+                    f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)"
+                )
             return
         folder, sources = self.encoder_folder(run), self.sources(run)
         if need == "pairs":
             if folder is None:
-                raise Lacking(f"{name} needs an encoder with a text tower, and there is only the generator")
+                raise MissingInput(f"{name} needs an encoder with a text tower, and there is only the generator")
             if not (folder / "text.safetensors").is_file():
-                raise Lacking(
+                raise MissingInput(
                     f"{name} needs a text tower, and {folder} has none; train one with: synthgen pretrain --method vlp"
                 )
             sources["test"].need_captions()
@@ -191,7 +193,7 @@ class Evaluate(Stage):
 
         Raises:
             MissingArtifact: there is none.
-            Lacking: an evaluator judges generators alone, and none is named.
+            MissingInput: an evaluator judges generators alone, and none is named.
         """
         from synthgen.models.tower import encoder_folder
 
@@ -199,7 +201,7 @@ class Evaluate(Stage):
             return None
         of_generator = [name for name, evaluator in self.wanted(run).items() if evaluator.needs == "latents"]
         if of_generator and not self.generator:
-            raise Lacking(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
+            raise MissingInput(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
         folder = encoder_folder(self.encoder) if self.encoder else newest(run)
         if folder is None and self.generator:
             return None
@@ -232,7 +234,7 @@ class Evaluate(Stage):
         return found
 
     def stamp(self, source: str) -> str:
-        """What tells a source from others: see :func:`~synthgen.stages._judged.stamp_of`."""
+        """What tells a source from others: see :func:`~synthgen.stages._eval_sources.stamp_of`."""
         return self.once(("source", source), lambda: stamp_of(source))
 
     def once(self, name: tuple[str, str], look: Callable[[], str]) -> str:
@@ -332,7 +334,7 @@ class Evaluate(Stage):
             if self.verify and of_images:
                 self.check_written(run, folder)
             if of_images:
-                with telling_lost_readers():
+                with explaining_lost_workers():
                     self.judge_images(run, folder, worker, of_images, result)
             if len(of_images) < len(evaluators):
                 self.judge_masks(run, evaluators, result)
@@ -353,7 +355,7 @@ class Evaluate(Stage):
         """See that the encoder, and what shards of the run are looked at, are as they were written.
 
         Raises:
-            CorruptShard: one is not.
+            CorruptFile: one is not.
         """
         if folder is not None:
             check_encoder(folder)
@@ -365,32 +367,32 @@ class Evaluate(Stage):
         self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
         """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
-        from synthgen.evaluators import noted
-        from synthgen.stages._material import gathered, telling
+        from synthgen.evaluators import json_safe
+        from synthgen.stages._eval_data import gathered, telling
 
         rows = rows_of(self, folder, evaluators.values())
         extractor = extractor_of(self, run, folder, worker, evaluators.values())
         if self.generator and extractor.generator is None:
             result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
-        material = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
+        data = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
         if extractor.generator is not None:
-            result["generator"] = extractor.generator.told()
+            result["generator"] = extractor.generator.describe()
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
                 if judges(evaluator, kind):
-                    given = telling(material[kind], worker.describe, f"{name} of {row}")
-                    result["scores"][row][name] = noted(evaluator.evaluate(given))
+                    given = telling(data[kind], worker.describe, f"{name} of {row}")
+                    result["scores"][row][name] = json_safe(evaluator.evaluate(given))
         if folder is not None:
             result["encoder"] = self.encoder or str(folder)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
-        from synthgen.evaluators import Material, noted
+        from synthgen.evaluators import EvalData, json_safe
 
         predicted, truth = masks_to_judge(self, run, result)
         result["scores"]["masks"] = {
-            name: noted(evaluator.evaluate(Material(predicted=predicted, truth=truth)))
+            name: json_safe(evaluator.evaluate(EvalData(predicted=predicted, truth=truth)))
             for name, evaluator in evaluators.items()
             if evaluator.needs == "masks"
         }

@@ -17,7 +17,7 @@ from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, ke
 from synthgen.prompts import iter_prompts, request_for
 from synthgen.records import Generation, Request
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, free
+from synthgen.stages import Stage, Work, Worker, unhashed
 from synthgen.stages._generations import write_unit
 
 __all__ = ["Generate"]
@@ -36,12 +36,14 @@ class Generate(Stage):
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
 
-    prompts: str = field(metadata={"free": True})  # a file; its content counts, not its name; "": the run's own copy
-    template: str = free("")  # a file of templates, or none
+    prompts: str = field(
+        metadata={"unhashed": True}
+    )  # a file; its content counts, not its name; "": the run's own copy
+    template: str = unhashed("")  # a file of templates, or none
     images_per_prompt: int = 1
     limit: int = 0  # at most so many images; 0: all
     unit_size: int = 64  # images a unit: what is lost at most when a worker is killed
-    batch_size: int = free(16)
+    batch_size: int = unhashed(16)
     backbone: Choice = Choice("tiny")
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class Generate(Stage):
         if self.template and not self.prompts:
             raise ValueError("a template is put over a prompt file; give prompts as well")
 
-    def told(self) -> tuple[str, ...]:
+    def source_names(self) -> tuple[str, ...]:
         """The files of prompts and templates."""
         return tuple(self._files()) or ("prompts",)
 
@@ -76,7 +78,7 @@ class Generate(Stage):
         """
         return {"prompts": self._content().sha256 if self.prompts else _begun(run)["inputs"]["prompts"]}
 
-    def noted(self, run: Run) -> dict[str, Any]:
+    def recorded_settings(self, run: Run) -> dict[str, Any]:
         """The settings; a run that goes on with its own prompts keeps the names of the files that those came from."""
         before = {} if self.prompts else _begun(run)["settings"]
         return self.settings() | {name: before[name] for name in ("prompts", "template") if name in before}
@@ -93,7 +95,7 @@ class Generate(Stage):
         """Put the run's own copy of its prompts down, which is what workers read; or see that it is whole.
 
         Raises:
-            MissingArtifact, CorruptShard: it is not; names the command that writes it anew.
+            MissingArtifact, CorruptFile: it is not; names the command that writes it anew.
         """
         if self.prompts:
             keep_copy(run.path, iter_prompts(*self._files()), self._content())
@@ -119,7 +121,7 @@ class Generate(Stage):
         """The images of one unit, in order.
 
         Raises:
-            MissingArtifact, StaleArtifact, CorruptShard: the run's copy of its prompts is not as :meth:`prepare` left
+            MissingArtifact, StaleArtifact, CorruptFile: the run's copy of its prompts is not as :meth:`prepare` left
                 it.
         """
         prompts = _copy_of(run)
@@ -149,7 +151,7 @@ class Generate(Stage):
 
     def _total(self, run: Run) -> int:
         """Images in all; of a run that is worked on, by its own copy of the prompts."""
-        own = "images" in run.held or not self.prompts
+        own = "images" in run.claimed or not self.prompts
         return self._images(len(_copy_of(run)) if own else self._content().count)
 
     def _images(self, prompts: int) -> int:
@@ -166,7 +168,7 @@ def _begun(run: Run) -> dict[str, Any]:
     Raises:
         MissingArtifact: nothing is, or they are not made from prompts.
     """
-    entry = run.begun("images") if run.is_there else None
+    entry = run.find_artifact("images") if run.is_there else None
     if entry is None or "prompts" not in entry["inputs"]:
         raise MissingArtifact(
             f"{run.path} has no prompts yet; give some with: "

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64
 from synthgen import codecs
 from synthgen.attention.words import words_cut_off
 from synthgen.config import Choice
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.mask_quality import attention_figures, disagreement, sharpness
 from synthgen.records import Generation, Maps, Report, WordMasks
 from synthgen.refiners import REFINERS, Refiner
@@ -178,15 +178,15 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
     """The samples of a unit, images and maps joined by key.
 
     Raises:
-        CorruptShard: a tar is unreadable, or the two do not hold the same keys.
+        CorruptFile: a tar is unreadable, or the two do not hold the same keys.
     """
     for (key, image), (other, maps) in zip(run.read("images", unit), run.read("maps", unit), strict=True):
         if key != other:
-            raise CorruptShard(
+            raise CorruptFile(
                 f"{run.tar('images', unit)} and {run.tar('maps', unit)} hold different samples ({key} and {other}); "
                 f"delete both and run: {run.remedy('images')}"
             )
         try:
             yield codecs.decode_generation(key, image, maps)
-        except CorruptShard as error:
-            raise CorruptShard(f"{run.tar('images', unit)} or {run.tar('maps', unit)}: {error}") from None
+        except CorruptFile as error:
+            raise CorruptFile(f"{run.tar('images', unit)} or {run.tar('maps', unit)}: {error}") from None

@@ -15,12 +15,12 @@ from synthgen.devices import devices_for, place
 from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, free
-from synthgen.stages._first_look import first_look, side_of, tell_sizes
-from synthgen.stages._left import export_late, is_left, leave
-from synthgen.stages._readers import telling_lost_readers
-from synthgen.stages._start import begin, option_inputs, start_inputs
-from synthgen.stages._written import check_shards, check_there
+from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages._data_check import looked_at_first, side_of, tell_sizes
+from synthgen.stages._init_weights import begin, option_inputs, start_inputs
+from synthgen.stages._integrity import check_shards, check_there
+from synthgen.stages._loader_errors import explaining_lost_workers
+from synthgen.stages._outputs import export_missing, is_complete, save_outputs
 from synthgen.stores import filled
 from synthgen.untrusted import visible
 
@@ -79,14 +79,14 @@ class Pretrain(Stage):
     seed: int = 0  # beside the run's seed: another start, order and views on the same shards
     label: str = ""
     data: tuple[str, ...] = ()  # tars, patterns, folders; instead of the run's own shards
-    masks: Literal["own", "elsewhere", "scattered"] = "own"  # the others are controls: synthgen.elsewhere
-    save_every: int = free(200)  # steps
-    log_every: int = free(10)  # steps
-    snapshots: int = free(0)  # so many times, evenly apart, the encoder as it is goes to snapshots/step-<steps>/
-    verify: bool = free(True)  # read the run's shards once before, and see that they are as they were written
-    num_workers: int = free(-1)  # loader processes; -1 is none on two cores, else up to 8
-    trackers: tuple[str, ...] = free(())  # such as tensorboard, wandb; metrics.jsonl is always written
-    export: bool = free(True)  # write transformers/ too
+    masks: Literal["own", "elsewhere", "scattered"] = "own"  # the others are controls: synthgen.mask_controls
+    save_every: int = unhashed(200)  # steps
+    log_every: int = unhashed(10)  # steps
+    snapshots: int = unhashed(0)  # so many times, evenly apart, the encoder as it is goes to snapshots/step-<steps>/
+    verify: bool = unhashed(True)  # read the run's shards once before, and see that they are as they were written
+    num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
+    trackers: tuple[str, ...] = unhashed(())  # such as tensorboard, wandb; metrics.jsonl is always written
+    export: bool = unhashed(True)  # write transformers/ too
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -127,7 +127,7 @@ class Pretrain(Stage):
         (name,) = build(cls, settings, where=f"stages.{cls.name}").artifacts()
         return name
 
-    def told(self) -> tuple[str, ...]:
+    def source_names(self) -> tuple[str, ...]:
         """The run's shards, or ``data``."""
         return self.data or self.reads
 
@@ -141,9 +141,9 @@ class Pretrain(Stage):
         """Without later settings and options where they are what earlier versions did, so that those trainings hold."""
         return self.as_before(super().fingerprinted())
 
-    def noted(self, run: Run) -> dict[str, Any]:
+    def recorded_settings(self, run: Run) -> dict[str, Any]:
         """The same, so that an error tells no option that made no difference; ``config.json`` has all of them."""
-        return self.as_before(super().noted(run))
+        return self.as_before(super().recorded_settings(run))
 
     def as_before(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings without what :attr:`synthgen.methods.Method.added` says."""
@@ -161,7 +161,7 @@ class Pretrain(Stage):
         found = found if self.data else {"shards/train": next(iter(found.values()))}
         found |= option_inputs(self.method)
         if self.start:
-            found |= start_inputs(self.start, self.method.name, run.begun(*self.artifacts()))
+            found |= start_inputs(self.start, self.method.name, run.find_artifact(*self.artifacts()))
         return found
 
     def sources(self, run: Run) -> list[str]:
@@ -169,7 +169,7 @@ class Pretrain(Stage):
 
         Raises:
             MissingArtifact: the run's shards are not finished, or one of them is gone.
-            CorruptShard: their ``dataset.json`` cannot be read.
+            CorruptFile: their ``dataset.json`` cannot be read.
         """
         if self.data:
             return list(self.data)
@@ -183,7 +183,7 @@ class Pretrain(Stage):
     def todo(self, run: Run) -> list[int]:
         """Nothing, if the encoder is there and was made with these settings."""
         (name,) = self.artifacts()
-        return [] if is_left(run.folder(name), run.artifact(name)["fingerprint"]) else [0]
+        return [] if is_complete(run.folder(name), run.artifact(name)["fingerprint"]) else [0]
 
     def size(self, run: Run, unit: int) -> int:
         """Images in all, each counted as often as it is seen."""
@@ -196,14 +196,14 @@ class Pretrain(Stage):
         Raises:
             ConfigError: an option is wrong, the data lacks what the method needs, the start does not fit, or there is
                 no such precision on this device.
-            CorruptShard: a sample that was looked at, or the start, cannot be read.
+            CorruptFile: a sample that was looked at, or the start, cannot be read.
             MissingDependency: a tracker's library is not installed, or no compiler.
         """
         from synthgen.train.launch import check_compiler, check_precision, check_trackers
 
         samples = self.dataset(run)
         part = self.order(run, len(samples)).batch_size // self.accumulate  # first: processes meet in it
-        looked = first_look(samples)
+        looked = looked_at_first(samples)
         object.__setattr__(self, "_seen", (samples, side_of(looked)))
         method = self.build_method(run, samples, side_of(looked))
         try:
@@ -219,28 +219,28 @@ class Pretrain(Stage):
             check_precision(self.precision, devices_for(self)[0])
             if "image_size" not in self.encoder.options:
                 tell_sizes(looked, method.encoder.config)
-            self.begun(run, method)
+            self.load_start_weights(run, method)
         check_trackers(self.trackers)
         if self.compile:
             check_compiler()
 
-    def begun(self, run: Run, method: Method) -> dict[str, Any]:
+    def load_start_weights(self, run: Run, method: Method) -> dict[str, Any]:
         """Put the weights of ``start`` into ``method``; what ``done.json`` says of it."""
         inputs = run.artifact(*self.artifacts())["inputs"]
         return {"start": begin(method, self.start, self.method, inputs)} if self.start else {}
 
-    def look(self, run: Run) -> tuple[ImageDataset, int]:
+    def dataset_and_size(self, run: Run) -> tuple[ImageDataset, int]:
         """The images to train on, and how large they are, in pixels."""
         samples = self.dataset(run)
-        return samples, side_of(first_look(samples))
+        return samples, side_of(looked_at_first(samples))
 
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
         """The images to train on."""
         from synthgen.datasets import open_dataset
-        from synthgen.elsewhere import CONTROLS, MasksChanged
+        from synthgen.mask_controls import CONTROLS, WithChangedMasks
 
         samples = open_dataset(*self.sources(run), masks=masks)
-        return samples if self.masks == "own" else MasksChanged(samples, CONTROLS[self.masks])
+        return samples if self.masks == "own" else WithChangedMasks(samples, CONTROLS[self.masks])
 
     def order(self, run: Run, length: int) -> Order:
         """Which samples come when. A batch is never larger than the set.
@@ -307,7 +307,7 @@ class Pretrain(Stage):
                 )
 
                 def work(unit: int) -> Report:
-                    with telling_lost_readers():
+                    with explaining_lost_workers():
                         return self.train(run, worker, accelerator, unit)
 
                 yield work
@@ -329,9 +329,9 @@ class Pretrain(Stage):
         folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
-        samples, side = self._seen or self.look(run)
+        samples, side = self._seen or self.dataset_and_size(run)
         method = self.build_method(run, samples, side)
-        begun = self.begun(run, method)
+        begun = self.load_start_weights(run, method)
         order = self.order(run, len(samples))
         training = Training(
             method=method,
@@ -387,11 +387,11 @@ class Pretrain(Stage):
                 "processes": accelerator.num_processes,
                 **begun,
             }
-            leave(method.cpu(), folder, about, done, export=self.export)
+            save_outputs(method.cpu(), folder, about, done, export=self.export)
         accelerator.wait_for_everyone()
         return Report(unit, count, time.perf_counter() - started)
 
     def finish(self, run: Run) -> None:
         """Write ``transformers/`` where ``export`` is asked for only now, when the training is long finished."""
         if self.export and place().rank == 0:
-            export_late(run.folder(*self.artifacts()))
+            export_missing(run.folder(*self.artifacts()))

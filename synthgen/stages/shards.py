@@ -20,7 +20,7 @@ from synthgen import __version__, codecs
 from synthgen.backbones import BACKBONES
 from synthgen.card import MASK_COLUMNS, SCHEMA_VERSION, count_split, dataset_card, parquet_bytes, wids_index
 from synthgen.columns import Column, unit_of
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
 from synthgen.prompt_copy import iter_lines
@@ -31,7 +31,7 @@ from synthgen.stages._layout import Shard, lay_out
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, read_tar, storage_error, write_bytes, write_json
 from synthgen.units import checked_mark
-from synthgen.untrusted import MOST_BYTES, read_file, read_json
+from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Shards"]
 
@@ -98,7 +98,7 @@ class Shards(Stage):
         """Find the classes, so that workers need not: for attended images that is one reading of every json.
 
         Raises:
-            CorruptShard: a label cannot be read.
+            CorruptFile: a label cannot be read.
         """
         object.__setattr__(self, "_labels", _classes(run, self._units))
 
@@ -112,10 +112,10 @@ class Shards(Stage):
         In a run that was claimed (see :meth:`Run.claim`) it is the same in every process, whatever comes meanwhile.
 
         Raises:
-            MissingArtifact, CorruptShard, StaleArtifact: see :func:`~synthgen.stages._layout.lay_out`.
+            MissingArtifact, CorruptFile, StaleArtifact: see :func:`~synthgen.stages._layout.lay_out`.
         """
-        if "shards" in run.held:  # which names the content of all units
-            return _layout(self, run, run.held["shards"]["fingerprint"])
+        if "shards" in run.claimed:  # which names the content of all units
+            return _layout(self, run, run.claimed["shards"]["fingerprint"])
         return _layout(self, run, digest(sorted(listing(run.folder("images")))))
 
     def plan(self, run: Run) -> list[int]:
@@ -125,7 +125,7 @@ class Shards(Stage):
     def planned(self, run: Run) -> int:
         """How many shards there are: once they are finished, as ``dataset.json`` says."""
         try:
-            listed = read_json(read_file(run.folder("shards") / "dataset.json"), MOST_BYTES)["shards"]
+            listed = read_json(read_file(run.folder("shards") / "dataset.json"), MAX_BYTES)["shards"]
         except (OSError, ValueError, LookupError, TypeError):
             listed = None
         return len(listed) if isinstance(listed, list) else len(self.plan(run))
@@ -200,7 +200,7 @@ class Shards(Stage):
 
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    claimed = run.held.get("shards")
+    claimed = run.claimed.get("shards")
     return lay_out(
         run,
         stage.samples_per_shard,
@@ -215,12 +215,12 @@ def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
     """A hash of the content of these units, from their done marks.
 
     Raises:
-        CorruptShard: a unit is not there, or not as long as its mark says.
+        CorruptFile: a unit is not there, or not as long as its mark says.
     """
     found = {unit: mark["sha256"] for unit, mark in run.iter_marks(artifact)}
     for unit in units:
         if unit not in found:
-            raise CorruptShard(
+            raise CorruptFile(
                 f"{run.tar(artifact, unit)} is missing, cut off, or not the one that was made; "
                 f"delete it and run: {run.remedy(artifact)}"
             )
@@ -244,7 +244,7 @@ class Packer:
         """Write the tar, its parquet, and last the ``_stats.json`` that says both are whole.
 
         Raises:
-            MissingArtifact, CorruptShard: a sample's image or masks are not there, or not readable.
+            MissingArtifact, CorruptFile: a sample's image or masks are not there, or not readable.
             StorageError: the disk is full or the folder may not be written to.
         """
         columns = {name: Column(self.run, name, self.verified) for name in self.stage.reads}
@@ -297,7 +297,7 @@ class Packer:
         if "masks" in columns:
             masks = codecs.decode_masks(key, columns["masks"].read(key))
             if masks.words != prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
-                raise CorruptShard(
+                raise CorruptFile(
                     f"the masks of sample {key} do not fit its image; "
                     f"delete {self.run.tar('masks', unit_of(key))} and run: {self.run.remedy('masks')}"
                 )
@@ -307,7 +307,7 @@ class Packer:
         if self.classes:
             if prompt.label not in self.classes:
                 prompts = self.run.path / "prompts.jsonl"
-                raise CorruptShard(f"sample {key} has the label {prompt.label!r}, which is not in {prompts}")
+                raise CorruptFile(f"sample {key} has the label {prompt.label!r}, which is not in {prompts}")
             members["cls"] = str(self.classes[prompt.label]).encode()
         members["json"] = json.dumps(meta, ensure_ascii=False).encode()
         return members, row | {"status": "success", "error": ""}
@@ -375,7 +375,7 @@ def _label(data: bytes, path: Path) -> str:
     try:
         label = read_json(data)["label"]
     except (ValueError, LookupError, TypeError):
-        raise CorruptShard(f"the labels in {path} cannot be read; delete it and run the stage that made it") from None
+        raise CorruptFile(f"the labels in {path} cannot be read; delete it and run the stage that made it") from None
     return label if isinstance(label, str) else ""
 
 

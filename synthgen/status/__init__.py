@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from synthgen.errors import CorruptShard, SynthgenError
+from synthgen.errors import CorruptFile, SynthgenError
 from synthgen.run import Run
 from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
@@ -134,10 +134,10 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence
 def _damaged(run: Run, artifact: ArtifactStatus) -> tuple[str, Path] | None:
     """What a unit failed on, if it is a damaged file that another stage made, and nobody has mended it since."""
     for reason in artifact.failures.values():
-        for name, unit in _UNIT.findall(reason) if reason.startswith(CorruptShard.__name__) else ():
+        for name, unit in _UNIT.findall(reason) if reason.startswith(CorruptFile.__name__) else ():
             try:
                 run.verify(name, int(unit))
-            except CorruptShard:
+            except CorruptFile:
                 return name, run.tar(name, int(unit))
             except (SynthgenError, OSError):  # it is gone, which the advice for its own stage is about
                 continue

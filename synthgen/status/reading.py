@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from synthgen.stores import read_many
-from synthgen.untrusted import MOST_BYTES, MOST_JSON, read_file, read_json
+from synthgen.untrusted import MAX_BYTES, MAX_JSON, read_file, read_json
 
 __all__ = ["finite", "is_number", "read_object", "read_objects"]
 
@@ -22,7 +22,7 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same of several files of a folder, read together and held one at a time; any that are gone come last."""
     left = dict.fromkeys(names)
-    for name, data in read_many(folder, names, MOST_JSON):
+    for name, data in read_many(folder, names, MAX_JSON):
         del left[name]
         yield name, _object(folder / name, partial(bytes, data), problems)
     for name in left:
@@ -35,7 +35,7 @@ def _gone() -> bytes:
 
 def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:
     try:
-        value = read_json(content(), MOST_BYTES, finite=False)
+        value = read_json(content(), MAX_BYTES, finite=False)
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
         return {}

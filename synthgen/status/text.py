@@ -12,7 +12,7 @@ from synthgen.text import counted, duration, plain, size, table, wrap
 
 __all__ = ["render", "scores"]
 
-_MOST_ROWS = 12  # of classes and words each
+_MAX_ROWS = 12  # of classes and words each
 
 
 def render(state: RunStatus, *, whole: bool = False) -> str:
@@ -157,7 +157,7 @@ def _tally_block(kind: str, tallies: Sequence[Tally], whole: bool) -> list[str]:
             f"{sum(tally.dropped.values()):,}",
             _reasons(tally.dropped),
         )
-        for tally in tallies[:_MOST_ROWS]
+        for tally in tallies[:_MAX_ROWS]
     ]
     more = len(tallies) - len(rows)
     rest = [f"... and {more:,} more; synthgen status --json has all"] if more > 0 else []

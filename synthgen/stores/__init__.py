@@ -19,12 +19,12 @@ from synthgen.stores.cache import cache_bytes, work_folder
 from synthgen.stores.remote import RemotePath
 
 __all__ = [
-    "Growing",
+    "AppendFile",
     "filled",
     "is_in_memory",
     "listing",
-    "located",
     "open_here",
+    "parse_location",
     "read_many",
     "read_range",
     "remedy",
@@ -36,7 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # two letters and more: one 
 _TRIES = 5
 
 
-def located(place: str | Path) -> Path:
+def parse_location(place: str | Path) -> Path:
     """The path of a folder or file by its name or URL; that of ``file:///runs/demo`` is local.
 
     A URL may have passed for a path before, and lost a slash.
@@ -130,7 +130,7 @@ def filled(folder: Path) -> Iterator[Path]:
             (folder / file.relative_to(here).as_posix()).upload(file)
 
 
-class Growing:
+class AppendFile:
     """A file that lines are added to, each at once: several processes may share one.
 
     Stores cannot add to an object. There the file is written anew by :meth:`flush`, and a killed process loses what it

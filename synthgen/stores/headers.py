@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["iter_files"]
 
 _RENAMING = (b" path=", b" size=", b" GNU.sparse", b" hdrcharset=")  # PAX records that change what a header says
-_MOST_SPOKEN = 2**16  # bytes of a header that only says more of the next one
+_MAX_SPOKEN = 2**16  # bytes of a header that only says more of the next one
 _DIGITS = re.compile(rb"\d{256}")
 
 
@@ -82,7 +82,7 @@ def _plain(file: BufferedReader, place: int) -> tuple[str | None, int, int] | No
         # of the older GNU format other things stand where a name's beginning would
         plain = bool(name) and not name.endswith("/") and (header[262] == 0 or not header[345])
     elif kind in b"xg":
-        name, records = None, file.read(min(length, _MOST_SPOKEN + 1))
+        name, records = None, file.read(min(length, _MAX_SPOKEN + 1))
         plain = len(records) == length and not _speaks_too_much(records)
         plain = plain and not any(word in records for word in _RENAMING)
     else:
@@ -123,7 +123,7 @@ class _Header(tarfile.TarInfo):
         if self.type in _SPOKEN_OF:
             file: Any = archive.fileobj
             place = file.tell()
-            data = file.read(min(self.size, _MOST_SPOKEN + 1))
+            data = file.read(min(self.size, _MAX_SPOKEN + 1))
             file.seek(place)
             if _speaks_too_much(data):
                 raise tarfile.ReadError("a header in it is larger than any name")
@@ -131,9 +131,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _speaks_too_much(data: bytes) -> bool:
-    return len(data) > _MOST_SPOKEN or bool(
-        _DIGITS.search(data)
-    )  # a pattern of tarfile's takes quadratic time on these
+    return len(data) > _MAX_SPOKEN or bool(_DIGITS.search(data))  # a pattern of tarfile's takes quadratic time on these
 
 
 #: Headers that only say more of the next one: long names, and PAX records.

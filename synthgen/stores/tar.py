@@ -19,14 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from synthgen.errors import CorruptShard, MissingArtifact, StorageError, one_line
+from synthgen.errors import CorruptFile, MissingArtifact, StorageError, one_line
 from synthgen.stores import open_here, remedy
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
 from synthgen.stores.headers import iter_files
 from synthgen.stores.index import Indexing, Member, TarIndex
 from synthgen.stores.remote import RemotePath
-from synthgen.untrusted import MOST_BYTES
+from synthgen.untrusted import MAX_BYTES
 
 __all__ = [
     "Member",
@@ -221,7 +221,7 @@ def index_tar(path: Path) -> TarIndex:
     """The samples of a tar in order: key, and where each member lies. Reads headers only.
 
     Raises:
-        MissingArtifact, CorruptShard: as for :func:`iter_samples`; or a key stands in it twice.
+        MissingArtifact, CorruptFile: as for :func:`iter_samples`; or a key stands in it twice.
     """
     found, last = Indexing(), ""
     for key, members in iter_samples(path):
@@ -243,7 +243,7 @@ def iter_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 
     Raises:
         MissingArtifact: there is no such file.
-        CorruptShard: it is no tar, it is cut off, or a name in it is refused; names the last key that was read.
+        CorruptFile: it is no tar, it is cut off, or a name in it is refused; names the last key that was read.
     """
     last, members = "", dict[str, Member]()
     try:
@@ -283,8 +283,8 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     Raises:
         ValueError: it is larger than anything that synthgen reads whole.
     """
-    if member.size > MOST_BYTES:
-        raise ValueError(f"a member has {member.size:,} bytes; {MOST_BYTES:,} are the most")
+    if member.size > MAX_BYTES:
+        raise ValueError(f"a member has {member.size:,} bytes; {MAX_BYTES:,} are the most")
     file.seek(member.offset)
     return file.read(member.size)
 
@@ -297,7 +297,7 @@ def read_tar(
     With ``names`` only those members, with ``keys`` only those samples; other bytes are not read.
 
     Raises:
-        MissingArtifact, CorruptShard: as for :func:`index_tar`; or a member is too large.
+        MissingArtifact, CorruptFile: as for :func:`index_tar`; or a member is too large.
     """
     samples = index_tar(path)
     with open_here(path) as file:
@@ -313,6 +313,6 @@ def read_tar(
             yield key, values
 
 
-def _corrupt(path: Path, last: str, why: str) -> CorruptShard:
+def _corrupt(path: Path, last: str, why: str) -> CorruptFile:
     so_far = f"the last key read is {last}" if last else "no key could be read"
-    return CorruptShard(f"{path} cannot be read: {why}; {so_far}; {remedy(path)}")
+    return CorruptFile(f"{path} cannot be read: {why}; {so_far}; {remedy(path)}")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from synthgen.attention.recorder import Recorder, record
 from synthgen.attention.words import locate_words
 from synthgen.backbones import Backbone
-from synthgen.evaluators import Material
+from synthgen.evaluators import EvalData
 from synthgen.evaluators.mask_iou import MaskIoU
 from synthgen.image import resize
 from synthgen.prompts import sample_seed
@@ -183,7 +183,7 @@ def mask_ious(samples: Iterable[tuple[Generation, WordMasks]]) -> dict[str, Any]
 
 def evaluated(predicted: dict[str, WordMasks], truth: dict[str, WordMasks]) -> dict[str, float]:
     """What the evaluator ``mask_iou`` says, rounded."""
-    return {name: round(value, 4) for name, value in MaskIoU().evaluate(Material(None, None, predicted, truth)).items()}
+    return {name: round(value, 4) for name, value in MaskIoU().evaluate(EvalData(None, None, predicted, truth)).items()}
 
 
 def enlarged(maps: Maps, exact: WordMasks) -> Tensor:

@@ -21,10 +21,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, one_line
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, one_line
 from synthgen.methods import METHODS, Method
 from synthgen.models.vit import load_encoder
-from synthgen.stores import located, temporaries
+from synthgen.stores import parse_location, temporaries
 from synthgen.stores.tar import is_abandoned, write_bytes
 from synthgen.untrusted import read_file, read_json
 
@@ -42,9 +42,9 @@ def load_method(folder: str | Path) -> Method:
 
     Raises:
         MissingArtifact: there is no finished training, or its checkpoints were deleted.
-        CorruptShard: its files cannot be read, or do not fit each other.
+        CorruptFile: its files cannot be read, or do not fit each other.
     """
-    folder = located(folder)
+    folder = parse_location(folder)
     encoder = load_encoder(folder)
     paths = sorted((folder / "checkpoints").glob("step-*.safetensors"))
     if not paths:
@@ -56,7 +56,7 @@ def load_method(folder: str | Path) -> Method:
             names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
             method.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
     except (ValueError, KeyError, TypeError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
-        raise CorruptShard(
+        raise CorruptFile(
             f"the training in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
     return method.eval()
@@ -66,12 +66,12 @@ def method_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a method by their names in it, from a checkpoint whose every byte is as it was written.
 
     Raises:
-        CorruptShard: it is not.
+        CorruptFile: it is not.
     """
     try:
         _, tensors = _read(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptShard(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
+        raise CorruptFile(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
     return _of_method(tensors)
 
 
@@ -79,14 +79,14 @@ def method_hash(path: Path) -> str:
     """The sha256 of the tensors of a method in a checkpoint: not of how long it took, nor of the optimizer.
 
     Raises:
-        CorruptShard: it cannot be read.
+        CorruptFile: it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(_METHOD)]  # noqa: SIM118 - not a mapping
             return _checksum("", {name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError) as error:
-        raise CorruptShard(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
+        raise CorruptFile(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Checkpoints:
 
         Raises:
             StaleArtifact: it is of a training with other settings.
-            CorruptShard: there are checkpoints, and none can be read.
+            CorruptFile: there are checkpoints, and none can be read.
         """
         for leftover in temporaries(self.folder):
             if is_abandoned(leftover):  # its process was killed while it wrote
@@ -143,10 +143,10 @@ class Checkpoints:
             try:
                 self._load(tensors, module, optimizer)
             except (RuntimeError, LookupError, ValueError) as error:
-                raise CorruptShard(f"{path} does not fit the model: {one_line(error)}; delete it") from None
+                raise CorruptFile(f"{path} does not fit the model: {one_line(error)}; delete it") from None
             return state
         if broken:
-            raise CorruptShard(f"{broken}; delete {self.folder} to start this training anew")
+            raise CorruptFile(f"{broken}; delete {self.folder} to start this training anew")
         return {}
 
     def _load(self, tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ from synthgen.errors import SynthgenError
 from synthgen.loader import Batch, Order, ahead, loader
 from synthgen.methods import Method, StepOutput
 from synthgen.models.layers import Block, CrossBlock
-from synthgen.stores import Growing
+from synthgen.stores import AppendFile
 from synthgen.stores.tar import storage_error, write_bytes
 from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
@@ -83,7 +83,7 @@ class Training:
         self.seconds = float(state.get("seconds", 0.0))
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self._metrics = Growing(self.metrics_path)
+        self._metrics = AppendFile(self.metrics_path)
         self._waited = 0.0  # seconds for data since the last record
         self._first_bad = torch.full((), self.order.steps, device=self.accelerator.device)
 
@@ -92,7 +92,7 @@ class Training:
 
         Raises:
             SynthgenError: the loss is not a finite number; names the step.
-            CorruptShard, StorageError: a sample cannot be read, a checkpoint or a record not be written.
+            CorruptFile, StorageError: a sample cannot be read, a checkpoint or a record not be written.
         """
         main = self.accelerator.is_main_process
         if main:

@@ -27,7 +27,7 @@ from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.run import Run
 from synthgen.status import RunStatus, Training, finite, status
-from synthgen.stores import listing, located
+from synthgen.stores import listing, parse_location
 from synthgen.stores.tar import read_tar, write_bytes
 from synthgen.text import size
 
@@ -35,7 +35,7 @@ __all__ = ["write_page"]
 
 LARGEST = 384  # pixels of the longer side; larger images are shown smaller, or 96 of them would not fit a page
 EXACT = 128  # up to this size an image is shown as the PNG that the run holds
-MOST_TALLIES = 200  # rows of the tables of classes and of words
+MAX_TALLIES = 200  # rows of the tables of classes and of words
 CURVE_POINTS = 240  # of a loss curve
 
 
@@ -53,7 +53,7 @@ def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     # "<" as an escape: no prompt can end the script element or open a comment in it
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = _template()
-    path = run.path / "view.html" if path is None else located(path)
+    path = run.path / "view.html" if path is None else parse_location(path)
     write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode(errors="replace"))
     return path
 
@@ -272,9 +272,9 @@ def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
         "num_masks": sum(tally.masks for tally in state.words),
         "dropped": state.dropped,
         "num_labels": len(state.labels),
-        "labels": [dataclasses.asdict(tally) for tally in state.labels[:MOST_TALLIES]],
+        "labels": [dataclasses.asdict(tally) for tally in state.labels[:MAX_TALLIES]],
         "num_words": len(state.words),
-        "words": [dataclasses.asdict(tally) for tally in state.words[:MOST_TALLIES]],
+        "words": [dataclasses.asdict(tally) for tally in state.words[:MAX_TALLIES]],
         "shards": dataclasses.asdict(state.shards) if state.shards else None,
         "training": [_curve(item) for item in state.training],
         "evaluations": [

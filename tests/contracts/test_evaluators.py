@@ -12,11 +12,20 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Labelled, Latents, Mapped, Material, Need, Pictured, Scenes
-from tests.evaluation import make_material, reordered
+from synthgen.evaluators import (
+    EVALUATORS,
+    DenseFeatures,
+    EvalData,
+    LabelledFeatureMaps,
+    LabelledFeatures,
+    LabelledImages,
+    Latents,
+    Need,
+)
+from tests.evaluation import make_data, reordered
 
 NAMES = EVALUATORS.names()
-QUICK = {  # heads learn this material in fewer steps than real features
+QUICK = {  # heads learn this data in fewer steps than real features
     "segmentation": {"seeds": 2, "steps": 60, "width": 16, "decoder_learning_rate": 0.02},
     "detection": {"seeds": 2, "steps": 100, "width": 16, "learning_rate": 0.02},
     "saliency": {"seeds": 2, "steps": 60, "width": 16, "learning_rate": 0.02},
@@ -39,7 +48,7 @@ def build(name):
 def judged(request):
     """A name, and its numbers where all can be read off, and where nothing can."""
     evaluator = build(request.param)
-    return request.param, *(evaluator.evaluate(make_material(known=known)) for known in (True, False))
+    return request.param, *(evaluator.evaluate(make_data(known=known)) for known in (True, False))
 
 
 def test_what_can_be_read_off_is_found(judged):
@@ -64,12 +73,12 @@ def test_numbers_are_plain_and_bounded(judged):
 
 def test_it_repeats_itself_and_travels(judged):
     name, everything, _ = judged
-    assert pickle.loads(pickle.dumps(build(name))).evaluate(make_material(known=True)) == everything
+    assert pickle.loads(pickle.dumps(build(name))).evaluate(make_data(known=True)) == everything
 
 
 def test_the_order_of_images_does_not_matter(judged):
     name, everything, _ = judged
-    other = build(name).evaluate(reordered(make_material(known=True)))
+    other = build(name).evaluate(reordered(make_data(known=True)))
     for key, value in everything.items():  # bounds are drawn from images by number
         assert other[key] == pytest.approx(value, abs=0.1 if key.endswith(("low", "high")) else 1e-3)
 
@@ -80,62 +89,62 @@ def test_what_is_lacking_is_said(name):
     assert evaluator.needs in get_args(Need)
     assert set(evaluator.baselines) <= {"random", "random generator", "pixels"}
     with pytest.raises(ConfigError, match=r"there are no|share no sample"):
-        evaluator.evaluate(Material())
+        evaluator.evaluate(EvalData())
     with pytest.raises(ConfigError, match="unknown setting"):
         EVALUATORS.build(Choice(name, {"no_such_option": 1}))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if EVALUATORS.load(name).needs != "masks"])
 def test_features_of_a_diverged_encoder_are_refused(name):
-    material = make_material(known=True)
-    material.test.features[0, 0] = torch.nan
-    material.test_scenes.patches[0, 0, 0, 0] = torch.inf
-    material.pairs.images[0, 0] = torch.nan
-    material.test_maps.maps[1][0, 0, 0, 0, 0] = torch.nan
-    material.test_latents.values[0, 0, 0, 0] = torch.nan
-    material.encoder.norm.bias.data[0] = torch.nan
+    data = make_data(known=True)
+    data.test.features[0, 0] = torch.nan
+    data.test_scenes.patches[0, 0, 0, 0] = torch.inf
+    data.pairs.images[0, 0] = torch.nan
+    data.test_maps.maps[1][0, 0, 0, 0, 0] = torch.nan
+    data.test_latents.values[0, 0, 0, 0] = torch.nan
+    data.encoder.norm.bias.data[0] = torch.nan
     with pytest.raises(ConfigError, match="not finite numbers"):
-        build(name).evaluate(material)
+        build(name).evaluate(data)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_class_is_scored_or_refused(name):
     """Never a crash, and never a number that is none."""
-    material = make_material(known=True, train=6, test=6)
+    data = make_data(known=True, train=6, test=6)
 
-    def one_class(split: Labelled | Mapped | Latents | Pictured | Scenes):
-        if not isinstance(split, Scenes):
+    def one_class(split: LabelledFeatures | LabelledFeatureMaps | Latents | LabelledImages | DenseFeatures):
+        if not isinstance(split, DenseFeatures):
             return dataclasses.replace(split, labels=torch.zeros_like(split.labels))
         boxes = tuple(torch.ones_like(numbers) for numbers in split.box_classes)
         return dataclasses.replace(
             split, pixels=split.pixels.clamp(max=1), box_classes=boxes, classes=split.classes[:2]
         )
 
-    parts = {key: one_class(getattr(material, key)) for key in PARTS}
-    numbers = build(name).evaluate(dataclasses.replace(material, **parts))
+    parts = {key: one_class(getattr(data, key)) for key in PARTS}
+    numbers = build(name).evaluate(dataclasses.replace(data, **parts))
     assert all(math.isfinite(value) for value in numbers.values())
 
 
 @pytest.mark.parametrize("name", ["segmentation", "detection", "saliency"])
 def test_scenes_without_any_mask_are_refused(name):
-    material = make_material(known=True, train=4, test=4)
+    data = make_data(known=True, train=4, test=4)
     empty = dataclasses.replace(
-        material.train_scenes,
-        pixels=torch.zeros_like(material.train_scenes.pixels),
+        data.train_scenes,
+        pixels=torch.zeros_like(data.train_scenes.pixels),
         boxes=(torch.zeros(0, 4),) * 4,
         box_classes=(torch.zeros(0, dtype=torch.long),) * 4,
         classes=("background",),
     )
-    test = dataclasses.replace(material.test_scenes, classes=("background", "disc", "square"))
+    test = dataclasses.replace(data.test_scenes, classes=("background", "disc", "square"))
     with pytest.raises(ConfigError, match="no mask of the training images has a pixel"):
-        build(name).evaluate(dataclasses.replace(material, train_scenes=empty, test_scenes=test))
+        build(name).evaluate(dataclasses.replace(data, train_scenes=empty, test_scenes=test))
 
 
 @pytest.mark.parametrize("name", ["attentive_probe", "diffeed", "fine_tune", "saliency"])
 def test_a_head_that_diverged_has_no_score(name):
     options = QUICK[name] | {"learning_rate": 1e20}
     with pytest.raises(ConfigError, match=r"diverged; give .* a lower learning_rate"):
-        EVALUATORS.build(Choice(name, options)).evaluate(make_material(known=True))
+        EVALUATORS.build(Choice(name, options)).evaluate(make_data(known=True))
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))

@@ -68,7 +68,7 @@ class Held(ImageDataset):
         return self.samples[index].label
 
     def has_masks(self):
-        return self.samples[0].labels is not None
+        return self.samples[0].label_map is not None
 
 
 def make_batch(count=4, samples=None):
@@ -229,7 +229,7 @@ def test_every_method_tells_the_same_figures_of_every_batch(name, options, guide
 @pytest.mark.parametrize("name", NAMES)
 def test_every_guided_method_asks_for_masks(name):
     method = build_each(name, {}, guided=True)
-    bare = [dataclasses.replace(sample, words=(), labels=None) for sample in make_samples(3)]
+    bare = [dataclasses.replace(sample, words=(), label_map=None) for sample in make_samples(3)]
     with pytest.raises(ConfigError, match="no mask in the 3 samples"):
         method.check(bare)
     method.check([*bare, *make_samples(2)])
@@ -596,7 +596,7 @@ def test_the_sentence_says_where_the_word_is_after_crop_and_flip():
     for number in range(30):
         view = method.views()(sample, np.random.default_rng(number))
         batch = dataclasses.replace(collate([view], CONFIG.mean, CONFIG.std), seeds=torch.tensor([number]))
-        rows, columns = np.nonzero(view.labels)
+        rows, columns = np.nonzero(view.label_map)
         block = 3 * int(3 * (rows.min() + rows.max() + 1) / 64) + int(3 * (columns.min() + columns.max() + 1) / 64) + 1
         (text,) = method.texts(batch)
         assert text == f"a dog on a beach. The dog is in block {block}."
@@ -610,7 +610,7 @@ def test_texts_that_say_where_need_masks_and_reach_the_encoder():
     method(batch, 0.5).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in method.encoder.named_parameters())
     assert method.uses_masks
-    bare = [dataclasses.replace(sample, words=(), labels=None) for sample in make_samples(3)]
+    bare = [dataclasses.replace(sample, words=(), label_map=None) for sample in make_samples(3)]
     with pytest.raises(ConfigError, match="no mask in the 3 samples"):
         method.check(bare)
     plain = build("vlp")
@@ -624,7 +624,7 @@ def test_a_text_that_names_a_side_is_not_mirrored():
     for text, mirrored in (("a dog on the Left", False), ("a dog leftover", True)):
         sample = Sample("0", np.zeros((32, 32, 3), np.uint8), None, text, ("dog",), labels)
         views = [view(sample, np.random.default_rng(number)) for number in range(40)]
-        assert any(v.labels[:, -1].any() for v in views) == mirrored
+        assert any(v.label_map[:, -1].any() for v in views) == mirrored
 
 
 def test_sentences_come_in_their_share_and_for_every_word():

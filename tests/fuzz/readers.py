@@ -120,7 +120,7 @@ def run(path: Path) -> None:
     opened = Run.open(box)
     for artifact in ("images", "maps", "masks"):
         opened.artifact(artifact), opened.units(artifact), opened.failures(artifact), opened.mark(artifact, 0)
-        opened.has(artifact, 0, "0")
+        opened.has_unit(artifact, 0, "0")
     found = status(opened)
     found.plain(), render(found)
     write_page(opened, limit=2)

@@ -17,7 +17,7 @@ from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import open_dataset
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.evaluators import EVALUATORS
 from synthgen.image import encode_png, resize
 from synthgen.models.dual import DualEncoder, save_dual_encoder
@@ -26,12 +26,12 @@ from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._rows import extractor_of, rows_of
+from synthgen.stages._eval_rows import extractor_of, rows_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.status import status
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.tar import TarWriter, write_bytes
 from tests.factories import make_generation, make_run
 
@@ -240,7 +240,7 @@ def test_a_damaged_shard_is_named_with_what_makes_it_again(run, place):
     data = bytearray(tar.read_bytes())
     data[place] ^= 255
     tar.write_bytes(data)
-    with pytest.raises(CorruptShard, match=r"val/000000\.tar .*sha256.*; delete it and run: synthgen shards --run"):
+    with pytest.raises(CorruptFile, match=r"val/000000\.tar .*sha256.*; delete it and run: synthgen shards --run"):
         run_stage(Evaluate(**KNN), run, ONE)
 
 
@@ -256,7 +256,7 @@ def test_shards_of_the_run_are_known_by_the_sums_that_were_noted(run):
     with pytest.raises(StaleArtifact, match=r"changed: its input test\)"):
         run_stage(asked, run, ONE)
     noted.write_text("{")
-    with pytest.raises(CorruptShard, match=r"dataset.json cannot be read; delete it and run: synthgen shards"):
+    with pytest.raises(CorruptFile, match=r"dataset.json cannot be read; delete it and run: synthgen shards"):
         run_stage(asked, run, ONE)
 
 
@@ -271,7 +271,7 @@ def test_a_shard_that_somebody_put_beside_the_run_s_own_is_seen(run):
 def test_scores_hold_where_their_run_is_carried_to_a_store(run, tmp_path):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)
-    there = located(f"memory://{tmp_path.name}/run")
+    there = parse_location(f"memory://{tmp_path.name}/run")
     for file in sorted(file for file in run.path.rglob("*") if file.is_file()):
         write_bytes(there / file.relative_to(run.path).as_posix(), file.read_bytes())
     assert run_stage(asked, Run.open(there), ONE).done_before == 1

@@ -14,9 +14,9 @@ from synthgen.evaluators import EVALUATORS
 from synthgen.evaluators._extraction import Extractor
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source, spread_out
-from synthgen.stages._material import gathered
-from synthgen.stages._rows import extractor_of
+from synthgen.stages._eval_data import gathered
+from synthgen.stages._eval_rows import extractor_of
+from synthgen.stages._eval_sources import Source, spread_out
 from synthgen.stages.evaluate import Evaluate
 from tests.models import HALF, WIDTH
 from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
@@ -68,8 +68,8 @@ def test_images_without_labels_have_no_maps(run):  # noqa: F811
         "test": Source("test", str(run.folder("shards") / "val")),
     }
     del sources["train"].labels[3]
-    material = gathered(sources, extractor, ("encoder", "random"), 1.0, lambda count: None, {"warnings": []})
-    train, _ = material["encoder"].mapped()
+    data = gathered(sources, extractor, ("encoder", "random"), 1.0, lambda count: None, {"warnings": []})
+    train, _ = data["encoder"].mapped()
     numbers = sorted(sources["train"].labels)
     assert train.keys == tuple(sources["train"].samples.key(number) for number in numbers)
     classes = sorted(set(sources["train"].labels.values()))

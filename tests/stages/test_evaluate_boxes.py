@@ -13,10 +13,10 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.image import encode_png
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
-from synthgen.plan.judged import _known
+from synthgen.plan.eval_counts import _known
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages._judged import Source, looked_at
+from synthgen.stages._eval_sources import Source, looked_at
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stores.tar import TarWriter
 from tests.stages.test_evaluate import ONE, result

@@ -13,9 +13,9 @@ from synthgen.errors import ConfigError
 from synthgen.evaluators import EVALUATORS
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._judged import Source
-from synthgen.stages._material import gathered
-from synthgen.stages._rows import extractor_of
+from synthgen.stages._eval_data import gathered
+from synthgen.stages._eval_rows import extractor_of
+from synthgen.stages._eval_sources import Source
 from synthgen.stages.evaluate import Evaluate
 from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
 
@@ -24,15 +24,15 @@ IMAGE = 3 * 32 * 32  # bytes
 
 
 def gather(run, stage, memory, told):  # noqa: F811
-    """The material of fine-tuning alone, and how many images the encoder saw for it."""
+    """The data of fine-tuning alone, and how many images the encoder saw for it."""
     folder, seen = run.folder("pretrain") / "mae", list[int]()
     extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
     for network in extractor.networks.values():
         network.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     names = {"train": "train", "test": "val"}
     sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
-    material = gathered(sources, extractor, ("encoder", "random"), memory, lambda count: None, told)
-    return material, extractor, sources, seen
+    data = gathered(sources, extractor, ("encoder", "random"), memory, lambda count: None, told)
+    return data, extractor, sources, seen
 
 
 def test_the_encoder_and_a_random_one_are_trained_further(run):  # noqa: F811
@@ -69,14 +69,14 @@ def test_a_long_training_learns_colours(run):  # noqa: F811
 
 def test_the_images_are_kept_and_no_network_sees_them(run):  # noqa: F811
     told = {"warnings": []}
-    material, extractor, sources, seen = gather(run, Evaluate(pool="cls"), 1.0, told)
+    data, extractor, sources, seen = gather(run, Evaluate(pool="cls"), 1.0, told)
     assert seen == []
-    train, test, encoder = material["encoder"].images()
+    train, test, encoder = data["encoder"].images()
     assert encoder is extractor.networks["encoder"]
-    assert material["random"].encoder is extractor.networks["random"]
-    assert material["random"].train_images.pixels is train.pixels
-    assert {material[row].pool for row in material} == {"cls"}
-    assert (material["encoder"].train, material["encoder"].train_maps) == (None, None)
+    assert data["random"].encoder is extractor.networks["random"]
+    assert data["random"].train_images.pixels is train.pixels
+    assert {data[row].pool for row in data} == {"cls"}
+    assert (data["encoder"].train, data["encoder"].train_maps) == (None, None)
     classes = sorted(set(sources["train"].labels.values()))
     for side, of in ((train, sources["train"]), (test, sources["test"])):
         assert side.pixels.dtype == torch.uint8
@@ -89,8 +89,8 @@ def test_the_images_are_kept_and_no_network_sees_them(run):  # noqa: F811
 
 def test_images_that_do_not_fit_are_fewer(run):  # noqa: F811
     told = {"warnings": []}
-    material, *_ = gather(run, Evaluate(), 20.5 * IMAGE / 1e9, told)
-    train, test, _ = material["encoder"].images()
+    data, *_ = gather(run, Evaluate(), 20.5 * IMAGE / 1e9, told)
+    train, test, _ = data["encoder"].images()
     assert (len(train.keys), len(test.keys)) == (14, 6)
     assert any("pixels are those of 14 of 28 train images" in warning for warning in told["warnings"])
     assert any("few test images (6)" in warning for warning in told["warnings"])
@@ -149,13 +149,13 @@ def test_a_generator_is_seen_at_its_own_size(run, stable_diffusion):  # noqa: F8
     extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
     sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
     kinds = ("encoder", "generator", "random generator")
-    material = gathered(sources, extractor, kinds, 1.0, lambda count: None, told)
-    train, _, reader = material["generator"].images()
+    data = gathered(sources, extractor, kinds, 1.0, lambda count: None, told)
+    train, _, reader = data["generator"].images()
     assert reader is extractor.generator
-    assert (material["generator"].fresh, material["random generator"].fresh) == (False, True)
-    assert material["random generator"].train_images.pixels is train.pixels
-    assert material["encoder"].train_images.pixels.shape[1:] == (32, 32, 3)
-    assert train.keys == material["encoder"].train_images.keys
+    assert (data["generator"].fresh, data["random generator"].fresh) == (False, True)
+    assert data["random generator"].train_images.pixels is train.pixels
+    assert data["encoder"].train_images.pixels.shape[1:] == (32, 32, 3)
+    assert train.keys == data["encoder"].train_images.keys
     for number in range(3):
         view = CenterCrop(size=reader.image_size)(sources["train"].samples[number])
         assert torch.equal(train.pixels[number], torch.tensor(view.image))

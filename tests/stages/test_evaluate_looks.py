@@ -17,7 +17,7 @@ from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Worker, _judged
-from synthgen.stages._rows import extractor_of
+from synthgen.stages._eval_rows import extractor_of
 from synthgen.stages.evaluate import Evaluate
 from tests.stages.test_evaluate import ONE, add_text_tower, result
 

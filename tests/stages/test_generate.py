@@ -18,7 +18,7 @@ from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
 from synthgen.errors import (
     ConfigError,
-    CorruptShard,
+    CorruptFile,
     MissingArtifact,
     PromptError,
     StaleArtifact,
@@ -152,7 +152,7 @@ def test_a_copy_that_is_not_whole_is_not_gone_on_with(kept, tmp_path, damage):
         path.write_bytes(data[:-4] if damage == "cut" else data[:9] + b"X" + data[10:])
     else:
         (path if damage == "gone" else path.with_suffix(".json")).unlink()
-    with pytest.raises((CorruptShard, MissingArtifact), match="synthgen generate --prompts FILE --run"):
+    with pytest.raises((CorruptFile, MissingArtifact), match="synthgen generate --prompts FILE --run"):
         api.generate(kept, engine=Local(workers=1), **settings_to_go_on(kept, "generate", {"prompts": ""}))
     (tmp_path / "p.txt").write_text(PROMPTS)
     given = settings_to_go_on(kept, "generate", {"prompts": str(tmp_path / "p.txt")})

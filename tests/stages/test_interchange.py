@@ -19,7 +19,7 @@ from synthgen import codecs, interchange
 from synthgen.api import export_dataset
 from synthgen.cli import main
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.interchange import compress_counts, formats, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, split
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
@@ -433,7 +433,7 @@ def make_own(
     from tests.factories import Drawn, TrueMasks
 
     run = Run.create(path)
-    run.note(Drawn(units=1))
+    run.record_settings(Drawn(units=1))
     with run.write("images", 0) as images, run.write("maps", 0) as maps:
         for key, words in wanted:
             text = " ".join(words) or "nothing"
@@ -442,7 +442,7 @@ def make_own(
             generation = Generation(Request(key, prompt, 0), np.full((32, 24, 3), 9, np.uint8), none)
             images.add(key, codecs.encode_image(generation))
             maps.add(key, codecs.encode_maps(none))
-    run.note(TrueMasks())
+    run.record_settings(TrueMasks())
     with run.write("masks", 0) as masks:
         for key, words in wanted:
             values = np.zeros((len(words), 32, 24), bool)
@@ -483,7 +483,7 @@ def test_an_image_without_masks_stays(tmp_path: Path) -> None:
 
 def test_a_key_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     run = make_own(tmp_path / "run", [("../../out", ("dog",))])
-    with pytest.raises(CorruptShard, match="name of a file"):
+    with pytest.raises(CorruptFile, match="name of a file"):
         export_dataset(run, "coco")
     assert not list(tmp_path.rglob("*.png"))
 
@@ -566,7 +566,7 @@ def test_a_part_that_is_gone_or_damaged_is_named_unless_another_export_has_ended
     good = part.read_bytes()
     for damage in (good[:-20], good[: good.rindex(b'{"cat')], b"[1]\n" + good, good.replace(b"annotations", b"things")):
         part.write_bytes(damage)
-        with pytest.raises(CorruptShard, match=rf"^{part} cannot be read; delete it and run the same command again$"):
+        with pytest.raises(CorruptFile, match=rf"^{part} cannot be read; delete it and run the same command again$"):
             coco.finish([0])
         assert not coco.described
     with pytest.raises(MissingArtifact, match=rf"^{coco.part(1)} is gone; run the same command again$"):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from synthgen.api import make_stage
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, StorageError, UnknownName
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, StorageError, UnknownName
 from synthgen.image import encode_png
 from synthgen.methods import METHODS
 from synthgen.models.dual import load_dual_encoder
@@ -26,7 +26,7 @@ from synthgen.models.vit import load_encoder
 from synthgen.options import method_of
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
-from synthgen.stages._written import check_encoder
+from synthgen.stages._integrity import check_encoder
 from synthgen.stores.tar import TarWriter
 from synthgen.train.checkpoint import load_method
 from tests.factories import make_generation
@@ -221,12 +221,10 @@ def test_vlp_leaves_both_towers(run, data):
     assert not torch.allclose(whole, begun, atol=1e-3)
     whole = (folder / "text.safetensors").read_bytes()
     (folder / "text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(
-        CorruptShard, match=r"text\.safetensors is cut off, or a byte of it is wrong.*synthgen pretrain"
-    ):
+    with pytest.raises(CorruptFile, match=r"text\.safetensors is cut off, or a byte of it is wrong.*synthgen pretrain"):
         check_encoder(folder)
     (folder / "text.safetensors").write_bytes(b"no")
-    with pytest.raises(CorruptShard, match="the text tower in"):
+    with pytest.raises(CorruptFile, match="the text tower in"):
         load_dual_encoder(folder)
     assert train(run, data, "vlp") == folder  # which makes it again
     check_encoder(folder)
@@ -345,7 +343,7 @@ def test_a_broken_member_is_named(run, tmp_path):
     samples[33]["mask.png"] = b"no"
     broken = write(tmp_path / "broken.tar", samples)
     for name in NAMES:
-        with pytest.raises(CorruptShard, match=r"^sample 0000000033 of .*broken\.tar cannot be read"):
+        with pytest.raises(CorruptFile, match=r"^sample 0000000033 of .*broken\.tar cannot be read"):
             train(run, broken, name, samples_seen=40)
 
 
@@ -355,7 +353,7 @@ def test_a_broken_member_is_named_alike_by_a_process_that_reads(run, tmp_path):
     broken = write(tmp_path / "broken.tar", samples)
     told = []
     for num_workers in (0, 1):
-        with pytest.raises(CorruptShard, match=r"^sample 0000000033 of .*broken\.tar cannot be read") as caught:
+        with pytest.raises(CorruptFile, match=r"^sample 0000000033 of .*broken\.tar cannot be read") as caught:
             train(run, broken, "mae", samples_seen=64, num_workers=num_workers)
         told.append(str(caught.value))
     assert told[0] == told[1]

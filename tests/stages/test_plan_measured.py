@@ -15,8 +15,8 @@ from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import SynthgenError
 from synthgen.image import encode_png
+from synthgen.plan.eval_counts import expected, judged
 from synthgen.plan.evaluate import measure_evaluation
-from synthgen.plan.judged import expected, judged
 from synthgen.plan.meter import Meter
 from synthgen.plan.sample import Sample
 from synthgen.plan.source import Pictures, survey_pictures

@@ -23,7 +23,7 @@ from PIL import Image
 from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, SynthgenError, UnknownName
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, SynthgenError, UnknownName
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -124,7 +124,7 @@ def test_it_learns_and_repeats(whole, run):
 
 def test_again_is_nothing_to_do(run, whole):
     shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.note(Pretrain(**SMALL).complete())  # notes the settings; the fingerprint is the same
+    run.record_settings(Pretrain(**SMALL).complete())  # notes the settings; the fingerprint is the same
     before = (whole / "done.json").read_bytes()
     summary = run_stage(Pretrain(**SMALL), run, ONE)
     assert (summary.done_before, summary.samples) == (1, 0)
@@ -205,7 +205,7 @@ def test_killed_behind_a_checkpoint_in_a_store_it_loses_no_record(run, whole, tm
 
 def test_without_its_metrics_a_training_ends_all_the_same(run, whole):
     folder = shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.note(Pretrain(**SMALL).complete())
+    run.record_settings(Pretrain(**SMALL).complete())
     for name in ("metrics.jsonl", "done.json"):
         (folder / name).unlink()
     run_stage(Pretrain(**SMALL), run, ONE)
@@ -295,7 +295,7 @@ def test_a_shard_that_a_killed_repair_left_out_is_told(run):
     run_stage(Shards(samples_per_shard=10, val_ratio=0.0), run, ONE)
     assert len(Pretrain(**SMALL).dataset(run)) == 24
     (folder / "dataset.json").write_text('{"shards": [{"split": "train"}]}')
-    with pytest.raises(CorruptShard, match=r"dataset\.json cannot be read; delete it and run: synthgen shards"):
+    with pytest.raises(CorruptFile, match=r"dataset\.json cannot be read; delete it and run: synthgen shards"):
         run_stage(Pretrain(**SMALL), run, ONE)
 
 
@@ -326,7 +326,7 @@ def test_a_broken_sample_is_named(run):
     start = data.index(b"\xff\xd8\xff", len(data) // 2)  # a JPEG begins
     data[start : start + 400] = bytes(400)
     tar.write_bytes(data)
-    with pytest.raises(CorruptShard, match=r"^sample \d{10} of .*000000\.tar cannot be read"):
+    with pytest.raises(CorruptFile, match=r"^sample \d{10} of .*000000\.tar cannot be read"):
         run_stage(Pretrain(**SMALL), run, ONE)
 
 
@@ -406,7 +406,7 @@ def test_an_encoder_is_as_large_as_most_images(tmp_path, caplog, sides, size, op
     with run.claim(stage) as claimed:
         stage.prepare(claimed)
     samples, side = stage._seen
-    assert stage.look(run)[1] == side
+    assert stage.dataset_and_size(run)[1] == side
     assert stage.build_method(run, samples, side).encoder.config.image_size == size
     unlike = min(max(sides), 224) >= 2 * min(sides) and not options
     assert (f"the images have {min(sides)} to {max(sides)} pixels along their shorter side" in caplog.text) == unlike
@@ -429,7 +429,7 @@ def test_half_precision_is_not_for_cpus(run, monkeypatch):
 
 def test_a_finished_training_is_exported_when_that_is_asked_for(run, whole):
     folder = shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.note(Pretrain(**SMALL).complete())
+    run.record_settings(Pretrain(**SMALL).complete())
     before = {name: (folder / name).read_bytes() for name in ("encoder.safetensors", "config.json", "done.json")}
     asked = Pretrain(**SMALL | {"export": True})
     assert run_stage(asked, run, ONE).done_before == 1

@@ -27,7 +27,7 @@ from synthgen.config import Choice
 from synthgen.engines import Listener
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
-from synthgen.errors import CorruptShard, MissingArtifact, StaleArtifact, UnitsFailed
+from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact, UnitsFailed
 from synthgen.records import Prompt, Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
@@ -242,13 +242,13 @@ def test_a_worker_verifies_each_unit_once(run: Run, monkeypatch: pytest.MonkeyPa
     """Shards of val look at every unit again."""
     from synthgen import run as runs
 
-    real, verified = runs.check_whole, collections.Counter[str]()
+    real, verified = runs.verify_sha256, collections.Counter[str]()
 
     def check(path: Path, sha256: str, again: str) -> None:
         verified[path.relative_to(run.path).as_posix()] += 1
         real(path, sha256, again)
 
-    monkeypatch.setattr(runs, "check_whole", check)
+    monkeypatch.setattr(runs, "verify_sha256", check)
     pack(run, samples_per_shard=5)
     assert verified == {f"{name}/{unit:06d}.tar": 1 for name in ("images", "masks") for unit in range(3)}
 
@@ -271,7 +271,7 @@ def test_images_that_failed_are_in_no_shard(run: Run) -> None:
 def test_a_mark_that_counts_too_many_samples_is_refused(run: Run) -> None:
     mark = run.tar("images", 1).with_suffix(".json")
     mark.write_text(json.dumps(json.loads(mark.read_text()) | {"count": 2**62}))
-    with pytest.raises(CorruptShard, match=r"000001.tar tells of 4611686018427387904 samples; delete both"):
+    with pytest.raises(CorruptFile, match=r"000001.tar tells of 4611686018427387904 samples; delete both"):
         Shards().layout(run)
 
 
@@ -534,7 +534,7 @@ def test_other_settings_are_refused_and_named(run: Run) -> None:
 def test_a_truncated_tar_is_found_before_anything_is_written(run: Run, artifact: str, end: int) -> None:
     path = run.tar(artifact, 1)
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(CorruptShard, match=rf"{artifact}.000001.tar .*cut off.*synthgen (generate|masks)") as caught:
+    with pytest.raises(CorruptFile, match=rf"{artifact}.000001.tar .*cut off.*synthgen (generate|masks)") as caught:
         pack(run)
     assert "\n" not in str(caught.value)
     assert not run.folder("shards").exists()
@@ -548,7 +548,7 @@ def test_damage_inside_a_member_is_found(run: Run, artifact: str) -> None:
     data[start : start + 40] = bytes(40)
     path.write_bytes(data)
     says = rf"{artifact}.000001.tar .*a byte of it is wrong.*delete it and run: synthgen (generate|masks)"
-    with pytest.raises((CorruptShard, UnitsFailed), match=says) as caught:
+    with pytest.raises((CorruptFile, UnitsFailed), match=says) as caught:
         pack(run, samples_per_shard=9, val_ratio=0.1)
     assert "\n" not in str(caught.value)
 

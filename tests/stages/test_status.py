@@ -396,7 +396,7 @@ def test_done_marks_tell_what_the_tars_would(tmp_path):
 
 def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
     """A run may have a million."""
-    monkeypatch.setattr("synthgen.status.reading.MOST_JSON", 2**16)  # room for so much is made before one is read
+    monkeypatch.setattr("synthgen.status.reading.MAX_JSON", 2**16)  # room for so much is made before one is read
     run = make_run(tmp_path / "run", units=1, unit_size=2)
     for name in ("images", "maps", "masks"):
         tar = run.tar(name, 0)

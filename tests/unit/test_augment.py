@@ -21,7 +21,7 @@ def make_sample(height=96, width=64):
         labels[mask] = number
         image[mask] = 0
         image[mask, number - 1] = 255
-    return Sample("0", image, words=("a", "b", "c"), labels=labels)
+    return Sample("0", image, words=("a", "b", "c"), label_map=labels)
 
 
 def told(image):
@@ -34,10 +34,10 @@ def test_image_and_masks_move_together(seed):
     sample = make_sample()
     view = Augment(size=48)(sample, np.random.default_rng(seed))
     assert view.image.shape == (48, 48, 3)
-    assert view.labels.shape == (48, 48)
-    wrong = told(view.image) != view.labels
+    assert view.label_map.shape == (48, 48)
+    wrong = told(view.image) != view.label_map
     # they may differ where a border runs through a pixel, and nowhere else
-    padded = np.pad(view.labels, 1, mode="edge")
+    padded = np.pad(view.label_map, 1, mode="edge")
     near = [padded[y : y + 48, x : x + 48] for y in range(3) for x in range(3)]
     border = np.max(near, 0) != np.min(near, 0)
     assert not (wrong & ~border).any()
@@ -50,9 +50,9 @@ def test_a_flip_mirrors_both():
     straight = Augment(size=64, flip=0.0, **whole)(sample, np.random.default_rng(0))
     mirrored = Augment(size=64, flip=1.0, **whole)(sample, np.random.default_rng(0))
     assert np.array_equal(straight.image, sample.image)
-    assert np.array_equal(straight.labels, sample.labels)
+    assert np.array_equal(straight.label_map, sample.label_map)
     assert np.array_equal(mirrored.image, sample.image[:, ::-1])
-    assert np.array_equal(mirrored.labels, sample.labels[:, ::-1])
+    assert np.array_equal(mirrored.label_map, sample.label_map[:, ::-1])
 
 
 def test_crops_keep_their_bounds():
@@ -84,7 +84,7 @@ def test_a_seed_decides_everything():
 
 def test_jitter_changes_colour_and_no_mask():
     plain, jittered = (Augment(size=48, jitter=j)(make_sample(), np.random.default_rng(3)) for j in (0.0, 0.4))
-    assert np.array_equal(plain.labels, jittered.labels)
+    assert np.array_equal(plain.label_map, jittered.label_map)
     assert not np.array_equal(plain.image, jittered.image)
 
 
@@ -99,7 +99,7 @@ def test_grey_and_blur_change_no_mask():
         < np.abs(np.diff(plain.image.astype(int), axis=1)).sum()
     )
     for view in (grey, blurred):
-        assert np.array_equal(view.labels, plain.labels)
+        assert np.array_equal(view.label_map, plain.label_map)
 
 
 def test_jitter_comes_with_its_probability():
@@ -119,9 +119,9 @@ def test_sides_are_kept_where_the_text_names_them(text, kept):
 def test_center_crop_takes_the_middle_square():
     view = CenterCrop(size=64)(make_sample(96, 64))
     assert np.array_equal(view.image, make_sample().image[16:80])
-    assert np.array_equal(view.labels, make_sample().labels[16:80])
+    assert np.array_equal(view.label_map, make_sample().label_map[16:80])
 
 
 def test_samples_without_masks_pass():
     sample = Sample("0", np.zeros((20, 30, 3), np.uint8))
-    assert Augment(size=8)(sample, np.random.default_rng(0)).labels is None
+    assert Augment(size=8)(sample, np.random.default_rng(0)).label_map is None

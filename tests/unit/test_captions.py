@@ -13,7 +13,7 @@ from PIL import Image
 
 from synthgen.captions import LONGEST, Caption, inside, read_beside, read_listing
 from synthgen.datasets import CaptionedFolder, FolderDataset, ShardDataset, open_captioned
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, PromptError
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, PromptError
 from synthgen.image import decode_rgb, encode_png
 from synthgen.records import Prompt
 from synthgen.stages.attend import prompt_of
@@ -238,7 +238,7 @@ def test_a_hostile_image_is_an_error_in_one_line(folder: Path, tmp_path: Path, m
     samples = tar_of(tmp_path, txt=b"a [dog]", **{"png": bomb})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for source in (FolderDataset(folder), samples):
-        with pytest.raises(CorruptShard, match="decompression bomb"):
+        with pytest.raises(CorruptFile, match="decompression bomb"):
             source[0]
     buffer = io.BytesIO()
     Image.new("L", (4, 4)).save(buffer, format="TIFF")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import ImageDataset
-from synthgen.errors import ConfigError, CorruptShard, UnknownName
+from synthgen.errors import ConfigError, CorruptFile, UnknownName
 from synthgen.loader import Batch
 from synthgen.methods import METHODS, _classes
 from synthgen.methods._classes import asked, class_numbers, classifier_free_guidance, labels_of
@@ -27,7 +27,7 @@ COLOURS = {"red": (0.9, 0.1, 0.1), "blue": (0.1, 0.1, 0.9)}
 METHODS_TOLD = ["maskdit", "umd"]
 
 
-class Labelled(ImageDataset):
+class LabelledFeatures(ImageDataset):
     """Labels without images."""
 
     def __init__(self, *labels):
@@ -52,7 +52,7 @@ class Labelled(ImageDataset):
 def build(name, labels=("red", "blue", None), **options):
     torch.manual_seed(0)
     method = METHODS.build(Choice(name, {"class_labels": True} | options), encoder=VisionTransformer(CONFIG))
-    method.fit_to(Labelled(*labels))
+    method.fit_to(LabelledFeatures(*labels))
     return method
 
 
@@ -80,7 +80,7 @@ def make_batch(count=8, step=0):
 # -- what the data tells
 
 
-class Counted(Labelled):
+class Counted(LabelledFeatures):
     """It keeps which labels were read."""
 
     def __init__(self, *labels):
@@ -119,21 +119,21 @@ def test_a_label_that_one_process_cannot_read_ends_all(monkeypatch):
     class Broken(Counted):
         def label(self, index):
             if index == 3:
-                raise CorruptShard("sample 3 cannot be read")
+                raise CorruptFile("sample 3 cannot be read")
             return super().label(index)
 
-    with pytest.raises(CorruptShard, match="sample 3"):
+    with pytest.raises(CorruptFile, match="sample 3"):
         labels_of(Broken(*"abcd"))
     monkeypatch.setattr(_classes, "world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     said = []
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: said.append(found))
-    with pytest.raises(CorruptShard, match="sample 3"):
+    with pytest.raises(CorruptFile, match="sample 3"):
         labels_of(Broken(*"abcd"))
     (error,) = said  # the other one is told before this one ends
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: every.__setitem__(1, error))
-    with pytest.raises(CorruptShard, match="sample 3"):
+    with pytest.raises(CorruptFile, match="sample 3"):
         labels_of(Broken(*"abcd"))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from synthgen.config import Choice, at_home, build, dump, load_yaml, run_folder
+from synthgen.config import Choice, build, dump, expand_home, load_yaml, run_folder
 from synthgen.errors import ConfigError, MissingDependency, PipelineError, UnknownName
 from synthgen.pipeline import read_pipeline
 from synthgen.registry import Registry
@@ -148,7 +148,7 @@ def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
 def test_only_what_is_a_place_at_home_becomes_one(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = {"a": "~/p.txt", "b": ["~/x.tar", "~ two cats"], "c": {"d": "~"}, "e": 1, "f": "x/~/y", "g": "~5/6 full"}
-    assert at_home(given) == given | {"a": "/home/me/p.txt", "b": ["/home/me/x.tar", "~ two cats"]}
+    assert expand_home(given) == given | {"a": "/home/me/p.txt", "b": ["/home/me/x.tar", "~ two cats"]}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.features import FeatureReader
 from synthgen.diffusion.feedback import FeedbackNetwork, _plus, feedback_pairs
 from synthgen.errors import ConfigError, SynthgenError
-from synthgen.evaluators import Latents, Material
+from synthgen.evaluators import EvalData, Latents
 from synthgen.evaluators._attentive import AttentiveHead
 from synthgen.evaluators.diffeed import Diffeed, Learner
 from tests import models
@@ -354,27 +354,27 @@ def test_as_many_numbers_learn_as_in_the_paper(small):
 
 
 @pytest.fixture(scope="module")
-def material(small) -> Material:
+def data(small) -> EvalData:
     reader = FeatureReader(small, timesteps=[10])
     latents = (make_latents(count, seed, known=True) for count, seed in ((48, 1), (24, 2)))
-    return Material(train_latents=next(latents), test_latents=next(latents), reader=reader)
+    return EvalData(train_latents=next(latents), test_latents=next(latents), reader=reader)
 
 
 @pytest.mark.parametrize("feedback", [True, False])
-def test_plain_classes_are_learned_and_scores_repeat(material, feedback):
+def test_plain_classes_are_learned_and_scores_repeat(data, feedback):
     evaluator = Diffeed(feedback=feedback, **QUICK)
-    network = material.reader.model.network
+    network = data.reader.model.network
     before = [weight.clone() for weight in network.parameters()]
-    scores = evaluator.evaluate(material)
+    scores = evaluator.evaluate(data)
     assert scores["accuracy"] == scores["train_accuracy"] == 1.0
     assert list(scores) == ["accuracy", "low", "high", "train_accuracy", "seeds"]
     assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
-    assert evaluator.evaluate(material) == scores
+    assert evaluator.evaluate(data) == scores
 
 
-def test_layers_learn_by_batches_and_are_judged_by_running_means(material):
-    network = FeedbackNetwork(material.reader)
-    diffeed, given, head = Diffeed(**QUICK), material.train_latents, AttentiveHead([(16, 8, 8)], 1, 3, width=16)
+def test_layers_learn_by_batches_and_are_judged_by_running_means(data):
+    network = FeedbackNetwork(data.reader)
+    diffeed, given, head = Diffeed(**QUICK), data.train_latents, AttentiveHead([(16, 8, 8)], 1, 3, width=16)
 
     def scores(learner, latents, numbers):
         return learner(network.noised(latents.values[numbers], [latents.keys[number] for number in numbers]))
@@ -383,14 +383,14 @@ def test_layers_learn_by_batches_and_are_judged_by_running_means(material):
     assert not learner.training
     assert len(learner.layers) == len(network.pairs)
     assert all(int(layer[1].num_batches_tracked) == QUICK["steps"] for layer in learner.layers)
-    noised = network.noised(material.test_latents.values, material.test_latents.keys)
+    noised = network.noised(data.test_latents.values, data.test_latents.keys)
     with torch.no_grad():
         together, alone = learner(noised), torch.cat([learner(one) for one in noised.split(1)])
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
 
 
-def test_without_feedback_it_is_the_head_on_the_readers_map(material):
-    network = FeedbackNetwork(material.reader)
+def test_without_feedback_it_is_the_head_on_the_readers_map(data):
+    network = FeedbackNetwork(data.reader)
     learner = make_learner(network, feedback=False).eval()
     assert count(learner) == count(learner.head)
     noised = network.noised(draw(), KEYS)
@@ -400,18 +400,18 @@ def test_without_feedback_it_is_the_head_on_the_readers_map(material):
     assert all(weight.grad is not None for weight in learner.parameters())
 
 
-def test_a_class_that_training_lacks_counts_as_wrong(material):
-    labels = material.test_latents.labels.clone()
+def test_a_class_that_training_lacks_counts_as_wrong(data):
+    labels = data.test_latents.labels.clone()
     labels[labels == 1] = -1  # a third of them
-    test = Latents(material.test_latents.values, labels, material.test_latents.keys)
-    scores = Diffeed(**QUICK).evaluate(dataclasses.replace(material, test_latents=test))
+    test = Latents(data.test_latents.values, labels, data.test_latents.keys)
+    scores = Diffeed(**QUICK).evaluate(dataclasses.replace(data, test_latents=test))
     assert scores["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_too_little_memory_is_said(material, monkeypatch):
+def test_too_little_memory_is_said(data, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(FeedbackNetwork, "sources", full)
     with pytest.raises(SynthgenError, match=r"too little memory .* 16 images; give diffeed a smaller batch_size"):
-        Diffeed(**QUICK).evaluate(material)
+        Diffeed(**QUICK).evaluate(data)

@@ -15,7 +15,7 @@ import torch
 
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.loading import Loading, load_pipeline
-from synthgen.diffusion.memory import Portions, ran_out
+from synthgen.diffusion.memory import AdaptiveBatches, is_out_of_memory
 from synthgen.errors import SynthgenError
 from synthgen.prompts import parse_line
 from synthgen.records import Request
@@ -47,16 +47,16 @@ def family(stable_diffusion: Path) -> Any:
 
 @pytest.mark.parametrize("error", FULL)
 def test_memory_that_ran_out_is_known_by_what_is_said(error: RuntimeError) -> None:
-    assert ran_out(error)
-    assert not ran_out(BROKEN)
-    assert not ran_out(ValueError(str(error)))
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(BROKEN)
+    assert not is_out_of_memory(ValueError(str(error)))
 
 
 class Device:
     """Has room for so many images; ``tried`` are the portions, and "-" that the model was put back."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.tried, self.portions = room, list[Any](), Portions()
+        self.room, self.tried, self.portions = room, list[Any](), AdaptiveBatches()
 
     def see(self, count: int, *, what: str = "images", most: int = 16) -> list[int]:
         def compute(some: slice) -> list[int]:
@@ -108,7 +108,7 @@ def test_another_error_is_raised_after_the_model_was_put_back(broken: bool) -> N
             raise RuntimeError("CUDA error: another one")
 
     with pytest.raises(RuntimeError) as caught:
-        Portions().work("images", 4, compute, put_back, 4)
+        AdaptiveBatches().work("images", 4, compute, put_back, 4)
     assert caught.value is BROKEN
     assert happened == ["put back"]
 

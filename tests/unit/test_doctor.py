@@ -10,13 +10,13 @@ import pytest
 
 from synthgen import cli, doctor
 from synthgen.attention import kernel
-from synthgen.attention.kernel import attention_with_normaliser
+from synthgen.attention.kernel import attention_with_lse
 from synthgen.doctor import examine, libraries, machine, recording
 from synthgen.doctor.text import render
 from synthgen.engines.local import Local, devices_for
 from synthgen.errors import StorageError
 from synthgen.stages.generate import Generate
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.text import columns
 
@@ -56,7 +56,7 @@ def test_recording_is_exact_on_the_cpu_in_every_dtype(healthy):
     for item in on_cpu:
         assert item.exact, item
         assert item.same_output
-        assert item.tells_normaliser == (item.kernel == "flash")
+        assert item.has_lse == (item.kernel == "flash")
         assert 0 < item.error < recording.TOLERANCE
     assert not [problem for problem in healthy.problems if "cpu" in problem]
 
@@ -92,7 +92,7 @@ def test_json_has_all_of_it(healthy):
     }  # fmt: skip
     assert plain["ok"] == (not plain["problems"])
     assert set(plain["attention"][0]) == {
-        "device", "dtype", "shape", "kernel", "tells_normaliser", "same_output", "error", "exact",
+        "device", "dtype", "shape", "kernel", "has_lse", "same_output", "error", "exact",
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_text_fits_a_console(healthy):
     text = render(healthy)
     assert max(map(columns, text.splitlines())) <= 100
     assert len(text.splitlines()) < 60
-    assert "the kernel's normaliser" in text
+    assert "the kernel's logsumexp" in text
     assert "synthgen generate would use: " in text
     assert text.endswith("all of this works") == (not healthy.problems)
 
@@ -146,7 +146,7 @@ def test_a_store_is_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
     assert f"store: memory://{tmp_path.name}/run: can be written to" in told
     disk = json.loads(typed(monkeypatch, capsys, "--run", f"memory://{tmp_path.name}/run", "--json")[1])["disk"]
     assert disk == {"path": f"memory://{tmp_path.name}/run", "free": None, "writable": True}
-    assert not list(located(f"memory://{tmp_path.name}").rglob("*"))
+    assert not list(parse_location(f"memory://{tmp_path.name}").rglob("*"))
     assert not list(tmp_path.iterdir())
 
 
@@ -194,26 +194,26 @@ def test_an_unknown_model_is_one_line(tmp_path, monkeypatch, capsys, model, says
 @pytest.mark.parametrize(("told", "exact"), [("nothing", True), ("a lie", False), ("other pixels", False)])
 def test_what_the_kernel_tells_is_checked(tmp_path, monkeypatch, told, exact):
     def telling(*arguments):
-        output, normaliser = attention_with_normaliser(*arguments)
+        output, lse = attention_with_lse(*arguments)
         output = output * 1.01 if told == "other pixels" else output
-        return output, None if told == "nothing" else normaliser + (told == "a lie")
+        return output, None if told == "nothing" else lse + (told == "a lie")
 
     monkeypatch.setattr(doctor, "shipped_model", lambda problems: None)
     monkeypatch.setattr(recording, "SHAPES", {"small": (64, 77, 40)})
-    monkeypatch.setattr(kernel, "attention_with_normaliser", telling)
+    monkeypatch.setattr(kernel, "attention_with_lse", telling)
     found = examine(tmp_path)
     item = found.attention[0]
-    assert item.tells_normaliser == (told != "nothing")
+    assert item.has_lse == (told != "nothing")
     assert item.exact == exact
     assert any("is not exact at small" in problem for problem in found.problems) != exact
-    assert ("a second computation of the normaliser" in render(found)) == (told == "nothing")
+    assert ("a second computation of it" in render(found)) == (told == "nothing")
 
 
 def test_attention_that_does_not_run_and_weights_that_do_not_load_are_problems(tmp_path, monkeypatch):
     def fails(*arguments, **options):
         raise RuntimeError("no\nsuch kernel")
 
-    monkeypatch.setattr(kernel, "attention_with_normaliser", fails)
+    monkeypatch.setattr(kernel, "attention_with_lse", fails)
     monkeypatch.setattr("synthgen.backbones.BACKBONES", type("Broken", (), {"build": fails})())
     found = examine(tmp_path)
     assert not found.attention

@@ -13,7 +13,7 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Labelled, Material, Pairs, Scenes, noted
+from synthgen.evaluators import EVALUATORS, DenseFeatures, EvalData, ImageTextPairs, LabelledFeatures, json_safe
 from synthgen.evaluators._bootstrap import interval, mean_with_interval, spread
 from synthgen.evaluators._heads import Standardize
 from synthgen.evaluators.detection import (
@@ -37,7 +37,7 @@ def clouds(count, seed, spread=1.0, classes=3, dim=6):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) * 2
-    return Labelled(centres[labels] + spread * torch.randn(count, dim, generator=generator), labels)
+    return LabelledFeatures(centres[labels] + spread * torch.randn(count, dim, generator=generator), labels)
 
 
 def make_masks(words, values, size=8):
@@ -65,22 +65,22 @@ def test_knn_against_a_loop():
         wanted.append(votes.index(max(votes)))
     assert evaluator.predict(train, test.features).tolist() == wanted
     right = np.mean([a == b for a, b in zip(wanted, test.labels.tolist(), strict=True)])
-    assert evaluator.evaluate(Material(train=train, test=test))["accuracy"] == pytest.approx(right)
+    assert evaluator.evaluate(EvalData(train=train, test=test))["accuracy"] == pytest.approx(right)
 
 
 def test_knn_takes_small_sets_and_unknown_classes():
-    train = Labelled(torch.eye(3), torch.arange(3))
-    test = Labelled(torch.eye(3), torch.tensor([0, 1, -1]))
-    assert EVALUATORS.build("knn").evaluate(Material(train=train, test=test))["accuracy"] == pytest.approx(2 / 3)
+    train = LabelledFeatures(torch.eye(3), torch.arange(3))
+    test = LabelledFeatures(torch.eye(3), torch.tensor([0, 1, -1]))
+    assert EVALUATORS.build("knn").evaluate(EvalData(train=train, test=test))["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_of_copies_of_an_image_all_vote_in_whatever_order():
     """Five copies are the nearest, and two would have votes: of their classes the one of most copies wins."""
-    train = Labelled(torch.tensor([[1.0, 0]] * 5 + [[0, 1.0]] * 3), torch.tensor([2, 1, 0, 1, 2, 0, 0, 0]))
+    train = LabelledFeatures(torch.tensor([[1.0, 0]] * 5 + [[0, 1.0]] * 3), torch.tensor([2, 1, 0, 1, 2, 0, 0, 0]))
     evaluator = EVALUATORS.build(Choice("knn", {"k": 2}))
     for order in itertools.islice(itertools.permutations(range(8)), 0, None, 997):
         rows = torch.tensor(order)
-        mixed = Labelled(train.features[rows], train.labels[rows])
+        mixed = LabelledFeatures(train.features[rows], train.labels[rows])
         assert evaluator.predict(mixed, torch.tensor([[1.0, 0.1], [0.1, 1.0]])).tolist() == [1, 0]
 
 
@@ -88,22 +88,22 @@ def test_of_copies_of_an_image_all_vote_in_whatever_order():
 def test_of_a_collapsed_encoder_knn_has_the_score_of_the_majority_class(k):
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 15 + [1] * 20 + [2] * 15)
-    train = Labelled(torch.ones(50, 64) + 1e-8 * torch.randn(50, 64, generator=generator), labels)
-    test = Labelled(torch.ones(40, 64), torch.arange(40) % 4 - 1)
+    train = LabelledFeatures(torch.ones(50, 64) + 1e-8 * torch.randn(50, 64, generator=generator), labels)
+    test = LabelledFeatures(torch.ones(40, 64), torch.arange(40) % 4 - 1)
     evaluator = EVALUATORS.build(Choice("knn", {"k": k}))
     for rows in (torch.arange(50), torch.randperm(50, generator=generator), torch.arange(50).flip(0)):
-        mixed = Labelled(train.features[rows], labels[rows])
+        mixed = LabelledFeatures(train.features[rows], labels[rows])
         assert evaluator.predict(mixed, test.features).tolist() == [1] * 40
-        assert evaluator.evaluate(Material(train=mixed, test=test))["accuracy"] == pytest.approx(1 / 4)
+        assert evaluator.evaluate(EvalData(train=mixed, test=test))["accuracy"] == pytest.approx(1 / 4)
 
 
 def test_images_in_another_order_are_other_neighbours_to_no_row():
     """Among 400 rows on a grid many are equally near; keys tell which image is which."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randint(-1, 2, (400, 3), generator=generator).float()
-    train = Labelled(features, torch.arange(400) % 7, tuple(f"{row:03d}" for row in range(400)))
+    train = LabelledFeatures(features, torch.arange(400) % 7, tuple(f"{row:03d}" for row in range(400)))
     order = torch.randperm(400, generator=generator)
-    mixed = Labelled(features[order], train.labels[order], tuple(train.keys[row] for row in order))
+    mixed = LabelledFeatures(features[order], train.labels[order], tuple(train.keys[row] for row in order))
     evaluator, asked = EVALUATORS.build("knn"), torch.randn(300, 3, generator=generator)
     assert torch.equal(evaluator.predict(train, asked), evaluator.predict(mixed, asked))
 
@@ -131,8 +131,10 @@ def test_probe_reads_what_is_linear_and_nothing_else():
     noise = torch.randint(0, 2, (400,), generator=generator)
     probe = EVALUATORS.build("linear_probe")
     for labels, low, high in ((linear, 0.93, 1.0), (noise, 0.35, 0.65)):
-        material = Material(train=Labelled(features[:300], labels[:300]), test=Labelled(features[300:], labels[300:]))
-        assert low <= probe.evaluate(material)["accuracy"] <= high
+        data = EvalData(
+            train=LabelledFeatures(features[:300], labels[:300]), test=LabelledFeatures(features[300:], labels[300:])
+        )
+        assert low <= probe.evaluate(data)["accuracy"] <= high
 
 
 def test_probe_does_not_mind_scale_or_dead_features():
@@ -140,11 +142,11 @@ def test_probe_does_not_mind_scale_or_dead_features():
 
     def stretched(split):
         dead = torch.full((len(split.features), 1), 3.0)
-        return Labelled(torch.cat([split.features * 1000 + 7, dead], 1), split.labels)
+        return LabelledFeatures(torch.cat([split.features * 1000 + 7, dead], 1), split.labels)
 
     probe = EVALUATORS.build("linear_probe")
-    plain = probe.evaluate(Material(train=train, test=test))
-    other = probe.evaluate(Material(train=stretched(train), test=stretched(test)))
+    plain = probe.evaluate(EvalData(train=train, test=test))
+    other = probe.evaluate(EvalData(train=stretched(train), test=stretched(test)))
     assert other["accuracy"] == pytest.approx(plain["accuracy"])
 
 
@@ -155,7 +157,7 @@ def test_iou_by_hand():
     truth = make_masks(["disc", "square"], [(0, 4, 0, 4), (4, 8, 4, 8)])
     guess = make_masks(["disc", "square"], [(0, 4, 0, 2), (4, 8, 0, 4)])
     assert word_ious(guess, truth) == [0.5, 0.0]
-    numbers = EVALUATORS.build("mask_iou").evaluate(Material(predicted={"a": guess, "b": truth}, truth={"a": truth}))
+    numbers = EVALUATORS.build("mask_iou").evaluate(EvalData(predicted={"a": guess, "b": truth}, truth={"a": truth}))
     assert (numbers["mean_iou"], numbers["found"], numbers["words"], numbers["images"]) == (0.25, 0.5, 2, 1)
 
 
@@ -183,7 +185,7 @@ def test_masks_of_another_size_are_resized():
 
 def test_nothing_shared_is_an_error():
     with pytest.raises(ConfigError, match="share no sample"):
-        EVALUATORS.build("mask_iou").evaluate(Material(predicted=MASKS, truth={"7": MASKS["0"]}))
+        EVALUATORS.build("mask_iou").evaluate(EvalData(predicted=MASKS, truth={"7": MASKS["0"]}))
 
 
 # -- intervals
@@ -231,7 +233,7 @@ def test_one_image_has_no_interval():
     assert mean == 0.75
     assert np.isnan([*bounds, *interval(lambda times: times @ np.ones(1), 1)]).all()
     assert not np.isnan(mean_with_interval(np.array([0.0, 1.0]))).any()
-    assert noted({"ap": mean, "low": bounds[0], "high": bounds[1], "words": 4.0}) == {
+    assert json_safe({"ap": mean, "low": bounds[0], "high": bounds[1], "words": 4.0}) == {
         "ap": 0.75, "low": None, "high": None, "words": 4.0,
     }  # fmt: skip
 
@@ -250,7 +252,7 @@ def test_mean_iou_by_hand():
     guess = torch.tensor([[[0, 0], [1, 0]], [[0, 1], [0, 1]]])
     scores = torch.nn.functional.one_hot(guess, 3).permute(0, 3, 1, 2).half()
     nothing = (torch.zeros(0, 4),) * 2, (torch.zeros(0, dtype=torch.long),) * 2
-    scenes = Scenes(scores, true, *nothing, ("a", "b"), ("background", "disc", "square", "unseen"))
+    scenes = DenseFeatures(scores, true, *nothing, ("a", "b"), ("background", "disc", "square", "unseen"))
     counts = count_pixels(torch.nn.Identity(), scenes, "cpu")
     assert mean_iou(*counts, np.ones((1, 2)))[0] == pytest.approx((4 / 6 + 1 / 4 + 0) / 3)
     assert mean_iou(*counts, np.array([[1.0, 0]]))[0] == pytest.approx((2 / 3 + 1 / 2) / 2)
@@ -265,7 +267,7 @@ def test_heads_find_edges_between_patches():
     """Enlarged scores put the outline near the true one: patches of 4 pixels, boxes of whole patches."""
     options = {"seeds": 1, "steps": 150, "width": 32, "decoder_learning_rate": 0.02}
     train, test = (make_scenes(count, seed, known=True, scale=4) for count, seed in ((32, 1), (12, 2)))
-    numbers = EVALUATORS.build(Choice("segmentation", options)).evaluate(Material(train_scenes=train, test_scenes=test))
+    numbers = EVALUATORS.build(Choice("segmentation", options)).evaluate(EvalData(train_scenes=train, test_scenes=test))
     assert numbers["miou"] > 0.8
     assert numbers["decoder_miou"] > 0.9
     assert "spread" not in numbers
@@ -321,7 +323,7 @@ def test_resampled_precision_is_that_of_coco(noise):
     assert 0.05 < judged.ap < 0.95
     times = np.array([2, 0, 1, 3, 0, 1, 1, 0, 1, 1, 2, 0, 1, 1, 1, 1.0])
     drawn = np.repeat(np.arange(16), times.astype(int))
-    redrawn = Scenes(
+    redrawn = DenseFeatures(
         scenes.patches[drawn], scenes.pixels[drawn], tuple(scenes.boxes[i] for i in drawn),
         tuple(scenes.box_classes[i] for i in drawn), tuple(map(str, range(16))), scenes.classes,
     )  # fmt: skip
@@ -378,8 +380,8 @@ def test_overlapping_boxes_of_a_class_are_dropped():
 
 def test_recall_against_a_loop():
     pairs = make_pairs(30, known=False)
-    mixed = Pairs(pairs.images, pairs.texts + 0.7 * pairs.images.repeat(2, 1), pairs.of_image, pairs.of_text)
-    numbers = EVALUATORS.build("retrieval").evaluate(Material(pairs=mixed))
+    mixed = ImageTextPairs(pairs.images, pairs.texts + 0.7 * pairs.images.repeat(2, 1), pairs.of_image, pairs.of_text)
+    numbers = EVALUATORS.build("retrieval").evaluate(EvalData(pairs=mixed))
     images, texts = (x / x.norm(dim=1, keepdim=True) for x in (mixed.images, mixed.texts))
     similarity = images @ texts.T
     for k in (1, 5, 10):
@@ -393,16 +395,16 @@ def test_recall_against_a_loop():
 
 def test_the_same_for_every_image_finds_nothing():
     pairs = make_pairs(20, known=True)
-    same = Pairs(torch.ones(20, 4), torch.ones(40, 4), pairs.of_image, pairs.of_text)
-    assert EVALUATORS.build("retrieval").evaluate(Material(pairs=same))["mean_recall"] == 0
+    same = ImageTextPairs(torch.ones(20, 4), torch.ones(40, 4), pairs.of_image, pairs.of_text)
+    assert EVALUATORS.build("retrieval").evaluate(EvalData(pairs=same))["mean_recall"] == 0
 
 
 def test_a_text_of_several_images_is_right_for_each():
     """Three images, two of which are called the same."""
     images = torch.tensor([[1.0, 0], [1.0, 0.1], [0, 1]])
     texts = torch.tensor([[1.0, 0.05], [0, 1]])
-    pairs = Pairs(images, texts, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]))
-    numbers = EVALUATORS.build(Choice("retrieval", {"ranks": [1]})).evaluate(Material(pairs=pairs))
+    pairs = ImageTextPairs(images, texts, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]))
+    numbers = EVALUATORS.build(Choice("retrieval", {"ranks": [1]})).evaluate(EvalData(pairs=pairs))
     assert numbers["image_to_text_r1"] == numbers["text_to_image_r1"] == numbers["mean_recall"] == 1
     assert numbers["chance_r1"] == pytest.approx(1 / 2)
 
@@ -413,7 +415,7 @@ def test_chance_is_what_random_vectors_reach():
     base = make_pairs(40, known=True)
     for _ in range(30):
         images, texts = torch.randn(40, 32, generator=generator), torch.randn(80, 32, generator=generator)
-        found.append(evaluator.evaluate(Material(pairs=Pairs(images, texts, base.of_image, base.of_text))))
+        found.append(evaluator.evaluate(EvalData(pairs=ImageTextPairs(images, texts, base.of_image, base.of_text))))
     for k in (1, 5, 10):
         assert np.mean([numbers[f"image_to_text_r{k}"] for numbers in found]) == pytest.approx(
             found[0][f"chance_r{k}"], abs=0.04

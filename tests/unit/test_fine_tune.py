@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import BeitConfig, BeitModel
 
 from synthgen.errors import ConfigError, SynthgenError
-from synthgen.evaluators import Material, Pictured
+from synthgen.evaluators import EvalData, LabelledImages
 from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
 from synthgen.models.tower import load_tower
 from tests.evaluation import make_encoder, make_pictured
@@ -21,9 +21,9 @@ from tests.evaluation import make_encoder, make_pictured
 QUICK = {"seeds": 2, "steps": 30, "batch_size": 16, "learning_rate": 0.02, "layer_decay": 1.0}
 
 
-def make(*, train: int = 48, test: int = 24, known: bool = True, **more) -> Material:
+def make(*, train: int = 48, test: int = 24, known: bool = True, **more) -> EvalData:
     images = make_pictured(train, 1, known=known), make_pictured(test, 2, known=known)
-    return Material(train_images=images[0], test_images=images[1], encoder=make_encoder(), **more)
+    return EvalData(train_images=images[0], test_images=images[1], encoder=make_encoder(), **more)
 
 
 # -- what is learned
@@ -50,25 +50,23 @@ def test_every_layer_of_the_encoder_learns():
 
 
 def test_the_encoder_is_left_as_it_was():
-    material = make()
-    material.encoder.blocks[0].requires_grad_(False)
-    before = {name: value.clone() for name, value in material.encoder.state_dict().items()}
-    assert FineTune(**QUICK).evaluate(material) == FineTune(**QUICK).evaluate(material)
-    after = material.encoder.state_dict()
+    data = make()
+    data.encoder.blocks[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in data.encoder.state_dict().items()}
+    assert FineTune(**QUICK).evaluate(data) == FineTune(**QUICK).evaluate(data)
+    after = data.encoder.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert not material.encoder.training
-    assert all(weight.grad is None for weight in material.encoder.parameters())
-    assert not material.encoder.blocks[0].attn.qkv.weight.requires_grad
+    assert not data.encoder.training
+    assert all(weight.grad is None for weight in data.encoder.parameters())
+    assert not data.encoder.blocks[0].attn.qkv.weight.requires_grad
 
 
 def test_the_order_of_images_changes_no_figure_at_all():
     """Not even the interval, and not where they were drawn at random."""
-    material = make(known=False)
-    other = dataclasses.replace(
-        material, train_images=shuffled(material.train_images), test_images=shuffled(material.test_images)
-    )
-    assert other.train_images.keys != material.train_images.keys
-    assert FineTune(**QUICK).evaluate(other) == FineTune(**QUICK).evaluate(material)
+    data = make(known=False)
+    other = dataclasses.replace(data, train_images=shuffled(data.train_images), test_images=shuffled(data.test_images))
+    assert other.train_images.keys != data.train_images.keys
+    assert FineTune(**QUICK).evaluate(other) == FineTune(**QUICK).evaluate(data)
 
 
 def test_nothing_is_dropped_while_it_learns(tmp_path):
@@ -87,9 +85,9 @@ def test_nothing_is_dropped_while_it_learns(tmp_path):
     assert any("layer.0." in name or "layers.0." in name for name in learned)
 
 
-def shuffled(given: Pictured) -> Pictured:
+def shuffled(given: LabelledImages) -> LabelledImages:
     order = torch.randperm(len(given.keys), generator=torch.Generator().manual_seed(3)).tolist()
-    return Pictured(given.pixels[order], given.labels[order], tuple(given.keys[row] for row in order))
+    return LabelledImages(given.pixels[order], given.labels[order], tuple(given.keys[row] for row in order))
 
 
 def test_what_is_drawn_elsewhere_does_not_matter():
@@ -103,18 +101,18 @@ def test_what_is_drawn_elsewhere_does_not_matter():
 
 
 def test_other_seeds_are_other_trainings():
-    evaluator, material = FineTune(**QUICK), make()
-    one, again, other = (evaluator.learned(material, seed).classify.weight for seed in (0, 0, 1))
+    evaluator, data = FineTune(**QUICK), make()
+    one, again, other = (evaluator.learned(data, seed).classify.weight for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_a_class_that_training_lacks_counts_as_wrong():
-    material = make()
-    labels = material.test_images.labels.clone()
+    data = make()
+    labels = data.test_images.labels.clone()
     labels[labels == 2] = -1
-    test = dataclasses.replace(material.test_images, labels=labels)
-    assert FineTune(**QUICK).evaluate(dataclasses.replace(material, test_images=test))["accuracy"] == 16 / 24
+    test = dataclasses.replace(data.test_images, labels=labels)
+    assert FineTune(**QUICK).evaluate(dataclasses.replace(data, test_images=test))["accuracy"] == 16 / 24
 
 
 def test_fewer_images_than_a_batch_are_a_batch():
@@ -196,14 +194,14 @@ def test_the_rate_rises_and_falls_to_nothing():
 
 def test_a_step_is_that_of_plain_adamw():
     """One step by hand, of every weight."""
-    material = make(train=6)
+    data = make(train=6)
     evaluator = FineTune(steps=1, batch_size=6, warmup_ratio=0.0, layer_decay=0.5, max_norm=0.0, label_smoothing=0.1)
-    learned = evaluator.learned(material, 0)
-    images, numbers = next(evaluator.batches(material.train_images, material.encoder.config, 0))
+    learned = evaluator.learned(data, 0)
+    images, numbers = next(evaluator.batches(data.train_images, data.encoder.config, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = Learner(copy.deepcopy(material.encoder), 3)
-    targets = F.one_hot(material.train_images.labels[numbers], 3) * 0.9 + 0.1 / 3
+        start = Learner(copy.deepcopy(data.encoder), 3)
+    targets = F.one_hot(data.train_images.labels[numbers], 3) * 0.9 + 0.1 / 3
     (-(start(images).log_softmax(1) * targets).sum(1).mean()).backward()
     for name, weight in start.named_parameters():
         rate = 1e-3 * share(name, start.encoder, 0.5)
@@ -238,9 +236,9 @@ def test_a_last_step_that_goes_wrong_has_no_score_either():
 
 
 def test_images_that_tell_nothing_are_no_divergence():
-    material = make(known=False)
-    same = dataclasses.replace(material.train_images, pixels=torch.full_like(material.train_images.pixels, 100))
-    found = FineTune(**QUICK).evaluate(dataclasses.replace(material, train_images=same))
+    data = make(known=False)
+    same = dataclasses.replace(data.train_images, pixels=torch.full_like(data.train_images.pixels, 100))
+    found = FineTune(**QUICK).evaluate(dataclasses.replace(data, train_images=same))
     assert found["train_accuracy"] == pytest.approx(1 / 3)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.backbones.tiny import Tiny
 from synthgen.diffusion.features import FeatureReader, block_names, middle_block
-from synthgen.diffusion.memory import Portions
+from synthgen.diffusion.memory import AdaptiveBatches
 from synthgen.errors import ConfigError, SynthgenError, UnknownName
 from synthgen.prompts import sample_seed
 from tests import models
@@ -144,7 +144,7 @@ def test_an_image_gives_the_same_whatever_is_beside_it(small, monkeypatch):
         return inner(images, keys)
 
     reader.most = 16
-    monkeypatch.setattr(small.family, "_portions", Portions())
+    monkeypatch.setattr(small.family, "_portions", AdaptiveBatches())
     monkeypatch.setattr(reader, "_maps", narrow)
     torch.testing.assert_close(reader.read(images, KEYS, 4).pooled, whole.pooled, **NEAR)
     again = FeatureReader(small, timesteps=[50])
@@ -236,8 +236,8 @@ def test_an_inverted_image_is_seen_on_its_way_to_noise(drawn):
     expected = [as_tokens(seen[number]).float().mean(1) for number in (4, 1)]
     torch.testing.assert_close(read.pooled, torch.cat(expected, 1), **NEAR)
     torch.testing.assert_close(reader.read(images, KEYS[::-1], 4).pooled, read.pooled)  # no chance in it
-    assert reader.told()["inversion_steps"] == steps
-    assert reader.told()["seen_at"] == (round(times[4], 1), round(times[1], 1))
+    assert reader.describe()["inversion_steps"] == steps
+    assert reader.describe()["seen_at"] == (round(times[4], 1), round(times[1], 1))
     assert not any(module._forward_hooks for module in model.network.modules())
     close = FeatureReader(backbone, timesteps=[100, 101], blocks=names, inversion_steps=steps)
     with pytest.raises(ConfigError, match=r"several of the timesteps \[100, 101\] in one step; give more"):
@@ -254,7 +254,7 @@ def test_latents_are_encoded_in_halves_where_memory_runs_out(small, monkeypatch)
             raise torch.OutOfMemoryError
         return encode(images)
 
-    monkeypatch.setattr(small.family, "_portions", Portions())
+    monkeypatch.setattr(small.family, "_portions", AdaptiveBatches())
     monkeypatch.setattr(small.family, "encode", narrow)
     torch.testing.assert_close(reader.latents(images), whole, **NEAR)
     most = 0

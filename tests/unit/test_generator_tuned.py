@@ -21,7 +21,7 @@ from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.features import FeatureReader, block_names
 from synthgen.diffusion.truncated import TruncatedGenerator, _begin_anew
 from synthgen.errors import ConfigError, SynthgenError
-from synthgen.evaluators import Material, Pictured
+from synthgen.evaluators import EvalData, LabelledImages
 from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
 from tests import models
 
@@ -65,11 +65,11 @@ def pictured(count, seed, side):
     noise = torch.randint(0, 60, (count, side, side, 3), generator=torch.Generator().manual_seed(seed))
     colours = torch.eye(3, dtype=torch.long)[labels] * 190
     pixels = (noise + colours[:, None, None]).byte()
-    return Pictured(pixels, labels, tuple(f"{seed:03d}{image:07d}" for image in range(count)))
+    return LabelledImages(pixels, labels, tuple(f"{seed:03d}{image:07d}" for image in range(count)))
 
 
 @pytest.fixture(scope="module")
-def material(small) -> Material:
+def data(small) -> EvalData:
     reader = make_reader(small, timesteps=[10])
     side = reader.image_size
 
@@ -78,7 +78,7 @@ def material(small) -> Material:
         return F.pad(F.avg_pool2d(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, side // 16), (0, 0, 0, 0, 0, 1))
 
     reader.latents = latents
-    return Material(train_images=pictured(24, 1, side), test_images=pictured(12, 2, side), reader=reader)
+    return EvalData(train_images=pictured(24, 1, side), test_images=pictured(12, 2, side), reader=reader)
 
 
 def state(model):
@@ -298,15 +298,15 @@ def test_every_block_has_weights_of_its_own(drawn):
 # -- the evaluator
 
 
-def test_a_generator_learns_and_scores_repeat(material):
+def test_a_generator_learns_and_scores_repeat(data):
     """Colours, from which the small random network learns; the generator itself stays as it is."""
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 40, "generator_learning_rate": 3e-3})
-    model = material.reader.model
+    model = data.reader.model
     model.network.mid_block.train()
     model.network.conv_in.requires_grad_(False)
     try:
         before = state(model)
-        found = evaluator.evaluate(material)
+        found = evaluator.evaluate(data)
         assert_same(state(model), before)
     finally:
         model.network.eval().requires_grad_(True)
@@ -314,14 +314,14 @@ def test_a_generator_learns_and_scores_repeat(material):
     assert found["accuracy"] > 0.9
     with torch.inference_mode():
         torch.manual_seed(7)
-        assert evaluator.evaluate(material) == found
+        assert evaluator.evaluate(data) == found
 
 
-def test_all_of_it_moves_and_the_head_alone_with_hardly_any_decay(material):
-    start = dict(TruncatedGenerator(material.reader).named_parameters())
+def test_all_of_it_moves_and_the_head_alone_with_hardly_any_decay(data):
+    start = dict(TruncatedGenerator(data.reader).named_parameters())
 
     def moved(layer_decay):
-        learned = FineTune(**QUICK | {"layer_decay": layer_decay}).learned(material, 0)
+        learned = FineTune(**QUICK | {"layer_decay": layer_decay}).learned(data, 0)
         assert not learned.training
         return [
             float((weight - start[name]).detach().abs().max())
@@ -333,17 +333,17 @@ def test_all_of_it_moves_and_the_head_alone_with_hardly_any_decay(material):
     assert max(moved(1e-6)) < 1e-6
 
 
-def test_the_order_of_images_changes_no_figure(material):
+def test_the_order_of_images_changes_no_figure(data):
     def shuffled(given):
         order = torch.randperm(len(given.keys), generator=torch.Generator().manual_seed(3)).tolist()
-        return Pictured(given.pixels[order], given.labels[order], tuple(given.keys[row] for row in order))
+        return LabelledImages(given.pixels[order], given.labels[order], tuple(given.keys[row] for row in order))
 
-    images = {"train_images": shuffled(material.train_images), "test_images": shuffled(material.test_images)}
+    images = {"train_images": shuffled(data.train_images), "test_images": shuffled(data.test_images)}
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 3})
-    assert evaluator.evaluate(dataclasses.replace(material, **images)) == evaluator.evaluate(material)
+    assert evaluator.evaluate(dataclasses.replace(data, **images)) == evaluator.evaluate(data)
 
 
-def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(material, monkeypatch):
+def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(data, monkeypatch):
     seen = list[tuple[bool, tuple[str, ...]]]()
     forward = TruncatedGenerator.forward
 
@@ -352,23 +352,23 @@ def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(material, m
         return forward(self, images, keys)
 
     monkeypatch.setattr(TruncatedGenerator, "forward", look_on)
-    FineTune(**QUICK | {"steps": 4}).evaluate(material)
+    FineTune(**QUICK | {"steps": 4}).evaluate(data)
     drawn = [key for training, keys in seen if training for key in keys]
     judged = [key for training, keys in seen if not training for key in keys]
     assert len(set(drawn)) == len(drawn) == 2 * 4 * 12
-    assert sorted(judged) == sorted(2 * (material.train_images.keys + material.test_images.keys))
+    assert sorted(judged) == sorted(2 * (data.train_images.keys + data.test_images.keys))
 
 
-def test_from_scratch_it_begins_with_other_weights(material):
+def test_from_scratch_it_begins_with_other_weights(data):
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 1, "generator_learning_rate": 1e-9})
-    fresh = dataclasses.replace(material, fresh=True)
-    learned = [evaluator.learned(given, 0).encoder.network.conv_in.weight for given in (material, fresh)]
-    torch.testing.assert_close(learned[0], material.reader.model.network.conv_in.weight)
+    fresh = dataclasses.replace(data, fresh=True)
+    learned = [evaluator.learned(given, 0).encoder.network.conv_in.weight for given in (data, fresh)]
+    torch.testing.assert_close(learned[0], data.reader.model.network.conv_in.weight)
     assert not torch.allclose(learned[0], learned[1], atol=1e-3)
-    torch.testing.assert_close(learned[1], TruncatedGenerator(material.reader, fresh=True).network.conv_in.weight)
+    torch.testing.assert_close(learned[1], TruncatedGenerator(data.reader, fresh=True).network.conv_in.weight)
 
 
-def test_one_copy_at_a_time_is_held(material, monkeypatch):
+def test_one_copy_at_a_time_is_held(data, monkeypatch):
     """Without the garbage collector's help: each is freed before the next one is made."""
     made, alive = list[weakref.ref](), list[int]()
     begin = TruncatedGenerator.__init__
@@ -382,22 +382,22 @@ def test_one_copy_at_a_time_is_held(material, monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        FineTune(**QUICK | {"seeds": 3, "steps": 2}).evaluate(material)
+        FineTune(**QUICK | {"seeds": 3, "steps": 2}).evaluate(data)
         assert alive == [0, 0, 0]
         assert [one() for one in made] == [None, None, None]
     finally:
         gc.enable()
 
 
-def test_a_step_is_that_of_plain_adamw(material):
+def test_a_step_is_that_of_plain_adamw(data):
     """One step by hand, of every weight."""
-    few = dataclasses.replace(material, train_images=pictured(6, 1, material.reader.image_size))
+    few = dataclasses.replace(data, train_images=pictured(6, 1, data.reader.image_size))
     evaluator = FineTune(steps=1, batch_size=6, warmup_ratio=0.0, layer_decay=0.5, max_norm=0.0)
     learned = evaluator.learned(few, 0)
     images, numbers = next(evaluator.batches(few.train_images, learned.encoder.config, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = Learner(TruncatedGenerator(material.reader), 3)
+        start = Learner(TruncatedGenerator(data.reader), 3)
     keys = [f"{few.train_images.keys[number]} at step 0 of training 0" for number in numbers.tolist()]
     F.cross_entropy(start(images, keys), few.train_images.labels[numbers]).backward()
     for name, weight in start.named_parameters():
@@ -431,15 +431,15 @@ def test_a_generator_that_gives_no_numbers_is_refused(stable_diffusion):
 
 
 @pytest.mark.parametrize("rate", [1e20, 1e30])
-def test_a_training_that_went_wrong_has_no_score(material, rate):
+def test_a_training_that_went_wrong_has_no_score(data, rate):
     with pytest.raises(ConfigError, match="of the generator diverged; give the evaluator a lower generator_learning_r"):
-        FineTune(**QUICK | {"generator_learning_rate": rate, "steps": 2}).evaluate(material)
+        FineTune(**QUICK | {"generator_learning_rate": rate, "steps": 2}).evaluate(data)
 
 
-def test_too_little_memory_is_said(material, monkeypatch):
+def test_too_little_memory_is_said(data, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(TruncatedGenerator, "forward", full)
     with pytest.raises(SynthgenError, match="too little memory to train the generator on 12 images at once; give fine"):
-        FineTune(**QUICK).evaluate(material)
+        FineTune(**QUICK).evaluate(data)

@@ -28,8 +28,8 @@ from synthgen.columns import unit_of
 from synthgen.config import load_yaml
 from synthgen.datasets import FolderDataset, ShardDataset
 from synthgen.diffusion.loading import Loading, load_pipeline
-from synthgen.errors import ConfigError, CorruptShard, PromptError, SynthgenError
-from synthgen.image import MOST_PIXELS, decode_labels, decode_rgb, encode_png
+from synthgen.errors import ConfigError, CorruptFile, PromptError, SynthgenError
+from synthgen.image import MAX_PIXELS, decode_labels, decode_rgb, encode_png
 from synthgen.log import logged_to
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
 from synthgen.pipeline import read_pipeline
@@ -68,7 +68,7 @@ def tar_of(path: Path, *members: tuple[str, bytes], **header: Any) -> Path:
     "name", ["../out.png", "/etc/out.png", "a/../../out.png", "a\x1b[2J.png", "a\nb.png", "\udcff.png"]
 )
 def test_names_in_a_tar_that_lead_out_or_steer_a_console_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CorruptShard, match="cannot be read") as caught:
+    with pytest.raises(CorruptFile, match="cannot be read") as caught:
         index_tar(tar_of(tmp_path / "a.tar", (name, PNG)))
     assert str(caught.value).isprintable()
 
@@ -82,9 +82,9 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_what_stands_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorruptShard, match="two members 'txt'"):
+    with pytest.raises(CorruptFile, match="two members 'txt'"):
         index_tar(tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("0.TXT", b"y")))
-    with pytest.raises(CorruptShard, match="'0' stands in it twice"):
+    with pytest.raises(CorruptFile, match="'0' stands in it twice"):
         index_tar(tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y"), ("0.png", b"z")))
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[1024 + 5] ^= 1  # the name of the second member: its checksum is wrong now
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(CorruptShard, match="a header in it is damaged; the last key read is 0"):
+    with pytest.raises(CorruptFile, match="a header in it is damaged; the last key read is 0"):
         index_tar(tmp_path / "a.tar")
 
 
@@ -112,33 +112,33 @@ def patched(path: Path, place: int, value: bytes) -> Path:
 @pytest.mark.parametrize("size", [-512, -(2**40)])
 def test_a_negative_size_does_not_read_for_ever(tmp_path: Path, size: int) -> None:
     path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y"))
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptFile):
         index_tar(patched(path, 124, b"\xff" + (256**11 + size).to_bytes(11, "big")))
 
 
 def test_long_headers_do_not_take_quadratic_time(tmp_path: Path) -> None:
     for data in (b"1" * 60_000, b"x" * 100_000):
         path = tar_of(tmp_path / "a.tar", ("0.txt", data))
-        with pytest.raises(CorruptShard, match="larger than any name"):
+        with pytest.raises(CorruptFile, match="larger than any name"):
             index_tar(patched(path, 156, tarfile.XHDTYPE))
 
 
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", ("0.txt", b"x" * 2000))
-    with pytest.raises(CorruptShard, match="sparse"):
+    with pytest.raises(CorruptFile, match="sparse"):
         index_tar(patched(path, 156, tarfile.GNUTYPE_SPARSE))
 
 
 def test_a_member_larger_than_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y" * 200))
-    monkeypatch.setattr("synthgen.stores.tar.MOST_BYTES", 100)
-    with pytest.raises(CorruptShard, match="200 bytes; 100 are the most; the last key read is 0"):
+    monkeypatch.setattr("synthgen.stores.tar.MAX_BYTES", 100)
+    with pytest.raises(CorruptFile, match="200 bytes; 100 are the most; the last key read is 0"):
         list(read_tar(path))
 
 
 def test_a_key_that_is_none_of_ours() -> None:
     for key in ("a", "../0000000", "\u0664\u0664\u0664\u0664\u0664\u0664"):
-        with pytest.raises(CorruptShard, match="no key of a run's sample"):
+        with pytest.raises(CorruptFile, match="no key of a run's sample"):
             unit_of(key)
 
 
@@ -174,7 +174,7 @@ def npy(descr: str, shape: str, body: bytes = b"") -> bytes:
 )
 def test_no_header_of_an_array_is_believed(labels: bytes, why: str) -> None:
     members = {"masks.npz": npz(labels=labels, scores=npy("'<f4'", "(1,)", bytes(4)))}
-    with pytest.raises(CorruptShard, match=why):
+    with pytest.raises(CorruptFile, match=why):
         codecs.decode_masks("0", members | {"json": b'{"words": ["a"], "dropped": []}'})
 
 
@@ -182,7 +182,7 @@ def test_few_bytes_do_not_become_many_masks() -> None:
     words = [str(number) for number in range(255)]
     labels = npy("'|u1'", "(4096, 4096)", bytes(2**24))
     members = {"masks.npz": npz(labels=labels, scores=npy("'<f4'", "(255,)", bytes(1020)))}
-    with pytest.raises(CorruptShard, match="more than are read"):
+    with pytest.raises(CorruptFile, match="more than are read"):
         codecs.decode_masks("0", members | {"json": json.dumps({"words": words, "dropped": []}).encode()})
 
 
@@ -203,7 +203,7 @@ def test_arrays_of_either_order_are_read() -> None:
 def test_the_json_of_a_sample_is_of_the_right_kinds(change: dict[str, Any]) -> None:
     members = codecs.encode_image(make_generation()[0])
     meta = json.loads(members["json"]) | change
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptFile):
         codecs.decode_image("0", members | {"json": json.dumps(meta).encode()})
 
 
@@ -219,7 +219,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("decode", [decode_rgb, decode_labels])
 def test_a_picture_of_too_many_pixels_is_not_decoded(decode: Any) -> None:
     with pytest.raises(OSError, match="67,108,864 are the most"):
-        decode(png_header(MOST_PIXELS // 1000 + 1, 1000))
+        decode(png_header(MAX_PIXELS // 1000 + 1, 1000))
     with pytest.raises(OSError, match="pixels"):
         decode(png_header(60_000, 60_000))
 
@@ -255,9 +255,9 @@ def test_masks_are_png_and_nothing_that_starts_a_program(tmp_path: Path) -> None
     Image.new("L", (4, 4)).save(buffer, "TIFF")
     with TarWriter(tmp_path / "a.tar") as tar:
         tar.add("0", {"png": PNG, "mask.png": buffer.getvalue(), "json": b'{"words": ["a"]}'})
-    with pytest.raises(CorruptShard, match="cannot identify"):
+    with pytest.raises(CorruptFile, match="cannot identify"):
         ShardDataset([tmp_path / "a.tar"])[0]
-    with pytest.raises(CorruptShard, match="cannot identify"):
+    with pytest.raises(CorruptFile, match="cannot identify"):
         ShardDataset([tmp_path / "a.tar"]).word_masks(0)
 
 
@@ -274,7 +274,7 @@ def test_whatever_pillow_raises_is_one_kind_of_error(monkeypatch: pytest.MonkeyP
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("a.png", "p.txt", "p.jsonl", "m.jsonl"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(CorruptShard, match="no plain file"):
+    with pytest.raises(CorruptFile, match="no plain file"):
         FolderDataset(tmp_path)[0]
     with pytest.raises(PromptError, match="no plain file"):
         read_prompts(tmp_path / "p.txt")
@@ -417,10 +417,10 @@ def test_prompts_cannot_leave_their_place_in_the_card(tmp_path: Path) -> None:
 def test_a_done_mark_that_is_none_does_not_count(tmp_path: Path, mark: str) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     fingerprint = run.artifact("masks")["fingerprint"]
-    assert run.has("masks", 0, fingerprint)
+    assert run.has_unit("masks", 0, fingerprint)
     run.tar("masks", 0).with_suffix(".json").write_text(mark)
     assert run.mark("masks", 0) is None
-    assert not run.has("masks", 0, fingerprint)
+    assert not run.has_unit("masks", 0, fingerprint)
 
 
 def test_notes_of_failures_that_cannot_be_read(tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_description_of_a_huge_network_makes_none(tmp_path: Path) -> None:
     assert load_encoder(tmp_path).config.dim == 8
     for change in ({"depth": 10**9}, {"dim": 2**20}, {"image_size": 2**20}, {"patch_size": 2**20, "image_size": 2**20}):
         (tmp_path / "config.json").write_text(json.dumps(described | change))
-        with pytest.raises(CorruptShard, match="smaller network"):
+        with pytest.raises(CorruptFile, match="smaller network"):
             load_encoder(tmp_path)
 
 

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.stores import headers
 from synthgen.stores.tar import TarWriter, index_tar, iter_samples
 
@@ -90,13 +90,13 @@ def told(read, path):
     """What is read, or the error."""
     try:
         return list(read(path))
-    except CorruptShard as error:
+    except CorruptFile as error:
         return str(error)
 
 
 def test_names_that_lead_out_are_refused(tmp_path):
     for name in ("../a.jpg", "/a.jpg", "a\x07.jpg"):
-        with pytest.raises(CorruptShard, match="cannot be the name of a file"):
+        with pytest.raises(CorruptFile, match="cannot be the name of a file"):
             list(iter_samples(write(tmp_path / "a.tar", [name])))
     with pytest.raises(MissingArtifact):
         list(iter_samples(tmp_path / "absent.tar"))

@@ -16,7 +16,7 @@ FLOORS = [
     {"registry", "codecs", "prompts", "prompt_copy", "entries", "run", "units", "graphcut", "maxflow"},
     {"columns", "captions", "tallies"},
     {"stages.__init__"},
-    {"attention", "models", "augment", "datasets", "elsewhere", "loader", "diffusion", "export"},
+    {"attention", "models", "augment", "datasets", "mask_controls", "loader", "diffusion", "export"},
     {"backbones", "refiners", "methods", "evaluators", "engines", "card", "mask_quality"},
     {"train"},
     {"stages", "status", "doctor"},

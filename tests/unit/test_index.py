@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from synthgen.errors import CorruptShard
+from synthgen.errors import CorruptFile
 from synthgen.stores.index import Indexing, Member, TarIndex
 from synthgen.stores.tar import index_tar, read_tar
 
@@ -112,10 +112,10 @@ def test_what_is_wrong_names_the_last_key_as_it_was_read(tmp_path, monkeypatch):
         (["a.jpg", "b.jpg", "../c.jpg"], "control characters; the last key read is b;"),
         (["../c.jpg"], "control characters; no key could be read;"),
     ]:
-        with pytest.raises(CorruptShard, match=said):
+        with pytest.raises(CorruptFile, match=said):
             index_tar(write(tmp_path / "a.tar", names))
-    monkeypatch.setattr("synthgen.stores.tar.MOST_BYTES", 30)
-    with pytest.raises(CorruptShard, match="37 bytes; 30 are the most; no key could be read"):
+    monkeypatch.setattr("synthgen.stores.tar.MAX_BYTES", 30)
+    with pytest.raises(CorruptFile, match="37 bytes; 30 are the most; no key could be read"):
         list(read_tar(write(tmp_path / "a.tar", ["a.txt", "a.jpg"])))
 
 

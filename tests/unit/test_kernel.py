@@ -1,4 +1,4 @@
-"""The fused kernels' own normaliser, against the public function and a plain logsumexp."""
+"""The fused kernels' own log-sum-exp, against the public function and a plain logsumexp."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from synthgen.attention import kernel
-from synthgen.attention.kernel import attention_with_normaliser, log_normaliser
+from synthgen.attention.kernel import attention_with_lse, logsumexp_of
 
 
 def qkv(rows=50, keys=77, dtype=torch.float32, seed=0):
@@ -21,14 +21,14 @@ def by_hand(query, key, mask=0.0, scale=0.25):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [None, 0.1])
-def test_the_output_is_the_public_functions_and_the_normaliser_is_right(dtype, scale):
+def test_the_output_is_the_public_functions_and_the_lse_is_right(dtype, scale):
     query, key, value = qkv(dtype=dtype)
     with torch.inference_mode():
-        output, normaliser = attention_with_normaliser(query, key, value, scale=scale)
+        output, lse = attention_with_lse(query, key, value, scale=scale)
         assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, scale=scale))
-    assert normaliser is not None
-    assert normaliser.dtype == torch.float32
-    torch.testing.assert_close(normaliser, by_hand(query, key, scale=scale or 0.25), atol=1e-4, rtol=1e-5)
+    assert lse is not None
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, by_hand(query, key, scale=scale or 0.25), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("boolean", [True, False])
@@ -38,18 +38,18 @@ def test_a_mask_is_part_of_both(boolean):
     bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
     with torch.inference_mode():
         mask = seen if boolean else bias
-        output, normaliser = attention_with_normaliser(query, key, value, mask)
+        output, lse = attention_with_lse(query, key, value, mask)
         assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, mask))
     expected = by_hand(query, key, bias)
-    found = normaliser if normaliser is not None else log_normaliser(query, key, scale=None, mask=mask)
+    found = lse if lse is not None else logsumexp_of(query, key, scale=None, mask=mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(log_normaliser(query, key, scale=None, mask=mask), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logsumexp_of(query, key, scale=None, mask=mask), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_no_kernel_tells_is_left_to_the_caller():
     query, key, value = qkv(rows=77)
-    output, normaliser = attention_with_normaliser(query, key, value, is_causal=True)
-    assert normaliser is None
+    output, lse = attention_with_lse(query, key, value, is_causal=True)
+    assert lse is None
     assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
 
@@ -57,14 +57,14 @@ def test_a_pytorch_without_these_names_computes_the_same(monkeypatch):
     query, key, value = qkv()
     expected = F.scaled_dot_product_attention(query, key, value)
     monkeypatch.delattr(torch, "_fused_sdp_choice")
-    output, normaliser = attention_with_normaliser(query, key, value)
+    output, lse = attention_with_lse(query, key, value)
     assert torch.equal(output, expected)
-    assert normaliser is None
+    assert lse is None
     monkeypatch.setattr(kernel, "chosen_kernel", lambda *arguments, **options: kernel._FLASH)
     monkeypatch.setattr(kernel.torch, "ops", SimpleNamespace(aten=SimpleNamespace()))
-    output, normaliser = attention_with_normaliser(query, key, value)
+    output, lse = attention_with_lse(query, key, value)
     assert torch.equal(output, expected)
-    assert normaliser is None
+    assert lse is None
 
 
 def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
@@ -77,9 +77,9 @@ def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
 
     monkeypatch.setattr(kernel, "_trusted", {})
     monkeypatch.setattr(kernel, "_call", wrong)
-    assert attention_with_normaliser(query, key, value)[1] is None
+    assert attention_with_lse(query, key, value)[1] is None
     assert list(kernel._trusted.values()) == [False]
-    attention_with_normaliser(query, key, value)
+    attention_with_lse(query, key, value)
     assert asked[0][0] != -1
     assert asked[1][0] == -1
 
@@ -89,16 +89,16 @@ def test_an_image_of_values_that_are_no_numbers_says_nothing_of_the_kernel(monke
     broken = query.clone()
     broken[0] = float("nan")
     monkeypatch.setattr(kernel, "_trusted", {})
-    output, normaliser = attention_with_normaliser(broken, key, value)
-    assert normaliser is None
+    output, lse = attention_with_lse(broken, key, value)
+    assert lse is None
     assert kernel._trusted == {}
     assert torch.equal(output[1], F.scaled_dot_product_attention(query, key, value)[1])
-    assert attention_with_normaliser(query, key, value)[1] is not None
-    assert attention_with_normaliser(broken, key, value)[1] is not None  # trusted since
+    assert attention_with_lse(query, key, value)[1] is not None
+    assert attention_with_lse(broken, key, value)[1] is not None  # trusted since
 
 
-def test_the_plain_normaliser_does_not_depend_on_its_chunks(monkeypatch):
+def test_the_plain_lse_does_not_depend_on_its_chunks(monkeypatch):
     query, key, _ = qkv()
-    whole = log_normaliser(query, key, scale=0.25)
+    whole = logsumexp_of(query, key, scale=0.25)
     monkeypatch.setattr(kernel, "_CHUNK", 1)
-    torch.testing.assert_close(log_normaliser(query, key, scale=0.25), whole)
+    torch.testing.assert_close(logsumexp_of(query, key, scale=0.25), whole)

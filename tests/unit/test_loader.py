@@ -15,7 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from synthgen.augment import Augment, CenterCrop
 from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, rows, source_inputs
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.loader import Order, ahead, collate, loader, workers_for
 from synthgen.stores.tar import TarWriter, index_tar
@@ -60,7 +60,7 @@ def test_shards_by_number(shards):
     generation, truth = make_generation("0000000007", ("disc", "square"), 32, seed=7)
     assert (last.key, last.label, last.words) == ("0000000007", "square", ("disc", "square"))
     assert last.text == "a photo of a disc and a square"
-    assert np.array_equal(last.labels == 2, truth[1])
+    assert np.array_equal(last.label_map == 2, truth[1])
     assert np.array_equal(samples[0].image, make_generation("0", ("disc",), 32, seed=0)[0].image)
     assert abs(last.image.astype(int) - generation.image).mean() < 5  # a jpg
     assert [samples.label(n) for n in (0, 7)] == ["disc", "square"]
@@ -109,7 +109,7 @@ def test_labels_come_from_json_then_cls(tmp_path):
     )
     samples = ShardDataset([tar])
     assert [samples.label(n) for n in range(3)] == ["disc", "7", None]
-    assert (samples[2].text, samples[2].words, samples[2].labels) == ("", (), None)
+    assert (samples[2].text, samples[2].words, samples[2].label_map) == ("", (), None)
 
 
 def test_masks_beside_a_jpg_may_be_a_plain_png(tmp_path):
@@ -119,7 +119,7 @@ def test_masks_beside_a_jpg_may_be_a_plain_png(tmp_path):
     sample["json"] = json.dumps({"classes": ["disc"]}).encode()
     samples = ShardDataset([write(tmp_path / "a.tar", {0: sample})])
     assert samples[0].words == ("disc",)
-    assert samples[0].labels.max() == 1
+    assert samples[0].label_map.max() == 1
     assert samples.has_masks()
     assert not ShardDataset(samples.paths, masks=False).has_masks()
 
@@ -151,7 +151,7 @@ def test_a_broken_sample_is_named(tmp_path, change, said):
     tar = write(tmp_path / "000003.tar", {0: members(0), 1: members(1, **change)})
     samples = ShardDataset([tar])
     assert samples[0].key == "0000000000"
-    with pytest.raises(CorruptShard, match=said) as caught:
+    with pytest.raises(CorruptFile, match=said) as caught:
         samples[1]
     assert "0000000001" in str(caught.value)
     assert str(tar) in str(caught.value)
@@ -160,7 +160,7 @@ def test_a_broken_sample_is_named(tmp_path, change, said):
 def test_a_cut_tar_is_named(shards):
     path = shards / "000001.tar"
     path.write_bytes(path.read_bytes()[:-9000])
-    with pytest.raises(CorruptShard, match=r"000001\.tar"):
+    with pytest.raises(CorruptFile, match=r"000001\.tar"):
         open_dataset(shards)
 
 
@@ -184,7 +184,7 @@ def test_members_may_differ_from_sample_to_sample(tmp_path):
     ]
     samples = open_dataset(*(write(tmp_path / f"{number}.tar", tar) for number, tar in enumerate(tars)))
     assert [samples[n].key for n in range(4)] == [samples.key(n) for n in range(4)]
-    assert [samples[n].labels is None for n in range(4)] == [False, False, False, True]
+    assert [samples[n].label_map is None for n in range(4)] == [False, False, False, True]
     assert [samples.label(n) for n in range(4)] == ["disc", "disc", None, "disc"]
     assert [bool(samples[n].text) for n in range(4)] == [True, False, True, True]
 
@@ -202,7 +202,7 @@ def test_folders_are_classes(tmp_path):
     ]
     assert samples[1].image.shape == (9, 7, 3)
     (tmp_path / "dog/b.png").write_bytes(b"no")
-    with pytest.raises(CorruptShard, match=r"dog/b.*; get it anew, or leave it out"):  # it is somebody's picture
+    with pytest.raises(CorruptFile, match=r"dog/b.*; get it anew, or leave it out"):  # it is somebody's picture
         samples[1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingArtifact, match="neither tars nor images"):
@@ -217,7 +217,7 @@ def test_collate_normalises_and_pads(shards):
     assert batch.present.tolist() == [[True, False], [True, True]]
     wanted = (torch.tensor(samples[1].image[4, 5] / 255.0) - torch.tensor(MEAN)) / torch.tensor(STD)
     assert torch.allclose(batch.images[1, :, 4, 5], wanted.float(), atol=1e-6)
-    assert torch.equal(batch.masks[1, 1], torch.from_numpy(samples[1].labels == 2))
+    assert torch.equal(batch.masks[1, 1], torch.from_numpy(samples[1].label_map == 2))
     assert not batch.masks[0, 1].any()
     assert batch.labels == ("disc", "square")
     assert len(batch) == 2
@@ -270,7 +270,7 @@ def test_workers_and_resuming_change_nothing(shards, num_workers):
 def test_what_a_process_cannot_read_is_told_as_it_is(shards, num_workers):
     """In one line, after the batches before it; torch would give the process's traceback for a message."""
     path = shards / "000000.tar"
-    wrong = CorruptShard(f"the third sample of {path} cannot be read; delete it")
+    wrong = CorruptFile(f"the third sample of {path} cannot be read; delete it")
 
     class Broken(ShardDataset):
         def __getitem__(self, index):
@@ -284,7 +284,7 @@ def test_what_a_process_cannot_read_is_told_as_it_is(shards, num_workers):
     assert len(made) == 3
     batches = iter(made)
     assert next(batches).keys == (samples.key(0), samples.key(1))
-    with pytest.raises(CorruptShard) as caught:
+    with pytest.raises(CorruptFile) as caught:
         next(batches)
     assert str(caught.value) == str(wrong)
 
@@ -315,14 +315,14 @@ def test_a_batch_is_made_while_the_one_before_is_used():
         for number in range(6):
             asked.append((number, threading.current_thread()))
             yield number
-        raise CorruptShard("the last one")
+        raise CorruptFile("the last one")
 
     batches = ahead(source())
     for number in range(6):
         assert next(batches) == number
         time.sleep(0.01)
         assert asked[-1][0] <= number + 1
-    with pytest.raises(CorruptShard, match="the last one"):
+    with pytest.raises(CorruptFile, match="the last one"):
         next(batches)
     assert all(thread is not threading.current_thread() for _, thread in asked)
     assert list(ahead(iter([]))) == []

@@ -23,7 +23,7 @@ def begun(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a [dog]\na [cat]\n")
     stage = make_stage("generate", {"prompts": "p.txt", "images_per_prompt": 4, "unit_size": 4}).complete()
     run = Run.create(tmp_path / "run")
-    run.note(stage)
+    run.record_settings(stage)
     for name in stage.artifacts():
         with run.write(name, 0) as tar:
             for row in range(4):

@@ -100,7 +100,7 @@ def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     with pytest.raises(MissingArtifact, match="has no prompts yet; give some with: synthgen generate --prompts FILE"):
         plan_pipeline(line, overrides=own, measure=False)
     stage, run = read_pipeline(line).stages[0].complete(), Run.create(tmp_path / "run")
-    run.note(stage)
+    run.record_settings(stage)
     stage.prepare(run)
     found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ((), own))
     assert replace(again, disk_free=found.disk_free) == found  # others write to this disk as well
@@ -168,7 +168,7 @@ def test_what_a_run_holds_is_not_left(tmp_path):
     line = pipeline(tmp_path, {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}})
     stage = read_pipeline(line).stages[0].complete()
     run = Run.create(tmp_path / "run")
-    run.note(stage)
+    run.record_settings(stage)
     for unit, count in ((0, 5), (2, 2)):
         for name in stage.artifacts():
             with run.write(name, unit) as tar:

@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from synthgen import codecs
-from synthgen.errors import CorruptShard, MissingArtifact, PromptError, StaleArtifact
+from synthgen.errors import CorruptFile, MissingArtifact, PromptError, StaleArtifact
 from synthgen.prompt_copy import Content, content_of, iter_lines, keep_copy, open_copy
 from synthgen.prompts import iter_prompts, parse_line, read_prompts
-from synthgen.stores import located
+from synthgen.stores import parse_location
 from synthgen.stores.cache import cache_folder
 
 LINES = [
@@ -141,15 +141,15 @@ def test_a_damaged_line_is_named_and_may_be_mended(folder):
     path.write_bytes(data[:place] + b"[" + data[place + 1 :])
     prompts = opened(folder)
     assert prompts[299] == PROMPTS[299]
-    with pytest.raises(CorruptShard, match=r"prompts\.jsonl: line 301 cannot be read; .*generate --prompts FILE"):
+    with pytest.raises(CorruptFile, match=r"prompts\.jsonl: line 301 cannot be read; .*generate --prompts FILE"):
         prompts[300]
     path.write_bytes(data)
     assert prompts[300] == PROMPTS[300]
     path.write_bytes(data[:-9])
-    with pytest.raises(CorruptShard, match="shorter"):
+    with pytest.raises(CorruptFile, match="shorter"):
         prompts[599]
     path.unlink()
-    with pytest.raises(CorruptShard, match="gone"):
+    with pytest.raises(CorruptFile, match="gone"):
         prompts[0]
 
 
@@ -180,7 +180,7 @@ def test_a_mark_of_other_blocks_is_followed(folder):
 
 @pytest.mark.parametrize("kind", ["s3", "memory"])
 def test_of_a_copy_in_a_store_no_more_than_a_block_is_asked_for(store, tmp_path, kind):
-    place = located(store.url("run") if kind == "s3" else f"memory://{tmp_path.name}/run")
+    place = parse_location(store.url("run") if kind == "s3" else f"memory://{tmp_path.name}/run")
     keep_copy(tmp_path, PROMPTS, content_of(PROMPTS))
     keep_copy(place, PROMPTS, content_of(PROMPTS))
     for name in ("prompts.jsonl", "prompts.json"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import Dataset, default_collate
 
-from synthgen.errors import CorruptShard
+from synthgen.errors import CorruptFile
 from synthgen.loader import Reader
-from synthgen.stages._readers import telling_lost_readers
+from synthgen.stages._loader_errors import explaining_lost_workers
 
 SAID = "sample 3 of here.tar: a wrong byte; delete it"
 
@@ -18,7 +18,7 @@ class Broken(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         if index == 3:
-            raise CorruptShard(SAID)
+            raise CorruptFile(SAID)
         return index
 
 
@@ -26,6 +26,6 @@ class Broken(Dataset[int]):
 def test_an_error_of_a_process_is_raised_as_it_is(num_workers: int) -> None:
     rows = iter(Reader(Broken(), default_collate, num_workers=num_workers))
     assert [int(next(rows)) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(CorruptShard) as caught, telling_lost_readers():
+    with pytest.raises(CorruptFile) as caught, explaining_lost_workers():
         next(rows)
     assert str(caught.value) == SAID

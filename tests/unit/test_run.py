@@ -14,8 +14,8 @@ import yaml
 from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.entries import changes, laid_over
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact, StorageError, UnitsFailed
+from synthgen.entries import changes, merge_settings
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, StorageError, UnitsFailed
 from synthgen.records import Report
 from synthgen.redact import redacted
 from synthgen.run import Run
@@ -66,7 +66,7 @@ def test_a_command_that_is_advised_can_be_typed(tmp_path):
 
 def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, monkeypatch):
     long = tmp_path / ("n" * 300)
-    for begin in (Run.open, Run.create, lambda path: Run.created(path).__enter__()):
+    for begin in (Run.open, Run.create, lambda path: Run.create_or_roll_back(path).__enter__()):
         with pytest.raises(StorageError, match=r"\(File name too long\); choose another --run folder"):
             begin(long)
     exists = Path.exists
@@ -139,7 +139,7 @@ def test_a_truncated_tar_is_named_with_the_last_whole_key(tmp_path):
     path = run.tar("images", 0)
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(
-        CorruptShard, match=r"images/000000\.tar cannot be read: it is cut off; the last key read is 0000000000"
+        CorruptFile, match=r"images/000000\.tar cannot be read: it is cut off; the last key read is 0000000000"
     ):
         list(run.read("images", 0))
 
@@ -151,7 +151,7 @@ def test_a_tar_that_ends_between_members_is_cut_off_too(tmp_path):
 
     _, members = index_tar(path)[2]
     path.write_bytes(path.read_bytes()[: members["maps.npz"].offset - 512])
-    with pytest.raises(CorruptShard, match="cut off"):
+    with pytest.raises(CorruptFile, match="cut off"):
         list(run.read("maps", 0))
 
 
@@ -206,7 +206,7 @@ def test_settings_that_another_command_takes_back_just_then_are_made_anew(tmp_pa
 
     def refused():
         with run.claim(Drawn()) as claimed:
-            assert run.begun("images") == claimed.artifact("images")
+            assert run.find_artifact("images") == claimed.artifact("images")
             raise KeyboardInterrupt
 
     monkeypatch.setattr("synthgen.run.create_bytes", create)
@@ -227,9 +227,9 @@ def test_a_command_keeps_the_settings_that_the_same_one_elsewhere_takes_back(tmp
     second = run.claim(Drawn())
     with pytest.raises(KeyboardInterrupt):
         fails(second)
-    assert run.begun("images") is None
+    assert run.find_artifact("images") is None
     second.__exit__(None, None, None)
-    assert run.begun("images") is not None
+    assert run.find_artifact("images") is not None
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def test_where_all_units_failed_other_settings_may_be_given(tmp_path):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed, match="2 of 2 units failed"):
         run_stage(Failing(), run, Local(workers=1))
-    assert not run.holds("images")
+    assert not run.is_nonempty("images")
     assert list(run.failures("images")) == [0, 1]
     assert run.artifact("images")["settings"]["unit_size"] == 6  # for ``status``
     with pytest.raises(UnitsFailed, match="its one unit failed; unit 000000"):
@@ -310,10 +310,14 @@ def test_of_a_part_only_the_options_that_differ_are_told():
 
 def test_given_settings_are_laid_over_those_before():
     before = {"refine": {"name": "cut", "smoothness": 2.0, "floor": 0.1}, "min_area": 0.5}
-    assert laid_over(before, {}) == before
-    assert laid_over(before, {"refine": "cut"}) == before
-    assert laid_over(before, {"refine": {"floor": 0.2}})["refine"] == {"name": "cut", "smoothness": 2.0, "floor": 0.2}
-    assert laid_over(before, {"refine": {"name": "plain", "level": 1}, "min_area": 0}) == {
+    assert merge_settings(before, {}) == before
+    assert merge_settings(before, {"refine": "cut"}) == before
+    assert merge_settings(before, {"refine": {"floor": 0.2}})["refine"] == {
+        "name": "cut",
+        "smoothness": 2.0,
+        "floor": 0.2,
+    }
+    assert merge_settings(before, {"refine": {"name": "plain", "level": 1}, "min_area": 0}) == {
         "refine": {"name": "plain", "level": 1},
         "min_area": 0,
     }
@@ -321,7 +325,7 @@ def test_given_settings_are_laid_over_those_before():
 
 def test_a_run_that_a_failing_command_made_is_taken_back(tmp_path):
     def failing(folder):
-        with Run.created(folder) as run:
+        with Run.create_or_roll_back(folder) as run:
             assert run.path.is_dir()
             raise MissingArtifact("no prompts")
 
@@ -390,7 +394,7 @@ def test_what_an_older_version_hid_is_not_taken_for_the_same(tmp_path):
         run.tar(name, 0).touch()
         (run.folder(name) / "settings.yaml").write_text(yaml.safe_dump(entry | {"fingerprint": "of before"}))
     with pytest.raises(StaleArtifact) as refused:
-        run.note(Told())
+        run.record_settings(Told())
     assert str(refused.value) == (
         f"{run.path}/images was made differently: method.tokenizer is 'tokA' and was not written down (***); its input "
         "'secret-santa.tar' was not written down (***); its input 'tokens' was not written down (***); "
@@ -433,7 +437,7 @@ def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
     with run.claim(Drawn()) as claimed:
         for name in ("images", "maps"):  # somebody empties the folders and begins anew
             (run.folder(name) / "settings.yaml").unlink()
-        run.note(replace(Drawn(), units=3))
+        run.record_settings(replace(Drawn(), units=3))
         with claimed.write("images", 0) as images:
             images.add("0000000000", {"txt": b"x"})
     assert run.mark("images", 0)["fingerprint"] == claimed.artifact("images")["fingerprint"]
@@ -442,7 +446,7 @@ def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
 
 def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):
     run = Run.create(tmp_path / "r")
-    run.note(Drawn())
+    run.record_settings(Drawn())
     with run.write("images", 0) as late:
         late.add("0000000000", {"txt": b"x"})
         with run.write("images", 0) as early:
@@ -494,7 +498,7 @@ while not Path(f"{folder}.go").exists():
     time.sleep(0.001)
 try:
     if kind == "others":
-        Run.create(folder).note(named(number))
+        Run.create(folder).record_settings(named(number))
     elif kind == "seeds":
         run_stage(Numbers(units=2), Run.create(folder, seed=number), Local(workers=1))
     else:

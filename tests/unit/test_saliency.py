@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, Material, Scenes
+from synthgen.evaluators import EVALUATORS, DenseFeatures, EvalData
 from synthgen.evaluators.saliency import (
     box_ious,
     compared,
@@ -38,9 +38,9 @@ def drawn(*rows):
 
 
 def make_truth(masks, boxes=None):
-    """Scenes without features, with masks and no boxes but those given."""
+    """DenseFeatures without features, with masks and no boxes but those given."""
     boxes = boxes or [[]] * len(masks)
-    return Scenes(
+    return DenseFeatures(
         torch.zeros(len(masks), 1, 2, 2).half(),
         torch.from_numpy(np.stack(masks)).short(),
         tuple(torch.tensor(edges).float().view(-1, 4) for edges in boxes),
@@ -200,7 +200,7 @@ def test_a_decoder_learns_eight_images_by_heart():
     found = evaluator.judge(evaluator.train(told, "cpu", 0), told, "cpu")
     assert found.ious.min() > 0.9
     assert found.max_f > 0.95
-    others = evaluator.evaluate(Material(train_scenes=told, test_scenes=make_scenes(8, 2, known=False, scale=2)))
+    others = evaluator.evaluate(EvalData(train_scenes=told, test_scenes=make_scenes(8, 2, known=False, scale=2)))
     assert others["iou"] < 0.5
     assert "spread" not in others
 
@@ -208,7 +208,7 @@ def test_a_decoder_learns_eight_images_by_heart():
 def test_figures_are_the_means_of_the_seeds():
     train, test = make_scenes(8, 1, known=True), make_scenes(6, 2, known=True)
     evaluator = build(seeds=2, steps=8, width=16)
-    numbers = evaluator.evaluate(Material(train_scenes=train, test_scenes=test))
+    numbers = evaluator.evaluate(EvalData(train_scenes=train, test_scenes=test))
     each = [evaluator.judge(evaluator.train(train, "cpu", seed), test, "cpu") for seed in (0, 1)]
     assert list(numbers) == ["iou", "low", "high", "spread", "max_f", "accuracy", "corloc", "images", "seeds"]
     assert numbers["iou"] == pytest.approx(np.mean([one.ious.mean() for one in each]))
@@ -222,10 +222,10 @@ def test_classes_do_not_matter():
     """One, two, and some that training lacks: the same figures."""
     train, test = make_scenes(8, 1, known=True), make_scenes(6, 2, known=True)
     evaluator = build(seeds=1, steps=8, width=16)
-    numbers = evaluator.evaluate(Material(train_scenes=train, test_scenes=test))
+    numbers = evaluator.evaluate(EvalData(train_scenes=train, test_scenes=test))
     one = dataclasses.replace(train, pixels=train.pixels.clamp(max=1))
     other = dataclasses.replace(test, pixels=test.pixels * 2, classes=(*test.classes, "zebra", "yak"))
-    assert evaluator.evaluate(Material(train_scenes=one, test_scenes=other)) == numbers
+    assert evaluator.evaluate(EvalData(train_scenes=one, test_scenes=other)) == numbers
 
 
 # -- what is refused
@@ -252,14 +252,14 @@ def test_bad_settings_are_told(options, said):
 @pytest.mark.parametrize("side", ["train_scenes", "test_scenes"])
 def test_masks_without_pixels_are_told(side):
     """Boxes alone tell of no foreground."""
-    material = Material(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
-    scenes = getattr(material, side)
+    data = EvalData(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
+    scenes = getattr(data, side)
     empty = dataclasses.replace(scenes, pixels=torch.zeros_like(scenes.pixels))
     with pytest.raises(ConfigError, match=r"no mask of the (training|test) images has a pixel"):
-        build().evaluate(dataclasses.replace(material, **{side: empty}))
+        build().evaluate(dataclasses.replace(data, **{side: empty}))
 
 
 def test_a_training_that_diverges_is_told():
-    material = Material(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
+    data = EvalData(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
     with pytest.raises(ConfigError, match="diverged; give it a lower learning_rate"):
-        build(seeds=1, steps=60, width=16, learning_rate=1e9).evaluate(material)
+        build(seeds=1, steps=60, width=16, learning_rate=1e9).evaluate(data)

@@ -18,11 +18,20 @@ import numpy as np
 import pytest
 from fsspec.registry import _registry
 
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingDependency, StorageError
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingDependency, StorageError
 from synthgen.image import encode_png
 from synthgen.log import logged_to
 from synthgen.run import Run
-from synthgen.stores import Growing, filled, is_in_memory, listing, located, open_here, read_many, stays_remote
+from synthgen.stores import (
+    AppendFile,
+    filled,
+    is_in_memory,
+    listing,
+    open_here,
+    parse_location,
+    read_many,
+    stays_remote,
+)
 from synthgen.stores import remote as module
 from synthgen.stores.cache import cache_bytes, cache_folder, local_copy
 from synthgen.stores.remote import RemotePath
@@ -34,7 +43,7 @@ SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "bin": bytes(num
 
 @pytest.fixture(params=["s3", "memory"])
 def place(request: pytest.FixtureRequest, store: Store, tmp_path: Path) -> Path:
-    return located(store.url("run") if request.param == "s3" else f"memory://{tmp_path.name}-run")
+    return parse_location(store.url("run") if request.param == "s3" else f"memory://{tmp_path.name}-run")
 
 
 def write_tar(path: Path, size: int = 0) -> TarWriter:
@@ -52,18 +61,22 @@ def copies() -> list[Path]:
 
 
 def test_urls_are_told_from_paths() -> None:
-    assert located("runs/demo") == Path("runs/demo")
-    assert type(located("runs/demo")) is type(Path())
-    assert located("file:///runs/demo") == located(Path("file:///runs/demo")) == Path("/runs/demo")
-    for given in ("s3://bucket/a/run", Path("s3://bucket/a/run"), located("s3://bucket/a/run")):  # a slash is lost
-        assert isinstance(located(given), RemotePath)
-        assert str(located(given)) == "s3://bucket/a/run"
-    assert is_in_memory(located("memory://run"))
-    assert not is_in_memory(located("s3://bucket/run"))
+    assert parse_location("runs/demo") == Path("runs/demo")
+    assert type(parse_location("runs/demo")) is type(Path())
+    assert parse_location("file:///runs/demo") == parse_location(Path("file:///runs/demo")) == Path("/runs/demo")
+    for given in (
+        "s3://bucket/a/run",
+        Path("s3://bucket/a/run"),
+        parse_location("s3://bucket/a/run"),
+    ):  # a slash is lost
+        assert isinstance(parse_location(given), RemotePath)
+        assert str(parse_location(given)) == "s3://bucket/a/run"
+    assert is_in_memory(parse_location("memory://run"))
+    assert not is_in_memory(parse_location("s3://bucket/run"))
 
 
 def test_it_joins_and_splits_as_a_path_does() -> None:
-    run = located("s3://bucket/a/run")
+    run = parse_location("s3://bucket/a/run")
     tar = run / "images" / "000012.tar"
     assert f"{tar}" == "s3://bucket/a/run/images/000012.tar"
     assert (tar.name, tar.stem, tar.suffix, str(tar.parent)) == ("000012.tar", "000012", ".tar", f"{run}/images")
@@ -83,13 +96,13 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(text: str) -> None:
 
 def test_a_kind_of_store_that_is_none_and_one_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no kind of store called nothing://"):
-        located("nothing://bucket/run")
+        parse_location("nothing://bucket/run")
     with pytest.raises(ConfigError, match=r"names no bucket"):
-        located("s3://")
+        parse_location("s3://")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
     with pytest.raises(MissingDependency, match="pip install s3fs"):
-        located("s3://bucket/run")
+        parse_location("s3://bucket/run")
 
 
 def test_local_runs_import_no_client() -> None:
@@ -156,13 +169,13 @@ def test_a_tar_that_is_given_up_leaves_nothing(place: Path) -> None:
 def test_a_tar_that_is_cut_off_in_the_store(place: Path) -> None:
     data = write_tar(place / "a.tar").path.read_bytes()
     write_bytes(place / "a.tar", data[:3000])
-    with pytest.raises(CorruptShard, match=r"://.*a\.tar cannot be read"):
+    with pytest.raises(CorruptFile, match=r"://.*a\.tar cannot be read"):
         index_tar(place / "a.tar")
 
 
 def test_what_is_large_goes_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART", 5 * 2**20)
-    tar = write_tar(located(store.url("large.tar")), size=2**21 + 2**19)
+    tar = write_tar(parse_location(store.url("large.tar")), size=2**21 + 2**19)
     parts = [line for line in store.lines if "partNumber=" in line]
     assert len(parts) == 3
     assert tar.size > 2 * module.PART
@@ -194,7 +207,7 @@ def test_folders_of_this_machine_are_sent_when_they_are_full(place: Path, tmp_pa
 def test_lines_are_added_and_sent(place: Path, tmp_path: Path) -> None:
     for path in (place / "metrics.jsonl", tmp_path / "metrics.jsonl"):
         for line in ("1", "2"):
-            file = Growing(path)
+            file = AppendFile(path)
             file.add(line)
             file.flush()
         assert path.read_text() == "1\n2\n"
@@ -203,7 +216,7 @@ def test_lines_are_added_and_sent(place: Path, tmp_path: Path) -> None:
 def test_logs_of_several_processes_do_not_meet(store: Store) -> None:
     import logging
 
-    with logged_to(located(store.url("run/logs/masks-0.jsonl"))):
+    with logged_to(parse_location(store.url("run/logs/masks-0.jsonl"))):
         logging.getLogger("synthgen").info("done", extra={"token": "a-secret-word"})
     ((name, data),) = store.objects("run/logs").items()
     assert name.startswith("run/logs/masks-0-")
@@ -216,7 +229,7 @@ def test_logs_of_several_processes_do_not_meet(store: Store) -> None:
 
 
 def test_a_copy_is_made_once_for_each_content(store: Store) -> None:
-    path = located(store.url("a.bin"))
+    path = parse_location(store.url("a.bin"))
     write_bytes(path, b"one")
     assert [open_here(path).read() for _ in range(3)] == [b"one"] * 3
     assert sum(line.startswith("GET /bucket/a.bin") for line in store.lines) == 1
@@ -229,7 +242,7 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "2.5kB")
-    paths = [located(store.url(f"{number}.bin")) for number in range(3)]
+    paths = [parse_location(store.url(f"{number}.bin")) for number in range(3)]
     for path in paths:
         write_bytes(path, path.name.encode() * 200)
     for number in (0, 1, 0, 2):
@@ -243,7 +256,7 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(
 
 def test_threads_share_a_cache_that_is_too_small(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "3000")
-    paths = [located(store.url(f"{number}.bin")) for number in range(6)]
+    paths = [parse_location(store.url(f"{number}.bin")) for number in range(6)]
     for path in paths:
         write_bytes(path, path.name.encode() * 200)
     with ThreadPoolExecutor(4) as pool:
@@ -263,7 +276,7 @@ def test_sizes_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_cannot_be_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "file"))
-    path = located(store.url("a.bin"))
+    path = parse_location(store.url("a.bin"))
     write_bytes(path, b"1")
     with pytest.raises(StorageError, match="SYNTHGEN_CACHE"):
         open_here(path)
@@ -273,7 +286,7 @@ def test_a_disk_that_is_full_is_not_the_fault_of_the_store(store: Store, monkeyp
     def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    path = located(store.url("a.bin"))
+    path = parse_location(store.url("a.bin"))
     write_bytes(path, b"1")
     assert isinstance(path, RemotePath)
     monkeypatch.setattr(path._system(), "get_file", full)
@@ -291,7 +304,7 @@ def test_samples_of_tars_that_the_cache_cannot_hold_are_asked_for_one_by_one(
     paths = []
     for number in range(3):
         image = encode_png(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
-        for folder in (tmp_path, located(store.url("shards"))):
+        for folder in (tmp_path, parse_location(store.url("shards"))):
             with TarWriter(folder / f"{number:06d}.tar") as tar:
                 for row in range(4):
                     members = {"png": image, "txt": f"text {row}".encode(), "json": b'{"words": []}', "cls": b"3"}
@@ -299,7 +312,7 @@ def test_samples_of_tars_that_the_cache_cannot_hold_are_asked_for_one_by_one(
         paths.append(tmp_path / f"{number:06d}.tar")
     size = paths[0].stat().st_size
     monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", str(3 * size))
-    remote = [located(store.url(f"shards/{path.name}")) for path in paths]
+    remote = [parse_location(store.url(f"shards/{path.name}")) for path in paths]
     assert list(stays_remote(remote)) == remote[1:]
     here, there = ShardDataset(paths), pickle.loads(pickle.dumps(ShardDataset(remote)))
     store.lines.clear()
@@ -316,7 +329,7 @@ def test_samples_of_tars_that_the_cache_cannot_hold_are_asked_for_one_by_one(
 
 def test_requests_that_fail_in_passing_are_repeated(store: Store, tmp_path: Path) -> None:
     store.fault_rate = 0.15
-    run = located(store.url("run"))
+    run = parse_location(store.url("run"))
     for number in range(8):
         path = run / f"{number}.json"
         write_bytes(path, b"%d" % number)
@@ -334,7 +347,7 @@ def test_requests_that_fail_in_passing_are_repeated(store: Store, tmp_path: Path
 
 def test_an_answer_that_never_comes_is_not_waited_for(store: Store) -> None:
     store.kinds, store.fault_rate = ("timeout",), 0.5
-    path = located(store.url("a.json"))
+    path = parse_location(store.url("a.json"))
     write_bytes(path, b"1")
     assert path.read_bytes() == b"1"
 
@@ -342,7 +355,7 @@ def test_an_answer_that_never_comes_is_not_waited_for(store: Store) -> None:
 def test_parts_that_fail_are_sent_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART", 5 * 2**20)
     store.kinds, store.fault_rate = ("500", "cut"), 0.3
-    tar = write_tar(located(store.url("large.tar")), size=2**21 + 2**19)
+    tar = write_tar(parse_location(store.url("large.tar")), size=2**21 + 2**19)
     assert hashlib.sha256(store.objects()["large.tar"]).hexdigest() == tar.sha256
 
 
@@ -417,7 +430,7 @@ def test_a_store_that_has_answered_once_is_asked_again_when_it_refuses(
     forget_connections()
     waits: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waits.append)
-    path = located(store.url("a.json"))
+    path = parse_location(store.url("a.json"))
     assert isinstance(path, RemotePath)
     if before != "nothing":
         answers = {"a value": lambda system, key: key, "a missing object": lambda system, key: system.info(key)}
@@ -439,7 +452,7 @@ def test_a_store_that_has_answered_once_is_asked_again_when_it_refuses(
 
 
 def test_what_a_store_says_of_secrets_is_not_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = located(store.url("a.json"))
+    path = parse_location(store.url("a.json"))
     assert isinstance(path, RemotePath)
 
     def refused(system: object, key: str) -> None:

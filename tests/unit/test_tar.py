@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from synthgen.errors import CorruptShard, MissingArtifact, StorageError
+from synthgen.errors import CorruptFile, MissingArtifact, StorageError
 from synthgen.stores.tar import TarWriter, index_tar, iter_samples, read_tar, write_bytes, write_json
 
 SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "mask.png": bytes(number)}) for number in range(5)]
@@ -91,14 +91,14 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, end: int) -> None:
     whole = path.read_bytes()
     content = whole[: 5 * 3 * 512]  # a header and two blocks of data each; what follows is padding
     path.write_bytes(content[:end])
-    with pytest.raises(CorruptShard, match=r"a\.tar cannot be read: .*key") as caught:
+    with pytest.raises(CorruptFile, match=r"a\.tar cannot be read: .*key") as caught:
         index_tar(path)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_tar_and_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(CorruptShard, match="no key could be read"):
+    with pytest.raises(CorruptFile, match="no key could be read"):
         index_tar(tmp_path / "a.tar")
     with pytest.raises(MissingArtifact, match=r"b\.tar"):
         index_tar(tmp_path / "b.tar")
@@ -136,7 +136,7 @@ def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
 
 def test_nobody_is_told_to_delete_a_file_that_is_no_run_s(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(CorruptShard, match="get it anew, or leave it out") as caught:
+    with pytest.raises(CorruptFile, match="get it anew, or leave it out") as caught:
         index_tar(tmp_path / "a.tar")
     assert "delete it" not in str(caught.value)
     (tmp_path / "run.yaml").write_text("seed: 0")
@@ -144,7 +144,7 @@ def test_nobody_is_told_to_delete_a_file_that_is_no_run_s(tmp_path: Path) -> Non
         path = tmp_path / folder / "000000.tar"
         path.parent.mkdir(parents=True)
         path.write_bytes(b"no tar at all" * 100)
-        with pytest.raises(CorruptShard, match=r"delete it; .*: synthgen status"):
+        with pytest.raises(CorruptFile, match=r"delete it; .*: synthgen status"):
             index_tar(path)
 
 

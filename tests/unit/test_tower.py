@@ -13,13 +13,13 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingWeights
 from synthgen.export import export_encoder
 from synthgen.methods.mapet import as_seen_by
 from synthgen.models.tower import encoder_folder, is_tower, load_tower, open_encoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
-from synthgen.stages._written import encoder_hash
-from synthgen.stores import located
+from synthgen.stages._integrity import encoder_hash
+from synthgen.stores import parse_location
 from synthgen.stores.tar import write_bytes
 
 SHAPE = {
@@ -167,16 +167,16 @@ def test_broken_towers_are_one_line(tmp_path):
     whole, described = load_file(weights), about.read_text()
     first = next(name for name in whole if ".0." in name)
     save_file({name: tensor for name, tensor in whole.items() if name != first}, weights, metadata={"format": "pt"})
-    with pytest.raises(CorruptShard, match=r"its weights lack .*, and 1 in all") as caught:
+    with pytest.raises(CorruptFile, match=r"its weights lack .*, and 1 in all") as caught:
         load_tower(tmp_path)
     assert "\n" not in str(caught.value)
     weights.write_bytes(b"\x00" * 64)
-    with pytest.raises(CorruptShard, match="cannot be read as a vision model") as caught:
+    with pytest.raises(CorruptFile, match="cannot be read as a vision model") as caught:
         load_tower(tmp_path)
     assert "\n" not in str(caught.value)
     for text in ("[]", "{", '{"model_type": "none such"}'):
         about.write_text(text)
-        with pytest.raises(CorruptShard, match="cannot be read as a vision model"):
+        with pytest.raises(CorruptFile, match="cannot be read as a vision model"):
             load_tower(tmp_path)
     about.write_text(json.dumps({**json.loads(described), "auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(ConfigError, match="wants to run code of its own"):
@@ -270,7 +270,7 @@ def test_a_training_without_its_encoder_is_no_tower(tmp_path):
 
 
 def test_a_tower_in_a_store_is_not_read_there():
-    folder = located("memory://towers/one")
+    folder = parse_location("memory://towers/one")
     write_bytes(folder / "config.json", b'{"model_type": "vit"}')
     write_bytes(folder / "model.safetensors", b"weights")
     assert is_tower(folder)

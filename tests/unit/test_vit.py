@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, UnknownName
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName
 from synthgen.export import export_encoder, to_transformers
 from synthgen.models.decoder import PixelDecoder
 from synthgen.models.layers import Block, CrossBlock, attend, patchify, restore, sincos_positions, take, unpatchify
@@ -179,15 +179,15 @@ def test_broken_files_are_one_clear_error(encoder, tmp_path):
     weights = tmp_path / "encoder.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptShard, match="pretrain again"):
+    with pytest.raises(CorruptFile, match="pretrain again"):
         load_encoder(tmp_path)
     weights.write_bytes(whole)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"dim": 32}))
-    with pytest.raises(CorruptShard, match="pretrain again"):
+    with pytest.raises(CorruptFile, match="pretrain again"):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CorruptShard, match="pretrain again"):
+    with pytest.raises(CorruptFile, match="pretrain again"):
         load_encoder(tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_decay", "follow"]
+__all__ = ["check_decay", "update_ema"]
 
 
 def check_decay(ema_decay: float) -> float:
@@ -20,7 +20,7 @@ def check_decay(ema_decay: float) -> float:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, steps: Tensor, ema_decay: float) -> None:
+def update_ema(average: nn.Module, module: nn.Module, steps: Tensor, ema_decay: float) -> None:
     """Another step is done: ``average`` forgets at ``ema_decay`` a step, and faster while few ``steps`` are done."""
     steps += 1
     rate = 1 - ((1 + steps) / (10 + steps)).clamp(max=ema_decay)

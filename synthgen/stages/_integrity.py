@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.run import Run, digest
 from synthgen.stores import listing
+from synthgen.stores.checksum import sha256_of, verify_sha256
 from synthgen.stores.remote import RemotePath
-from synthgen.stores.whole import check_whole, sha256_of
-from synthgen.untrusted import MOST_BYTES, read_file, read_json
+from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = [
     "check_encoder",
@@ -34,16 +34,16 @@ def listed_shards(run: Run, split: str) -> dict[str, str]:
 
     Raises:
         MissingArtifact: the shards are not finished.
-        CorruptShard: it cannot be read.
+        CorruptFile: it cannot be read.
     """
     path, again = run.folder("shards") / "dataset.json", run.remedy("shards")
     try:
-        rows = [row for row in read_json(read_file(path), MOST_BYTES)["shards"] if row["split"] == split]
+        rows = [row for row in read_json(read_file(path), MAX_BYTES)["shards"] if row["split"] == split]
         return {Path(row["file"]).name: str(row["sha256"]) for row in rows}
     except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifact(f"{run.path} has no finished shards yet; run: {again}") from None
     except (ValueError, LookupError, TypeError):
-        raise CorruptShard(f"{path} cannot be read; delete it and run: {again}") from None
+        raise CorruptFile(f"{path} cannot be read; delete it and run: {again}") from None
 
 
 def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
@@ -51,7 +51,7 @@ def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
 
     Raises:
         MissingArtifact: the shards are not finished, or one is gone.
-        CorruptShard: their ``dataset.json`` cannot be read.
+        CorruptFile: their ``dataset.json`` cannot be read.
     """
     folder = run.folder("shards") / split
     listed, there = listed_shards(run, split), listing(folder)
@@ -67,13 +67,13 @@ def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> No
     its share. Costs one reading of them; those in a store are left to its own checksums.
 
     Raises:
-        MissingArtifact, CorruptShard: one is not there, or is not as it was written.
+        MissingArtifact, CorruptFile: one is not there, or is not as it was written.
     """
     folder, again = run.folder("shards") / split, run.remedy("shards")
     if isinstance(folder, RemotePath):
         return
     for name, sha256 in sorted(listed_shards(run, split).items())[rank::world_size]:
-        check_whole(folder / name, sha256, again)
+        verify_sha256(folder / name, sha256, again)
 
 
 def weights_of(done: Mapping[str, Any]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def check_encoder(folder: Path) -> None:
     """See that the weights of an encoder, and those beside it, have the sha256 that its ``done.json`` tells, if any.
 
     Raises:
-        MissingArtifact, CorruptShard: one is gone, or has another.
+        MissingArtifact, CorruptFile: one is gone, or has another.
     """
     try:
         weights = weights_of(read_json(read_file(folder / "done.json"), finite=False))
@@ -105,7 +105,7 @@ def check_encoder(folder: Path) -> None:
     if folder.parent.name == "pretrain":
         again = f"synthgen pretrain --label {shlex.quote(folder.name)} --run {shlex.quote(str(folder.parent.parent))}"
     for name, sha256 in weights.items():
-        check_whole(folder / name, sha256, again)
+        verify_sha256(folder / name, sha256, again)
 
 
 def encoder_hash(folder: Path, *, processor: bool = True) -> str:
@@ -127,10 +127,10 @@ def naming_damage(look: Callable[[], None]) -> Iterator[None]:
     """Where something cannot be read, let ``look`` say first which file is not as it was written, and its remedy.
 
     Raises:
-        CorruptShard: what ``look`` found, else what was raised within.
+        CorruptFile: what ``look`` found, else what was raised within.
     """
     try:
         yield
-    except CorruptShard:
+    except CorruptFile:
         look()
         raise

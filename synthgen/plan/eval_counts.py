@@ -13,7 +13,7 @@ from synthgen.errors import ConfigError
 from synthgen.plan.source import Pictures, survey_pictures
 from synthgen.records import Prompt
 from synthgen.run import Run
-from synthgen.stages._judged import Source, looked_at, open_source, placed
+from synthgen.stages._eval_sources import Source, looked_at, open_source, placed
 from synthgen.stages.attend import prompt_of
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
@@ -93,7 +93,7 @@ def prompts_of(pictures: Pictures, template: str) -> list[Prompt]:
     """What ``attend`` would ask of the few; ``template`` is for images without a caption.
 
     Raises:
-        PromptError, CorruptShard: as there.
+        PromptError, CorruptFile: as there.
     """
     from synthgen.datasets import open_dataset
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthgen.config import Choice
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, MissingWeights, StaleArtifact
-from synthgen.stages._written import check_encoder, encoder_hash
-from synthgen.stores import located
-from synthgen.stores.whole import sha256_of
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingWeights, StaleArtifact
+from synthgen.stages._integrity import check_encoder, encoder_hash
+from synthgen.stores import parse_location
+from synthgen.stores.checksum import sha256_of
 from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def find_start(name: str, method: str) -> Start:
     Raises:
         MissingArtifact: there are none, or the training is not finished.
         MissingWeights: the model cannot be fetched.
-        CorruptShard: what describes the training cannot be read.
+        CorruptFile: what describes the training cannot be read.
     """
     from synthgen.models.tower import encoder_folder
 
-    folder = located(name)
+    folder = parse_location(name)
     of_training = any((folder / part).exists() for part in ("settings.yaml", "metrics.jsonl", "checkpoints"))
     if of_training and not (folder / "done.json").is_file():
         again = "the same command that began it"
@@ -67,7 +67,7 @@ def find_start(name: str, method: str) -> Start:
         trained = Choice.of(read_json(read_file(folder / "config.json"))["method"])
         steps = int(read_json(read_file(folder / "done.json"), finite=False)["steps"])
     except (OSError, ValueError, LookupError, TypeError, ConfigError):
-        raise CorruptShard(f"done.json and config.json in {folder} do not tell how it was trained") from None
+        raise CorruptFile(f"done.json and config.json in {folder} do not tell how it was trained") from None
     last = folder / "checkpoints" / f"step-{steps:08d}.safetensors"
     return Start(folder, last if trained.name == method and last.is_file() else None, trained)
 
@@ -81,7 +81,7 @@ def option_inputs(method: Choice) -> dict[str, str]:
     for option, value in method.options.items():
         if not isinstance(value, str) or not value:
             continue
-        place, name = located(value), f"method.{option}"
+        place, name = parse_location(value), f"method.{option}"
         tokenizer = place / "tokenizer.json" if place.is_dir() else place
         if reads_texts and tokenizer.is_file():
             found[name] = sha256_of(tokenizer)
@@ -97,14 +97,14 @@ def start_inputs(name: str, method: str, begun: Mapping[str, Any] | None) -> dic
     finished stays finished without them.
 
     Raises:
-        MissingArtifact, MissingWeights, CorruptShard: see :func:`find_start`.
+        MissingArtifact, MissingWeights, CorruptFile: see :func:`find_start`.
     """
     noted: dict[str, str] = {}
     if begun is not None and begun["settings"].get("start") == name and begun["settings"]["method"]["name"] == method:
         noted = {key: value for key, value in begun["inputs"].items() if key in (_ENCODER, _WHOLE)}
     try:
         found = find_start(name, method).hashes()
-    except (MissingArtifact, MissingWeights, CorruptShard, OSError):
+    except (MissingArtifact, MissingWeights, CorruptFile, OSError):
         if noted:
             return noted
         raise
@@ -121,7 +121,7 @@ def begin(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) 
         inputs: of the training, as they were noted.
 
     Raises:
-        MissingArtifact, MissingWeights, CorruptShard, ConfigError: there are no such weights, they cannot be read, or
+        MissingArtifact, MissingWeights, CorruptFile, ConfigError: there are no such weights, they cannot be read, or
             do not fit.
         StaleArtifact: they have changed since the training was begun.
     """
@@ -144,7 +144,7 @@ def begin(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) 
         method.check_start(start.folder)
         every = method_tensors(start.whole)
         if any(key not in every or not every[key].equal(tensor) for key, tensor in tensors.items()):
-            raise CorruptShard(
+            raise CorruptFile(
                 f"{start.whole} is not of the encoder beside it; delete {start.folder} and pretrain again"
             )
         tensors = every

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from synthgen.stores import opened
-from synthgen.stores.opened import OpenFiles
+from synthgen.stores import open_files
+from synthgen.stores.open_files import OpenFiles
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def paths(tmp_path):
 
 
 def test_a_file_is_opened_once_and_the_first_is_closed_for_the_next(paths, monkeypatch):
-    monkeypatch.setattr(opened, "_MOST", 2)
+    monkeypatch.setattr(open_files, "_MOST", 2)
     files = OpenFiles()
     first, second = files[paths[0]], files[paths[1]]
     assert files[paths[0]] is first

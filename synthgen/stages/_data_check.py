@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset, Sample
     from synthgen.models.vit import EncoderConfig
 
-__all__ = ["first_look", "side_of", "tell_sizes"]
+__all__ = ["looked_at_first", "side_of", "tell_sizes"]
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 32  # samples, evenly spread, that a method may see before it says that the data will do
 
 
-def first_look(samples: ImageDataset) -> list[Sample]:
+def looked_at_first(samples: ImageDataset) -> list[Sample]:
     """Some samples, evenly spread; all of a few.
 
     Raises:
-        CorruptShard: one cannot be read.
+        CorruptFile: one cannot be read.
     """
     return [samples[number] for number in range(0, len(samples), max(1, len(samples) // _LOOKED_AT))]
 
@@ -37,10 +37,10 @@ def tell_sizes(looked: Sequence[Sample], config: EncoderConfig) -> None:
 
     What an encoder shrinks in any case counts as no larger than what it sees at most by default.
     """
-    from synthgen.models.vit import MOST_PIXELS
+    from synthgen.models.vit import MAX_PIXELS
 
     sides = sorted(min(sample.image.shape[:2]) for sample in looked)
-    if 2 * min(sides[0], MOST_PIXELS) <= min(sides[-1], MOST_PIXELS):
+    if 2 * min(sides[0], MAX_PIXELS) <= min(sides[-1], MAX_PIXELS):
         logger.warning(
             "the images have %d to %d pixels along their shorter side, by %d looked at, and the encoder sees all of "
             "them at %d: small ones are enlarged, large ones lose detail; --set encoder.image_size=N sets another size",

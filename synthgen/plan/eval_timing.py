@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Labelled, Latents, Mapped, Material, Pairs, Pictured, Scenes
+    from synthgen.evaluators import (
+        DenseFeatures,
+        EvalData,
+        Evaluator,
+        ImageTextPairs,
+        LabelledFeatureMaps,
+        LabelledFeatures,
+        LabelledImages,
+        Latents,
+    )
 
 __all__ = ["LENGTHS", "enlarged", "tried"]
 
@@ -31,7 +40,7 @@ _WARM = 16  # images on which everything is done once before
 
 
 def tried(
-    evaluator: Evaluator, material: Material, sizes: tuple[int, int], classes: int, rounds: int, affordable: float
+    evaluator: Evaluator, data: EvalData, sizes: tuple[int, int], classes: int, rounds: int, affordable: float
 ) -> tuple[list[float], str]:
     """Seconds of an evaluation of ``sizes`` images, to learn from and to be judged on, in each round; and their basis.
 
@@ -39,8 +48,8 @@ def tried(
     """
     most = max(_MOST[evaluator.needs], getattr(evaluator, "batch_size", 0))  # or a step would be too small
     few = tuple(min(size, most) for size in sizes)
-    _whole(evaluator, enlarged(material, (min(few[0], _WARM), min(few[1], _WARM)), classes))
-    given = enlarged(material, (few[0], few[1]), classes)
+    _whole(evaluator, enlarged(data, (min(few[0], _WARM), min(few[1], _WARM)), classes))
+    given = enlarged(data, (few[0], few[1]), classes)
     taken = list[float]()
     started = time.perf_counter()
     while len(taken) < rounds and (not taken or time.perf_counter() - started < affordable):
@@ -49,7 +58,7 @@ def tried(
     for side, (size, held) in enumerate(zip(sizes, few, strict=True)):
         if size > held:
             half = (few[0] // 2, few[1]) if side == 0 else (few[0], few[1] // 2)
-            share = 2 * (1 - _whole(evaluator, enlarged(material, half, classes)) / mean)
+            share = 2 * (1 - _whole(evaluator, enlarged(data, half, classes)) / mean)
             growth *= 1 + (size / held - 1) * min(max(share, 0.0), 1.0)
     taken += [mean] * (rounds - len(taken))
     return [seconds * growth for seconds in taken], _basis(evaluator, sizes, (few[0], few[1]))
@@ -71,56 +80,56 @@ def _length(evaluator: Evaluator) -> tuple[str, int]:
     return name, int(getattr(evaluator, name)) if name else 0
 
 
-def _whole(evaluator: Evaluator, material: Material) -> float:
+def _whole(evaluator: Evaluator, data: EvalData) -> float:
     """Seconds of an evaluation with all its steps, of which a few are made."""
     name, steps = _length(evaluator)
     if steps <= _SHORT[1]:
-        return _timed(evaluator, material)
+        return _timed(evaluator, data)
     with_steps: Any = evaluator
-    short, longer = (_timed(replace(with_steps, **{name: count}), material) for count in _SHORT)
+    short, longer = (_timed(replace(with_steps, **{name: count}), data) for count in _SHORT)
     each = max(0.0, longer - short) / (_SHORT[1] - _SHORT[0])
     return short + each * (steps - _SHORT[0])
 
 
-def _timed(evaluator: Evaluator, material: Material) -> float:
+def _timed(evaluator: Evaluator, data: EvalData) -> float:
     started = time.perf_counter()
-    evaluator.evaluate(material)
+    evaluator.evaluate(data)
     return time.perf_counter() - started
 
 
 # -- more of the same
 
 
-def enlarged(material: Material, sizes: tuple[int, int], classes: int) -> Material:
-    """The material with ``sizes`` images, to learn from and to be judged on: its own, over and over, of all classes.
+def enlarged(data: EvalData, sizes: tuple[int, int], classes: int) -> EvalData:
+    """The data with ``sizes`` images, to learn from and to be judged on: its own, over and over, of all classes.
 
     Of pairs the second are images and the first are texts.
     """
     train, test = sizes
     return replace(
-        material,
-        train=material.train and _labelled(material.train, train, classes),
-        test=material.test and _labelled(material.test, test, classes),
-        train_scenes=material.train_scenes and _scenes(material.train_scenes, train, classes),
-        test_scenes=material.test_scenes and _scenes(material.test_scenes, test, classes),
-        pairs=material.pairs and _pairs(material.pairs, train, test),
-        train_maps=material.train_maps and _mapped(material.train_maps, train, classes),
-        test_maps=material.test_maps and _mapped(material.test_maps, test, classes),
-        train_latents=material.train_latents and _latents(material.train_latents, train, classes),
-        test_latents=material.test_latents and _latents(material.test_latents, test, classes),
-        train_images=material.train_images and _pictured(material.train_images, train, classes),
-        test_images=material.test_images and _pictured(material.test_images, test, classes),
+        data,
+        train=data.train and _labelled(data.train, train, classes),
+        test=data.test and _labelled(data.test, test, classes),
+        train_scenes=data.train_scenes and _scenes(data.train_scenes, train, classes),
+        test_scenes=data.test_scenes and _scenes(data.test_scenes, test, classes),
+        pairs=data.pairs and _pairs(data.pairs, train, test),
+        train_maps=data.train_maps and _mapped(data.train_maps, train, classes),
+        test_maps=data.test_maps and _mapped(data.test_maps, test, classes),
+        train_latents=data.train_latents and _latents(data.train_latents, train, classes),
+        test_latents=data.test_latents and _latents(data.test_latents, test, classes),
+        train_images=data.train_images and _pictured(data.train_images, train, classes),
+        test_images=data.test_images and _pictured(data.test_images, test, classes),
     )
 
 
-def _labelled(given: Labelled, count: int, classes: int) -> Labelled:
+def _labelled(given: LabelledFeatures, count: int, classes: int) -> LabelledFeatures:
     rows, features = torch.arange(count), _repeated(given.features, count)
     if count > len(given.features):  # images are not equally near, as copies would be: kNN looks longer at those
         features = features * (1 + _APART * torch.randn(features.shape, generator=torch.Generator().manual_seed(count)))
     return replace(given, features=features, labels=rows % max(1, classes), keys=_keys(count))
 
 
-def _mapped(given: Mapped, count: int, classes: int) -> Mapped:
+def _mapped(given: LabelledFeatureMaps, count: int, classes: int) -> LabelledFeatureMaps:
     maps, rows = tuple(_repeated(block, count) for block in given.maps), torch.arange(count)
     return replace(given, maps=maps, labels=rows % max(1, classes), keys=_keys(count))
 
@@ -130,12 +139,12 @@ def _latents(given: Latents, count: int, classes: int) -> Latents:
     return replace(given, values=_repeated(given.values, count), labels=rows % max(1, classes), keys=_keys(count))
 
 
-def _pictured(given: Pictured, count: int, classes: int) -> Pictured:
+def _pictured(given: LabelledImages, count: int, classes: int) -> LabelledImages:
     rows = torch.arange(count)
     return replace(given, pixels=_repeated(given.pixels, count), labels=rows % max(1, classes), keys=_keys(count))
 
 
-def _scenes(given: Scenes, count: int, classes: int) -> Scenes:
+def _scenes(given: DenseFeatures, count: int, classes: int) -> DenseFeatures:
     """Boxes get other classes each time, so that all occur."""
     names = (*given.classes, *(f"class {number}" for number in range(len(given.classes), classes + 1)))
     held = len(given)
@@ -150,7 +159,7 @@ def _scenes(given: Scenes, count: int, classes: int) -> Scenes:
     )
 
 
-def _pairs(given: Pairs, texts: int, images: int) -> Pairs:
+def _pairs(given: ImageTextPairs, texts: int, images: int) -> ImageTextPairs:
     rows = torch.arange(max(images, texts))
     return replace(
         given,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from synthgen.evaluators import OF_LABELLED, OF_SCENES, Material, Need, Row
+from synthgen.evaluators import OF_LABELLED, OF_SCENES, EvalData, Need, Row
 from synthgen.evaluators._extraction import (
     Extracted,
     Extractor,
@@ -19,12 +19,12 @@ from synthgen.evaluators._extraction import (
     pictured,
     scenes,
 )
-from synthgen.stages._doubts import doubts, doubts_of_masks
-from synthgen.stages._judged import Source, looked_at, placed, thinned
+from synthgen.stages._eval_sources import Source, looked_at, placed, thinned
+from synthgen.stages._eval_warnings import doubts, doubts_of_masks
 
 __all__ = ["gathered", "telling"]
 
-Parts = dict[Row, dict[str, Any]]  # of the material of each kind of row
+Parts = dict[Row, dict[str, Any]]  # of the data of each kind of row
 
 _KEPT: dict[Need, str] = {"maps": "maps of blocks", "latents": "latents", "images": "pixels"}  # of images with labels
 
@@ -36,8 +36,8 @@ def gathered(
     patch_memory: float,
     tick: Callable[[int], None],
     result: dict[str, Any],
-) -> dict[Row, Material]:
-    """The material of each kind of row: those of the extractor's networks, and ``pixels``.
+) -> dict[Row, EvalData]:
+    """The data of each kind of row: those of the extractor's networks, and ``pixels``.
 
     What was found, and what is doubtful about it, goes into ``result``.
     """
@@ -87,13 +87,13 @@ def gathered(
         captions = [sources["test"].captions.get(number, ()) for number in numbers["test"]]
         parts["encoder"]["pairs"] = paired(found["test"], captions, extractor.dual)
         result["test"] |= {"images_with_texts": sum(map(bool, captions)), "texts": sum(map(len, captions))}
-    return {kind: Material(**part) for kind, part in parts.items()}
+    return {kind: EvalData(**part) for kind, part in parts.items()}
 
 
-def telling(material: Material, describe: Callable[[str], None], what: str) -> Material:
-    """The material for the evaluation ``what``, which is described now and, if it is a long one, on its way."""
+def telling(data: EvalData, describe: Callable[[str], None], what: str) -> EvalData:
+    """The data for the evaluation ``what``, which is described now and, if it is a long one, on its way."""
     describe(what)
-    return replace(material, describe=lambda text: describe(f"{what}: {text}"))
+    return replace(data, describe=lambda text: describe(f"{what}: {text}"))
 
 
 def _add_labelled(

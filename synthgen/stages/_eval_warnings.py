@@ -9,7 +9,7 @@ from synthgen.text import counted
 
 if TYPE_CHECKING:
     from synthgen.evaluators._extraction import Extracted
-    from synthgen.stages._judged import Source
+    from synthgen.stages._eval_sources import Source
 
 __all__ = ["doubts", "doubts_of_masks"]
 

@@ -13,8 +13,8 @@ from synthgen.codecs import decode_masks, decode_meta
 from synthgen.errors import ConfigError
 from synthgen.records import WordMasks
 from synthgen.run import Run, digest
-from synthgen.stages._written import check_there
-from synthgen.stores import located
+from synthgen.stages._integrity import check_there
+from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import read_tar
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from synthgen.stages.evaluate import Evaluate
 
 __all__ = [
-    "Lacking",
+    "MissingInput",
     "Source",
     "looked_at",
     "masks_to_judge",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class Lacking(ConfigError):
+class MissingInput(ConfigError):
     """Images, or an encoder, are not of the kind that an evaluator needs."""
 
 
@@ -86,10 +86,10 @@ class Source:
         """See that there are some.
 
         Raises:
-            Lacking: there are none.
+            MissingInput: there are none.
         """
         if not self.labels:
-            raise Lacking(
+            raise MissingInput(
                 f"no image of {self.path} has a label; give --{self.name} tars with cls (or label in json), "
                 "or a folder with a subfolder for each class"
             )
@@ -98,12 +98,12 @@ class Source:
         """See that some class of these is known from training images.
 
         Raises:
-            Lacking: none is.
+            MissingInput: none is.
         """
         known, asked = (set(source.labels.values()) for source in (train, self))
         if not known & asked:
             few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
-            raise Lacking(
+            raise MissingInput(
                 f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
             )
 
@@ -111,19 +111,21 @@ class Source:
         """See that there are some.
 
         Raises:
-            Lacking: there are none.
+            MissingInput: there are none.
         """
         if not self.masked:
-            raise Lacking(f"no image of {self.path} has masks; give --{self.name} tars with mask.png and json (words)")
+            raise MissingInput(
+                f"no image of {self.path} has masks; give --{self.name} tars with mask.png and json (words)"
+            )
 
     def need_boxes(self) -> None:
         """See that there are some, or masks, which have boxes round them.
 
         Raises:
-            Lacking: there are none.
+            MissingInput: there are none.
         """
         if not self.masked and not self.boxed:
-            raise Lacking(
+            raise MissingInput(
                 f"no image of {self.path} has masks or boxes; give --{self.name} tars with boxes in their json, "
                 "or with mask.png and json (words)"
             )
@@ -132,10 +134,10 @@ class Source:
         """See that there are some.
 
         Raises:
-            Lacking: there are none.
+            MissingInput: there are none.
         """
         if not self.captions:
-            raise Lacking(
+            raise MissingInput(
                 f"no image of {self.path} has a text; give --{self.name} tars with txt (or captions in json), "
                 "or a folder with captions beside its images"
             )
@@ -150,7 +152,7 @@ def open_source(name: str, path: str, stamp: str = "") -> Source:
         stamp: what :func:`stamp_of` says of it, where that is known.
 
     Raises:
-        MissingArtifact, CorruptShard: it is not there, holds nothing, or cannot be read.
+        MissingArtifact, CorruptFile: it is not there, holds nothing, or cannot be read.
     """
     return _opened(name, path, stamp or stamp_of(path))
 
@@ -166,7 +168,7 @@ def stamps(stage: Evaluate, run: Run, sources: Mapping[str, Source]) -> dict[str
     Of the run's own that is what was noted when they were written; of others see :func:`stamp_of`.
 
     Raises:
-        MissingArtifact, CorruptShard: they are not there, or what was noted of them cannot be read.
+        MissingArtifact, CorruptFile: they are not there, or what was noted of them cannot be read.
     """
     found, splits = {}, stage.splits(run)
     for name, source in sources.items():
@@ -187,7 +189,7 @@ def stamp_of(source: str) -> str:
     from synthgen.datasets import source_inputs
     from synthgen.datasets.sources import tars_of
 
-    place = located(source)
+    place = parse_location(source)
     if isinstance(place, RemotePath):
         return digest(list(source_inputs(source).values()))
     # with their folders, which are the labels where images lie in them
@@ -204,7 +206,7 @@ def _stamp_of_shards(run: Run, split: str) -> str:
     """Of each tar of a split the sha256 that ``dataset.json`` tells, here and in a store; of one it does not, the size.
 
     Raises:
-        MissingArtifact, CorruptShard: see :func:`~synthgen.stages._written.check_there`.
+        MissingArtifact, CorruptFile: see :func:`~synthgen.stages._integrity.check_there`.
     """
     sums, sizes = check_there(run, split)
     return digest([[name, sums.get(name, size)] for name, size in sorted(sizes.items()) if name.endswith(".tar")])

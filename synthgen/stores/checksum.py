@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from synthgen.errors import CorruptShard, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.stores import open_here
 
-__all__ = ["check_whole", "sha256_of"]
+__all__ = ["sha256_of", "verify_sha256"]
 
 
 def sha256_of(path: Path) -> str:
@@ -21,21 +21,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_whole(path: Path, sha256: str, again: str) -> None:
+def verify_sha256(path: Path, sha256: str, again: str) -> None:
     """See that the sha256 of a file is the one that was noted when it was written; ``again`` is what makes it anew.
 
     Raises:
         MissingArtifact: there is no such file.
-        CorruptShard: it is not, or the file cannot be read.
+        CorruptFile: it is not, or the file cannot be read.
     """
     try:
         found = sha256_of(path)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; run: {again}") from None
     except OSError as error:
-        raise CorruptShard(f"{path} cannot be read: {error.strerror or error}; delete it and run: {again}") from None
+        raise CorruptFile(f"{path} cannot be read: {error.strerror or error}; delete it and run: {again}") from None
     if found != sha256:
-        raise CorruptShard(
+        raise CorruptFile(
             f"{path} is cut off, or a byte of it is wrong: it has another sha256 than when it was written; "
             f"delete it and run: {again}"
         )

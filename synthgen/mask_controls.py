@@ -12,12 +12,12 @@ from jaxtyping import UInt8
 
 from synthgen.datasets import ImageDataset, Sample
 
-__all__ = ["CONTROLS", "MasksChanged", "moved", "scattered"]
+__all__ = ["CONTROLS", "WithChangedMasks", "moved", "scattered"]
 
 LabelMap = UInt8[np.ndarray, "H W"]
 
 
-class MasksChanged(ImageDataset):
+class WithChangedMasks(ImageDataset):
     """The same samples with other masks: ``change`` makes them of a sample's label map and its key."""
 
     def __init__(self, samples: ImageDataset, change: Callable[[LabelMap, str], LabelMap]) -> None:
@@ -28,7 +28,9 @@ class MasksChanged(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.samples[index]
-        return sample if sample.labels is None else replace(sample, labels=self.change(sample.labels, sample.key))
+        return (
+            sample if sample.label_map is None else replace(sample, label_map=self.change(sample.label_map, sample.key))
+        )
 
     def key(self, index: int) -> str:
         """As the samples say."""

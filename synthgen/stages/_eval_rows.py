@@ -11,7 +11,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.run import Run
 from synthgen.stages import Worker
-from synthgen.stores import located
+from synthgen.stores import parse_location
 
 if TYPE_CHECKING:
     from synthgen.diffusion.features import FeatureReader
@@ -62,7 +62,7 @@ def rows_of(stage: Evaluate, folder: Path | None, evaluators: Collection[Evaluat
 def encoder_name(stage: Evaluate, folder: Path) -> str:
     """What the encoder is called: its folder, or the model on the hub."""
     given = stage.encoder
-    return folder.resolve().name if not given or located(given).exists() else given.rpartition("/")[2]
+    return folder.resolve().name if not given or parse_location(given).exists() else given.rpartition("/")[2]
 
 
 def extractor_of(

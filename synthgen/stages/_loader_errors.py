@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 
 from synthgen.errors import SynthgenError
 
-__all__ = ["telling_lost_readers"]
+__all__ = ["explaining_lost_workers"]
 
 
 @contextmanager
-def telling_lost_readers() -> Iterator[None]:
+def explaining_lost_workers() -> Iterator[None]:
     """Say in one line that a loader process was killed; torch says it in a traceback, wherever the stage may be.
 
     What such a process could not read it hands over itself (see :class:`synthgen.loader.Reader`).

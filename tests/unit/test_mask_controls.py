@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from synthgen.datasets import open_dataset
-from synthgen.elsewhere import CONTROLS, MasksChanged, moved, scattered
+from synthgen.mask_controls import CONTROLS, WithChangedMasks, moved, scattered
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.shards import Shards
@@ -38,7 +38,7 @@ def test_samples_are_the_same_but_for_their_masks(tmp_path, masks) -> None:
     run: Run = make_run(tmp_path / "run", units=1, unit_size=6, image_size=32)
     run_stage(Shards(val_ratio=0.0), run, "local")
     samples = open_dataset(run.folder("shards") / "train")
-    control = MasksChanged(samples, CONTROLS[masks])
+    control = WithChangedMasks(samples, CONTROLS[masks])
     assert len(control) == len(samples)
     assert control.has_masks()
     for number in range(len(samples)):
@@ -48,8 +48,8 @@ def test_samples_are_the_same_but_for_their_masks(tmp_path, masks) -> None:
         assert samples.captions(number) == control.captions(number)
         assert np.array_equal(own.image, other.image)
         assert np.array_equal(
-            np.bincount(own.labels.ravel(), minlength=4), np.bincount(other.labels.ravel(), minlength=4)
+            np.bincount(own.label_map.ravel(), minlength=4), np.bincount(other.label_map.ravel(), minlength=4)
         )
-        assert not np.array_equal(own.labels, other.labels)
+        assert not np.array_equal(own.label_map, other.label_map)
     bare = open_dataset(run.folder("shards") / "train", masks=False)
-    assert MasksChanged(bare, CONTROLS[masks])[0].labels is None
+    assert WithChangedMasks(bare, CONTROLS[masks])[0].label_map is None

@@ -15,14 +15,14 @@ from synthgen.datasets import open_captioned, open_dataset
 from synthgen.errors import ConfigError, MissingArtifact, PromptError
 from synthgen.evaluators import EVALUATORS
 from synthgen.image import encode_png
-from synthgen.plan import trial
+from synthgen.plan import eval_timing
+from synthgen.plan.eval_timing import enlarged, tried
 from synthgen.plan.source import survey_pictures
-from synthgen.plan.trial import enlarged, tried
 from synthgen.run import Run
 from synthgen.stages import make_stage
 from synthgen.stages._layout import split_of
 from synthgen.stores.tar import TarWriter
-from tests.evaluation import make_labelled, make_material
+from tests.evaluation import make_data, make_labelled
 from tests.factories import make_generation
 
 PICTURE = encode_png(make_generation(size=16, grid=4)[0].image)
@@ -209,7 +209,7 @@ def test_images_of_other_sources_are_counted(tmp_path):
 
 
 def test_of_large_sources_and_of_captions_the_number_is_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr("synthgen.plan.judged.COMPARED", 10)
+    monkeypatch.setattr("synthgen.plan.eval_counts.COMPARED", 10)
     source = write_tars(tmp_path / "train", 90)
     found = line(tmp_path, {"train": str(source)})
     assert found.basis.startswith("expected: ")
@@ -247,18 +247,18 @@ class Fake:
     test: float = 1e-3
     step: float = 1e-5
 
-    def seconds(self, material):
-        train, test = len(material.train.labels), len(material.test.labels)
+    def seconds(self, data):
+        train, test = len(data.train.labels), len(data.test.labels)
         return self.pair * train * test + self.test * test + self.step * train * self.max_steps
 
 
 @pytest.mark.parametrize("sizes", [(300, 200), (40_000, 900), (50_000, 30_000)])
 @pytest.mark.parametrize("fake", [Fake(step=0), Fake(pair=0, test=0), Fake(pair=0, step=0), Fake(max_steps=7)])
 def test_time_is_drawn_out_by_steps_and_images(monkeypatch, sizes, fake):
-    monkeypatch.setattr(trial, "_timed", lambda evaluator, material: evaluator.seconds(material))
-    material = replace(make_material(known=True), train_scenes=None, test_scenes=None, pairs=None)
-    taken, basis = tried(fake, material, sizes, 3, 3, 1e9)
-    whole = fake.seconds(enlarged(material, sizes, 3))
+    monkeypatch.setattr(eval_timing, "_timed", lambda evaluator, data: evaluator.seconds(data))
+    data = replace(make_data(known=True), train_scenes=None, test_scenes=None, pairs=None)
+    taken, basis = tried(fake, data, sizes, 3, 3, 1e9)
+    whole = fake.seconds(enlarged(data, sizes, 3))
     mixed = fake == Fake(max_steps=7) and max(sizes) > 4096  # both kinds at once: between what either would give
     assert taken == pytest.approx([whole] * 3, rel=0.5 if mixed else 1e-9)
     assert ("10 of at most 500 steps" in basis) == (fake.max_steps == 500)
@@ -266,8 +266,8 @@ def test_time_is_drawn_out_by_steps_and_images(monkeypatch, sizes, fake):
 
 def test_rounds_that_cannot_be_afforded_are_the_mean_of_the_others(monkeypatch):
     seconds = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(trial, "_whole", lambda evaluator, material: next(seconds))
-    taken, _ = tried(Fake(), make_material(known=True), (20, 10), 3, 3, -1.0)
+    monkeypatch.setattr(eval_timing, "_whole", lambda evaluator, data: next(seconds))
+    taken, _ = tried(Fake(), make_data(known=True), (20, 10), 3, 3, -1.0)
     assert taken == [1.0, 1.0, 1.0]
 
 
@@ -277,7 +277,7 @@ def test_every_evaluator_takes_more_of_the_same(name):
         pytest.importorskip("pycocotools")
     options = {"steps": 2} if name in ("segmentation", "detection", "fine_tune") else {}
     evaluator = EVALUATORS.build(name, **options)
-    given = enlarged(make_material(known=True, train=6, test=4), (20, 14), 5)
+    given = enlarged(make_data(known=True, train=6, test=4), (20, 14), 5)
     assert {len(given.train.labels), len(given.train_scenes), len(given.train_images.keys)} == {20}
     assert {len(given.test.labels), len(given.test_scenes), len(given.test_images.pixels)} == {14}
     assert (len(given.pairs.texts), len(given.pairs.images)) == (20, 14)

@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthgen.run import versions
-from synthgen.stages._written import weights_beside, weights_of
+from synthgen.stages._integrity import weights_beside, weights_of
+from synthgen.stores.checksum import sha256_of
 from synthgen.stores.tar import write_json
-from synthgen.stores.whole import sha256_of
 from synthgen.untrusted import read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.methods import Method
 
-__all__ = ["export_late", "is_left", "leave"]
+__all__ = ["export_missing", "is_complete", "save_outputs"]
 
 logger = logging.getLogger(__name__)
 
 _EXPORTED = "transformers"
 
 
-def leave(method: Method, folder: Path, about: Mapping[str, Any], done: Mapping[str, Any], *, export: bool) -> None:
+def save_outputs(
+    method: Method, folder: Path, about: Mapping[str, Any], done: Mapping[str, Any], *, export: bool
+) -> None:
     """Write all that a training leaves into ``folder``.
 
     Args:
@@ -47,7 +49,7 @@ def leave(method: Method, folder: Path, about: Mapping[str, Any], done: Mapping[
     write_json(folder / "done.json", {**done, **hashes, "versions": versions()})
 
 
-def is_left(folder: Path, fingerprint: str) -> bool:
+def is_complete(folder: Path, fingerprint: str) -> bool:
     """Whether all of it is there, whole, and of a training with this fingerprint."""
     try:
         done = read_json(read_file(folder / "done.json"), finite=False)
@@ -57,11 +59,11 @@ def is_left(folder: Path, fingerprint: str) -> bool:
         return False
 
 
-def export_late(folder: Path) -> None:
+def export_missing(folder: Path) -> None:
     """Write ``transformers/`` of a finished training that was made without, or where writing it was broken off.
 
     Raises:
-        CorruptShard: the encoder cannot be read.
+        CorruptFile: the encoder cannot be read.
         StorageError: it cannot be written.
     """
     from synthgen.export import export_encoder

@@ -17,15 +17,15 @@ from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import ShardDataset
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, CorruptShard, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.methods import METHODS
 from synthgen.models.adopted import adopt
 from synthgen.models.tower import load_tower
 from synthgen.models.vit import VisionTransformer, load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, Summary, run_stage
-from synthgen.stages._start import option_inputs
-from synthgen.stores.whole import sha256_of
+from synthgen.stages._init_weights import option_inputs
+from synthgen.stores.checksum import sha256_of
 from synthgen.tiny import WEIGHTS
 from synthgen.train.checkpoint import load_method
 from tests.stages.test_methods_training import KillAt, Killed, losses, members, write
@@ -180,7 +180,7 @@ def test_another_start_is_another_training(run, umd):
 def test_without_a_start_nothing_is_another_training(run):
     plain = make_stage("pretrain", {"method": "umd"}).complete()
     assert not {"start", "beta2"} & plain.fingerprinted().keys()
-    assert not {"start", "beta2"} & plain.noted(run).keys()
+    assert not {"start", "beta2"} & plain.recorded_settings(run).keys()
     other = make_stage("pretrain", {"method": "umd", "start": "a", "beta2": 0.999}).complete().fingerprinted()
     assert (other["start"], other["beta2"]) == ("a", 0.999)
     assert plain.settings()["start"] == ""  # told all the same
@@ -252,10 +252,10 @@ def test_damage_is_told_before_anything_begins(run, umd):
     data = bytearray(checkpoint.read_bytes())
     data[-5] ^= 1  # of the optimizer or of the method: all of it is looked at
     checkpoint.write_bytes(data)
-    with pytest.raises(CorruptShard, match="a byte of it is wrong"):
+    with pytest.raises(CorruptFile, match="a byte of it is wrong"):
         train(run, TUNED, "tuned", start=str(umd))
     (umd / "encoder.safetensors").write_bytes((run.folder("pretrain/mae") / "encoder.safetensors").read_bytes())
-    with pytest.raises(CorruptShard, match=r"encoder\.safetensors is cut off, or a byte of it is wrong"):
+    with pytest.raises(CorruptFile, match=r"encoder\.safetensors is cut off, or a byte of it is wrong"):
         train(run, TUNED, "tuned", start=str(umd))
 
 
@@ -279,7 +279,7 @@ def test_another_vocabulary_is_another_training(run, tmp_path, place):
     path = Path(shutil.copy(WEIGHTS / "tokenizer" / "tokenizer.json", tmp_path / "tok"))
     method = VLP | {"tokenizer": str(path.parent / place)}
     stage = make_stage("pretrain", SMALL | {"data": [str(tmp_path / "data.tar")], "method": method}).complete()
-    run.note(stage)
+    run.record_settings(stage)
     noted = run.artifact("pretrain/vlp")
     assert noted["settings"]["method"]["tokenizer"] == method["tokenizer"]  # it is called like a secret, and is none
     assert noted["inputs"]["method.tokenizer"] == sha256_of(path)
@@ -459,14 +459,14 @@ def test_weights_that_are_missing_or_left_over_are_told(tmp_path):
     tensors = load_file(path)
     extra = {name.replace(".1.", ".2."): tensor for name, tensor in tensors.items() if ".layer.1." in name}
     save_file(tensors | {name: tensor.clone() for name, tensor in extra.items()}, path)
-    with pytest.raises(CorruptShard, match=r"16 of its tensors have no place in our ViT, such as encoder\.layer\.2"):
+    with pytest.raises(CorruptFile, match=r"16 of its tensors have no place in our ViT, such as encoder\.layer\.2"):
         adopt(folder)
     save_file({name: tensor for name, tensor in tensors.items() if name not in extra and ".1." not in name}, path)
-    with pytest.raises(CorruptShard, match=r"it lacks encoder\.layer\.1\."):
+    with pytest.raises(CorruptFile, match=r"it lacks encoder\.layer\.1\."):
         adopt(folder)
     save_file(tensors | {"vit.layernorm.bias": torch.zeros(31)}, path)
-    with pytest.raises(CorruptShard, match=r"norm\.bias has the shape \(31,\) instead of \(32,\)"):
+    with pytest.raises(CorruptFile, match=r"norm\.bias has the shape \(31,\) instead of \(32,\)"):
         adopt(folder)
     path.unlink()
-    with pytest.raises(CorruptShard, match="or not there"):
+    with pytest.raises(CorruptFile, match="or not there"):
         adopt(folder)
