@@ -1,4 +1,4 @@
-"""What the engines themselves cost: time beside the work, two workers against one, the status of a large run.
+"""The cost of the engines: overhead of each unit, two workers against one, the status of a large run.
 
 ``python benchmarks/engines.py`` writes ``results/engines.json`` in under four minutes. A unit of the first part only
 sleeps, so that a busy machine disturbs it little; the second wants two idle cores, and says beside the time what
@@ -76,7 +76,7 @@ class Sleep(Stage):
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Sleep, write, and note when the unit began and ended."""
+        """Sleep, write, and record when the unit started and ended."""
 
         def work(unit: int) -> Report:
             began = time.time()
@@ -90,8 +90,8 @@ class Sleep(Stage):
         yield work
 
 
-def beside_the_work(name: str, units: int, seconds: float) -> dict[str, Any]:
-    """What a worker does beside a unit, as a share of it; what comes before the first unit and after the last."""
+def measure_overhead(name: str, units: int, seconds: float) -> dict[str, Any]:
+    """The overhead of a unit, relative to its time; the seconds before the first unit and after the last."""
     call, options = CALLS[name]
     with tempfile.TemporaryDirectory() as folder:
         command = [*call, str(Path(__file__).resolve()), "--one", json.dumps([folder, options, units, seconds])]
@@ -114,8 +114,8 @@ def beside_the_work(name: str, units: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def work_of_one(folder: str, options: dict[str, Any], units: int, seconds: float) -> None:
-    """What the measured process does."""
+def run_sleep(folder: str, options: dict[str, Any], units: int, seconds: float) -> None:
+    """Run the stage: the process that is measured."""
     run_stage(Sleep(units=units, seconds=seconds), Run.create(folder), Choice.of(options))
 
 
@@ -146,7 +146,9 @@ def speed_of_two(units: int, unit_size: int, repeats: int) -> dict[str, Any]:
     """
 
     @dataclass(frozen=True)
-    class DenseFeatures(Stage):
+    class Drawings(Stage):
+        """Drawn images with their maps."""
+
         name: ClassVar = "generate"
         reads: ClassVar = ()
         writes: ClassVar = ("images", "maps")
@@ -175,7 +177,7 @@ def speed_of_two(units: int, unit_size: int, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(folder)
         (run.path / "prompt.txt").write_text("a [word0] and a [word1]\n", encoding="utf-8")
-        run_stage(DenseFeatures(), run, Choice("local", {"workers": 1}))
+        run_stage(Drawings(), run, Choice("local", {"workers": 1}))
         for turn in range(repeats):
             for workers in (1, 2) if turn % 2 else (2, 1):
                 taken[workers].append(masks_by(workers, run))
@@ -229,7 +231,7 @@ def middle(turns: list[dict[str, float]], name: str) -> float:
 
 
 def processor_seconds() -> float:
-    """Of this process, and of those that it began and that have ended."""
+    """Processor time of this process, and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -296,7 +298,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what this script gives to a process of an engine
     args = parser.parse_args()
     if args.one:
-        work_of_one(*json.loads(args.one))
+        run_sleep(*json.loads(args.one))
         return
     figures: dict[str, Any] = {"units": args.units, "seconds": args.seconds, "workers": WORKERS, "engines": {}}
     for name in CALLS:
@@ -305,7 +307,7 @@ def main() -> None:
         except MissingDependency as error:
             print(f"{name}: left out, {error}")
             continue
-        figures["engines"][name] = beside_the_work(name, args.units, args.seconds)
+        figures["engines"][name] = measure_overhead(name, args.units, args.seconds)
         print(name, figures["engines"][name], flush=True)
     figures["masks, 2 workers against 1"] = speed_of_two(args.mask_units, 8, args.repeats)
     print("masks", figures["masks, 2 workers against 1"], flush=True)

@@ -1,4 +1,4 @@
-"""Engines deal the units of a stage out to workers. Every worker count gives the same bytes."""
+"""Engines distribute the units of a stage over workers. Any number of workers gives the same bytes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 from synthgen.devices import place
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.registry import Registry
 from synthgen.run import Run
 from synthgen.stages import Stage
 
-__all__ = ["ENGINES", "Engine", "Listener", "default_engine"]
-
-
-class Listener(Protocol):
-    """Who hears of progress."""
-
-    def advance(self, count: int) -> None:
-        """So many more samples are made."""
-
-    def skip(self, count: int) -> None:
-        """So many samples of a unit were made by an earlier call."""
-
-    def describe(self, text: str) -> None:
-        """A remark beside the bar."""
+__all__ = ["ENGINES", "Engine", "default_engine"]
 
 
 class Engine(Protocol):
@@ -32,7 +20,7 @@ class Engine(Protocol):
 
     collective: ClassVar[bool]  # whether stages whose workers share one unit (training) can run on it
 
-    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+    def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:
         """Work on each unit; one report for each, in any order. A failure is a report too."""
         ...
 

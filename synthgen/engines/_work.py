@@ -1,4 +1,4 @@
-"""What the workers of every engine do: open the stage once, then work on unit after unit."""
+"""What the workers of every engine share: a stage is opened once, and errors of its units become reports."""
 
 from __future__ import annotations
 
@@ -17,97 +17,106 @@ from synthgen.redact import redact
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
 
-__all__ = ["DeviceFailed", "opened"]
+__all__ = ["DeviceFailed", "open_stage"]
 
 logger = logging.getLogger(__name__)
 
-#: What torch says when a device or one of its libraries fails; cuDNN and cuBLAS raise plain RuntimeErrors.
-_OF_A_DEVICE = re.compile(
+#: In torch's messages when a device or one of its libraries fails; cuDNN and cuBLAS raise plain RuntimeErrors.
+_DEVICE_ERROR = re.compile(
     r"\b(CUDA|HIP|cuDNN|MIOpen)( driver)? error\b|\b(CUDNN|(CU|HIP)(BLAS|SOLVER|FFT))_STATUS_|\bmiopenStatus"
 )
-#: Where these stand in it the device is well: the unit asks for too much, or for what the library does not do.
-_OF_A_UNIT = re.compile(
+#: In those that leave the device usable: the unit needs more memory, or what the library does not support.
+_UNIT_ERROR = re.compile(
     r"out of memory|ALLOC_FAILED|AllocFailed|_STATUS_(NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE|ARCH_MISMATCH)"
 )
 
 
 class DeviceFailed(SynthgenError):
-    """A device, or what this process has of it, is broken: whatever the process asks of it from now on fails too."""
+    """A device failed, or this process can no longer use it: all later calls of the process on it fail too.
+
+    Args:
+        device: as torch names it.
+        host: the machine.
+        reason: the first line of the error.
+        trace: where it came from.
+    """
 
     def __init__(self, device: str, host: str, reason: str, trace: str = "") -> None:
         self.device, self.trace = device, trace
-        self.short = redact(f"{device} of {host} failed ({reason})")
-        self._given = (device, host, reason, trace)
+        self.summary = redact(f"{device} of {host} failed ({reason})")  # without the advice
+        self._args = (device, host, reason, trace)
         super().__init__(
-            f"{self.short}; see what nvidia-smi says of it, then restart the machine, or leave the device out with "
+            f"{self.summary}; see what nvidia-smi says of it, then restart the machine, or leave the device out with "
             "CUDA_VISIBLE_DEVICES, and give the same command again: it goes on"
         )
 
     def __reduce__(self) -> tuple[type[DeviceFailed], tuple[str, ...]]:
-        """As it is sent to another process."""
-        return type(self), self._given
+        """How it is sent to another process."""
+        return type(self), self._args
 
     @classmethod
-    def of(cls, error: Exception, device: str) -> DeviceFailed | None:
-        """What ``error``, met by a worker on ``device``, says of the device; nothing if it is of the unit alone.
+    def from_error(cls, error: Exception, device: str) -> DeviceFailed | None:
+        """The failure that ``error`` means for the ``device`` it was raised on; None if only the unit failed.
 
         After most errors of CUDA every later call in the same process fails at once, so that a worker which went on
-        would spoil unit after unit.
+        would fail unit after unit.
         """
         if isinstance(error, cls):
             return error
-        text = str(error)
+        message = str(error)
         known = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch's; imported late
-        known = known or (isinstance(error, RuntimeError) and _OF_A_DEVICE.search(text) is not None)
-        if not known or _OF_A_UNIT.search(text):
+        known = known or (isinstance(error, RuntimeError) and _DEVICE_ERROR.search(message) is not None)
+        if not known or _UNIT_ERROR.search(message):
             return None
-        first = f"{type(error).__name__}: {text}".splitlines()[0][:300]  # the others say how CUDA is debugged
-        return cls(device, socket.gethostname(), first, redact(traceback.format_exc()))
+        reason = f"{type(error).__name__}: {message}".splitlines()[0][:300]  # the other lines explain how to debug CUDA
+        return cls(device, socket.gethostname(), reason, redact(traceback.format_exc()))
 
 
 @contextmanager
-def opened(stage: Stage, run: Run, worker: Worker) -> Iterator[Work]:
-    """Open ``stage``; what is yielded makes a report of whatever goes wrong, so that one bad unit does not end the job.
+def open_stage(stage: Stage, run: Run, worker: Worker) -> Iterator[Work]:
+    """Open ``stage`` and yield what works on a unit; an error of one unit is in its report and does not end the call.
 
-    A unit that somebody else made meanwhile is not made again. The error of a collective stage, which has one unit, is
-    the stage's own and is raised. ``logs/<stage>-<rank>.jsonl`` tells what became of every unit.
+    A unit that was made meanwhile elsewhere is skipped. A collective stage has one unit, and raises its error.
+    ``logs/<stage>-<rank>.jsonl`` has a line for every unit.
 
     Raises:
-        DeviceFailed: also by what is yielded: the worker's device is broken; the unit may be made elsewhere.
+        DeviceFailed: the worker's device failed, while the stage was opened or while it worked on a unit, which may be
+            tried elsewhere.
+        Exception: the stage cannot be opened.
     """
-    about = {"stage": stage.name, "rank": worker.rank}
+    fields = {"stage": stage.name, "rank": worker.rank}
 
-    def guarded(unit: int) -> Report:
+    def run_unit(unit: int) -> Report:
         if stage.done(run, unit):
-            worker.skip(stage.size(run, unit))
+            worker.progress.skip(stage.size(run, unit))
             return Report(unit)
         started = time.perf_counter()
         try:
             report = work(unit)
         except Exception as error:
-            if failed := DeviceFailed.of(error, worker.device):
-                told = {**about, "unit": unit, "samples": 0, "seconds": round(time.perf_counter() - started, 3)}
-                told["trace"] = failed.trace
-                logger.warning("unit %06d is left to another worker: %s", unit, failed.short, extra=told)
-                raise failed from None
+            if failure := DeviceFailed.from_error(error, worker.device):
+                seconds = round(time.perf_counter() - started, 3)
+                extra = fields | {"unit": unit, "samples": 0, "seconds": seconds, "trace": failure.trace}
+                logger.warning("unit %06d is left to another worker: %s", unit, failure.summary, extra=extra)
+                raise failure from None
             reason = redact(" ".join(str(error).split())) or "no message"
             trace = "" if isinstance(error, SynthgenError) else redact(traceback.format_exc())
             report = Report(unit, error=f"{type(error).__name__}: {reason}", trace=trace)
         seconds = round(time.perf_counter() - started, 3)
-        told = {**about, "unit": unit, "samples": report.count, "seconds": seconds}
+        extra = fields | {"unit": unit, "samples": report.count, "seconds": seconds}
         if report.error:
-            logger.warning("unit %06d failed: %s", unit, report.error, extra=told | {"trace": report.trace})
+            logger.warning("unit %06d failed: %s", unit, report.error, extra=extra | {"trace": report.trace})
         else:
-            logger.info("unit %06d done", unit, extra=told)
+            logger.info("unit %06d done", unit, extra=extra)
         return report
 
     with logged_to(run.path / "logs" / f"{stage.name}-{worker.rank}.jsonl"):
         try:
             with stage.open(run, worker) as work:
-                logger.info("opened on %s, one of %d workers", worker.device, worker.world_size, extra=about)
-                yield work if stage.collective else guarded
+                logger.info("opened on %s, one of %d workers", worker.device, worker.world_size, extra=fields)
+                yield work if stage.collective else run_unit
         except Exception as error:
-            logger.error("%s: %s", type(error).__name__, error, extra=about)
-            if not stage.collective and (failed := DeviceFailed.of(error, worker.device)):
-                raise failed from None
+            logger.error("%s: %s", type(error).__name__, error, extra=fields)
+            if not stage.collective and (failure := DeviceFailed.from_error(error, worker.device)):
+                raise failure from None
             raise

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from synthgen.devices import devices_for
-from synthgen.engines import Listener
-from synthgen.engines._crew import Crew
-from synthgen.engines._work import opened
+from synthgen.engines._work import open_stage
+from synthgen.engines._worker_pool import WorkerPool
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
@@ -20,12 +20,12 @@ __all__ = ["Local"]
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """Deal units out to ``workers`` processes: by default one for every GPU, or for every core where there is none.
+    """Distribute units over ``workers`` processes: by default one for every GPU, or for every core without GPUs.
 
-    Each worker of a stage computes with one thread, so the number of workers changes no byte of the result. One alone
-    is this process. When one is killed (for lack of memory, say) or its GPU fails, the unit that it was working on is
-    tried once more, alone and on another GPU if there is one, and is the one that failed if it ends that worker too.
-    Workers that cannot go on are left out; when none is left the call ends.
+    Each worker of a stage computes with one thread, so the number of workers changes no byte of the result. A single
+    worker is this process. When a worker is killed (for lack of memory, say) or its GPU fails, its unit is retried
+    once, alone and on another GPU if there is one, and is reported as failed if that worker ends too. Workers that
+    cannot go on are left out; when none is left the call ends.
     """
 
     collective: ClassVar = True
@@ -36,21 +36,20 @@ class Local:
         if self.workers < 0:
             raise ValueError(f"workers must be 0 (as many as fit) or more, not {self.workers}")
 
-    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
-        """One report for each unit, as they come.
+    def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:
+        """One report for each unit, in the order in which they are done.
 
         Raises:
-            DeviceFailed: no device is left that works.
-            SynthgenError, or whatever else the stage could not be opened for (no weights, say, or too little memory
-                for them): no unit can be made.
+            DeviceFailed: all devices failed.
+            SynthgenError: workers cannot open the stage (no weights, say, or too little memory for them), or the only
+                one is killed again and again. Other errors of opening the stage are raised as they are.
         """
         devices = devices_for(stage)
-        count = min(self.workers or len(devices), len(units))
-        here_alone = stage.collective or is_in_memory(run.path)
-        crew = Crew(stage, run, listener, devices)
-        if not here_alone and count > 1:
-            yield from crew.make(units, count)
+        num_workers = min(self.workers or len(devices), len(units))
+        only_here = stage.collective or is_in_memory(run.path)
+        pool = WorkerPool(stage, run, progress, devices)
+        if not only_here and num_workers > 1:
+            yield from pool.map(units, num_workers)
             return
-        worker = Worker(device=devices[0], tick=listener.advance, skip=listener.skip, describe=listener.describe)
-        with opened(stage, run, worker) as work:
-            yield from map(work, units) if here_alone else crew.make(units, here=work)
+        with open_stage(stage, run, Worker(device=devices[0], progress=progress)) as work:
+            yield from map(work, units) if only_here else pool.map(units, own_work=work)

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from synthgen.engines import Listener
-from synthgen.engines._work import DeviceFailed, opened
+from synthgen.engines._work import DeviceFailed, open_stage
 from synthgen.errors import ConfigError, SynthgenError, one_line
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Ray:
-    """Deal units out to ``workers`` actors of a Ray cluster; each opens the stage once, then works on unit after unit.
+    """Distribute units over ``workers`` actors of a Ray cluster; each opens the stage once, then works on its units.
 
-    The cluster is the one at ``address`` ("auto": the one that ``ray start`` began on this machine), else at
-    RAY_ADDRESS, else one of this machine that begins and ends with this process. Its machines need synthgen installed
+    The cluster is the one at ``address`` ("auto": the one that ``ray start`` started on this machine), else at
+    RAY_ADDRESS, else one on this machine that starts and ends with this process. Its machines need synthgen installed
     and must see the run, and the files that settings name, under the same paths.
 
-    A unit whose worker is killed, or whose machine is lost, or whose GPU fails, is given to another up to ``retries``
-    times. The worker is begun again on any machine with room; where there is none, a worker that finds no more units
-    makes some. One that ends while it opens the stage, or whose GPU fails, is begun again as often in a row, and then
-    left out.
+    A unit whose worker is killed, or whose machine is lost, or whose GPU fails, is assigned to another up to
+    ``retries`` times. The worker is restarted on any machine with room; where there is none, a worker that finds no
+    more units takes some. One that ends while it opens the stage, or whose GPU fails, is restarted as often in a row,
+    and then left out.
     """
 
     collective: ClassVar = False
@@ -61,156 +61,195 @@ class Ray:
         if self.retries < 0:
             raise ValueError(f"retries must be 0 or more, not {self.retries}")
 
-    def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
-        """One report for each unit, as they come.
+    def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:
+        """One report for each unit, in the order in which they are done.
 
         Raises:
             ConfigError: there is no cluster at the address, or its workers cannot see the run.
             DeviceFailed: the devices of all workers failed.
-            SynthgenError, or whatever else the stage could not be opened for (no weights, say, or every worker ends
-                while it loads): no unit can be made.
+            SynthgenError: workers cannot open the stage (no weights, say), or all end while they load. Other errors
+                of opening the stage are raised as they are.
         """
         if is_in_memory(run.path):
             raise ConfigError(f"{run.path} lies in the memory of this process, where Ray's workers cannot see it")
-        self.join()
-        gpus = self.gpus_of(stage)
-        count = min(self.workers or self.room(gpus), len(units))
-        options = {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
-        shared = (stage, replace(run, path=run.path.absolute()), str(Path.cwd()))
-        doing: dict[Any, tuple[Any, int, int | None]] = {}  # task → its actor, the rank of that, and the unit, if any
+        self.connect()
+        yield from _Dispatcher(self, stage, run, units).run_all(progress)
 
-        def begin(rank: int) -> None:  # an actor lives as long as something in ``doing`` holds it
-            actor = _ACTOR.options(**options).remote(*shared, rank, count)
-            doing[actor.ready.remote()] = (actor, rank, None)
-
-        for rank in range(count):
-            begin(rank)
-        left, lost, fallen = deque(units), Counter[int](), Counter[int]()
-        try:
-            while left or any(unit is not None for _, _, unit in doing.values()):
-                (task,), _ = ray.wait(list(doing))
-                actor, rank, unit = doing.pop(task)
-                report, end = _result(task)
-                if end is not None:
-                    reason = end.short if isinstance(end, DeviceFailed) else str(end)
-                    if unit is not None:  # elsewhere then; this worker has no other until it is back
-                        lost[unit] += 1
-                        if lost[unit] <= self.retries:
-                            left.append(unit)
-                        else:
-                            report = Report(unit, error=f"its worker was lost {lost[unit]} times: {reason}")
-                    if isinstance(end, DeviceFailed):
-                        ray.kill(actor)  # its process computes no more, and may hang when it is asked to end
-                    if unit is None or isinstance(end, DeviceFailed):
-                        fallen[rank] += 1
-                    if fallen[rank] <= self.retries:
-                        begin(rank)
-                    else:
-                        how = reason if isinstance(end, DeviceFailed) else f"it ended while it loaded; {reason}"
-                        logger.warning("worker %d is left out: %s", rank, how)
-                        if left and not doing:  # one that had found no more units may be called back
-                            begin(_spare(stage, [fallen[each] for each in range(count)], self.retries, end))
-                else:
-                    if report is not None:
-                        del fallen[rank]
-                    if left:
-                        following = left.popleft()
-                        doing[actor.work.remote(following)] = (actor, rank, following)
-                if not left:  # wait for no new workers, and let one without work make room
-                    doing = {task: value for task, value in doing.items() if value[2] is not None}
-                del actor
-                if report is not None:
-                    if not report.error:
-                        listener.advance(stage.size(run, report.unit))
-                    yield report
-        finally:
-            for actor, _, _ in doing.values():
-                ray.kill(actor)
-
-    def join(self) -> None:
-        """Connect to the cluster, unless this process has done so.
+    def connect(self) -> None:
+        """Connect to the cluster, unless this process is connected already.
 
         Raises:
-            ConfigError: there is no cluster at the address, or this process has joined another.
+            ConfigError: there is no cluster at the address, or this process is connected to another.
         """
         if ray.is_initialized():
-            joined = ray.get_runtime_context().gcs_address
-            if self.address not in ("", "auto", "local", joined) and not self.address.startswith("ray://"):
+            connected = ray.get_runtime_context().gcs_address
+            if self.address not in ("", "auto", "local", connected) and not self.address.startswith("ray://"):
                 raise ConfigError(
-                    f"this process is connected to the Ray cluster at {joined}, not {self.address}; "
+                    f"this process is connected to the Ray cluster at {connected}, not {self.address}; "
                     "leave the address out, or call ray.shutdown() first"
                 )
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we begin reports to nobody
-        where = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # clusters that synthgen starts report to nobody
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         try:
-            _knock(where)
-            ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
+            _check_port(address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RayError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"no Ray cluster could be joined at {where} ({one_line(error)}); "
+                f"no Ray cluster could be joined at {address} ({one_line(error)}); "
                 "begin one with: ray start --head, or give another --address"
             ) from None
 
-    def gpus_of(self, stage: Stage) -> float:
-        """GPUs of each worker."""
+    def gpus_per_worker(self, stage: Stage) -> float:
+        """GPUs of each worker of ``stage``."""
         if not stage.accelerated:
             return 0.0
-        return self.gpus if self.gpus >= 0 else float(_resources().get("GPU", 0) > 0)
+        return self.gpus if self.gpus >= 0 else float(_cluster_resources().get("GPU", 0) > 0)
 
-    def room(self, gpus: float) -> int:
-        """How many workers the cluster has room for now."""
-        has = _resources()
-        fit = has.get("CPU", 0) / self.cpus
-        return max(1, int(min(fit, has.get("GPU", 0) / gpus) if gpus else fit))
+    def max_workers(self, gpus: float) -> int:
+        """How many workers with so many ``gpus`` each the cluster has room for."""
+        resources = _cluster_resources()
+        by_cpus = resources.get("CPU", 0) / self.cpus
+        return max(1, int(min(by_cpus, resources.get("GPU", 0) / gpus) if gpus else by_cpus))
 
 
-def _spare(stage: Stage, fallen: Sequence[int], retries: int, last: SynthgenError) -> int:
-    """The rank of a worker that is not left out, by how often each has ended in a row.
+@dataclass(frozen=True)
+class _Task:
+    """A call that an actor works on; the actor lives as long as something refers to it."""
+
+    actor: Any
+    rank: int
+    unit: int | None = None  # None: it opens the stage
+
+
+class _Dispatcher:
+    """Assigns the units of one call to actors, and restarts the actors that are lost."""
+
+    def __init__(self, engine: Ray, stage: Stage, run: Run, units: Sequence[int]) -> None:
+        gpus = engine.gpus_per_worker(stage)
+        self.stage, self.run, self.retries = stage, run, engine.retries
+        self.num_workers = min(engine.workers or engine.max_workers(gpus), len(units))
+        self.options = {"num_cpus": engine.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+        self.shared = (stage, replace(run, path=run.path.absolute()), str(Path.cwd()))
+        self.units = deque(units)  # that no actor works on
+        self.tasks: dict[Any, _Task] = {}  # by Ray's reference to the result
+        self.losses: Counter[int] = Counter()  # of workers, by the unit that they worked on
+        self.failures: Counter[int] = Counter()  # consecutive ones, to load or of the device, by the worker's rank
+
+    def run_all(self, progress: Progress) -> Iterator[Report]:
+        """One report for each unit."""
+        for rank in range(self.num_workers):
+            self._start(rank)
+        try:
+            while self.units or any(task.unit is not None for task in self.tasks.values()):
+                report = self._next_result()
+                if report is not None:
+                    if not report.error:
+                        progress.advance(self.stage.size(self.run, report.unit))
+                    yield report
+        finally:
+            for task in self.tasks.values():
+                ray.kill(task.actor)
+
+    def _start(self, rank: int) -> None:
+        actor = _ACTOR.options(**self.options).remote(*self.shared, rank, self.num_workers)
+        self.tasks[actor.ready.remote()] = _Task(actor, rank)
+
+    def _next_result(self) -> Report | None:
+        """Wait until an actor is ready, done with its unit, or lost; the report of its unit, if it has one now."""
+        (reference,), _ = ray.wait(list(self.tasks))
+        task = self.tasks.pop(reference)
+        report, loss = _result(reference)
+        if loss is not None:
+            report = self._handle_loss(task, loss)
+        else:
+            if report is not None:
+                del self.failures[task.rank]
+            if self.units:
+                unit = self.units.popleft()
+                self.tasks[task.actor.work.remote(unit)] = replace(task, unit=unit)
+        if not self.units:  # wait for no new workers, and let one without work make room
+            self.tasks = {reference: task for reference, task in self.tasks.items() if task.unit is not None}
+        return report
+
+    def _handle_loss(self, task: _Task, loss: SynthgenError) -> Report | None:
+        """Return the unit of a lost worker to the others, and restart the worker, unless it was lost too often.
+
+        Returns:
+            The report of a unit whose worker was lost too often.
+
+        Raises:
+            DeviceFailed, SynthgenError: no worker is left.
+        """
+        report = None
+        device_failed = isinstance(loss, DeviceFailed)
+        reason = loss.summary if isinstance(loss, DeviceFailed) else str(loss)
+        if task.unit is not None:
+            self.losses[task.unit] += 1
+            if self.losses[task.unit] <= self.retries:
+                self.units.append(task.unit)
+            else:
+                report = Report(task.unit, error=f"its worker was lost {self.losses[task.unit]} times: {reason}")
+        if device_failed:
+            ray.kill(task.actor)  # its process can compute no more, and may hang when it is asked to exit
+        if task.unit is None or device_failed:
+            self.failures[task.rank] += 1
+        if self.failures[task.rank] <= self.retries:
+            self._start(task.rank)
+            return report
+        cause = reason if device_failed else f"it ended while it loaded; {reason}"
+        logger.warning("worker %d is left out: %s", task.rank, cause)
+        if self.units and not self.tasks:
+            self._start(self._usable_rank(loss))
+        return report
+
+    def _usable_rank(self, last: SynthgenError) -> int:
+        """The rank of a worker that is not left out; it stopped when there were no units.
+
+        Raises:
+            DeviceFailed, SynthgenError: all are left out; the ``last`` one because of this error.
+        """
+        for rank in range(self.num_workers):
+            if self.failures[rank] <= self.retries:
+                return rank
+        if isinstance(last, DeviceFailed):
+            raise last
+        raise SynthgenError(
+            f"every Ray worker ended while it loaded what {self.stage.name} needs, the last one {self.retries + 1} "
+            f"times in a row: {last}; give them more memory, or a smaller model"
+        )
+
+
+def _check_port(address: str) -> None:
+    """Check that something listens at an address of host and port; Ray itself would try for minutes.
 
     Raises:
-        DeviceFailed, SynthgenError: there is none, because of what the ``last`` one ended with.
-    """
-    for rank, times in enumerate(fallen):
-        if times <= retries:
-            return rank
-    if isinstance(last, DeviceFailed):
-        raise last
-    raise SynthgenError(
-        f"every Ray worker ended while it loaded what {stage.name} needs, the last one {retries + 1} times in a row: "
-        f"{last}; give them more memory, or a smaller model"
-    )
-
-
-def _knock(address: str) -> None:
-    """See that something listens at an address of host and port; Ray itself would try for minutes.
-
-    Raises:
-        OSError, ValueError: nothing does, or it is no address.
+        OSError: nothing does.
+        ValueError: it is not an address.
     """
     parts = urlsplit(address if "://" in address else f"//{address}")
     if parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), timeout=10).close()
 
 
-def _resources() -> dict[str, float]:
+def _cluster_resources() -> dict[str, float]:
     """All CPUs and GPUs of the cluster, in use or not."""
-    found: dict[str, float] = ray.cluster_resources()
-    return found
+    resources: dict[str, float] = ray.cluster_resources()
+    return resources
 
 
-def _result(task: Any) -> tuple[Report | None, SynthgenError | None]:
-    """What a task ended with: a report, or nothing of a worker that is ready; and why its worker was lost, if it was.
+def _result(reference: Any) -> tuple[Report | None, SynthgenError | None]:
+    """The result of a task: a report, or None from a worker that is ready; and why its worker was lost, if it was.
 
-    A worker whose device failed is lost, though its process lives.
+    A worker whose device failed counts as lost although its process lives.
 
     Raises:
-        Whatever the stage could not be opened for.
-        ConfigError: a worker cannot be begun at all.
+        ConfigError: workers cannot be started.
+        Exception: the stage cannot be opened.
     """
     try:
-        return ray.get(task), None
-    except RayTaskError as error:  # units report what goes wrong with them: this is the stage that cannot be opened
+        return ray.get(reference), None
+    except RayTaskError as error:  # errors of units are in their reports, so that this is one of opening the stage
         if isinstance(error.cause, DeviceFailed):
             return None, error.cause
         raise error.cause from None
@@ -225,19 +264,19 @@ def _result(task: Any) -> tuple[Report | None, SynthgenError | None]:
 class _Actor:
     """A worker of the cluster."""
 
-    def __init__(self, stage: Stage, run: Run, folder: str, rank: int, count: int) -> None:
+    def __init__(self, stage: Stage, run: Run, folder: str, rank: int, size: int) -> None:
         if Path(folder).is_dir():  # relative paths mean what they mean where the command was given
             os.chdir(folder)
         device = "cuda:0" if ray.get_gpu_ids() else "cpu"  # Ray shows a worker its own GPUs alone
         self._stack = ExitStack()
         self._error: Exception | None = None
         try:
-            self._work = self._stack.enter_context(opened(stage, run, Worker(rank, count, device)))
-        except Exception as error:  # told by ``ready``, as it was raised
+            self._work = self._stack.enter_context(open_stage(stage, run, Worker(rank, size, device)))
+        except Exception as error:  # for ``ready``: Ray replaces what is raised here by an error of its own
             self._error = error
 
     def ready(self) -> None:
-        """Return when the stage is open, or raise why it is not."""
+        """Return when the stage is open, or raise the error of opening it."""
         if self._error is not None:
             raise self._error
 

@@ -21,7 +21,7 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from tests.factories import Drawn
 from tests.unit.test_engine import Counting, Numbers, Together
-from tests.unit.test_engine_devices import Devices, loads, told, tries
+from tests.unit.test_engine_devices import Devices, lines, loads, tries
 
 ray = pytest.importorskip("ray")
 Ray = ENGINES.load("ray")
@@ -134,7 +134,7 @@ class TestHere:
     def test_a_worker_whose_device_failed_is_begun_again_and_its_unit_made(self, tmp_path):
         run = Run.create(tmp_path / "r")
         assert run_stage(Devices(once=(2, 3)), run, Ray(workers=2)).samples == 8
-        first, second = (line["pid"] for line in told(run) if line.get("unit") == 2)
+        first, second = (line["pid"] for line in lines(run) if line.get("unit") == 2)
         assert first != second
 
     def test_a_unit_on_which_every_device_fails_is_told_alone(self, tmp_path):
@@ -163,7 +163,7 @@ class TestHere:
 
     def test_another_address_than_the_one_joined_is_refused(self):
         with pytest.raises(ConfigError, match="is connected to the Ray cluster at"):
-            Ray(address="127.0.0.1:9").join()
+            Ray(address="127.0.0.1:9").connect()
 
     def test_training_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="accelerate launch -m synthgen numbers"):
@@ -208,7 +208,7 @@ def kill_when_both_work(run, node):
 
 def test_an_address_where_nothing_is_says_what_to_do():
     with pytest.raises(ConfigError, match=r"no Ray cluster could be joined at 127\.0\.0\.1:9.*ray start --head"):
-        Ray(address="127.0.0.1:9").join()
+        Ray(address="127.0.0.1:9").connect()
 
 
 @pytest.mark.parametrize("bad", [{"workers": -1}, {"cpus": 0.0}, {"gpus": -2.0}, {"retries": -1}])

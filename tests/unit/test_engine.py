@@ -16,9 +16,10 @@ from synthgen.engines import accelerate, default_engine
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFailed
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.runner import Progress, run_stage
+from synthgen.runner import run_stage
 from synthgen.stages import Stage
 
 
@@ -61,7 +62,7 @@ class Numbers(Stage):
             with run.write("numbers", unit) as numbers:
                 for row in range(2):
                     numbers.add(f"{unit:06d}{row:04d}", {"txt": b"x" * 5000})
-                    worker.tick(1)
+                    worker.progress.advance(1)
             return Report(unit, 2)
 
         yield work
@@ -177,7 +178,7 @@ def test_bad_worker_counts_are_refused(bad):
 # -- several processes, each with its share
 
 
-def standing(monkeypatch, rank, size):
+def set_place(monkeypatch, rank, size):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
 
@@ -189,7 +190,7 @@ def lines(run, rank):
 
 def test_a_process_makes_its_share_first_and_then_what_others_left(tmp_path, monkeypatch):
     run, made = Run.create(tmp_path / "r"), []
-    standing(monkeypatch, 1, 3)
+    set_place(monkeypatch, 1, 3)
     run_stage(Numbers(units=7), run, Accelerate())
     made = [line["unit"] for line in lines(run, 1) if "unit" in line]
     assert made == [1, 4, 5, 2, 6, 3, 0]  # its own; then from the next process on, the last of each first
@@ -200,12 +201,12 @@ def test_what_another_process_has_made_is_counted_and_not_made_again(tmp_path, m
     run, progress = Run.create(tmp_path / "r"), Skipping()
 
     class Rival(Accelerate):
-        def map(self, stage, run, units, listener):
+        def map(self, stage, run, units, progress):
             for report in Local(workers=1).map(stage, run, [0, 1], Progress()):
                 assert not report.error
-            yield from super().map(stage, run, units, listener)
+            yield from super().map(stage, run, units, progress)
 
-    standing(monkeypatch, 0, 2)
+    set_place(monkeypatch, 0, 2)
     summary = run_stage(Numbers(), run, Rival(), progress)
     assert (summary.done_before, summary.samples) == (0, 4)
     assert (progress.seen, progress.skipped, progress.total) == (4, 4, 8)
@@ -225,9 +226,9 @@ def test_what_others_have_made_is_looked_for_together(tmp_path, monkeypatch):
             asked.append(unit)
             return super().done(run, unit)
 
-    standing(monkeypatch, 0, 2)
-    monkeypatch.setattr(accelerate, "_AT_ONCE", 2)
-    monkeypatch.setattr(accelerate, "_LOOKS", 2)
+    set_place(monkeypatch, 0, 2)
+    monkeypatch.setattr(accelerate, "_MIN_CHUNK", 2)
+    monkeypatch.setattr(accelerate, "_MAX_LOOKUPS", 2)
     run_stage(Watched(units=10), run, Accelerate(), progress)
     assert next(meanwhile, None) is None
     assert asked == [0, 2, 4, 6, 8, 7, 3]  # one by one only before they are worked on
@@ -246,13 +247,13 @@ def test_a_unit_that_failed_in_its_own_process_is_told_by_all_and_tried_once(tmp
     run = Run.create(tmp_path / "r")
 
     class Rival(Accelerate):
-        def map(self, stage, run, units, listener):
-            for report in super().map(stage, run, units, listener):
+        def map(self, stage, run, units, progress):
+            for report in super().map(stage, run, units, progress):
                 yield report
                 if report.unit == 3:  # the last of its own: meanwhile process 0 has met the bad unit
                     run.fail(stage, Report(2, error="RuntimeError: bad row", trace="where"))
 
-    standing(monkeypatch, 1, 2)
+    set_place(monkeypatch, 1, 2)
     with pytest.raises(UnitsFailed, match="1 of 4 units failed; unit 000002: RuntimeError: bad row"):
         run_stage(Numbers(trouble="raise"), run, Rival())
     assert 2 not in [line.get("unit") for line in lines(run, 1)]
@@ -264,7 +265,7 @@ def test_a_unit_that_failed_in_its_own_process_is_told_by_all_and_tried_once(tmp
 
 @pytest.mark.parametrize(("rank", "size", "says"), [("2", "2", "numbers go from 0 to 1"), ("x", "2", "whole number")])
 def test_a_process_without_a_place_is_told(monkeypatch, rank, size, says):
-    standing(monkeypatch, rank, size)
+    set_place(monkeypatch, rank, size)
     with pytest.raises(ConfigError, match=says):
         default_engine()
 
@@ -272,7 +273,7 @@ def test_a_process_without_a_place_is_told(monkeypatch, rank, size, says):
 def test_under_accelerate_launch_its_engine_is_the_default(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert default_engine() == "local"
-    standing(monkeypatch, 0, 2)
+    set_place(monkeypatch, 0, 2)
     assert default_engine() == "accelerate"
 
 
@@ -384,7 +385,12 @@ def test_options_of_the_command_line_go_to_the_engine_of_the_file(monkeypatch, t
     from synthgen import cli, pipeline
 
     seen = []
-    monkeypatch.setattr(pipeline.Pipeline, "execute", lambda self, engine, progress: seen.append(engine) or iter(()))
+
+    def execute(self, engine, progress):
+        seen.append(self.resolve_engine(engine))
+        return iter(())
+
+    monkeypatch.setattr(pipeline.Pipeline, "execute", execute)
     Run.create(tmp_path / "r")
     line = tmp_path / "line.yaml"
     line.write_text(f"run: {tmp_path / 'r'}\nengine: {{name: ray, gpus: 0.5}}\nstages: {{masks: {{}}}}\n")

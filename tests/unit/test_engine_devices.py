@@ -18,16 +18,19 @@ from typing import ClassVar
 
 import pytest
 
-from synthgen.engines import _crew, accelerate, local
+from synthgen.engines import _worker_pool, accelerate, local
 from synthgen.engines._work import DeviceFailed
+from synthgen.engines._worker_pool import MAX_CONSECUTIVE_FAILURES
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import StorageError, SynthgenError, TooLittleMemory, UnitsFailed
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.runner import Progress, run_stage
+from synthgen.runner import run_stage
 from synthgen.stages import Stage
 
+TWICE = "tried twice on one device, which failed"
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
 
 
@@ -66,7 +69,7 @@ class Devices(Stage):
 
     @contextmanager
     def open(self, run, worker):
-        tell(run, rank=worker.rank, device=worker.device, process=os.getpid())
+        add_line(run, rank=worker.rank, device=worker.device, process=os.getpid())
         if worker.device == self.dead:
             raise RuntimeError(ILLEGAL)
         if self.barred:
@@ -80,8 +83,8 @@ class Devices(Stage):
         made = []
 
         def work(unit):
-            before = [line["unit"] for line in told(run) if "unit" in line]
-            tell(run, unit=unit, rank=worker.rank, device=worker.device, pid=os.getpid())
+            before = [line["unit"] for line in lines(run) if "unit" in line]
+            add_line(run, unit=unit, rank=worker.rank, device=worker.device, pid=os.getpid())
             if self.crowd and worker.world_size > self.crowd:
                 await_the_ends(run, self.crowd, worker.world_size)
             if unit in self.kills:
@@ -92,7 +95,7 @@ class Devices(Stage):
             with run.write("numbers", unit) as numbers:
                 numbers.add(f"{unit:06d}0000", {"txt": b"x"})
             made.append(unit)
-            worker.tick(1)
+            worker.progress.advance(1)
             return Report(unit, 1)
 
         yield work
@@ -103,25 +106,25 @@ class Unsent(Exception):
         super().__init__(what)
 
 
-def tell(run, **what):
+def add_line(run, **what):
     with (run.path / "tried.jsonl").open("a") as file:
         file.write(json.dumps(what) + "\n")
 
 
-def told(run):
+def lines(run):
     path = run.path / "tried.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def loads(run):
-    return [line["device"] for line in told(run) if "unit" not in line]
+    return [line["device"] for line in lines(run) if "unit" not in line]
 
 
 def await_the_ends(run, first, size):
     """Return when the parent has seen that the workers of the ranks from ``first`` on are gone."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        begun = {line["rank"]: line["process"] for line in told(run) if "process" in line}
+        begun = {line["rank"]: line["process"] for line in lines(run) if "process" in line}
         if set(range(first, size)) <= set(begun) and not any(there_is(begun[rank]) for rank in range(first, size)):
             return
         time.sleep(0.005)
@@ -135,13 +138,18 @@ def there_is(process):
 
 
 def tries(run, unit):
-    return [line["device"] for line in told(run) if line.get("unit") == unit]
+    return [line["device"] for line in lines(run) if line.get("unit") == unit]
+
+
+def failure(run, unit):
+    """What is written down of a unit that failed."""
+    return json.loads(run.tar("numbers", unit).with_suffix(".failed.json").read_text())
 
 
 @pytest.fixture
 def forked(monkeypatch):
     context = mp.get_context("fork")
-    monkeypatch.setattr(_crew.mp, "get_context", lambda name: context)
+    monkeypatch.setattr(_worker_pool.mp, "get_context", lambda name: context)
 
 
 @pytest.fixture
@@ -171,12 +179,12 @@ def with_devices(monkeypatch, *names):
     ],
 )
 def test_what_a_broken_device_says_is_known(kind, text):
-    failed = DeviceFailed.of(named(kind)(text), "cuda:3")
+    failed = DeviceFailed.from_error(named(kind)(text), "cuda:3")
     assert failed.device == "cuda:3"
     assert str(failed).startswith("cuda:3 of ")
     assert "CUDA_VISIBLE_DEVICES" in str(failed)
     assert "\n" not in str(failed)
-    assert DeviceFailed.of(failed, "cuda:3") is failed
+    assert DeviceFailed.from_error(failed, "cuda:3") is failed
 
 
 @pytest.mark.parametrize(
@@ -199,7 +207,7 @@ def test_what_a_broken_device_says_is_known(kind, text):
     ],
 )
 def test_what_is_wrong_with_a_unit_is_not_held_against_the_device(kind, text):
-    assert DeviceFailed.of(named(kind)(text), "cuda:3") is None
+    assert DeviceFailed.from_error(named(kind)(text), "cuda:3") is None
 
 
 def named(kind):
@@ -212,8 +220,8 @@ def named(kind):
 def test_it_can_be_sent_to_another_process():
     failed = DeviceFailed("cuda:3", "node7", "RuntimeError: CUDA error", "where")
     again = pickle.loads(pickle.dumps(failed))
-    assert (str(again), again.device, again.short, again.trace) == (str(failed), "cuda:3", failed.short, "where")
-    assert again.short == "cuda:3 of node7 failed (RuntimeError: CUDA error)"
+    assert (str(again), again.device, again.summary, again.trace) == (str(failed), "cuda:3", failed.summary, "where")
+    assert again.summary == "cuda:3 of node7 failed (RuntimeError: CUDA error)"
     assert again.exit_code == 2
 
 
@@ -225,7 +233,7 @@ def test_a_device_that_breaks_costs_no_unit(run, monkeypatch, forked, trouble, c
     with_devices(monkeypatch, "bad:0", "good:1", "good:2")
     assert run_stage(Devices(units=24, **{trouble: "bad:0"}), run, Local()).samples == 24
     assert run.failures("numbers") == {}
-    made = [line for line in told(run) if "unit" in line]
+    made = [line for line in lines(run) if "unit" in line]
     for unit in {line["unit"] for line in made if line["device"] == "bad:0"}:  # at first; and never there again
         assert "bad:0" not in tries(run, unit)[1:]
     if trouble != "sick":  # which makes a unit each time, and so may go on
@@ -244,8 +252,8 @@ def test_processes_that_begin_as_they_always_do(run, monkeypatch):
 def test_the_log_of_the_worker_has_the_traceback(run, monkeypatch, forked):
     with_devices(monkeypatch, "bad:0", "good:1")
     run_stage(Devices(units=12, broken="bad:0"), run, Local())
-    lines = [json.loads(line) for line in (run.path / "logs/numbers-0.jsonl").read_text().splitlines()]
-    left = [line for line in lines if "is left to another worker" in line["message"]]
+    log = [json.loads(line) for line in (run.path / "logs/numbers-0.jsonl").read_text().splitlines()]
+    left = [line for line in log if "is left to another worker" in line["message"]]
     assert left
     assert all("raise RuntimeError" in line["trace"] and "unit" in line for line in left)
 
@@ -258,8 +266,8 @@ def test_a_unit_that_breaks_every_device_is_the_one_that_failed(run, monkeypatch
         run_stage(Devices(poison=(3,)), run, Local(workers=workers))
     assert sorted(tries(run, 3)) == ["good:0", "good:1"]
     assert run.units("numbers") == [0, 1, 2, 4, 5, 6, 7]
-    note = json.loads(run.tar("numbers", 3).with_suffix(".failed.json").read_text())
-    assert "raise RuntimeError" in note["trace"]
+    assert "raise RuntimeError" in failure(run, 3)["trace"]
+    assert not failure(run, 3)["device_suspect"]
 
 
 def test_every_device_broken_ends_the_command(run, monkeypatch, forked):
@@ -277,7 +285,7 @@ def test_one_device_that_fails_once_is_gone_on_with_in_a_fresh_process(run, monk
     with_devices(monkeypatch, "only:0")
     assert run_stage(Devices(once=(3,)), run, Local()).samples == 8
     assert loads(run) == ["only:0"] * 3  # this process, a fresh one, and one for the unit itself
-    here = [line["unit"] for line in told(run) if line.get("pid") == os.getpid()]
+    here = [line["unit"] for line in lines(run) if line.get("pid") == os.getpid()]
     assert here == [0, 1, 2, 3]
     assert "going on in a fresh process" in caplog.text
 
@@ -290,7 +298,7 @@ def test_one_device_that_stays_broken_ends_the_command_with_one_line(run, monkey
     assert str(caught.value).startswith("only:0 of ")
     assert "give the same command again" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(loads(run)) == 1 + _crew.STRIKES
+    assert len(loads(run)) == 1 + MAX_CONSECUTIVE_FAILURES
     assert run.failures("numbers") == {}
     assert run_stage(Devices(units=40), run, Local()).samples == 40  # another machine, say
 
@@ -304,10 +312,11 @@ def test_one_device_on_which_nothing_can_be_opened_is_named(run, monkeypatch):
 
 def test_a_unit_that_breaks_the_only_device_is_told_and_the_rest_is_made(run, monkeypatch, forked):
     with_devices(monkeypatch, "only:0")
-    with pytest.raises(UnitsFailed, match=f"1 of 8 units failed; unit 000003: {_crew.UNSURE}: only:0 of "):
+    with pytest.raises(UnitsFailed, match=f"1 of 8 units failed; unit 000003: {TWICE}: only:0 of "):
         run_stage(Devices(poison=(3,)), run, Local())
     assert tries(run, 3) == ["only:0"] * 2
     assert run.units("numbers") == [0, 1, 2, 4, 5, 6, 7]
+    assert failure(run, 3)["device_suspect"]
 
 
 def test_where_a_fresh_process_cannot_open_the_stage_the_device_is_told(run, monkeypatch, forked):
@@ -378,7 +387,7 @@ def test_when_every_unit_kills_its_worker_the_command_ends(run, monkeypatch, for
     with_devices(monkeypatch, "cpu", "cpu")
     with pytest.raises(SynthgenError, match=r"ended while it worked on unit 0000\d\d .*also when it was alone"):
         run_stage(Devices(units=40, kills=tuple(range(40))), run, Local())
-    assert len(loads(run)) == 3 * _crew.STRIKES
+    assert len(loads(run)) == 3 * MAX_CONSECUTIVE_FAILURES
 
 
 def test_a_reason_that_cannot_be_sent_is_told_in_words(run, monkeypatch, forked):
@@ -395,7 +404,7 @@ def test_who_stops_listening_waits_for_what_is_being_made(run, monkeypatch, fork
         reports.close()
     assert not mp.active_children()
     assert not run.failures("numbers")
-    made = [line["unit"] for line in told(run) if "unit" in line]
+    made = [line["unit"] for line in lines(run) if "unit" in line]
     assert len(made) < 40
     assert run.units("numbers") == sorted(made)
 
@@ -403,26 +412,26 @@ def test_who_stops_listening_waits_for_what_is_being_made(run, monkeypatch, fork
 # -- several processes, each with its share
 
 
-def standing(monkeypatch, rank, size):
+def set_place(monkeypatch, rank, size):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
 
 
 def test_a_process_whose_device_stays_broken_ends_and_leaves_its_share(run, monkeypatch, forked):
-    standing(monkeypatch, 0, 2)
+    set_place(monkeypatch, 0, 2)
     with_devices(monkeypatch, "bad:0")
     with pytest.raises(DeviceFailed, match=r"^bad:0 of "):
         run_stage(Devices(units=12, broken="bad:0"), run, Accelerate())
-    assert len(loads(run)) == 1 + _crew.STRIKES
-    assert {line["rank"] for line in told(run)} == {0}
+    assert len(loads(run)) == 1 + MAX_CONSECUTIVE_FAILURES
+    assert {line["rank"] for line in lines(run)} == {0}
     assert run.failures("numbers") == {}
-    standing(monkeypatch, 1, 2)
+    set_place(monkeypatch, 1, 2)
     with_devices(monkeypatch, "good:1")
     assert run_stage(Devices(units=12, broken="bad:0"), run, Accelerate()).samples == 12
 
 
 def test_a_process_whose_device_failed_once_makes_its_share_and_helps(run, monkeypatch, forked):
-    standing(monkeypatch, 0, 2)
+    set_place(monkeypatch, 0, 2)
     with_devices(monkeypatch, "only:0")
     assert run_stage(Devices(once=(2, 5)), run, Accelerate()).samples == 8
     assert run.failures("numbers") == {}
@@ -430,20 +439,20 @@ def test_a_process_whose_device_failed_once_makes_its_share_and_helps(run, monke
 
 def test_what_failed_on_the_device_of_one_process_is_tried_by_another(run, monkeypatch, forked):
     with_devices(monkeypatch, "good:1")
-    where = f"{_crew.UNSURE}: bad:0 of node failed (AcceleratorError: CUDA error)"
 
     class Rival(Accelerate):
-        def map(self, stage, run, units, listener):
-            for report in super().map(stage, run, units, listener):
+        def map(self, stage, run, units, progress):
+            for report in super().map(stage, run, units, progress):
                 yield report
                 if report.unit == 3:  # the last of its own: meanwhile process 0 has given up two units
                     for unit in (0, 2):
-                        run.fail(stage, Report(unit, error=where))
+                        run.fail(stage, Report(unit, error="bad:0 of node failed", device_suspect=True))
 
-    standing(monkeypatch, 1, 2)
-    with pytest.raises(UnitsFailed, match=f"1 of 4 units failed; unit 000002: also {_crew.UNSURE}: good:1 of "):
+    set_place(monkeypatch, 1, 2)
+    with pytest.raises(UnitsFailed, match=f"1 of 4 units failed; unit 000002: also {TWICE}: good:1 of "):
         run_stage(Devices(units=4, poison=(2,)), run, Rival())
     assert run.units("numbers") == [0, 1, 3]
     assert list(run.failures("numbers")) == [2]
     assert tries(run, 0) == ["good:1"]
     assert tries(run, 2) == ["good:1"] * 2
+    assert not failure(run, 2)["device_suspect"]  # so that no third process tries it
