@@ -1,6 +1,6 @@
-"""Methods: each trains an encoder on batches and reads as its paper.
+"""Methods: each trains an encoder on batches and follows its paper's notation.
 
-What it draws for a sample comes from :mod:`synthgen.models.draws` and ``Batch.seeds``, so that a training is the same
+Random numbers for a sample come from :mod:`synthgen.models.draws` and ``Batch.seeds``, so that a training is the same
 on any number of processes.
 """
 
@@ -27,49 +27,49 @@ __all__ = ["METHODS", "Method", "StepOutput"]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step gives: a loss to go down, and named numbers to look at."""
+    """The result of one step: a loss to minimise, and metrics to log."""
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):
-    """A module whose arguments, but for the encoder, are its settings.
+    """A module whose arguments, except the encoder, are its settings.
 
-    What must outlive a step (teachers, queues) belongs into parameters and buffers: checkpoints hold those.
+    State that outlives a step (teachers, queues) belongs in parameters and buffers, which checkpoints hold.
     """
 
-    guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` stands for
-    added: ClassVar[Mapping[str, Any]] = {}  # options that trainings of earlier versions had not, and what theirs were
-    reads_texts: ClassVar[bool] = False  # whether a text tower is left beside the encoder
-    min_images: ClassVar[int] = 1  # at once on all processes; a method that compares images needs two
+    guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` sets
+    added: ClassVar[Mapping[str, Any]] = {}  # options that earlier versions lacked, with the values they imply
+    reads_texts: ClassVar[bool] = False  # whether a text tower is saved beside the encoder
+    min_images: ClassVar[int] = 1  # of a step on all processes; a method that compares images needs two
 
     encoder: VisionTransformer
 
     @property
     def uses_masks(self) -> bool:
-        """Whether batches must come with word masks."""
+        """Whether batches must have word masks."""
         return False
 
     @property
     def copies(self) -> Mapping[str, str]:
-        """Averages and teachers, and what each follows, by how names of tensors begin: ``{"teacher.": "encoder."}``.
+        """Prefixes of averages and teachers, and of the weights each one follows: ``{"teacher.": "encoder."}``.
 
-        Where a training begins from weights that lack them, they begin as what they follow. None by default.
+        Where initial weights lack a copy, it starts equal to what it follows. None by default.
         """
         return {}
 
     def fit_to(self, data: ImageDataset) -> None:
-        """Take from the data what must be known before the first step, such as its classes. Nothing by default.
+        """Read from the data what the first step needs, such as its classes. Nothing by default.
 
-        What it takes must end up in the state that checkpoints hold.
+        The result must be part of the state that checkpoints hold.
         """
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """See, from a look at some samples, that the data has what the method needs: by default masks if it uses them.
+        """Check on some samples that the data has what the method needs: by default masks, if it uses them.
 
         Raises:
-            ConfigError: it has not; says what is missing and what to do.
+            ConfigError: the samples lack it; the error says what is missing and what to do.
         """
         if self.uses_masks and not any(sample.label_map is not None and sample.words for sample in samples):
             raise ConfigError(
@@ -78,31 +78,31 @@ class Method(nn.Module, ABC):
             )
 
     def check_start(self, folder: Path) -> None:
-        """See that what a whole training left in ``folder`` suits this method, which takes its weights over.
+        """Check that the training in ``folder``, whose weights this method starts from, fits it.
 
         Nothing by default.
 
         Raises:
-            ConfigError: it does not; says what to do.
+            ConfigError: the training does not fit; the error says what to do.
         """
 
     def views(self) -> Augment:
-        """What it wants done to a sample: by default a random crop of 20 % of the area or more, and a flip."""
+        """The augmentation of a sample: by default a random crop of 20 % of the area or more, and a flip."""
         return Augment(size=self.encoder.config.image_size)
 
     def second_views(self) -> Augment | None:
-        """The same for ``Batch.second``, where a method compares two views of a sample. None by default."""
+        """The augmentation of ``Batch.second``, for methods that compare two views of a sample. None by default."""
         return None
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The loss of a batch; ``progress`` is how much of the training is over, from 0 to 1."""
+        """The loss of a batch; ``progress`` is the finished share of the training, in [0, 1]."""
 
     def after_step(self, progress: float) -> None:
-        """Called when the weights have changed: teachers, queues. Nothing by default."""
+        """Update teachers and queues after an optimizer step. Nothing by default."""
 
     def export(self, folder: Path) -> None:
-        """Write what is worth keeping beside the encoder. Nothing by default."""
+        """Write further results beside the encoder. Nothing by default."""
 
 
 METHODS: Registry[Method] = Registry(__name__, "pretrain.method")

@@ -1,4 +1,4 @@
-"""Classes that a denoiser is told, and drawing by them: with labels, and with guidance away from none."""
+"""Class conditioning of denoisers: labels in training, and classifier-free guidance in sampling."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from synthgen.models.draws import uniform
 
 __all__ = [
     "Labels",
-    "asked",
     "check_dropout",
     "check_labels",
     "class_numbers",
     "classifier_free_guidance",
     "labels_of",
+    "sampled_classes",
     "vectors",
 ]
 
-Labels = str | int | Sequence[str | int | None] | None  # a class for all images, or one for each; None is no class
+Labels = str | int | Sequence[str | int | None] | None  # one class for all images, or one each; None: no class
 
 
 def check_dropout(label_dropout: float) -> float:
-    """The share as it is.
+    """The share, unchanged.
 
     Raises:
-        ValueError: it is not at least 0 and below 1.
+        ValueError: the share does not lie in [0, 1).
     """
     if not 0 <= label_dropout < 1:
         raise ValueError(f"label_dropout must be at least 0 and below 1 (nothing would be told), not {label_dropout}")
@@ -43,10 +43,10 @@ def check_dropout(label_dropout: float) -> float:
 
 
 def check_labels(samples: Sequence[Sample]) -> None:
-    """See that there are classes to be told.
+    """Check that there are class labels.
 
     Raises:
-        ConfigError: no sample has one.
+        ConfigError: no sample has a label.
     """
     if not any(sample.label is not None for sample in samples):
         raise ConfigError(
@@ -55,12 +55,12 @@ def check_labels(samples: Sequence[Sample]) -> None:
         )
 
 
-@lru_cache(maxsize=1)  # a training asks before it begins, and again when it does
+@lru_cache(maxsize=1)  # called for the checks before a training, and again at its start
 def labels_of(data: ImageDataset) -> frozenset[str]:
-    """The classes there are. Each of several processes reads the labels of its share, and all are told all.
+    """All classes of the data; each process reads a part of the labels and gathers those of the others.
 
     Raises:
-        SynthgenError: a label cannot be read; every process raises it, so that none waits for another in vain.
+        SynthgenError: a label cannot be read; every process raises the error, so that none waits forever.
     """
     rank, size = (dist.get_rank(), world_size()) if world_size() > 1 else (0, 1)
     share = range(len(data) * rank // size, len(data) * (rank + 1) // size)
@@ -84,9 +84,9 @@ def class_numbers(
     *,
     stream: int,
 ) -> tuple[Int[Tensor, " b"] | None, dict[str, Tensor]]:
-    """The number of each image's class, and the share that is told one, for ``metrics.jsonl``; without classes nothing.
+    """The class number of each image, and the metric ``told``, the share of images with one; None without classes.
 
-    It is the number of no class where an image has none, and by lot in a share of the images.
+    The number is that of "no class" where an image has no label, and for a random share ``dropout`` of the images.
     """
     if classes is None:
         return None, {}
@@ -98,21 +98,21 @@ def class_numbers(
 def vectors(
     classes: ClassEmbedding | None, numbers: Int[Tensor, " b"] | None, count: int
 ) -> Float[Tensor, "b d"] | None:
-    """What is told of ``count`` images of these classes; without numbers that they have none."""
+    """The class vectors of ``count`` images; without ``numbers`` that of "no class"."""
     if classes is None:
         return None
     found: Tensor = classes(classes.none(count) if numbers is None else numbers)
     return found
 
 
-def asked(
+def sampled_classes(
     classes: ClassEmbedding | None, labels: Labels, count: int, guidance_scale: float
 ) -> Int[Tensor, " b"] | None:
-    """The number of the class of each of ``count`` images to be drawn, where any are wanted.
+    """The class number of each of ``count`` images to sample; None without labels.
 
     Raises:
-        ValueError: there are labels and no classes, guidance and no labels, or labels for other than ``count`` images.
-        UnknownName, ConfigError: there is no such class.
+        ValueError: labels without class conditioning, guidance without labels, or another number of labels.
+        UnknownName, ConfigError: no class has this name or number.
     """
     if not 0 <= guidance_scale < torch.inf:
         raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
@@ -129,14 +129,14 @@ def asked(
 
 
 def classifier_free_guidance(
-    ask: Callable[[Int[Tensor, " b"] | None], Tensor], numbers: Int[Tensor, " b"] | None, guidance_scale: float
+    predict: Callable[[Int[Tensor, " b"] | None], Tensor], numbers: Int[Tensor, " b"] | None, guidance_scale: float
 ) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, 2022): none + w (class - none), which at w = 1 asks for one of them.
+    """Classifier-free guidance (Ho and Salimans, 2022): none + w (class - none); w = 1 needs no second evaluation.
 
-    ``ask`` says the network's answer for images of these classes, or of none.
+    ``predict`` is the network's output for images of these class numbers, or of "no class" where it gets None.
     """
-    answer = ask(numbers)
+    conditional = predict(numbers)
     if numbers is None or guidance_scale == 1:
-        return answer
-    none = ask(None)
-    return none + guidance_scale * (answer - none)
+        return conditional
+    unconditional = predict(None)
+    return unconditional + guidance_scale * (conditional - unconditional)

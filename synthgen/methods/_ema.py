@@ -1,4 +1,4 @@
-"""An average of the weights that follows a training."""
+"""An exponential moving average (EMA) of the weights of a training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["check_decay", "update_ema"]
 
 
 def check_decay(ema_decay: float) -> float:
-    """The decay as it is.
+    """The decay, unchanged.
 
     Raises:
-        ValueError: it does not lie between 0 and 1.
+        ValueError: the decay does not lie between 0 and 1.
     """
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}")
@@ -21,7 +21,10 @@ def check_decay(ema_decay: float) -> float:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, steps: Tensor, ema_decay: float) -> None:
-    """Another step is done: ``average`` forgets at ``ema_decay`` a step, and faster while few ``steps`` are done."""
+    """One step of the EMA: average <- d average + (1 - d) module, with d = min(ema_decay, (1 + n) / (10 + n)).
+
+    n is the number of steps with this one; ``steps`` holds it and is incremented in place.
+    """
     steps += 1
     rate = 1 - ((1 + steps) / (10 + steps)).clamp(max=ema_decay)
     own = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""Words and texts as numbers that can be compared and sent between processes."""
+"""Numbers for words and texts, which tensors can hold and processes exchange."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["number_of"]
 
 @lru_cache(maxsize=65536)
 def number_of(name: str) -> int:
-    """A number of 62 bits, the same for the same name in lower case on every process."""
+    """A hash of 62 bits that ignores case and surrounding space, equal on every process."""
     digest = hashlib.blake2b(name.strip().lower().encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

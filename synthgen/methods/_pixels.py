@@ -1,4 +1,4 @@
-"""What methods that say or draw pixels share: a decoder's size, what it should say, and the way back to images."""
+"""Common parts of methods that predict pixels: the decoder's size, its target, and the way back to images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ __all__ = ["pixel_decoder", "pixel_range", "pixel_target", "to_pixels"]
 
 
 def pixel_decoder(encoder: VisionTransformer, dim: int, depth: int) -> PixelDecoder:
-    """MAE's decoder. A ``dim`` or ``depth`` of 0 is the paper's 512 or 8 for the sizes of the paper, and the encoder's
-    width or half its depth for smaller ones.
+    """MAE's decoder.
+
+    The default of 0 means the paper's ``dim`` of 512 and ``depth`` of 8 for an encoder of 12 blocks or more, and for
+    smaller ones the encoder's width, rounded down to a multiple of 32, and half its depth.
     """
     config = encoder.config
     return PixelDecoder(
@@ -26,22 +28,24 @@ def pixel_decoder(encoder: VisionTransformer, dim: int, depth: int) -> PixelDeco
 
 
 def pixel_target(patches: Float[Tensor, "b h p"], *, norm: bool) -> Float[Tensor, "b h p"]:
-    """The patches, with ``norm`` less their mean and over their deviation (MAE's code: unbiased variance plus 1e-6)."""
+    """The patches; with ``norm`` each is standardised (MAE's code: unbiased variance plus 1e-6)."""
     if not norm:
         return patches
     size = patches.shape[2]
-    unbiased = 1 - 1 / size  # a layer norm divides by the biased deviation
+    unbiased = 1 - 1 / size  # layer_norm uses the biased variance
     return F.layer_norm(patches, (size,), patches.new_full((size,), unbiased**0.5), eps=1e-6 * unbiased)
 
 
 def pixel_range(config: EncoderConfig, device: torch.device) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """The least and the most that each number of a normalised patch can be."""
+    """The range of each value of a normalised patch: what pixels of 0 and of 1 become."""
     mean, std = (torch.tensor(value, device=device) for value in (config.mean, config.std))
-    low, high = (((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0))  # channels come last
+    low, high = (
+        ((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0)
+    )  # channels are the last axis
     return low, high
 
 
 def to_pixels(images: Float[Tensor, "b 3 H W"], config: EncoderConfig) -> Float[Tensor, "b 3 H W"]:
-    """Normalised images as pixels in [0, 1]; what lies outside is cut off."""
+    """Normalised images as pixels, clamped to [0, 1]."""
     mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in (config.mean, config.std))
     return (images * std + mean).clamp(0, 1)

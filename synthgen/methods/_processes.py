@@ -1,4 +1,4 @@
-"""One step on several processes: each computes the losses of its own images against the images of all."""
+"""One step on several processes: each compares its own images with the images of all."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ __all__ = ["gather", "longest", "own_rows", "share_of_mean", "world_size"]
 
 
 def world_size() -> int:
-    """How many processes share a step."""
+    """The number of processes that share a step."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def own_rows(count: int) -> slice:
-    """Where this process's ``count`` rows are among those that :func:`gather` gives."""
+    """The indices of this process's ``count`` rows in the result of :func:`gather`."""
     rank = dist.get_rank() if world_size() > 1 else 0
     return slice(rank, rank + count * world_size(), world_size())
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order in which one process would have them; gradients flow back to each.
+    """The rows of all processes, in the order of a single process; gradients flow back to each.
 
-    (:class:`~synthgen.loader.Order` deals rows out by turns.) Every process must have as many.
+    :class:`~synthgen.loader.Order` assigns rows round-robin. Every process must have the same number of rows.
     """
     return rows if world_size() == 1 else _Gather.apply(rows)  # type: ignore[no-untyped-call]
 
 
 def longest(length: int, device: torch.device) -> int:
-    """The greatest ``length`` of all processes."""
+    """The maximum ``length`` of all processes."""
     if world_size() == 1:
         return length
     found = torch.tensor(length, device=device)
@@ -40,9 +40,10 @@ def longest(length: int, device: torch.device) -> int:
 
 
 def share_of_mean(losses: Tensor, counts: Tensor) -> Tensor:
-    """This process's part of the mean over all losses that count, such that the processes' average is that mean.
+    """This process's term of the mean over the losses of all processes where ``counts``.
 
-    Gradients are averaged over processes, so a plain mean would weigh a loss by how few others its process has.
+    The average of the processes' terms is that mean. Gradients are averaged over processes, so a plain mean would
+    weight losses unequally where processes have different numbers of them.
     """
     total = gather(counts.sum()[None]).sum().clamp(min=1)
     return torch.where(counts, losses, 0.0).sum() * world_size() / total

@@ -1,4 +1,4 @@
-"""What lies under each word's mask, for methods that look at objects one by one."""
+"""The regions under word masks, for methods that compare objects."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from synthgen.methods._names import number_of
 
 __all__ = ["WHOLE", "Regions", "pool", "regions"]
 
-WHOLE = -1  # stands for the whole image where words are numbers
+WHOLE = -1  # the number of a region without a word, such as a whole image
 
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """Objects of each image, as many on every process."""
+    """Objects of each image, padded to an equal number k on every process."""
 
-    shares: tuple[Float[Tensor, "b k n"], ...]  # how much of each patch belongs to the object, in each view
+    shares: tuple[Float[Tensor, "b k n"], ...]  # of each patch under the object's mask, for each view
     present: Bool[Tensor, "b k"]
-    words: Int[Tensor, "b k"]  # equal numbers for equal words; WHOLE where there is none
+    words: Int[Tensor, "b k"]  # equal numbers for equal words; WHOLE without one
 
 
 def regions(views: Sequence[Batch], patch_size: int, count: int) -> Regions:
-    """The first ``count`` words of each image whose masks cover half a patch or more in all of its views."""
+    """The first ``count`` words of each image whose masks cover half a patch or more in every view."""
     first, device = views[0], views[0].images.device
     covered = [_covered(view.masks, patch_size) for view in views]
     named = [[number_of(word) for word in words] for words in first.words]
     width = first.masks.shape[1]
     words = torch.tensor([(row + [WHOLE] * width)[:width] for row in named], dtype=torch.long, device=device)
     present = torch.stack([view.sum(2) >= 0.5 for view in covered]).all(0)
-    # words that count come first, then the table is cut or filled up to ``count``: as wide on every process
+    # present words first, then cut or pad to ``count``, so that shapes agree on all processes
     order = present.long().argsort(dim=1, descending=True, stable=True)[:, :count]
     missing = count - order.shape[1]
     present = F.pad(present.gather(1, order), (0, missing))
     words = F.pad(words.gather(1, order), (0, missing), value=WHOLE).masked_fill(~present, WHOLE)
-    places = order[:, :, None].expand(-1, -1, covered[0].shape[2])
-    shares = tuple(F.pad(view.gather(1, places), (0, 0, 0, missing)) for view in covered)
+    indices = order[:, :, None].expand(-1, -1, covered[0].shape[2])
+    shares = tuple(F.pad(view.gather(1, indices), (0, 0, 0, missing)) for view in covered)
     return Regions(shares, present, words)
 
 
 def _covered(masks: Bool[Tensor, "b k H W"], patch_size: int) -> Float[Tensor, "b k n"]:
-    patches = F.avg_pool2d(masks.flatten(0, 1)[:, None].float(), patch_size)  # of no word too
+    patches = F.avg_pool2d(masks.flatten(0, 1)[:, None].float(), patch_size)  # also where there are no words
     return patches.view(*masks.shape[:2], patches.shape[2] * patches.shape[3])
 
 
 def pool(tokens: Float[Tensor, "b n d"], shares: Float[Tensor, "b k n"]) -> Float[Tensor, "b k d"]:
-    """The mean of the patches under each mask."""
+    """The mean of the patch tokens under each mask."""
     return shares @ tokens / shares.sum(2, keepdim=True).clamp(min=1e-6)

@@ -1,4 +1,4 @@
-"""Learn which patches to hide, and rebuild them."""
+"""Learn which patches to hide, and reconstruct them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from synthgen.models.vit import VisionTransformer, load_encoder
 
 __all__ = ["AutoMAE"]
 
-#: Streams of a sample's draws; the lot is that of ``mae``.
-LOT, GUMBEL, RECTANGLE, NOISE = range(4)
+#: Random streams of a sample; that of the hiding is the same as in ``mae``.
+HIDING, GUMBEL, RECTANGLE, NOISE = range(4)
 
 
 class AutoMAE(Method):
-    """A masked autoencoder that learns where to hide (AutoMAE: Chen et al., 2023; its code).
+    """A masked autoencoder with learned masks (AutoMAE: Chen et al., 2023; its code).
 
     A      = attention of the class token to the patches, each head's, in the scorer's last block, on the whole image
     p      = softmax((log G(A) + gumbel) / temperature)                 G: two convolutions; p: a share for each patch
-    s      = u + alpha [p among its k highest]                          u even in [0, 1); k: number of visible patches
+    s      = u + alpha [p among its k highest]                          u ~ U[0, 1); k: number of visible patches
     visible are the k patches of lowest s; their tokens become x (1 + alpha (p - sg(p)))            sg: no gradient
 
     pixels = mean over hidden patches of the mean over pixels of (predicted - target)^2             as in ``mae``
@@ -41,15 +41,15 @@ class AutoMAE(Method):
     L_D    = mean over images of (D(r) - 1)^2 + D(sg(p))^2
     loss   = pixels + adversary_weight L_G + L_D
 
-    The factor of the tokens is 1 and has a gradient, by which the pixels' error reaches G. It is the paper's
-    s x + sg(1 - s) x with a straight-through s, its value exact. D learns to tell p from r = softmax(inside / 2 + even
-    noise), where ``inside`` is 1 in a random rectangle, so G learns to point at something of an object's shape.
+    The factor of the tokens is 1 and passes the gradient of the pixels' error to G. It is the paper's
+    s x + sg(1 - s) x with a straight-through s, of exact value. D learns to separate p from r = softmax(inside / 2 +
+    uniform noise), where ``inside`` is 1 in a random rectangle, so G learns to select regions of an object's shape.
 
-    The ``scorer`` is the encoder that a training left in that folder, frozen. Where none is named it is a copy of the
-    encoder that follows it, s <- m s + (1 - m) e after each step, with m from ``momentum`` to 1 by half a cosine.
+    The ``scorer`` is the frozen encoder of the training in that folder. By default it is an EMA of the encoder,
+    s <- m s + (1 - m) e after each step, with m from ``momentum`` to 1 by half a cosine.
 
-    With ``prior: masks`` the share of each patch under the image's own word masks stands for ``inside``, where they
-    cover half a patch or more. That is our own, after Free-ATM; the paper has no masks of words.
+    With ``prior: masks``, ``inside`` is the share of each patch under the image's own word masks, where they cover half
+    a patch or more. That is our own, after Free-ATM; the paper has no masks of words.
     """
 
     guided: ClassVar = {"prior": "masks"}
@@ -58,14 +58,14 @@ class AutoMAE(Method):
         self,
         encoder: VisionTransformer,
         *,
-        scorer: str = "",  # folder of a pretrained encoder, held as it is; empty: a slow copy of this one
-        momentum: float = 0.99,  # of the slow copy, at the beginning
-        mask_ratio: float = 0.75,  # share of the patches that is hidden
-        alpha: float = 0.5,  # by how much a favoured patch's lot is raised; 0: chance alone
-        temperature: float = 1.0,  # of the draw of p: lower is nearer to one patch
-        adversary_weight: float = 0.2,  # of L_G
-        prior: Literal["rectangles", "masks"] = "rectangles",  # what p is to look like
-        norm_pixels: bool = True,  # patches are rebuilt less their mean, over their deviation
+        scorer: str = "",  # folder of a pretrained encoder, which stays frozen; empty: an EMA of this one
+        momentum: float = 0.99,  # initial momentum of the EMA
+        mask_ratio: float = 0.75,  # share of hidden patches
+        alpha: float = 0.5,  # added to the random score of selected patches; 0: random hiding
+        temperature: float = 1.0,  # of the Gumbel softmax; lower is closer to one-hot
+        adversary_weight: float = 0.2,  # weight of L_G
+        prior: Literal["rectangles", "masks"] = "rectangles",  # the shapes that D takes for real
+        norm_pixels: bool = True,  # targets are standardised patches
         decoder_dim: int = 0,  # 0: by the encoder's size
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
@@ -89,68 +89,70 @@ class AutoMAE(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where p is to look like them."""
+        """Whether masks are D's real examples."""
         return self.prior == "masks"
 
     @property
     def copies(self) -> Mapping[str, str]:
-        """A scorer that is no file's follows the encoder."""
+        """A scorer without a folder is an EMA of the encoder."""
         return {"scorer.": "encoder."} if self.follows else {}
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of the hidden patches, and those of generator and discriminator."""
+        """The losses of the hidden patches, the generator and the discriminator."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
         foreground = self.coverage(batch.masks)  # b n
-        p = self.propose(patches, batch.seeds)  # b n
+        p = self.sampled_shares(patches, batch.seeds)  # b n
         visible, hidden = self.split(p, batch.seeds)
         predicted = self.decoder(self.encode(patches, visible, p), visible, hidden)  # b h p
         pixels = F.mse_loss(predicted.float(), pixel_target(take(patches, hidden), norm=self.norm_pixels))
 
-        held = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        fooled: Tensor = functional_call(self.discriminator, held, (p,))
-        generator = ((fooled - 1) ** 2).mean()
-        real, proposed = self.discriminator(torch.cat([self.real(batch.seeds, foreground), p.detach()])).chunk(2)
-        discriminator = ((real - 1) ** 2 + proposed**2).mean()
+        frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        of_p: Tensor = functional_call(self.discriminator, frozen, (p,))
+        generator = ((of_p - 1) ** 2).mean()
+        real, generated = self.discriminator(torch.cat([self.real(batch.seeds, foreground), p.detach()])).chunk(2)
+        discriminator = ((real - 1) ** 2 + generated**2).mean()
 
         metrics = {"pixel_error": pixels, "generator_error": generator, "discriminator_error": discriminator}
         if self.uses_masks:
             total = foreground.sum().clamp(min=1e-6)
-            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / total  # mask_ratio if left to chance
+            metrics["foreground_hidden"] = (
+                foreground.gather(1, hidden).sum() / total
+            )  # about mask_ratio where hiding is random
         loss = pixels + self.adversary_weight * generator + discriminator
         return StepOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     @torch.no_grad()
     def attention(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b h n"]:
-        """How each head of the scorer's last block looks from the class token at the patches of the whole image."""
+        """Attention of the class token to the patches of the whole image, per head of the scorer's last block."""
         *blocks, last = cast(list[Block], list(self.scorer.blocks))
         x = self.scorer.embed(patches)
         for block in blocks:
             x = block(x)
-        qkv = last.qkv(x)
+        qkv = last.project_qkv(x)
         q, k, _ = qkv.view(*qkv.shape[:2], 3, last.attn.num_heads, -1).permute(2, 0, 3, 1, 4)  # b h t w each
         scores = (q[:, :, :1] @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
-        looks: Tensor = scores.softmax(dim=3)
-        return looks[:, :, 0, 1:]
+        attention: Tensor = scores.softmax(dim=3)
+        return attention[:, :, 0, 1:]
 
-    def propose(self, patches: Float[Tensor, "b n p"], seeds: Int[Tensor, " b"]) -> Float[Tensor, "b n"]:
-        """p: which patches to favour, as shares that add up to 1."""
-        chances: Tensor = self.generator(self.attention(patches))
-        gumbel = -(-uniform(seeds, chances.shape[1], stream=GUMBEL).clamp(min=2.0**-25).log()).log()
-        return ((chances + gumbel) / self.temperature).softmax(dim=1)
+    def sampled_shares(self, patches: Float[Tensor, "b n p"], seeds: Int[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        """p: a share for each patch, by a Gumbel softmax over the generator's log-probabilities; the sum is 1."""
+        log_probabilities: Tensor = self.generator(self.attention(patches))
+        gumbel = -(-uniform(seeds, log_probabilities.shape[1], stream=GUMBEL).clamp(min=2.0**-25).log()).log()
+        return ((log_probabilities + gumbel) / self.temperature).softmax(dim=1)
 
     def split(self, p: Float[Tensor, "b n"], seeds: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
-        """Which patches stay visible and which are hidden."""
-        favoured = torch.zeros_like(p).scatter(1, p.topk(self.num_visible, dim=1).indices, 1.0)
-        order = (uniform(seeds, p.shape[1], stream=LOT) + self.alpha * favoured).argsort(dim=1)
+        """Indices of the visible and of the hidden patches."""
+        selected = torch.zeros_like(p).scatter(1, p.topk(self.num_visible, dim=1).indices, 1.0)
+        order = (uniform(seeds, p.shape[1], stream=HIDING) + self.alpha * selected).argsort(dim=1)
         return order[:, : self.num_visible], order[:, self.num_visible :]
 
     def encode(
         self, patches: Float[Tensor, "b n p"], visible: Int[Tensor, "b v"], p: Float[Tensor, "b n"]
     ) -> Float[Tensor, "b t d"]:
-        """The encoder's tokens of the visible patches: of that value, and with a gradient to p."""
+        """The encoder's tokens of the visible patches, with a gradient to p."""
         x = self.encoder.embed(take(patches, visible), visible)
-        kept = p.gather(1, visible)
-        factor = 1 + self.alpha * (kept - kept.detach())
+        of_visible = p.gather(1, visible)
+        factor = 1 + self.alpha * (of_visible - of_visible.detach())
         x = torch.cat([x[:, :1], x[:, 1:] * factor[:, :, None]], dim=1)
         for block in self.encoder.blocks:
             x = block(x)
@@ -158,33 +160,33 @@ class AutoMAE(Method):
         return y
 
     def coverage(self, masks: Bool[Tensor, "b k H W"]) -> Float[Tensor, "b n"]:
-        """How much of each patch lies under the mask of any word, in [0, 1]."""
+        """The share of each patch under the mask of any word, in [0, 1]."""
         if not (self.uses_masks and masks.shape[1]):
             return torch.zeros(len(masks), self.encoder.config.grid**2, device=masks.device)
         return coverage(masks, self.encoder.config.patch_size)
 
     def real(self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """r: what p is to look like; a rectangle, or the foreground where there is half a patch of it."""
+        """r, D's real example: of a rectangle, or of the foreground where it covers half a patch or more."""
         rectangle = rectangles(uniform(seeds, 4, stream=RECTANGLE), self.encoder.config.grid).float()
         inside = torch.where(foreground.sum(1, keepdim=True) >= 0.5, foreground, rectangle)
         return (0.5 * inside + uniform(seeds, inside.shape[1], stream=NOISE)).softmax(dim=1)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """A scorer that is no file's follows the encoder."""
+        """Update the EMA, if the scorer is one."""
         if self.follows:
-            share = (1 - self.momentum) * 0.5 * (1 + math.cos(math.pi * progress))
+            rate = (1 - self.momentum) * 0.5 * (1 + math.cos(math.pi * progress))
             for slow, fast in zip(self.scorer.parameters(), self.encoder.parameters(), strict=True):
-                slow.lerp_(fast, share)
+                slow.lerp_(fast, rate)
 
 
 def rectangles(draws: Float[Tensor, "b 4"], grid: int) -> Bool[Tensor, "b n"]:
-    """Where a random rectangle lies on the grid; ``draws`` are even in [0, 1).
+    """The patches in a random rectangle on the grid; ``draws`` are uniform in [0, 1).
 
-    The paper's area of 40 to 160 patches of 196 and its width of 4 to 10 of 14, as shares of this grid.
+    Its area is 40 to 160 patches of 196 and its width 4 to 10 of 14, as in the paper, scaled to this grid.
     """
 
-    def drawn(column: int, low: int, high: int | Tensor) -> Tensor:  # a whole number, both ends included
+    def drawn(column: int, low: int, high: int | Tensor) -> Tensor:  # an integer, both ends included
         return (low + draws[:, column] * (high - low + 1)).floor()
 
     area = drawn(0, max(1, round(grid**2 * 40 / 196)), round(grid**2 * 160 / 196))
@@ -199,11 +201,17 @@ def rectangles(draws: Float[Tensor, "b 4"], grid: int) -> Bool[Tensor, "b n"]:
 
 
 def _loaded(folder: str, encoder: VisionTransformer) -> VisionTransformer:
-    """The scorer in ``folder``, if it sees images as the encoder does."""
+    """The scorer in ``folder``.
+
+    Raises:
+        ValueError: its image size, patch size or normalisation differs from that of the encoder.
+    """
     scorer = load_encoder(folder)
     names = ("image_size", "patch_size", "mean", "std")
     own, wanted = ({name: getattr(one.config, name) for name in names} for one in (scorer, encoder))
     if own != wanted:
-        said = ", ".join(f"{name} {own[name]} instead of {wanted[name]}" for name in names if own[name] != wanted[name])
-        raise ValueError(f"the scorer in {folder} has {said}; name one that was pretrained as this encoder is to be")
+        wrong = ", ".join(
+            f"{name} {own[name]} instead of {wanted[name]}" for name in names if own[name] != wanted[name]
+        )
+        raise ValueError(f"the scorer in {folder} has {wrong}; name one that was pretrained as this encoder is to be")
     return scorer

@@ -26,6 +26,10 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["Contrastive"]
 
+NO_WORD = (
+    -2
+)  # in the queue: the key of an image without words, from the loss over objects; WHOLE: from that over images
+
 
 class Contrastive(Method):
     """Two views of a thing are nearer than views of other things (MoCo v3: Chen, Xie and He, 2021, algorithm 1).
@@ -34,7 +38,7 @@ class Contrastive(Method):
     L(a, b) = -2 T * mean over q of log( exp(q.k+ / T) / (exp(q.k+ / T) + sum over k- of exp(q.k- / T)) )
     loss = L(1, 2) + L(2, 1)                           q and k have unit length
 
-    The teacher follows the encoder, t <- m t + (1 - m) e after each step, with m from ``momentum`` to 1 by half a
+    The teacher is an EMA of the encoder, t <- m t + (1 - m) e after each step, with m from ``momentum`` to 1 by half a
     cosine. Negatives k- are the other images of the step, on all processes, and with ``queue`` that many earlier keys.
     ``pool`` is the mean of the patch tokens.
 
@@ -43,7 +47,8 @@ class Contrastive(Method):
     the other view of the image. Negatives are other words: of the same image in the other view and in the same view,
     and of other images. The same word in another image is no negative unless ``same_word_negatives``. A word counts
     where its mask covers half a patch in both views, the first ``max_words`` such words of an image; an image without
-    one takes part as a whole. What is known of the paper and what is our choice: docs/methods.md.
+    one takes part as a whole. The two losses share the queue, and each has its own keys there as negatives. For what is
+    the paper's and what is our choice see docs/methods.md.
     """
 
     guided: ClassVar = {"instance_share": 1.0}
@@ -57,15 +62,15 @@ class Contrastive(Method):
         self,
         encoder: VisionTransformer,
         *,
-        instance_share: float = 0.0,  # of the loss, what comes from objects under masks; 0: images alone
-        max_words: int = 3,  # objects of an image, at most
+        instance_share: float = 0.0,  # weight of the loss over objects under masks; 1 minus it: over whole images
+        max_words: int = 3,  # maximum of objects per image
         same_word_negatives: bool = False,  # whether the same word in another image is a negative
-        temperature: float = 0.2,  # T: lower looks more at the nearest negatives
-        momentum: float = 0.99,  # of the teacher, at the beginning
-        queue: int = 0,  # earlier keys that are negatives too
-        projection_dim: int = 256,  # length of the vectors that are compared
-        hidden_dim: int = 0,  # of the projectors; 0: four times the encoder's width, at most 4096
-        jitter: float = 0.4,  # strength of the changes of colour, in [0, 1)
+        temperature: float = 0.2,  # T: lower weighs the nearest negatives more
+        momentum: float = 0.99,  # initial momentum of the teacher
+        queue: int = 0,  # number of earlier keys that are negatives too
+        projection_dim: int = 256,  # length of the compared vectors
+        hidden_dim: int = 0,  # width of the projectors; 0: four times the encoder's, at most 4096
+        jitter: float = 0.4,  # strength of the colour jitter, in [0, 1)
     ) -> None:
         super().__init__()
         if not 0 <= instance_share <= 1:
@@ -90,20 +95,20 @@ class Contrastive(Method):
         self.register_buffer("queue_end", torch.zeros((), dtype=torch.long))
         self.instance_share, self.max_words, self.same_word_negatives = instance_share, max_words, same_word_negatives
         self.temperature, self.momentum, self.jitter = temperature, momentum, jitter
-        self._fresh: list[tuple[Tensor, Tensor]] = []  # keys and words of this step, for the queue
+        self._new_keys: list[tuple[Tensor, Tensor]] = []  # of this step, with their words, for the queue
 
     @property
     def uses_masks(self) -> bool:
-        """Masks say where objects are."""
+        """Masks define the objects."""
         return self.instance_share > 0
 
     @property
     def copies(self) -> Mapping[str, str]:
-        """The teacher follows the encoder and its first head."""
+        """The teacher is a copy of the encoder and its first head."""
         return {"teacher.": "encoder.", "teacher_project.": "project."}
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Masks if guided, and more than one word, for there must be another to be told apart from."""
+        """Check for masks if guided, and for more than one word, because equal words are no negatives."""
         super().check(samples)
         words = {word.strip().lower() for sample in samples if sample.label_map is not None for word in sample.words}
         if self.uses_masks and len(words) == 1 and not self.same_word_negatives:
@@ -122,7 +127,7 @@ class Contrastive(Method):
         return self.views()
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The loss of two views of some images."""
+        """The loss of two views of each image."""
         if batch.second is None:
             raise ValueError("contrastive needs a batch with two views")
         images = batch.images, batch.second.images
@@ -131,42 +136,51 @@ class Contrastive(Method):
             targets = [self.teacher(view)[:, 1:] for view in images]
         loss, metrics = torch.zeros((), device=batch.images.device), {}
         if self.instance_share < 1:
-            term, metrics["agreement"] = self.term(self.whole(batch), tokens, targets)
+            term, metrics["agreement"] = self.term(self.whole(batch), tokens, targets, WHOLE)
             loss = loss + (1 - self.instance_share) * term
         if self.instance_share > 0:
-            regions = self.objects(batch, batch.second)
-            term, metrics["instance_agreement"] = self.term(regions, tokens, targets)
+            objects = self.objects(batch, batch.second)
+            term, metrics["instance_agreement"] = self.term(objects, tokens, targets, NO_WORD)
             loss = loss + self.instance_share * term
-            metrics["with_words"] = (regions.words != WHOLE).any(1).float().mean()
-            metrics["instances"] = regions.present.float().sum(1).mean()
+            metrics["with_words"] = (objects.words != WHOLE).any(1).float().mean()
+            metrics["instances"] = objects.present.float().sum(1).mean()
         return StepOutput(loss, metrics)
 
     def whole(self, batch: Batch) -> Regions:
-        """One region an image: all of it."""
+        """One region per image: all of it."""
         b, device = len(batch), batch.images.device
-        all_of_it = torch.ones(b, 1, self.encoder.config.grid**2, device=device)
+        shares = torch.ones(b, 1, self.encoder.config.grid**2, device=device)
         words = torch.full((b, 1), WHOLE, device=device)
-        return Regions((all_of_it, all_of_it), torch.ones(b, 1, dtype=torch.bool, device=device), words)
+        return Regions((shares, shares), torch.ones(b, 1, dtype=torch.bool, device=device), words)
 
     def objects(self, first: Batch, second: Batch) -> Regions:
-        """One region for each word that both views show, or the whole image where there is none."""
+        """One region for each word in both views, or the whole image where there is none."""
         found = regions((first, second), self.encoder.config.patch_size, self.max_words)
-        slot = torch.arange(self.max_words, device=first.images.device) == 0
-        pseudo = ~found.present.any(1)[:, None] & slot
-        shares = tuple(torch.where(pseudo[:, :, None], 1.0, view) for view in found.shares)
-        return replace(found, shares=shares, present=found.present | pseudo)
+        is_first = torch.arange(self.max_words, device=first.images.device) == 0
+        whole = ~found.present.any(1)[:, None] & is_first
+        shares = tuple(torch.where(whole[:, :, None], 1.0, view) for view in found.shares)
+        return replace(found, shares=shares, present=found.present | whole)
 
-    def term(self, regions: Regions, tokens: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The symmetric loss over some regions, and how often the positive is the nearest key."""
+    def term(
+        self, regions: Regions, tokens: list[Tensor], targets: list[Tensor], wordless: int
+    ) -> tuple[Tensor, Tensor]:
+        """The symmetric loss over regions, and how often the positive is the nearest key.
+
+        ``wordless`` is the number of regions without a word in the queue: WHOLE of the loss over images, NO_WORD of
+        that over objects.
+        """
         queries = [unit(self.predict(self.project(pool(x, w)))) for x, w in zip(tokens, regions.shares, strict=True)]
         with torch.no_grad():
             keys = [unit(self.teacher_project(pool(x, w))) for x, w in zip(targets, regions.shares, strict=True)]
-        one, right = self.contrast(queries[0], keys[1], keys[0], regions)
-        other, also_right = self.contrast(queries[1], keys[0], keys[1], regions)
+        in_queue = (self.queue_words == WHOLE) == (wordless == WHOLE)  # keys of the same loss
+        first, first_right = self.contrast(queries[0], keys[1], keys[0], regions, in_queue)
+        second, second_right = self.contrast(queries[1], keys[0], keys[1], regions, in_queue)
         if len(self.queue_keys):
             chosen = gather(regions.present).flatten()
-            self._fresh.append((gather(keys[1]).flatten(0, 1)[chosen], gather(regions.words).flatten()[chosen]))
-        return one + other, (right + also_right) / 2
+            words = gather(regions.words).flatten()[chosen]
+            words = words.masked_fill(words == WHOLE, wordless)
+            self._new_keys.append((gather(keys[1]).flatten(0, 1)[chosen], words))
+        return first + second, (first_right + second_right) / 2
 
     def contrast(
         self,
@@ -174,44 +188,45 @@ class Contrastive(Method):
         across: Float[Tensor, "b k d"],
         within: Float[Tensor, "b k d"],
         regions: Regions,
+        in_queue: Bool[Tensor, " queue"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """One direction: a view's queries against the other view's keys of all, and its own keys of their image."""
+        """One direction: each query against the other view's keys of all images and its own view's of its image."""
         b, k, _ = queries.shape
         q, device = queries.flatten(0, 1), queries.device
         present, words = regions.present.flatten(), regions.words.flatten()[:, None]
 
-        everyone = gather(across).flatten(0, 1)
-        numbers = torch.arange(len(everyone), device=device)
+        all_keys = gather(across).flatten(0, 1)
+        numbers = torch.arange(len(all_keys), device=device)
         positives = numbers.view(-1, k)[own_rows(b)].flatten()
         allowed_across = gather(regions.present).flatten() & self.differ(words, gather(regions.words).flatten())
         allowed_across |= positives[:, None] == numbers
         allowed_within = regions.present[:, None] & self.differ(regions.words[:, :, None], regions.words[:, None])
         allowed_within &= ~torch.eye(k, dtype=torch.bool, device=device)  # a query's own key is no negative
         filled = torch.arange(len(self.queue_keys), device=device) < self.queue_end
-        allowed_queue = filled & self.differ(words, self.queue_words)
+        allowed_queue = filled & in_queue & self.differ(words, self.queue_words)
 
-        near = (products(q, everyone), products(queries, within).flatten(0, 1), products(q, self.queue_keys))
+        similarity = (products(q, all_keys), products(queries, within).flatten(0, 1), products(q, self.queue_keys))
         allowed = torch.cat([allowed_across, allowed_within.flatten(0, 1), allowed_queue], dim=1)
-        logits = (torch.cat(near, dim=1) / self.temperature).masked_fill(~allowed, -torch.inf)
+        logits = (torch.cat(similarity, dim=1) / self.temperature).masked_fill(~allowed, -torch.inf)
         losses = F.cross_entropy(logits, positives, reduction="none")
         right = (logits.detach().argmax(1) == positives) & present
         return 2 * self.temperature * share_of_mean(losses, present), right.sum() / present.sum()
 
     def differ(self, ours: Int[Tensor, "..."], theirs: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
-        """Which pairs are not the same word, and so may be negatives."""
+        """Which pairs may be negatives: those of different words, or without one."""
         return (ours != theirs) | (ours == WHOLE) | self.same_word_negatives
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """The teacher follows; the step's keys join the queue in place of the oldest."""
+        """Update the teacher, and replace the oldest keys of the queue by those of the step."""
         rate = (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         for teacher, student in ((self.teacher, self.encoder), (self.teacher_project, self.project)):
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
                 slow.lerp_(fast, rate)
         size = len(self.queue_keys)
-        for keys, words in self._fresh:
+        for keys, words in self._new_keys:
             keys, words = keys[-size:], words[-size:]
-            places = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
-            self.queue_keys[places], self.queue_words[places] = keys, words
+            indices = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
+            self.queue_keys[indices], self.queue_words[indices] = keys, words
             self.queue_end += len(keys)
-        self._fresh.clear()
+        self._new_keys.clear()

@@ -1,4 +1,4 @@
-"""Predict the next patch, or clean a noised copy of it."""
+"""Predict the next patch, or denoise a noised copy of it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["DARL"]
 
-#: Streams of a sample's draws.
+#: Random streams of a sample.
 GAMMA, NOISE, SAMPLING = range(3)
 
 
 class DARL(Method):
-    """Denoising autoregressive representation learning: read patches row by row, say the next (Li et al., 2024).
+    """Denoising autoregressive representation learning: predict each patch from those before it (Li et al., 2024).
 
     h_t  = encoder([S], x_1, ..., x_t-1) at its last token, under a causal mask; [S] is the class token
     loss = mean over images and over t = 1..n of w_t * mean over pixels of (g_t - x_t)^2
 
     head "denoise": g_t = decoder(sqrt(gamma_t) x_t + sqrt(1 - gamma_t) noise_t, h_t)        gamma_t ~ Beta(beta_a, 1)
-    head "mse":     g_t = W h_t + b; with ``norm_pixels`` x_t is less its mean and over its deviation
+    head "mse":     g_t = W h_t + b; with ``norm_pixels`` x_t is standardised
 
-    gamma_t, the signal's share of the power, is drawn for each patch by itself. A ``beta_a`` of 0.03 puts nearly all of
-    it at 0: most patches are predicted from their context alone, a few are cleaned. w_t is 1. The last patch is never
-    read in training. The encoder is the plain ViT, which sees all patches at once when it is evaluated.
+    gamma_t, the signal's share of the power, is drawn for each patch independently. A ``beta_a`` of 0.03 concentrates
+    it at 0: most patches are predicted from their context alone, a few are denoised. w_t is 1. The last patch is never
+    an input in training. The encoder is the plain ViT, which attends without a causal mask when it is evaluated.
 
     With ``foreground_weight`` f above 0, patches under word masks weigh more:
 
@@ -53,21 +53,21 @@ class DARL(Method):
         self,
         encoder: VisionTransformer,
         *,
-        head: Literal["denoise", "mse"] = "denoise",  # clean a noised copy of the next patch, or only predict it
-        beta_a: float = 0.03,  # denoise: the signal's share is drawn from Beta(beta_a, 1); 1 is even, lower is noisier
-        tell_gamma: bool = False,  # denoise: the decoder is told the signal's share of each patch
-        norm_pixels: bool = False,  # mse: patches are predicted less their mean, over their deviation
-        foreground_weight: float = 0.0,  # a patch under masks weighs 1 + this; 0: as any other
+        head: Literal["denoise", "mse"] = "denoise",  # denoise a noised copy of the next patch, or predict it
+        beta_a: float = 0.03,  # denoise: gamma ~ Beta(beta_a, 1); 1 is uniform, lower is noisier
+        tell_gamma: bool = False,  # denoise: each patch's gamma is an input of the decoder
+        norm_pixels: bool = False,  # mse: targets are standardised patches
+        foreground_weight: float = 0.0,  # f: a patch under masks has the weight 1 + f
     ) -> None:
         super().__init__()
         if beta_a <= 0:
-            raise ValueError(f"beta_a must be above 0 (1 draws the signal's share evenly), not {beta_a}")
+            raise ValueError(f"beta_a must be above 0 (1 is the uniform distribution), not {beta_a}")
         if foreground_weight < 0:
             raise ValueError(f"foreground_weight must be 0 (the plain form) or more, not {foreground_weight}")
         if norm_pixels and head == "denoise":
-            raise ValueError("norm_pixels goes with head mse: what is noised and drawn are the pixels themselves")
+            raise ValueError("norm_pixels goes with head mse: head denoise predicts the pixels themselves")
         if tell_gamma and head == "mse":
-            raise ValueError("tell_gamma goes with head denoise: head mse has no noise to tell of")
+            raise ValueError("tell_gamma goes with head denoise: head mse has no noise")
         config = encoder.config
         self.encoder = encoder
         self.decoder = (
@@ -80,11 +80,11 @@ class DARL(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they weigh."""
+        """Whether masks weight the loss."""
         return self.foreground_weight > 0
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of every patch, given those before it."""
+        """The mean error of all patches, each given those before it."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
         context, _ = self.read(patches[:, :-1])  # b n d
         if self.head == "denoise":
@@ -104,32 +104,32 @@ class DARL(Method):
     def read(
         self, patches: Float[Tensor, "b m p"], past: Sequence[Tensor] = ()
     ) -> tuple[Float[Tensor, "b t d"], list[Tensor]]:
-        """What the encoder says after [S] and after each patch, and what its blocks keep of them to read on.
+        """The encoder's outputs after [S] and after each patch, and the keys and values of each block.
 
-        With ``past``, what they kept before, these patches follow those; [S] is read already.
+        ``past`` are the keys and values of earlier calls, [S] among them, which these patches continue.
         """
         start = past[0].shape[3] - 1 if past else 0
-        places = torch.arange(start, start + patches.shape[1], device=patches.device)
-        x = self.encoder.embed(patches, places.expand(len(patches), -1))[:, 1 if past else 0 :]
-        kept = []
+        indices = torch.arange(start, start + patches.shape[1], device=patches.device)
+        x = self.encoder.embed(patches, indices.expand(len(patches), -1))[:, 1 if past else 0 :]
+        cache = []
         for number, block in enumerate(self.encoder.blocks):
-            x, known = look_back(cast(Block, block), x, past[number] if past else None)
-            kept.append(known)
-        return self.encoder.norm(x), kept
+            x, keys_values = causal_block(cast(Block, block), x, past[number] if past else None)
+            cache.append(keys_values)
+        return self.encoder.norm(x), cache
 
     def gammas(self, seeds: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
-        """The signal's share of each patch, by the inverse of Beta(a, 1)'s distribution, which is gamma^a."""
+        """gamma of each patch, by the inverse of Beta(a, 1)'s distribution function gamma^a."""
         return uniform(seeds, count, stream=GAMMA) ** (1 / self.beta_a)
 
     @torch.no_grad()
     def sample(self, seeds: Int[Tensor, " b"], num_steps: int = 50) -> Float[Tensor, "b 3 H W"]:
-        """New images in [0, 1], one a seed: patch by patch, each from noise in ``num_steps`` steps of DDPM.
+        """New images in [0, 1], one per seed: patch by patch, each from noise in ``num_steps`` steps of DDPM.
 
         Raises:
-            ValueError: there are no steps, or the head is "mse", which says the mean of all that may follow.
+            ValueError: num_steps is below 1, or the head is "mse", which predicts the mean of all possible patches.
         """
         if self.head != "denoise":
-            raise ValueError('only head "denoise" draws images; "mse" says the mean of all patches that may follow')
+            raise ValueError('only head "denoise" draws images; "mse" predicts the mean of all possible patches')
         if num_steps < 1:
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
         config, device = self.encoder.config, self.encoder.cls_token.device
@@ -137,26 +137,26 @@ class DARL(Method):
         low, high = pixel_range(config, device)
         patches: list[Tensor] = []
         past: list[Tensor] = []
-        for place in range(config.grid**2):
+        for index in range(config.grid**2):
             before = patches[-1] if patches else torch.zeros(len(seeds), 0, size, device=device)
             context, past = self.read(before, past)
-            noise = normal(seeds, num_steps + 1, size, stream=SAMPLING + place)
+            noise = normal(seeds, num_steps + 1, size, stream=SAMPLING + index)
             patches.append(self.draw(context, noise, low, high))
         return to_pixels(unpatchify(torch.cat(patches, dim=1), config.patch_size), config)
 
     def draw(
         self, context: Float[Tensor, "b 1 d"], noise: Float[Tensor, "b s p"], low: Tensor, high: Tensor
     ) -> Float[Tensor, "b 1 p"]:
-        """The next patch: from the first noise, in a step for each other one, gamma rising from 0 to 1 as a cosine."""
+        """The next patch: from the first noise, one step per further noise, gamma rising from 0 to 1 by a cosine."""
         x, *fresh = noise[:, :, None].unbind(1)
         gammas = torch.linspace(math.pi / 2, 0, len(fresh) + 1, device=x.device).cos() ** 2
         for (now, after), new in zip(itertools.pairwise(gammas), fresh, strict=True):
             clean = self.decoder(x, context, now.expand(len(x), 1)).clamp(low, high)
-            left, kept = (1 - after) / (1 - now), now / after  # of the noise's power; of the signal's, seen from after
+            noise_ratio, signal_ratio = (1 - after) / (1 - now), now / after
             x = (
-                after.sqrt() * (1 - kept) / (1 - now) * clean
-                + kept.sqrt() * left * x
-                + (left * (1 - kept)).sqrt() * new
+                after.sqrt() * (1 - signal_ratio) / (1 - now) * clean
+                + signal_ratio.sqrt() * noise_ratio * x
+                + (noise_ratio * (1 - signal_ratio)).sqrt() * new
             )
         return x
 
@@ -164,17 +164,17 @@ class DARL(Method):
 def mixed(
     x: Float[Tensor, "b n p"], noise: Float[Tensor, "b n p"], gamma: Float[Tensor, "b n"]
 ) -> Float[Tensor, "b n p"]:
-    """Signal and noise in shares of gamma and the rest."""
+    """Noised patches: sqrt(gamma) x + sqrt(1 - gamma) noise."""
     return gamma.sqrt()[:, :, None] * x + (1 - gamma).sqrt()[:, :, None] * noise
 
 
-def look_back(
+def causal_block(
     block: Block, x: Float[Tensor, "b m d"], past: Float[Tensor, "2 b h k w"] | None = None
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "2 b h n w"]]:
-    """A plain block in which each token sees itself and those before it; with keys and values, past and new."""
-    qkv = block.qkv(x).view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    known = qkv[1:] if past is None else torch.cat([past, qkv[1:]], dim=3)
-    m, n = x.shape[1], known.shape[3]
-    seen = torch.ones(1, 1, m, n, dtype=torch.bool, device=x.device).tril(n - m)
-    x = x + block.attn.proj(attend(qkv[0], known[0], known[1], seen).transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x)), known
+    """A plain block under a causal mask, and its keys and values, past and new."""
+    qkv = block.project_qkv(x).view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    keys_values = qkv[1:] if past is None else torch.cat([past, qkv[1:]], dim=3)
+    m, n = x.shape[1], keys_values.shape[3]
+    causal = torch.ones(1, 1, m, n, dtype=torch.bool, device=x.device).tril(n - m)
+    x = x + block.attn.proj(attend(qkv[0], keys_values[0], keys_values[1], causal).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x)), keys_values

@@ -20,8 +20,8 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["DiffMAE"]
 
-#: Streams of a sample's draws.
-LOT, TIME, NOISE, SAMPLING = range(4)
+#: Random streams of a sample.
+HIDING, TIME, NOISE, SAMPLING = range(4)
 
 TIMES = 1000  # time 0 is the clean image, time 1000 nearly pure noise
 
@@ -29,14 +29,13 @@ TIMES = 1000  # time 0 is the clean image, time 1000 nearly pure noise
 class DiffMAE(Method):
     """Diffusion as masked autoencoding: hide patches, denoise them given the visible ones (Wei et al., 2023).
 
-    x_t  = sqrt(a_t) x + sqrt(1 - a_t) noise            x: a hidden patch; t even in 1..1000, one for all of an image
+    x_t  = sqrt(a_t) x + sqrt(1 - a_t) noise            x: a hidden patch; t ~ U{1..1000}, one per image
     a_t  = product over s = 1..t of (1 - b_s^rho)       b: from 0.0001 to 0.02 in equal steps
     loss = mean over hidden patches of the mean over pixels of (D(x_t, t, E(visible)) - x)^2
 
-    The encoder E sees clean visible patches, and no time: it is the plain ViT, at the cost of ``mae``. The decoder D is
-    told the time and sees the noised patches instead of mask tokens. ``rho`` below 1 is noisier than DDPM; where no
-    signal is left, the task is that of ``mae``. With ``norm_target`` the x of the loss, not that of x_t, is less its
-    own mean and over its own standard deviation.
+    The input of the encoder E are the clean visible patches and no time: it is the plain ViT, at the cost of ``mae``.
+    The decoder D gets the time, and the noised patches instead of mask tokens. ``rho`` below 1 is noisier than DDPM; at
+    pure noise the task is that of ``mae``. With ``norm_target`` the x of the loss, not that of x_t, is standardised.
 
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``. That is our own
     combination; the paper has no masks of words.
@@ -50,13 +49,13 @@ class DiffMAE(Method):
         self,
         encoder: VisionTransformer,
         *,
-        mask_ratio: float = 0.75,  # share of the patches that is hidden
-        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
-        foreground_share_start: float = 0.0,  # the same at the training's beginning
-        rho: float = 0.8,  # exponent of the noise's variances; lower is noisier, 1 is DDPM's schedule
-        norm_target: bool = False,  # patches are told less their mean, over their deviation; no sampling then
-        decoder: DecoderKind = "cross-self",  # what noised patches see: visible ones and themselves; those alone; joint
-        u_links: bool = True,  # later decoder blocks look at earlier encoder blocks, else all at the last; not of joint
+        mask_ratio: float = 0.75,  # share of hidden patches
+        foreground_share: float = 0.0,  # share of hidden patches taken from under masks; 0: random hiding
+        foreground_share_start: float = 0.0,  # the same at the start of the training
+        rho: float = 0.8,  # exponent of the noise variances; lower is noisier, 1 is DDPM's schedule
+        norm_target: bool = False,  # targets are standardised patches; excludes sampling
+        decoder: DecoderKind = "cross-self",  # what noised patches attend to: cross, visible ones; joint, all
+        u_links: bool = True,  # later decoder blocks attend to earlier encoder blocks; false: to the last
         decoder_dim: int = 0,  # 0: by the encoder's size
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
@@ -79,17 +78,17 @@ class DiffMAE(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they guide the hiding."""
+        """Whether masks guide the hiding."""
         return self.hiding.guided
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of the hidden patches, with each image at a time of its own."""
+        """The error of the hidden patches, with a random time for each image."""
         size, seeds = self.encoder.config.patch_size, batch.seeds
         patches = patchify(batch.images, size)  # b n p
         guided = self.uses_masks and batch.masks.shape[1]
         foreground = coverage(batch.masks, size) if guided else patches.new_zeros(patches.shape[:2])
-        lot = uniform(seeds, patches.shape[1], stream=LOT)
-        visible, hidden = self.hiding.split(lot, foreground, self.num_visible, progress)
+        order = uniform(seeds, patches.shape[1], stream=HIDING)
+        visible, hidden = self.hiding.split(order, foreground, self.num_visible, progress)
         x, times = take(patches, hidden), self.times(seeds)
         noised = self.noised(x, normal(seeds, *x.shape[1:], stream=NOISE), times)
         predicted = self.decoder(noised, times, hidden, self.read(patches, visible))
@@ -104,18 +103,18 @@ class DiffMAE(Method):
         return StepOutput(errors.mean(), metrics)
 
     def times(self, seeds: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """A time for each image, even in 1..1000."""
+        """A time for each image, uniform in 1..1000."""
         return (uniform(seeds, stream=TIME) * TIMES).long() + 1
 
     def noised(
         self, x: Float[Tensor, "b h p"], noise: Float[Tensor, "b h p"], times: Int[Tensor, " b"]
     ) -> Float[Tensor, "b h p"]:
-        """Patches at their image's time."""
+        """Patches noised to their image's time."""
         log = self.log_signal[times][:, None, None]
         return (log / 2).exp() * x + (-log.expm1()).sqrt() * noise
 
     def read(self, patches: Float[Tensor, "b n p"], visible: Int[Tensor, "b v"]) -> list[Tensor]:
-        """What the decoder asks of the visible patches: one pass of the encoder, for any number of times."""
+        """The decoder's memory of the visible patches: one pass of the encoder for any number of times."""
         x = self.encoder.embed(take(patches, visible), visible)
         layers = [x := block(x) for block in self.encoder.blocks]
         layers[-1] = self.encoder.norm(x)
@@ -129,24 +128,24 @@ class DiffMAE(Method):
         seeds: Int[Tensor, " b"],
         num_steps: int = 100,
     ) -> Float[Tensor, "b 3 H W"]:
-        """Inpaint: the images with the patches at ``hidden`` drawn anew, all others as they came, to the bit.
+        """Inpainting: the images with the patches at ``hidden`` sampled and all others unchanged, bit for bit.
 
-        Images are normalised as in batches, and so is what comes back. Each step draws from DDPM's posterior between
-        two times, given the decoder's clean patches, cut to what pixels can be; 1 step gives those of time 1000.
+        Input and output are normalised as in batches. Each step samples DDPM's posterior between two times, given the
+        decoder's clean patches, clamped to the range of pixels; a single step returns those of time 1000.
 
         Raises:
-            ValueError: the places or the steps are not to be had, or the decoder has learned ``norm_target``.
+            ValueError: an index or num_steps is out of range, or the method was trained with ``norm_target``.
         """
         config, device = self.encoder.config, self.log_signal.device
         images, hidden, seeds = images.to(device), hidden.to(device), seeds.to(device)
         patches = patchify(images, config.patch_size)
         num_patches, num_hidden = patches.shape[1], hidden.shape[1]
         if self.norm_target:
-            raise ValueError("norm_target leaves no mean and deviation to draw with; train with norm_target: false")
+            raise ValueError("norm_target leaves no mean and deviation to sample with; train with norm_target: false")
         if not 1 <= num_steps <= TIMES:
             raise ValueError(f"num_steps must be between 1 and {TIMES}, not {num_steps}")
-        places = set(range(num_patches))
-        if not num_hidden or not all(len(places.intersection(row)) == num_hidden for row in hidden.tolist()):
+        indices = set(range(num_patches))
+        if not num_hidden or not all(len(indices.intersection(row)) == num_hidden for row in hidden.tolist()):
             raise ValueError(f"hidden must name one or more places from 0 to {num_patches - 1}, each once an image")
         shown = torch.ones_like(patches[:, :, 0]).scatter(1, hidden, 0)
         visible = shown.argsort(dim=1, descending=True, stable=True)[:, : num_patches - num_hidden]
@@ -154,10 +153,10 @@ class DiffMAE(Method):
         memory = self.read(patches, visible)
         shape = num_hidden, patches.shape[2]
         x = normal(seeds, *shape, stream=SAMPLING)
-        times = [TIMES * left // num_steps for left in range(num_steps, -1, -1)]
+        times = [TIMES * remaining // num_steps for remaining in range(num_steps, -1, -1)]
         for number, (now, then) in enumerate(itertools.pairwise(times), start=1):
-            said = self.decoder(x, torch.full_like(seeds, now), hidden, memory)
-            x, deviation = self.posterior(x, said.float().clamp(low, high), now, then)
+            clean = self.decoder(x, torch.full_like(seeds, now), hidden, memory)
+            x, deviation = self.posterior(x, clean.float().clamp(low, high), now, then)
             if then:
                 x = x + deviation * normal(seeds, *shape, stream=SAMPLING + number)
         return unpatchify(restore(take(patches, visible), x, visible, hidden), config.patch_size)
@@ -165,7 +164,7 @@ class DiffMAE(Method):
     def posterior(
         self, x: Float[Tensor, "b h p"], clean: Float[Tensor, "b h p"], now: int, then: int
     ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, ""]]:
-        """Mean and deviation of what x of time ``now`` was at the earlier time ``then`` (DDPM, equations 6 and 7)."""
+        """Mean and deviation of x at the earlier time ``then``, given x at ``now`` (DDPM, equations 6 and 7)."""
         since = self.log_signal[now] - self.log_signal[then]
         gone, noise, before = (-log.expm1() for log in (since, self.log_signal[now], self.log_signal[then]))
         mean = (self.log_signal[then] / 2).exp() * gone / noise * clean + (since / 2).exp() * before / noise * x
@@ -173,7 +172,7 @@ class DiffMAE(Method):
 
 
 def schedule(rho: float) -> Float[Tensor, " times"]:
-    """log a_t for t = 0..1000: as logarithms, since for low ``rho`` the last ones are too small for numbers."""
+    """log a_t for t = 0..1000; with a low ``rho`` the last a_t themselves would underflow."""
     rates = torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64) ** rho
     return torch.cat([torch.zeros(1), torch.log1p(-rates).cumsum(0).float()])
 

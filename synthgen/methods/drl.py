@@ -1,4 +1,4 @@
-"""Denoise images with a code of the clean one."""
+"""Denoise images, given a code of the clean one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["DRL"]
 
-#: Streams of a sample's draws.
+#: Random streams of a sample.
 LEVEL, NOISE, CODE, DRAWING = range(4)
 
 
@@ -31,16 +31,16 @@ class DRL(Method):
 
     z       = mu + s * N(0, 1)                (mu, ln s^2) = W h + b,  h = mean of the patch tokens of encoder(x)
     x_sigma = y + sigma noise                 y: the clean image x in ``denoised_size``
-    sigma   = sigma_min (sigma_max / sigma_min)^t,  t even in [0, 1)
+    sigma   = sigma_min (sigma_max / sigma_min)^t,  t ~ U[0, 1)
     loss    = mean over pixels and channels of (sigma score(x_sigma, sigma, z) + noise)^2 + 2 penalty / P * R
     R       = KL(N(mu, s^2) | N(0, 1)) = 1/2 sum of (mu^2 + s^2 - ln s^2 - 1)
 
     P is the number of pixels times channels of y, so ``penalty`` weighs R against half the sum over them, as in the
-    paper. Without ``variational``, z = W h + b and R = sum of |z|. What cannot be known of x from x_sigma bounds the
-    loss from below; the code lowers that bound by what it tells, and this alone trains the encoder.
+    paper. Without ``variational``, z = W h + b and R = sum of |z|. The uncertainty of x given x_sigma bounds the loss
+    from below; the information in the code lowers that bound, and this alone trains the encoder.
 
-    With ``time_dependent``, h becomes h (1 + scale(sigma)) + shift(sigma) before W: the code of an image is a curve
-    over the noise level, read from one and the same h. The encoder is a plain ViT of the clean image either way.
+    With ``time_dependent``, h becomes h (1 + scale(sigma)) + shift(sigma) before W: the code of an image is a function
+    of the noise level, computed from one h. The encoder is a plain ViT on the clean image either way.
 
     With ``foreground_weight`` f above 0, pixels under word masks weigh more:
 
@@ -56,16 +56,16 @@ class DRL(Method):
         self,
         encoder: VisionTransformer,
         *,
-        code_dim: int = 128,  # numbers in a code
-        variational: bool = True,  # the code is drawn, and held to a normal law; false: as it is, and held to be sparse
-        time_dependent: bool = False,  # the code depends on the noise level, too
-        penalty: float = 1e-5,  # of the code, against half the sum of squared errors
-        sigma_min: float = 0.01,  # least deviation of the noise; that of the pixels is about 1
-        sigma_max: float = 50.0,  # most; the same as sigma_min: one level only, and nearly an auto-encoder if high
-        sigma_law: Literal["log-uniform", "uniform"] = "log-uniform",  # how noise levels are drawn
-        denoised_size: int = 0,  # pixels a side of the copy that is denoised; 0: the image's own, 32 at most
-        score_width: int = 16,  # channels on the score network's first level, a multiple of 4
-        foreground_weight: float = 0.0,  # a pixel under masks weighs 1 + this; 0: as any other
+        code_dim: int = 128,  # dimension of a code
+        variational: bool = True,  # a random code with a KL penalty; false: a deterministic one with an L1 penalty
+        time_dependent: bool = False,  # the code depends on the noise level too
+        penalty: float = 1e-5,  # weight of R against half the sum of squared errors
+        sigma_min: float = 0.01,  # least standard deviation of the noise; that of the pixels is about 1
+        sigma_max: float = 50.0,  # greatest; equal to sigma_min: one level, and nearly an autoencoder if high
+        sigma_law: Literal["log-uniform", "uniform"] = "log-uniform",  # distribution of noise levels
+        denoised_size: int = 0,  # side of the noised copy in pixels; 0: the image's own, at most 32
+        score_width: int = 16,  # channels of the score network's first level, a multiple of 4
+        foreground_weight: float = 0.0,  # f: a pixel under masks has the weight 1 + f
     ) -> None:
         super().__init__()
         config = encoder.config
@@ -96,7 +96,7 @@ class DRL(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they weigh."""
+        """Whether masks weight the loss."""
         return self.foreground_weight > 0
 
     def views(self) -> Augment:
@@ -104,15 +104,15 @@ class DRL(Method):
         return Augment(size=self.encoder.config.image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of the noise that is told, and the price of the codes."""
+        """The error of the predicted noise, plus the penalty of the codes."""
         sigma = self.sigmas(batch.seeds)
-        code, price = self.code(self.encoder.features(batch.images), sigma, batch.seeds)
+        code, penalty = self.code(self.encoder.features(batch.images), sigma, batch.seeds)
         clean = F.adaptive_avg_pool2d(batch.images, self.denoised_size)
         noise = normal(batch.seeds, *clean.shape[1:], stream=NOISE)
         noised = clean + sigma[:, None, None, None] * noise
         error = self.error(noised, sigma, code, noise)  # b s s
-        metrics = {"noise_error": error.detach().mean(), "kl" if self.variational else "l1": price.detach().mean()}
-        with torch.no_grad():  # what a few images lose with each other's codes: 0 if the score network ignores them
+        metrics = {"noise_error": error.detach().mean(), "kl" if self.variational else "l1": penalty.detach().mean()}
+        with torch.no_grad():  # how much worse a few images get with each other's codes; 0 if codes are ignored
             few = slice(0, max(2, len(batch) // 8))
             others = self.error(noised[few], sigma[few], code[few].roll(1, 0), noise[few])
             metrics["code_gain"] = others.mean() - error[few].mean()
@@ -121,7 +121,7 @@ class DRL(Method):
             metrics["foreground_error"] = (error.detach() * foreground).sum() / foreground.sum().clamp(min=1e-6)
             weights = 1 + self.foreground_weight * foreground
             error = error * weights / weights.mean((1, 2), keepdim=True)
-        return StepOutput(error.mean() + 2 * self.penalty / clean[0].numel() * price.mean(), metrics)
+        return StepOutput(error.mean() + 2 * self.penalty / clean[0].numel() * penalty.mean(), metrics)
 
     def sigmas(self, seeds: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The noise level of each sample."""
@@ -133,18 +133,18 @@ class DRL(Method):
     def code(
         self, features: Float[Tensor, "b d"], sigma: Float[Tensor, " b"], seeds: Int[Tensor, " b"] | None = None
     ) -> tuple[Float[Tensor, "b z"], Float[Tensor, " b"]]:
-        """The code that goes with a noise level, drawn where it can be and there are ``seeds``; and its price R."""
+        """The code for a noise level, and its penalty R; a variational code is drawn by ``seeds``, or else the mean."""
         if self.level is not None and self.change is not None:
             shift, scale = self.change(self.level(sigma)).unbind(1)
             features = features * (1 + scale) + shift
-        told = self.head(features).float()
+        outputs = self.head(features).float()
         if not self.variational:
-            return told, told.abs().sum(1)
-        mean, log_variance = told.chunk(2, dim=1)
-        price = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
+            return outputs, outputs.abs().sum(1)
+        mean, log_variance = outputs.chunk(2, dim=1)
+        penalty = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
         if seeds is not None:
             mean = mean + (log_variance / 2).exp() * normal(seeds, mean.shape[1], stream=CODE)
-        return mean, price
+        return mean, penalty
 
     def error(
         self,
@@ -153,7 +153,7 @@ class DRL(Method):
         code: Float[Tensor, "b z"],
         noise: Float[Tensor, "b 3 s s"],
     ) -> Float[Tensor, "b s s"]:
-        """How far the score network is from the noise at each pixel, squared: the mean over channels."""
+        """The squared error of the predicted noise at each pixel, the mean over channels."""
         error: Tensor = ((self.score(noised, sigma, code).float() + noise) ** 2).mean(1)
         return error
 
@@ -161,10 +161,13 @@ class DRL(Method):
     def redraw(
         self, images: Float[Tensor, "b 3 H W"], seeds: Int[Tensor, " b"], num_steps: int = 50
     ) -> Float[Tensor, "b 3 s s"]:
-        """Images in [0, 1] drawn from noise with the codes of normalised ``images``: to see what a code holds.
+        """Images in [0, 1] sampled from noise with the codes of normalised ``images``, to show a code's content.
 
-        Euler steps of the probability flow, dx / dsigma = -sigma score(x, sigma, z), z the codes' means, over noise
-        levels in even ratios.
+        Euler steps of the probability flow, dx / dsigma = -sigma score(x, sigma, z), with the codes' means z, over
+        noise levels of constant ratio.
+
+        Raises:
+            ValueError: num_steps is below 1.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")

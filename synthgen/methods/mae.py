@@ -1,4 +1,4 @@
-"""Rebuild hidden patches."""
+"""Reconstruct hidden patches."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["MAE"]
 
 
 class MAE(Method):
-    """Masked autoencoder: hide most patches, rebuild their pixels (He et al., 2022, section 3).
+    """Masked autoencoder: hide most patches, reconstruct their pixels (He et al., 2022, section 3).
 
     loss = mean over hidden patches of the mean over pixels of (predicted - target)^2
 
-    The target is the patch, with ``norm_pixels`` less its own mean and over its own standard deviation.
+    The target is the patch, standardised with ``norm_pixels``.
 
     With ``foreground_share`` above 0, patches under word masks are hidden first (after Free-ATM): of the hidden
     patches, a share that rises linearly from ``foreground_share_start`` to ``foreground_share`` over the training is
-    taken from the patches that masks cover at least by half, most covered first, ties by lot; chance takes the rest
-    from all others. The number of hidden patches never changes, so a guided step costs what a plain one does. Where
-    an image has too few such patches, or none, chance takes more. The paper at hand names the idea, not these
-    numbers: see docs/methods.md.
+    taken from the patches at least half covered by masks, most covered first, ties in random order; the rest is drawn
+    uniformly from all others. The number of hidden patches is constant, so a guided step costs as much as a plain one.
+    An image with too few such patches has more random ones. The idea is Free-ATM's; the numbers are ours, see
+    docs/methods.md.
 
-    ``decoder_dim`` and ``decoder_depth`` of 0 are the paper's 512 and 8 for the sizes of the paper, and the encoder's
-    width and half its depth for smaller ones.
+    The default 0 of ``decoder_dim`` and ``decoder_depth`` means the paper's 512 and 8 for encoders of the paper's sizes
+    and the encoder's width and half its depth for smaller ones.
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
@@ -44,10 +44,10 @@ class MAE(Method):
         self,
         encoder: VisionTransformer,
         *,
-        mask_ratio: float = 0.75,  # share of the patches that is hidden
-        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
-        foreground_share_start: float = 0.0,  # the same at the training's beginning
-        norm_pixels: bool = True,  # patches are rebuilt less their mean, over their deviation
+        mask_ratio: float = 0.75,  # share of hidden patches
+        foreground_share: float = 0.0,  # share of hidden patches taken from under masks; 0: random hiding
+        foreground_share_start: float = 0.0,  # the same at the start of the training
+        norm_pixels: bool = True,  # targets are standardised patches
         decoder_dim: int = 0,  # 0: by the encoder's size
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
@@ -60,11 +60,11 @@ class MAE(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they guide the hiding."""
+        """Whether masks guide the hiding."""
         return self.hiding.guided
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of the hidden patches."""
+        """The reconstruction error of the hidden patches."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
         foreground = self.coverage(batch.masks)  # b n
         visible, hidden = self.split(batch.seeds, foreground, progress)
@@ -74,11 +74,13 @@ class MAE(Method):
         metrics: dict[str, Tensor] = {}
         if self.uses_masks:
             total = foreground.sum().clamp(min=1e-6)
-            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / total  # mask_ratio if left to chance
+            metrics["foreground_hidden"] = (
+                foreground.gather(1, hidden).sum() / total
+            )  # about mask_ratio where hiding is random
         return StepOutput(loss, metrics)
 
     def coverage(self, masks: Bool[Tensor, "b k H W"]) -> Float[Tensor, "b n"]:
-        """How much of each patch lies under the mask of any word, in [0, 1]."""
+        """The share of each patch under the mask of any word, in [0, 1]."""
         if not (self.uses_masks and masks.shape[1]):
             return torch.zeros(len(masks), self.encoder.config.grid**2, device=masks.device)
         return coverage(masks, self.encoder.config.patch_size)
@@ -86,14 +88,14 @@ class MAE(Method):
     def split(
         self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"], progress: float
     ) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
-        """Which patches stay visible and which are hidden."""
+        """Indices of the visible and of the hidden patches."""
         return self.hiding.split(uniform(seeds, foreground.shape[1]), foreground, self.num_visible, progress)
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, progress: float = 0.0) -> tuple[Float[Tensor, "b 3 H W"], Bool[Tensor, "b n"]]:
-        """The images with their hidden patches as the decoder sees them, and which were hidden: for looking at.
+        """The images with their hidden patches reconstructed, for display, and which patches those are.
 
-        With ``norm_pixels`` the true mean and deviation of each hidden patch are put back, as in the paper's figures.
+        With ``norm_pixels`` each gets its true mean and deviation back, as in the paper's figures.
         """
         size = self.encoder.config.patch_size
         patches = patchify(batch.images, size)

@@ -20,12 +20,12 @@ from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._classes import (
     Labels,
-    asked,
     check_dropout,
     check_labels,
     class_numbers,
     classifier_free_guidance,
     labels_of,
+    sampled_classes,
     vectors,
 )
 from synthgen.methods._ema import check_decay, update_ema
@@ -39,15 +39,15 @@ from synthgen.models.vit import VisionTransformer, save_encoder
 
 __all__ = ["MaskDiT"]
 
-#: Streams of a sample's draws.
-LOT, LEVEL, NOISE, SAMPLING, LABEL = range(5)
+#: Random streams of a sample.
+HIDING, LEVEL, NOISE, SAMPLING, LABEL = range(5)
 
-SIGMA_DATA = 0.5  # deviation of the pixels that are denoised
+SIGMA_DATA = 0.5  # deviation of the scaled pixels
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the sampler's noise levels
 
 
 class MaskDiT(Method):
-    """Masked diffusion transformer: denoise what is visible, rebuild what is not (Zheng et al., 2024; its code).
+    """Masked diffusion transformer: denoise visible patches, reconstruct hidden ones (Zheng et al., 2024; its code).
 
     y        = x + sigma noise, with ln sigma ~ N(noise_mean, noise_std^2); ``mask_ratio`` of the patches is hidden
     D        = c_skip y + c_out F(c_in y at the visible patches, c_noise), for all patches                  (EDM)
@@ -56,19 +56,19 @@ class MaskDiT(Method):
     rebuild  = mean over hidden patches of (D - norm(y))^2
     loss     = mean over images of denoise + ``rebuild_weight`` rebuild
 
-    x are the encoder's normalised pixels times s = 0.5, the deviation EDM expects; norm takes from a patch its mean and
-    divides by its deviation. F is the encoder on visible patches, then a narrow decoder on all places; c_noise =
-    ln(sigma) / 4 changes every block (adaLN). Over the last ``tuning_share`` of the training nothing is hidden (or
-    ever less, with ``tuning`` "cosine"), and denoise alone remains: EDM's loss.
+    x are the encoder's normalised pixels times s = 0.5, the deviation EDM expects; norm standardises each patch. F is
+    the encoder on visible patches, then a narrow decoder on all positions; c_noise = ln(sigma) / 4 modulates every
+    block (adaLN). Over the last ``tuning_share`` of the training nothing is hidden (or gradually less, with ``tuning``
+    "cosine"), which leaves denoise alone: EDM's loss.
 
-    What sigma changes in the encoder is scaled by c_in sigma, the share of noise in what it sees. So it goes to nothing
-    with the noise, and the plain ViT on a clean image is the limit of the denoiser at sigma 0. That is our own.
+    The encoder's modulation is multiplied by c_in sigma, the noise's share of its input. So it vanishes with the noise,
+    and the plain ViT on a clean image is the limit of the denoiser at sigma 0. That is our own.
 
-    With ``class_labels`` a vector of the image's class is added to that of c_noise; a ``label_dropout`` of the images
-    have none told. So the network can draw with a class and without, and with guidance away from none. In the limit of
-    sigma 0 the class changes nothing in the encoder, as sigma does not.
+    With ``class_labels`` the vector of the image's class is added to that of c_noise, except for a share
+    ``label_dropout`` of the images. So the network can sample with a class, without one, and with classifier-free
+    guidance. In the limit of sigma 0 the class has no effect on the encoder either.
 
-    An average of the weights follows the training; it draws the images, and its encoder is left in ``average/``.
+    An EMA of the weights samples images, and its encoder is saved in ``average/``.
 
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``. That is our own
     combination; the paper has no masks of words.
@@ -83,19 +83,19 @@ class MaskDiT(Method):
         self,
         encoder: VisionTransformer,
         *,
-        mask_ratio: float = 0.5,  # share of the patches that is hidden
-        tuning_share: float = 0.1,  # last share of the training, for tuning
+        mask_ratio: float = 0.5,  # share of hidden patches
+        tuning_share: float = 0.1,  # share of the training, at its end, for tuning
         tuning: Literal["unmasked", "cosine"] = "unmasked",  # hide nothing, or from mask_ratio down to nothing by cos^4
-        rebuild_weight: float = 0.1,  # of the error of hidden patches
-        noise_mean: float = -1.2,  # of the logarithm of sigma
-        noise_std: float = 1.2,  # of the same
-        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
-        foreground_share_start: float = 0.0,  # the same at the training's beginning
-        ema_decay: float = 0.999,  # of the averaged weights; lower over the first steps
-        decoder_dim: int = 0,  # 0: half the encoder's, but 128 to 512
+        rebuild_weight: float = 0.1,  # weight of the error of hidden patches
+        noise_mean: float = -1.2,  # mean of ln sigma
+        noise_std: float = 1.2,  # standard deviation of ln sigma
+        foreground_share: float = 0.0,  # share of hidden patches taken from under masks; 0: random hiding
+        foreground_share_start: float = 0.0,  # the same at the start of the training
+        ema_decay: float = 0.999,  # of the EMA of the weights; lower over the first steps
+        decoder_dim: int = 0,  # 0: half the encoder's, at least 128 and at most 512
         decoder_depth: int = 0,  # 0: a third of the encoder's
-        class_labels: bool = False,  # the network is told each image's class, for drawing by class
-        label_dropout: float = 0.1,  # class_labels: share of the images whose class is not told, for drawing without
+        class_labels: bool = False,  # condition on each image's class
+        label_dropout: float = 0.1,  # class_labels: share of images trained without their class
     ) -> None:
         super().__init__()
         config = encoder.config
@@ -105,7 +105,7 @@ class MaskDiT(Method):
             raise ValueError(f"tuning_share must lie between 0 and 1, not {tuning_share}")
         if not 0 <= rebuild_weight < math.inf:
             raise ValueError(f"rebuild_weight must be 0 or more, not {rebuild_weight}")
-        if not (noise_std >= 0 and abs(noise_mean) + 5.3 * noise_std <= 12):  # no draw lies further out
+        if not (noise_std >= 0 and abs(noise_mean) + 5.3 * noise_std <= 12):  # the largest magnitude of a draw is 5.3
             raise ValueError(
                 f"noise_mean {noise_mean} and noise_std {noise_std} must keep ln sigma between -12 and 12; "
                 "the paper has -1.2 and 1.2"
@@ -129,22 +129,22 @@ class MaskDiT(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they guide the hiding."""
+        """Whether masks guide the hiding."""
         return self.hiding.guided
 
     @property
     def copies(self) -> Mapping[str, str]:
-        """The average follows all."""
+        """The EMA is a copy of all."""
         return {"average.": ""}
 
     def fit_to(self, data: ImageDataset) -> None:
-        """The classes there are."""
+        """Set the classes, those of all of the data."""
         if self.classes is not None:
             self.classes.learn(labels_of(data))
             self.average.classes = copy.deepcopy(self.classes).requires_grad_(False)
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Labels, if they are told, and masks if guided."""
+        """Check for labels with ``class_labels``, and for masks if guided."""
         super().check(samples)
         if self.classes is not None:
             check_labels(samples)
@@ -154,7 +154,7 @@ class MaskDiT(Method):
         return Augment(size=self.encoder.config.image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The error of visible patches, and a little of that of hidden ones."""
+        """The error of visible patches, plus ``rebuild_weight`` times that of hidden ones."""
         x = SIGMA_DATA * patchify(batch.images, self.encoder.config.patch_size)  # b n p
         sigma = self.levels(batch.seeds)
         y = x + sigma[:, None, None] * normal(batch.seeds, *x.shape[1:], stream=NOISE)
@@ -168,7 +168,7 @@ class MaskDiT(Method):
             rebuild = ((denoised[:, visible.shape[1] :] - pixel_target(take(y, hidden), norm=True)) ** 2).mean()
             loss = loss + self.rebuild_weight * rebuild
             metrics["rebuild"] = rebuild.detach()
-        if self.uses_masks:  # also where no image of the batch has words: processes and parts tell the same figures
+        if self.uses_masks:  # also in batches without words, as all processes and parts need the same metrics
             foreground = coverage(batch.masks, self.encoder.config.patch_size)
             metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
         return StepOutput(loss, metrics)
@@ -178,28 +178,28 @@ class MaskDiT(Method):
         return (self.noise_mean + self.noise_std * normal(seeds, stream=LEVEL)).exp()
 
     def hidden_ratio(self, progress: float) -> float:
-        """The share of the patches that is hidden when ``progress`` of the training is over."""
-        begin = 1 - self.tuning_share
-        if progress < begin or not self.tuning_share:
+        """The share of hidden patches at this ``progress``."""
+        start = 1 - self.tuning_share
+        if progress < start or not self.tuning_share:
             return self.mask_ratio
         if self.tuning == "unmasked":
             return 0.0
-        return self.mask_ratio * math.cos(math.pi / 2 * (progress - begin) / self.tuning_share) ** 4
+        return self.mask_ratio * math.cos(math.pi / 2 * (progress - start) / self.tuning_share) ** 4
 
     def split(self, batch: Batch, progress: float) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
-        """Which patches stay visible and which are hidden."""
+        """Indices of the visible and of the hidden patches."""
         config = self.encoder.config
         num_patches = config.grid**2
         num_visible = int(num_patches * (1 - self.hidden_ratio(progress)))
         if num_visible == num_patches:
             return self.whole(len(batch))
-        lot = uniform(batch.seeds, num_patches, stream=LOT)
-        masked = self.uses_masks and batch.masks.shape[1]
-        foreground = coverage(batch.masks, config.patch_size) if masked else torch.zeros_like(lot)
-        return self.hiding.split(lot, foreground, num_visible, progress)
+        noise = uniform(batch.seeds, num_patches, stream=HIDING)
+        guided = self.uses_masks and batch.masks.shape[1]
+        foreground = coverage(batch.masks, config.patch_size) if guided else torch.zeros_like(noise)
+        return self.hiding.split(noise, foreground, num_visible, progress)
 
     def whole(self, count: int) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
-        """All patches visible, in their order."""
+        """Indices of all patches as visible, in their order, and none as hidden."""
         visible = torch.arange(self.encoder.config.grid**2, device=self.encoder.cls_token.device).expand(count, -1)
         return visible, visible[:, :0]
 
@@ -211,17 +211,17 @@ class MaskDiT(Method):
         hidden: Int[Tensor, "b h"],
         numbers: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """D: the patches without their noise, first the visible ones, then the hidden ones.
+        """D: the denoised patches, first the visible ones, then the hidden ones.
 
-        ``numbers`` are those of the images' classes; without them they have none.
+        ``numbers`` are the class numbers of the images; None means no class.
         """
         sigma = sigma[:, None, None]
         variance = sigma**2 + SIGMA_DATA**2
-        answers = self.answer(y, sigma, visible, hidden, numbers).float()
+        outputs = self.outputs(y, sigma, visible, hidden, numbers).float()
         y = take(y, torch.cat([visible, hidden], dim=1))
-        return SIGMA_DATA**2 / variance * y + sigma * SIGMA_DATA * variance.rsqrt() * answers
+        return SIGMA_DATA**2 / variance * y + sigma * SIGMA_DATA * variance.rsqrt() * outputs
 
-    def answer(
+    def outputs(
         self,
         y: Float[Tensor, "b n p"],
         sigma: Float[Tensor, "b 1 1"],
@@ -229,21 +229,21 @@ class MaskDiT(Method):
         hidden: Int[Tensor, "b h"],
         numbers: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b n p"]:
-        """F, in the same order: it sees nothing of hidden patches."""
+        """F, the network's outputs in the same order; hidden patches are not part of its input."""
         scale = (sigma**2 + SIGMA_DATA**2).rsqrt()
         times = (1000 * sigma[:, 0, 0].log() / 4).round().long()
         time = self.time(times, vectors(self.classes, numbers, len(y)))
-        changes = [scale * sigma * change(time) for change in self.changes]
-        features = self.encoder.encode(scale * take(y, visible), visible, changes)
-        answers: Tensor = self.decoder(features, visible, hidden, time)
-        return answers
+        modulations = [scale * sigma * change(time) for change in self.changes]
+        features = self.encoder.encode(scale * take(y, visible), visible, modulations)
+        outputs: Tensor = self.decoder(features, visible, hidden, time)
+        return outputs
 
     def after_step(self, progress: float) -> None:
-        """The average follows: it forgets at ``ema_decay`` a step, and faster while few steps are done."""
+        """Update the EMA."""
         update_ema(self.average, self, self.steps, self.ema_decay)
 
     def export(self, folder: Path) -> None:
-        """The averaged encoder, as a folder of its own."""
+        """The encoder of the EMA, in a folder of its own."""
         save_encoder(self.average.encoder, folder / "average")
 
     @torch.no_grad()
@@ -255,26 +255,26 @@ class MaskDiT(Method):
         labels: Labels = None,
         guidance_scale: float = 1.0,
     ) -> Float[Tensor, "b 3 H W"]:
-        """New images in [0, 1], one a seed, by the averaged weights: EDM's Heun sampler without churn, nothing hidden.
+        """New images in [0, 1], one per seed, by the EMA: EDM's Heun sampler without churn, nothing hidden.
 
-        ``num_steps`` noise levels from 80 to 0.002, then 0; each but the last asks the network twice. ``labels``, by
-        name or number, are the classes to draw, and None is none. A ``guidance_scale`` w other than 1 asks twice as
-        often, with the class and without: D = none + w (class - none).
+        ``num_steps`` noise levels from 80 to 0.002, then 0; every step but the last evaluates the network twice.
+        ``labels``, by name or number, are the classes to sample; None is no class. A ``guidance_scale`` w other than 1
+        doubles the evaluations: D = none + w (class - none).
 
         Raises:
-            ValueError: there are too few steps, or labels and guidance do not fit each other, the seeds or the network.
-            UnknownName, ConfigError: there is no such class; names the nearest.
+            ValueError: num_steps is below 2, or labels and guidance contradict each other, the seeds or the network.
+            UnknownName, ConfigError: no class has this name or number.
         """
         if num_steps < 2:
             raise ValueError(f"num_steps must be 2 or more, not {num_steps}")
         config, device = self.encoder.config, self.steps.device
         seeds = seeds.to(device)
-        places = self.whole(len(seeds))
-        numbers = asked(self.average.classes, labels, len(seeds), guidance_scale)
+        indices = self.whole(len(seeds))
+        numbers = sampled_classes(self.average.classes, labels, len(seeds), guidance_scale)
 
         def slope(y: Tensor, sigma: float) -> Tensor:
             level = torch.full((len(y),), sigma, device=device)
-            clean = classifier_free_guidance(partial(self.average.denoise, y, level, *places), numbers, guidance_scale)
+            clean = classifier_free_guidance(partial(self.average.denoise, y, level, *indices), numbers, guidance_scale)
             return (y - clean) / sigma
 
         high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)

@@ -1,4 +1,4 @@
-"""Hide patches and add noise in one auto-encoder."""
+"""Hide patches and add noise in one autoencoder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._classes import (
     Labels,
-    asked,
     check_dropout,
     check_labels,
     class_numbers,
     classifier_free_guidance,
     labels_of,
+    sampled_classes,
     vectors,
 )
 from synthgen.methods._ema import check_decay, update_ema
@@ -38,8 +38,8 @@ from synthgen.models.vit import VisionTransformer, save_encoder
 
 __all__ = ["UMD"]
 
-#: Streams of a sample's draws.
-LABEL, LOT, TIME, NOISE, SAMPLING = range(-1, 4)  # SAMPLING goes on upwards, by one a step
+#: Random streams of a sample; sampling takes one per step, from SAMPLING upwards.
+LABEL, HIDING, TIME, NOISE, SAMPLING = range(-1, 4)
 
 TIMES = 1000  # noise levels; time 0 is the clean image, time s + 1 is noise level s
 
@@ -48,21 +48,21 @@ class UMD(Method):
     """Unified masked diffusion: clean images mostly hidden, noised ones partly (Hansen-Estruch et al., 2024; its code).
 
     clean:  time 0, ``clean_mask_ratio`` hidden             L0 = mean over hidden of (pixels - x)^2
-    noised: x_s = sqrt(a_s) x + sqrt(1 - a_s) noise, time s + 1, s even in 0..999, ``noisy_mask_ratio`` hidden
+    noised: x_s = sqrt(a_s) x + sqrt(1 - a_s) noise, time s + 1, s ~ U{0..999}, ``noisy_mask_ratio`` hidden
             L1 = 1/2 mean over visible of (noise' - noise)^2 + 1/2 mean over hidden of (pixels - x)^2
     loss = r L0 + (1 - r) L1                                r: ``clean_share`` of the batch, in whole images
 
-    a_s is the cosine schedule (Nichol and Dhariwal, 2021). One network does both: the encoder sees visible patches, the
-    decoder all places, and the time changes every block (adaLN). At time 0 it changes nothing: what the paper's network
-    has to learn about time 0 stands in the blocks' own weights. So the encoder is a plain ViT for clean images.
+    a_s is the cosine schedule (Nichol and Dhariwal, 2021). One network does both: the input of the encoder are visible
+    patches, that of the decoder all positions, and the time modulates every block (adaLN). At time 0 the modulation is
+    the identity, so the encoder is a plain ViT for clean images; what the paper's network learns for time 0 is part of
+    the blocks' own weights.
 
-    With ``class_labels`` a vector of a noised image's class is added to that of its time; a ``label_dropout`` of them
-    have none told, and clean images never. So the network can draw with a class and without, and with guidance away
-    from none.
+    With ``class_labels`` the vector of a noised image's class is added to that of its time, except for a share
+    ``label_dropout`` of them; clean images get no class. So the network can sample with a class, without one, and with
+    classifier-free guidance.
 
-    The paper's fine-tuning for drawing goes on from a training without classes, with nothing of noised images hidden,
-    classes, and an average of the weights (``ema_decay``), which then draws the images; its encoder is left in
-    ``average/``.
+    The paper's fine-tuning for sampling starts from a training without classes. It hides nothing of noised images, adds
+    classes, and keeps an EMA of the weights (``ema_decay``), which then samples; its encoder is saved in ``average/``.
 
     With ``foreground_share`` above 0, patches under word masks are hidden first, as in ``mae``: in clean and noised
     images alike. That is our own combination; the paper has no masks of words.
@@ -79,16 +79,16 @@ class UMD(Method):
         self,
         encoder: VisionTransformer,
         *,
-        clean_share: float = 0.5,  # share of the images that is not noised
-        clean_mask_ratio: float = 0.75,  # share of a clean image's patches that is hidden
-        noisy_mask_ratio: float = 0.375,  # the same of a noised image
-        foreground_share: float = 0.0,  # of the hidden patches, those from under masks; 0: chance alone
-        foreground_share_start: float = 0.0,  # the same at the training's beginning
+        clean_share: float = 0.5,  # share of the images without noise
+        clean_mask_ratio: float = 0.75,  # share of hidden patches in a clean image
+        noisy_mask_ratio: float = 0.375,  # share of hidden patches in a noised image
+        foreground_share: float = 0.0,  # share of hidden patches taken from under masks; 0: random hiding
+        foreground_share_start: float = 0.0,  # the same at the start of the training
         decoder_depth: int = 0,  # 0: a third of the encoder's
-        class_labels: bool = False,  # the network is told each noised image's class, for drawing by class
-        label_dropout: float = 0.1,  # class_labels: share of those whose class is not told, for drawing without
-        ema_decay: float = 0.0,  # of an average of the weights; lower over the first steps; 0: there is none
-        crop_area: float = 0.8,  # least share of the image that a view shows; 0.95 in the paper's fine-tuning
+        class_labels: bool = False,  # condition on each noised image's class
+        label_dropout: float = 0.1,  # class_labels: share of images trained without their class
+        ema_decay: float = 0.0,  # of an EMA of the weights, lower over the first steps; 0: no EMA
+        crop_area: float = 0.8,  # least area of a crop, as a share of the image; 0.95 in the paper's fine-tuning
     ) -> None:
         super().__init__()
         if not 0 <= clean_share < 1:
@@ -118,11 +118,11 @@ class UMD(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks matter where they guide the hiding."""
+        """Whether masks guide the hiding."""
         return self.hiding.guided
 
     def fit_to(self, data: ImageDataset) -> None:
-        """The classes there are."""
+        """Set the classes, those of all of the data."""
         if self.classes is not None:
             self.classes.learn(labels_of(data))
             if self.average is not None:
@@ -130,11 +130,11 @@ class UMD(Method):
 
     @property
     def copies(self) -> Mapping[str, str]:
-        """The average, if there is one, follows all."""
+        """The EMA, if there is one, is a copy of all."""
         return {"average.": ""} if self.average is not None else {}
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Labels, if they are told, and masks if guided."""
+        """Check for labels with ``class_labels``, and for masks if guided."""
         super().check(samples)
         if self.classes is not None:
             check_labels(samples)
@@ -144,32 +144,31 @@ class UMD(Method):
         return Augment(size=self.encoder.config.image_size, scale=(self.crop_area, 1.0))
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The loss of a batch: its first images are noised, its last ones stay clean."""
+        """The loss of a batch, whose first images are noised and whose last ones stay clean."""
         clean = int(self.clean_share * len(batch))
         noisy = len(batch) - clean
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
         foreground = coverage(batch.masks, self.encoder.config.patch_size) if batch.masks.shape[1] else None
         if foreground is None:
             foreground = torch.zeros(patches.shape[:2], device=patches.device)
-        lot = uniform(batch.seeds, patches.shape[1], stream=LOT)
+        order = uniform(batch.seeds, patches.shape[1], stream=HIDING)
 
         # noised
         x, seeds = patches[:noisy], batch.seeds[:noisy]
         levels = (uniform(seeds, stream=TIME) * TIMES).long()
         noise = normal(seeds, *x.shape[1:], stream=NOISE)
-        visible, hidden = self.hiding.split(lot[:noisy], foreground[:noisy], self.noisy_visible, progress)
+        visible, hidden = self.hiding.split(order[:noisy], foreground[:noisy], self.noisy_visible, progress)
         numbers, shares = class_numbers(self.classes, batch.labels[:noisy], seeds, self.label_dropout, stream=LABEL)
         pixels, guess = self.run(self.noised(x, noise, levels), visible, hidden, levels + 1, numbers)
         noise_error = _error(guess[:, : visible.shape[1]], take(noise, visible))
-        whole = not hidden.shape[1]  # nothing hidden: pixels of all patches are asked for
-        place, said = (visible, pixels) if whole else (hidden, pixels[:, visible.shape[1] :])
-        pixel_error = _error(said, take(x, place))
+        indices, predicted = (hidden, pixels[:, visible.shape[1] :]) if hidden.shape[1] else (visible, pixels)
+        pixel_error = _error(predicted, take(x, indices))  # of all patches, where none is hidden
         loss = (1 - clean / len(batch)) * (noise_error + pixel_error) / 2
         metrics = {"noise_error": noise_error.detach(), "noisy_pixel_error": pixel_error.detach(), **shares}
 
         if clean:
             x = patches[noisy:]
-            visible, hidden = self.hiding.split(lot[noisy:], foreground[noisy:], self.clean_visible, progress)
+            visible, hidden = self.hiding.split(order[noisy:], foreground[noisy:], self.clean_visible, progress)
             pixels, _ = self.run(x, visible, hidden)
             clean_error = _error(pixels[:, visible.shape[1] :], take(x, hidden))
             loss = loss + clean / len(batch) * clean_error
@@ -191,31 +190,31 @@ class UMD(Method):
         times: Int[Tensor, " b"] | None = None,
         numbers: Int[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n p"]]:
-        """Clean pixels and noise as the network sees them: first of the visible patches, then of the hidden ones.
+        """Predicted clean pixels and noise, first of the visible patches, then of the hidden ones.
 
-        ``numbers`` are those of noised images' classes; without them they have none.
+        ``numbers`` are the class numbers of noised images; None means no class.
         """
         time = None if times is None else self.time(times, vectors(self.classes, numbers, len(x)))
-        changes = None if time is None else [change(time) for change in self.changes]
-        features = self.encoder.encode(take(x, visible), visible, changes)
+        modulations = None if time is None else [change(time) for change in self.changes]
+        features = self.encoder.encode(take(x, visible), visible, modulations)
         pixels, noise = self.decoder(features, visible, hidden, time)
         return pixels, noise
 
     def noise(
         self, x: Float[Tensor, "b n p"], time: int, numbers: Int[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b n p"]:
-        """The noise in whole noised images of one time."""
+        """The predicted noise in whole images of one time."""
         visible = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         _, noise = self.run(x, visible, visible[:, :0], torch.full((len(x),), time, device=x.device), numbers)
         return noise
 
     def after_step(self, progress: float) -> None:
-        """The average, if there is one, follows: it forgets at ``ema_decay`` a step, and faster at first."""
+        """Update the EMA, if there is one."""
         if self.average is not None:
             update_ema(self.average, self, self.steps, self.ema_decay)
 
     def export(self, folder: Path) -> None:
-        """The averaged encoder, if there is one, as a folder of its own."""
+        """The encoder of the EMA, if there is one, in a folder of its own."""
         if self.average is not None:
             save_encoder(self.average.encoder, folder / "average")
 
@@ -228,17 +227,17 @@ class UMD(Method):
         labels: Labels = None,
         guidance_scale: float = 1.0,
     ) -> Float[Tensor, "b 3 H W"]:
-        """New images in [0, 1], one a seed: DDIM with eta 1 from the noise that the network sees, nothing hidden.
+        """New images in [0, 1], one per seed: DDIM with eta 1, nothing hidden, by the EMA if there is one.
 
-        By the averaged weights, if there are any. Without the paper's short training on whole noised images, which
-        follows its pretraining, expect rough ones.
-        ``labels``, by name or number, are the classes to draw, and None is none. A ``guidance_scale`` w other than 1
-        asks twice as often, with the class and without: noise' = none + w (class - none).
+        Each of ``num_steps`` steps evaluates the network once, at levels evenly spaced from 999 to 0. Expect rough
+        images without the paper's fine-tuning on whole noised images.
+        ``labels``, by name or number, are the classes to sample; None is no class. A ``guidance_scale`` w other than 1
+        evaluates the network twice per step: noise' = none + w (class - none).
 
         Raises:
-            ValueError: num_steps is out of range, or labels and guidance do not fit each other, the seeds or the
+            ValueError: num_steps is out of range, or labels and guidance contradict each other, the seeds or the
                 network.
-            UnknownName, ConfigError: there is no such class; names the nearest.
+            UnknownName, ConfigError: no class has this name or number.
         """
         if not 1 <= num_steps <= TIMES:
             raise ValueError(f"num_steps must be between 1 and {TIMES}, not {num_steps}")
@@ -247,15 +246,14 @@ class UMD(Method):
         b, n, p = len(seeds), config.grid**2, 3 * config.patch_size**2
         low, high = pixel_range(config, device)
         network = self if self.average is None else self.average
-        numbers = asked(network.classes, labels, b, guidance_scale)
-        stride = TIMES // num_steps
-        levels = [*range(TIMES - 1, 0, -stride), 0]
+        numbers = sampled_classes(network.classes, labels, b, guidance_scale)
+        levels = torch.linspace(TIMES - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
         x = normal(seeds, n, p, stream=SAMPLING)
         for number, level in enumerate(levels):
             a = self.levels[level]
             noise = classifier_free_guidance(partial(network.noise, x, level + 1), numbers, guidance_scale)
             clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(low, high)
-            if not level:
+            if number == num_steps - 1:
                 break
             noise = (x - a.sqrt() * clean) / (1 - a).sqrt()
             before = self.levels[levels[number + 1]]
@@ -266,12 +264,12 @@ class UMD(Method):
 
 
 def cosine_schedule(count: int) -> Float[Tensor, " count"]:
-    """How much of the image is left at each level, as a variance share; no step takes more than 99.9 % of it."""
+    """a_s, the signal's share of the variance at each level; a step removes 99.9 % of it at most."""
     times = torch.arange(count + 1, dtype=torch.float64) / count
     left = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
     steps = (1 - left[1:] / left[:-1]).clamp(max=0.999)
     return (1 - steps).cumprod(0).float()
 
 
-def _error(said: Float[Tensor, "b m p"], true: Float[Tensor, "b m p"]) -> Float[Tensor, ""]:
-    return ((said.float() - true) ** 2).mean()
+def _error(predicted: Float[Tensor, "b m p"], true: Float[Tensor, "b m p"]) -> Float[Tensor, ""]:
+    return ((predicted.float() - true) ** 2).mean()

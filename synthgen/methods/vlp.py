@@ -1,4 +1,4 @@
-"""Match images to texts, which may say where each word's object is, and objects to their words."""
+"""Match images to texts, which may state an object's position, and objects to their words."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["VLP"]
 
-#: Streams of a sample's draws.
+#: Random streams of a sample.
 POSITION, NEGATIVES = range(2)
 
-COLDEST, WARMEST = 0.001, 0.5  # the range of the learned temperature, as in ALBEF's code
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # of the learned temperature, as in ALBEF's code
 
-FAR = -1e4  # in place of a similarity that does not count: its exponential is 0, and its gradient too
+FAR = -1e4  # the logit of an excluded pair: its exponential and gradient are 0
 
 
 class VLP(Method):
@@ -46,20 +46,21 @@ class VLP(Method):
     ITM   = mean CE of "they belong together" over each pair, each text with another image, each image with another text
     loss  = ITC + ITM
 
-    For ITM a text's tokens look at the image's patch tokens. The other image is drawn with probability softmax(u.V/s),
-    the other text with softmax(v.U/s): the likely mistakes. Equal texts are no mistakes, and texts whose tokens are
-    equal as far as they are read are equal. Images without a text are left out.
+    In ITM a text's tokens attend to the image's patch tokens. Negatives are hard: the other image is drawn with
+    probability softmax(u.V/s), the other text with softmax(v.U/s). Equal texts are positives of each other and never
+    negatives; texts are equal if their tokens are, after truncation. Images without a text are left out.
 
-    With ``position_share`` above 0 that share of the texts is lengthened by a sentence such as "The dog is in block 5."
-    (Free-ATM; the idea of position prompts is PTP's, Wang et al., 2022). The word is drawn from those whose mask covers
-    ``min_area`` of the view or more. The block is that of the middle of the mask's box after crop and flip, on a grid
-    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is asked. A caption that leaves the sentence no
-    room within ``max_tokens`` is cut by as many tokens as it takes.
+    With ``position_share`` above 0 that share of the captions is extended by a sentence such as "The dog is in block
+    5." (Free-ATM; position prompts are from PTP, Wang et al., 2022). The word is drawn from those whose mask covers
+    ``min_area`` of the view or more. The block is that of the centre of the mask's box after crop and flip, on a grid
+    of ``blocks`` by ``blocks`` numbered from 1 row by row. No detector is needed. A caption too long for the sentence
+    to fit into ``max_tokens`` is truncated. Equal captions with different sentences are neither positives nor
+    negatives of each other: both sentences may be true of both images.
 
-    With ``region_weight`` above 0 that many times ITC between objects and words is added: u is then the vector of the
-    word alone as a text, v that of the mean of the patch tokens under its mask, and for as many rows again that of the
-    mean of them all. A word counts where its mask covers half a patch, the first ``max_regions`` such words of an
-    image. What is known of the paper and what is our choice: docs/methods.md.
+    With ``region_weight`` above 0 the loss has ``region_weight`` times ITC between objects and words: u is the vector
+    of the word as a text, v that of the mean patch token under its mask, and in as many further rows that of the mean
+    of all patch tokens. A word counts where its mask covers half a patch, the first ``max_regions`` such words of an
+    image. For what is the paper's and what is our choice see docs/methods.md.
     """
 
     guided: ClassVar = {"region_weight": 1.0}
@@ -70,18 +71,18 @@ class VLP(Method):
         self,
         encoder: VisionTransformer,
         *,
-        position_share: float = 0.0,  # share of the texts that say where an object is
-        blocks: int = 3,  # rows, and columns, of the grid that those texts count in
-        min_area: float = 0.001,  # of such an object's mask, as a share of the view
-        region_weight: float = 0.0,  # of the loss that matches objects under masks to their words; 0: none
-        max_regions: int = 3,  # objects of an image, at most
+        position_share: float = 0.0,  # share of the captions with a sentence on an object's position
+        blocks: int = 3,  # rows, and columns, of the grid in those sentences
+        min_area: float = 0.001,  # least area of such an object's mask, as a share of the view
+        region_weight: float = 0.0,  # weight of the ITC between objects under masks and their words; 0: none
+        max_regions: int = 3,  # maximum of objects per image
         text_depth: int = 0,  # blocks of the text tower; 0: half the encoder's
-        reader_depth: int = 0,  # blocks of what looks at image and text; 0: half the encoder's
-        embed_dim: int = 256,  # length of the vectors that are compared
-        max_words: int = 22,  # words of a text that are read, at most
-        max_tokens: int = 48,  # of a text
-        temperature: float = 0.07,  # where the learned one begins
-        tokenizer: str = "",  # tokenizer.json, or a folder with one; that of the shipped model where it is empty
+        reader_depth: int = 0,  # blocks of the fusion encoder for ITM; 0: half the encoder's
+        embed_dim: int = 256,  # length of the compared vectors
+        max_words: int = 22,  # maximum of words of a caption; the rest is cut off
+        max_tokens: int = 48,  # maximum of tokens of a text
+        temperature: float = 0.07,  # initial value of the learned temperature
+        tokenizer: str = "",  # tokenizer.json, or a folder with one; empty: that of the shipped model
     ) -> None:
         super().__init__()
         for name, share in (("position_share", position_share), ("min_area", min_area)):
@@ -94,8 +95,8 @@ class VLP(Method):
             )
         if region_weight < 0:
             raise ValueError(f"region_weight must not be negative, but is {region_weight}")
-        if not COLDEST <= temperature <= WARMEST:
-            raise ValueError(f"temperature must lie between {COLDEST} and {WARMEST}, not {temperature}")
+        if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must lie between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, not {temperature}")
         config = encoder.config
         self.encoder = encoder
         self.tokenizer = TextTokenizer(tokenizer, max_tokens)
@@ -121,11 +122,11 @@ class VLP(Method):
 
     @property
     def uses_masks(self) -> bool:
-        """Masks say where objects are."""
+        """Masks give the objects and their positions."""
         return max(self.position_share, self.region_weight) > 0
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Texts, and masks if guided."""
+        """Check for texts, and for masks if guided."""
         super().check(samples)
         if not any(sample.text for sample in samples):
             raise ConfigError(
@@ -134,7 +135,7 @@ class VLP(Method):
             )
 
     def check_start(self, folder: Path) -> None:
-        """Its tokens must be ours: a number that stands for another piece of text would teach nonsense."""
+        """Check that its tokenizer is ours: the text tower's weights belong to token numbers."""
         path = folder / "tokenizer.json"
         if path.is_file() and path.read_text(encoding="utf-8") != self.tokenizer.json:
             raise ConfigError(
@@ -143,44 +144,48 @@ class VLP(Method):
             )
 
     def views(self) -> Augment:
-        """PTP's crop of half the area or more; a text that says left or right is not mirrored."""
+        """PTP's crop of half the area or more; no flip where a text says left or right."""
         return Augment(size=self.encoder.config.image_size, scale=(0.5, 1.0), keep_sides=True)
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """The loss of some images with their texts."""
+        """ITC and ITM of images and their texts, and with ``region_weight`` the ITC of objects and words."""
         device = batch.images.device
         texts = self.texts(batch)
-        told = torch.tensor([bool(text) for text in texts], device=device)
-        tokens, real, names = self.read(texts, [number_of(text) for text in texts], device)
+        has_text = torch.tensor([bool(text) for text in texts], device=device)
+        tokens, key_mask, names = self.tokenize(texts, device)
         padding = longest(tokens.shape[1], device) - tokens.shape[1]
-        tokens, real = F.pad(tokens, (0, padding)), F.pad(real, (0, padding))
-        image, text = self.encoder(batch.images)[:, 1:], self.text(tokens, real)  # b n d, b t d
+        tokens, key_mask = F.pad(tokens, (0, padding)), F.pad(key_mask, (0, padding))
+        image, text = self.encoder(batch.images)[:, 1:], self.text(tokens, key_mask)  # b n d, b t d
         v, u = unit(self.image_head(image.mean(1))), unit(self.text_head(text[:, 0]))
 
-        usable = gather(told)
-        fits = _alike(names) & usable  # b B: texts that say the same
-        scale = self.temperature.clamp(COLDEST, WARMEST)
+        usable = gather(has_text)
+        fits = _alike(names) & usable  # b B: equal texts, the positives
+        negatives = usable & ~fits
+        if self.position_share:  # equal captions with different sentences are no negatives
+            negatives &= ~_alike(self.tokenize(self.captions(batch), device)[2])
+        scale = self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         to_texts, to_images = (
-            (products(ours, gather(theirs)) / scale).masked_fill(~usable, FAR) for ours, theirs in ((v, u), (u, v))
+            (products(ours, gather(theirs)) / scale).masked_fill(~(fits | negatives), FAR)
+            for ours, theirs in ((v, u), (u, v))
         )
-        itc = (self.contrast(to_texts, fits, told) + self.contrast(to_images, fits, told)) / 2
+        itc = (self.contrast(to_texts, fits, has_text) + self.contrast(to_images, fits, has_text)) / 2
 
         drawn = uniform(batch.seeds, 2, stream=NEGATIVES)
-        other_image, has_image = _draw(to_images.detach(), usable & ~fits, drawn[:, 0])
-        other_text, has_text = _draw(to_texts.detach(), usable & ~fits, drawn[:, 1])
-        known = self.reader(
+        other_image, has_other_image = _draw(to_images.detach(), negatives, drawn[:, 0])
+        other_text, has_other_text = _draw(to_texts.detach(), negatives, drawn[:, 1])
+        fused = self.reader(
             torch.cat([text, text, gather(text)[other_text]]),
-            torch.cat([real, real, gather(real)[other_text]]),
+            torch.cat([key_mask, key_mask, gather(key_mask)[other_text]]),
             torch.cat([image, gather(image)[other_image], image]),
         )
-        asked = torch.cat([told, told & has_image, told & has_text])
-        itm, matched = self.match(known, asked)
+        valid = torch.cat([has_text, has_text & has_other_image, has_text & has_other_text])
+        itm, matched = self.match(fused, valid)
         metrics = {
             "itc": itc.detach(),
             "itm": itm.detach(),
-            "retrieved": (fits.gather(1, to_texts.argmax(1, keepdim=True)).squeeze(1) & told).float().mean(),
+            "retrieved": (fits.gather(1, to_texts.argmax(1, keepdim=True)).squeeze(1) & has_text).float().mean(),
             "matched": matched,
-            "with_text": told.float().mean(),
+            "with_text": has_text.float().mean(),
             "temperature": scale.detach(),
         }
         loss = itc + itm
@@ -193,87 +198,91 @@ class VLP(Method):
     def name_regions(
         self, batch: Batch, image: Float[Tensor, "b n d"], scale: Float[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """ITC of what lies under each mask, and of the whole image, with its word; how often masks find theirs."""
+        """ITC of each object, and of its whole image, with its word; and the share of objects nearest to theirs."""
         found = regions((batch,), self.encoder.config.patch_size, self.max_regions)
-        spelled = {number_of(word): word for words in batch.words for word in words}
-        numbers, place = torch.unique(found.words, return_inverse=True)  # each word is read once
-        listed: list[int] = numbers.tolist()
-        tokens, real, names = self.read([spelled.get(number, "") for number in listed], listed, image.device)
+        spelling = {number_of(word): word.strip() for words in batch.words for word in words}
+        numbers, index = torch.unique(found.words, return_inverse=True)  # each word is encoded once
+        tokens, key_mask, names = self.tokenize([spelling.get(number, "") for number in numbers.tolist()], image.device)
         under_mask, everywhere = found.shares[0], torch.ones_like(found.shares[0])
         v = unit(self.image_head(pool(image, torch.cat([under_mask, everywhere], 1))))  # b 2k e
-        u = unit(self.text_head(self.text(tokens, real)[:, 0]))[place.repeat(1, 2)]
-        there = found.present.repeat(1, 2)
-        present, usable = there.flatten(), gather(there).flatten()
-        fits = _alike(names[place.repeat(1, 2)]) & usable
+        u = unit(self.text_head(self.text(tokens, key_mask)[:, 0]))[index.repeat(1, 2)]
+        both = found.present.repeat(1, 2)
+        present, usable = both.flatten(), gather(both).flatten()
+        fits = _alike(names[index.repeat(1, 2)]) & usable
         to_words, to_regions = (
             (products(ours.flatten(0, 1), gather(theirs).flatten(0, 1)) / scale).masked_fill(~usable, FAR)
             for ours, theirs in ((v, u), (u, v))
         )
         loss = (self.contrast(to_words, fits, present) + self.contrast(to_regions, fits, present)) / 2
-        right = fits.gather(1, to_words.argmax(1, keepdim=True)).view_as(there)[:, : self.max_regions] & found.present
+        right = fits.gather(1, to_words.argmax(1, keepdim=True)).view_as(both)[:, : self.max_regions] & found.present
         return loss, right.sum() / found.present.sum().clamp(min=1)
 
     def contrast(
-        self, logits: Float[Tensor, "b B"], fits: Bool[Tensor, "b B"], told: Bool[Tensor, " b"]
+        self, logits: Float[Tensor, "b B"], fits: Bool[Tensor, "b B"], valid: Bool[Tensor, " b"]
     ) -> Float[Tensor, ""]:
-        """Cross-entropy against all that fit, in equal shares; the mean over the images with a text."""
-        wanted = torch.where(fits, logits.log_softmax(1), 0.0).sum(1) / fits.sum(1).clamp(min=1)
-        return share_of_mean(-wanted, told)
+        """Cross-entropy with equal targets for all that fit; the mean over the valid rows of all processes."""
+        log_likelihood = torch.where(fits, logits.log_softmax(1), 0.0).sum(1) / fits.sum(1).clamp(min=1)
+        return share_of_mean(-log_likelihood, valid)
 
     def match(
-        self, known: Float[Tensor, "c d"], asked: Bool[Tensor, " c"]
+        self, fused: Float[Tensor, "c d"], valid: Bool[Tensor, " c"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The loss of "they belong together", true of the first third, and how often it was answered right."""
-        belong = (torch.arange(len(known), device=known.device) < len(known) // 3).long()
-        verdict = self.match_head(known).float()
-        right = (verdict.argmax(1) == belong) & asked
-        loss = share_of_mean(F.cross_entropy(verdict, belong, reduction="none"), asked)
-        return loss, right.sum() / asked.sum().clamp(min=1)
+        """Cross-entropy of "they belong together" over the valid pairs, and the accuracy; the first third does."""
+        belong = (torch.arange(len(fused), device=fused.device) < len(fused) // 3).long()
+        logits = self.match_head(fused).float()
+        right = (logits.argmax(1) == belong) & valid
+        loss = share_of_mean(F.cross_entropy(logits, belong, reduction="none"), valid)
+        return loss, right.sum() / valid.sum().clamp(min=1)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """The temperature is kept in its range: outside it would have no gradient, and never come back."""
-        self.temperature.clamp_(COLDEST, WARMEST)
+        """Clamp the temperature, which has no gradient outside its range."""
+        self.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
-    def read(
-        self, texts: Sequence[str], numbers: Sequence[int], device: torch.device
+    def tokenize(
+        self, texts: Sequence[str], device: torch.device
     ) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"], Int[Tensor, "n 2"]]:
-        """Tokens, which of them are text, and two names of each text: its number, and that of its tokens as read."""
-        tokens, real = self.tokenizer(texts)
-        rows = zip(tokens.tolist(), real.sum(1).tolist(), strict=True)
-        names = [*zip(numbers, (number_of(str(row[:length])) for row, length in rows), strict=True)]
-        return tokens.to(device), real.to(device), torch.tensor(names, dtype=torch.long, device=device)
+        """Tokens, their mask without padding, and two hashes of each text: of its characters and of its tokens."""
+        tokens, key_mask = self.tokenizer(texts)
+        rows = zip(texts, tokens.tolist(), key_mask.sum(1).tolist(), strict=True)
+        names = [(number_of(text), number_of(str(row[:length]))) for text, row, length in rows]
+        return tokens.to(device), key_mask.to(device), torch.tensor(names, dtype=torch.long, device=device)
+
+    def captions(self, batch: Batch) -> list[str]:
+        """The first ``max_words`` words of each text."""
+        return [first_words(text, self.max_words) for text in batch.texts]
 
     def texts(self, batch: Batch) -> list[str]:
-        """What the text tower reads: each caption's first words, and for a share of them where one word's object is."""
-        captions = [first_words(text, self.max_words) for text in batch.texts]
+        """The input of the text tower: the captions, a share of them with a sentence on one word's position."""
+        captions = self.captions(batch)
         if not (self.position_share and batch.masks.shape[1]):
             return captions
         drawn = uniform(batch.seeds, 2, stream=POSITION).tolist()
-        seen = ((batch.masks.float().mean((2, 3)) >= self.min_area) & batch.present).tolist()
-        places = blocks_of(batch.masks, self.blocks).tolist()
+        large = ((batch.masks.float().mean((2, 3)) >= self.min_area) & batch.present).tolist()
+        blocks = blocks_of(batch.masks, self.blocks).tolist()
         texts = []
         for row, caption in enumerate(captions):
-            words = [number for number, _ in enumerate(batch.words[row][: len(seen[row])]) if seen[row][number]]
-            if words and drawn[row][0] < self.position_share:
+            words = [number for number, _ in enumerate(batch.words[row][: len(large[row])]) if large[row][number]]
+            if caption and words and drawn[row][0] < self.position_share:
                 number = words[int(drawn[row][1] * len(words))]
-                sentence = f"The {batch.words[row][number]} is in block {places[row][number]}."
-                caption = self.lengthened(caption, sentence) if caption else sentence
+                sentence = f"The {batch.words[row][number].strip()} is in block {blocks[row][number]}."
+                caption = self.extended(caption, sentence)
             texts.append(caption)
         return texts
 
-    def lengthened(self, caption: str, sentence: str) -> str:
-        """Of a caption as many tokens as leave room for the sentence, and the sentence; where none would, the caption.
+    def extended(self, caption: str, sentence: str) -> str:
+        """The caption and the sentence, in ``max_tokens``.
 
-        Whether a text fits is asked of the text itself: how tokens join at a cut is the tokenizer's affair.
+        The caption loses as many tokens at its end as it must, if need be all; where not even the sentence fits, the
+        result is the caption alone. Each candidate is tokenized, because tokens may merge differently at a cut.
         """
         whole = f"{caption.rstrip(' .')}. {sentence}"
         if self.tokenizer.holds(whole):
             return whole
-        begun = [f"{caption[:end].rstrip(' .')}. {sentence}" for end in self.tokenizer.ends(caption)]
-        tried = [sentence, *begun]
-        count = bisect_left(tried, True, key=lambda text: not self.tokenizer.holds(text))
-        return tried[count - 1] if count else caption
+        shortened = [f"{caption[:end].rstrip(' .')}. {sentence}" for end in self.tokenizer.ends(caption)]
+        candidates = [sentence, *shortened]
+        count = bisect_left(candidates, True, key=lambda text: not self.tokenizer.holds(text))
+        return candidates[count - 1] if count else caption
 
     def export(self, folder: Path) -> None:
         """Both towers, for retrieval: see :func:`synthgen.models.dual.load_dual_encoder`."""
@@ -282,29 +291,29 @@ class VLP(Method):
 
 
 def blocks_of(masks: Bool[Tensor, "b k H W"], blocks: int) -> Int[Tensor, "b k"]:
-    """The block, from 1 and row by row, in which the middle of each mask's box lies; an empty mask's says nothing."""
+    """The block of the centre of each mask's box, numbered from 1 row by row; arbitrary for an empty mask."""
     row, column = (_middle(masks.any(axis)) for axis in (3, 2))
     down, right = ((middle * blocks).long().clamp(max=blocks - 1) for middle in (row, column))
     return down * blocks + right + 1
 
 
 def _middle(line: Bool[Tensor, "b k n"]) -> Float[Tensor, "b k"]:
-    """The middle between the first and the last that is set, as a share of the length."""
+    """The middle of the first and the last true pixel, as a share of the length."""
     length = line.shape[2]
     first, behind = line.float().argmax(2), length - line.flip(2).float().argmax(2)
     return (first + behind) / (2 * length)
 
 
 def _alike(names: Int[Tensor, "*n 2"]) -> Bool[Tensor, "m M"]:
-    """Which of this process's texts are the same as which of all: those that have a name in common."""
+    """Which of this process's texts equal which of all processes: those with a common hash."""
     return (names.flatten(0, -2)[:, None] == gather(names).flatten(0, -2)).any(2)
 
 
 def _draw(
-    logits: Float[Tensor, "b B"], allowed: Bool[Tensor, "b B"], lot: Float[Tensor, " b"]
+    logits: Float[Tensor, "b B"], allowed: Bool[Tensor, "b B"], noise: Float[Tensor, " b"]
 ) -> tuple[Int[Tensor, " b"], Bool[Tensor, " b"]]:
-    """One of the allowed for each row, with probability softmax + 1e-4 (BLIP's code); and whether there is one."""
-    chances = torch.where(allowed, logits.softmax(1) + 1e-4, 0.0).cumsum(1)
-    reach = lot[:, None] * (1 - 1e-6) * chances[:, -1:]  # below the whole, also after rounding
-    drawn = torch.searchsorted(chances, reach, right=True).squeeze(1)
+    """One allowed column of each row, with probability ~ softmax + 1e-4 (BLIP's code); and whether there is any."""
+    cumulative = torch.where(allowed, logits.softmax(1) + 1e-4, 0.0).cumsum(1)
+    threshold = noise[:, None] * (1 - 1e-6) * cumulative[:, -1:]  # below the total, also after rounding
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
     return drawn.clamp(max=logits.shape[1] - 1), allowed.any(1)

@@ -1,4 +1,4 @@
-"""What a network is told of an image's class."""
+"""Learned embeddings of classes, which condition a denoiser."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from synthgen.untrusted import read_json
 
 __all__ = ["ClassEmbedding"]
 
-_LISTED = 20  # an error names so many classes at most
+_MAX_LISTED = 20  # classes in an error message
 
 
 class ClassEmbedding(nn.Module):
-    """A learned vector for each class of the training data, and what stands for no class.
+    """A learned vector for each class of the training data, and one for "no class".
 
-    plain: a linear layer on a one-hot vector, so that no class is 0 (MaskDiT's code)
-    deep:  no class has a vector of its own, and two layers with a SiLU between follow (UMD's code)
+    plain: a linear layer on a one-hot vector, so that "no class" is the zero vector (MaskDiT's code)
+    deep:  "no class" has a vector of its own, and two layers with a SiLU between follow (UMD's code)
 
-    There are no classes until :meth:`learn` names them, or weights are loaded: their names travel with the weights. The
-    number of a class is its place among ``names``, and that of no class the one behind the last.
+    The table is empty until :meth:`learn` names the classes or weights are loaded: names are stored with the weights.
+    The number of a class is its index in ``names``, and that of "no class" is ``len(names)``.
     """
 
     def __init__(self, dim: int, *, deep: bool = False) -> None:
@@ -39,10 +39,10 @@ class ClassEmbedding(nn.Module):
         self._take(())
 
     def learn(self, names: Iterable[str]) -> None:
-        """Make fresh vectors for classes of these ``names``, each counted once; numbers come first, by value.
+        """Make a new table for the distinct ``names``, sorted: decimal names first, by value.
 
         Raises:
-            ConfigError: a name is no text, and so could not be kept.
+            ConfigError: a name is not valid text and could not be stored.
         """
         numbers, words = set[str](), set[str]()
         for name in names:
@@ -56,31 +56,32 @@ class ClassEmbedding(nn.Module):
 
     def _take(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._places = {name: place for place, name in enumerate(names)}
+        self._numbers = {name: number for number, name in enumerate(names)}
         self.table = nn.Embedding(len(self.names) + self.deep, self.dim)
         if not self.deep and self.names:
             nn.init.xavier_uniform_(self.table.weight)
 
     def forward(self, numbers: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """The vectors of classes."""
+        """The vectors of these class numbers."""
         table = self.table.weight if self.deep else F.pad(self.table.weight, (0, 0, 0, 1))
         vectors: Tensor = self.mix(F.embedding(numbers, table))
         return vectors
 
     def numbers(self, labels: Sequence[str | int | None]) -> Int[Tensor, " b"]:
-        """The numbers of classes that are said by name or number; None is no class.
+        """The numbers of classes given by name or number; None is "no class".
 
-        Where all names are numbers themselves (a dataset without names), 7 is the class of that name.
+        Where all names are decimal (a dataset without class names), 7 is the class named "7".
 
         Raises:
-            UnknownName, ConfigError: there is no such class; names the nearest.
+            UnknownName: no class has this name; the error lists the nearest.
+            ConfigError: no class has this number.
         """
         return torch.tensor(
             [self._number(label) for label in labels], dtype=torch.long, device=self.table.weight.device
         )
 
     def none(self, count: int) -> Int[Tensor, " b"]:
-        """The number of no class, so many times."""
+        """The number of "no class", ``count`` times."""
         return torch.full((count,), len(self.names), device=self.table.weight.device)
 
     def _number(self, label: str | int | None) -> int:
@@ -90,23 +91,23 @@ class ClassEmbedding(nn.Module):
             if 0 <= label < len(self.names):
                 return label
             raise ConfigError(f"there is no class {label}; the {len(self.names)} classes are counted from 0")
-        place = self._places.get(str(label))
-        if place is not None:
-            return place
-        if len(self.names) <= _LISTED:
+        number = self._numbers.get(str(label))
+        if number is not None:
+            return number
+        if len(self.names) <= _MAX_LISTED:
             raise UnknownName.among("class", str(label), self.names)
-        near = difflib.get_close_matches(str(label), self.names, n=_LISTED // 4, cutoff=0.0)
+        near = difflib.get_close_matches(str(label), self.names, n=_MAX_LISTED // 4, cutoff=0.0)
         raise UnknownName(f"unknown class {label!r}; of {len(self.names)} classes the nearest are: {', '.join(near)}")
 
     def get_extra_state(self) -> Tensor:
-        """The names, as bytes of JSON: checkpoints hold tensors."""
+        """The names as bytes of JSON, because checkpoints hold tensors."""
         return torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the names, and make room for as many vectors. Those of a training that goes on stay what they are.
+        """Take the names and make a table for them; the table of a training that resumes stays the same object.
 
         Raises:
-            ValueError: they are no list of names, or not those of the data.
+            ValueError: the state is not a list of names, or the names differ from those of the data.
         """
         data = state.cpu().numpy().tobytes()
         names = read_json(data, most=len(data))
@@ -114,5 +115,5 @@ class ClassEmbedding(nn.Module):
             raise ValueError("its classes are no list of names")
         if not self.names:
             self._take(tuple(names))
-        elif tuple(names) != self.names:  # an optimizer may hold on to the vectors there are
+        elif tuple(names) != self.names:  # a new table would leave the optimizer with the old one
             raise ValueError("its classes are not those of the data")

@@ -1,4 +1,4 @@
-"""Decoders of masked methods: used in pretraining, thrown away after it."""
+"""Decoders of masked methods, used in pretraining only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["NoiseDecoder", "PixelDecoder"]
 class PixelDecoder(nn.Module):
     """Pixels of hidden patches from the features of visible ones (MAE, section 3; 512 wide and 8 deep there).
 
-    One learned token stands in for every hidden patch; positions tell them apart. As attention does not care for the
-    order of tokens, hidden tokens are put behind the visible ones instead of between them. Three things follow, and the
-    numbers stay those of un-shuffling everything: what the first block asks of a hidden place is the same for every
-    image, and worked out once; in the last block only hidden tokens look; only they reach the last layer.
+    One learned token replaces every hidden patch; positions tell them apart. Attention is equivariant to the order of
+    tokens, so hidden tokens follow the visible ones instead of being un-shuffled, with equal results and less work: in
+    the first block queries, keys and values of mask tokens are computed once for all images, and the last block and
+    layer compute hidden tokens alone.
     """
 
     positions: Tensor
@@ -45,20 +45,20 @@ class PixelDecoder(nn.Module):
     def forward(
         self, features: Float[Tensor, "b t d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b h"]
     ) -> Float[Tensor, "b h p"]:
-        """What the hidden patches look like, in the order of ``hidden``; the first feature is the class token's."""
-        places = self.positions[0, 1:]
-        seen: Tensor = self.embed(features)
-        seen = torch.cat([seen[:, :1], seen[:, 1:] + places[visible]], dim=1)
-        masked = (self.mask_token[0] + places).to(seen.dtype)  # n d
+        """Pixels of the hidden patches, in the order of ``hidden``; the first feature is the class token's."""
+        positions = self.positions[0, 1:]
+        shown: Tensor = self.embed(features)
+        shown = torch.cat([shown[:, :1], shown[:, 1:] + positions[visible]], dim=1)
+        masked = (self.mask_token[0] + positions).to(shown.dtype)  # n d
         first, last = cast(Block, self.blocks[0]), self.blocks[-1]
 
-        def joined(of_seen: Tensor, of_masked: Tensor) -> Tensor:
-            return torch.cat([of_seen, F.embedding(hidden, of_masked)], dim=1)
+        def joined(of_shown: Tensor, of_masked: Tensor) -> Tensor:
+            return torch.cat([of_shown, F.embedding(hidden, of_masked)], dim=1)
 
-        x = joined(seen, masked)
+        x = joined(shown, masked)
         for block in self.blocks:
-            qkv = joined(first.qkv(seen), first.qkv(masked)) if block is first else None
-            x = block(x, qkv=qkv, only=slice(seen.shape[1], None) if block is last else EVERY)
+            qkv = joined(first.project_qkv(shown), first.project_qkv(masked)) if block is first else None
+            x = block(x, qkv=qkv, queries=slice(shown.shape[1], None) if block is last else EVERY)
         pixels: Tensor = self.predict(self.norm(x))
         return pixels
 
@@ -66,7 +66,7 @@ class PixelDecoder(nn.Module):
 class NoiseDecoder(nn.Module):
     """Clean pixels and noise of every patch from the features of visible ones (UMD; as wide as the encoder there).
 
-    What the class token says reaches the patches here and nowhere else. Blocks change with the time where there is one.
+    The class token's features reach the patches here and nowhere else. A time modulates every block (adaLN).
     """
 
     positions: Tensor
@@ -92,10 +92,10 @@ class NoiseDecoder(nn.Module):
         hidden: Int[Tensor, "b h"],
         time: Float[Tensor, "b d"] | None = None,
     ) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n p"]]:
-        """Pixels and noise, first of the visible patches, then of the hidden ones, each in their order."""
-        places = self.positions[0, 1:]
-        cls, patches = features[:, :1], features[:, 1:] + places[visible]
-        x = torch.cat([cls, patches, (self.mask_token + places[hidden]).to(patches.dtype)], dim=1)
+        """Pixels and noise, first of the ``visible`` patches, then of the ``hidden`` ones, in these orders."""
+        positions = self.positions[0, 1:]
+        cls, patches = features[:, :1], features[:, 1:] + positions[visible]
+        x = torch.cat([cls, patches, (self.mask_token + positions[hidden]).to(patches.dtype)], dim=1)
         for block, change in zip(self.blocks, self.changes, strict=True):
             x = block(x, None if time is None else change(time))
         x = self.norm(x[:, 1:])

@@ -1,4 +1,4 @@
-"""An image and a text tower side by side: what retrieval needs of a vision-language training."""
+"""An image and a text tower with a common embedding space: the result of a vision-language training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["DualEncoder", "load_dual_encoder", "save_dual_encoder"]
 
 
 class DualEncoder(nn.Module):
-    """Images and texts as unit vectors of one space; their product is how well they fit.
+    """Unit vectors of images and texts in one space; their dot product is their similarity.
 
-    An image is the mean of its patch tokens, a text its first token, each through a linear layer.
+    An image is represented by the mean of its patch tokens, a text by its first token, each through a linear layer.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, x: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n d"]:
-        """Unit vectors of images that are normalised as the encoder's config says, as in batches."""
+        """Unit vectors of images that are normalised by the encoder's config, as in batches."""
         return F.normalize(self.image_head(self.encoder.features(x)), dim=1)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """Unit vectors of texts; what is longer than training showed (``max_words``, ``max_tokens``) is cut."""
-        read = [first_words(text, self.text.config.max_words) for text in texts]
-        tokens, real = (part.to(self.text.positions.device) for part in self.tokenizer(read))
-        return F.normalize(self.text_head(self.text(tokens, real)[:, 0]), dim=1)
+        """Unit vectors of texts, truncated to ``max_words`` and ``max_tokens`` as in training."""
+        shortened = [first_words(text, self.text.config.max_words) for text in texts]
+        tokens, key_mask = (part.to(self.text.positions.device) for part in self.tokenizer(shortened))
+        return F.normalize(self.text_head(self.text(tokens, key_mask)[:, 0]), dim=1)
 
 
 def save_dual_encoder(dual: DualEncoder, folder: Path) -> None:
@@ -71,8 +71,8 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
     """Both towers of the training in ``folder`` (``<run>/pretrain/vlp``), in evaluation mode on the CPU.
 
     Raises:
-        MissingArtifact: the training is not there, or has no text tower.
-        CorruptFile: its files cannot be read, or do not fit each other.
+        MissingArtifact: the folder holds no training, or one without a text tower.
+        CorruptFile: the files cannot be read, or contradict each other.
     """
     folder = parse_location(folder)
     encoder = load_encoder(folder)

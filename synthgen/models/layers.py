@@ -1,4 +1,4 @@
-"""What the encoder and the decoders share: transformer blocks, patches, and places on the patch grid."""
+"""What the encoder and the decoders share: transformer blocks, patches, and positions on the patch grid."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
     "unpatchify",
 ]
 
-EVERY = slice(None)  # tokens
+EVERY = slice(None)  # all tokens
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the parameters bear timm's names."""
+    """Multi-head self-attention, with timm's parameter names."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -37,18 +37,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"] | None = None, only: slice = EVERY
+        self, x: Float[Tensor, "b n d"], key_mask: Bool[Tensor, "b n"] | None = None, queries: slice = EVERY
     ) -> Float[Tensor, "b m d"]:
-        """Every token, or ``only`` some, looks at every token, or at those that are ``real``."""
-        return self.mix(self.qkv(x), real, only)
+        """Every token attends to every token, or to those of ``key_mask``; the results of the ``queries`` alone."""
+        return self.mix(self.qkv(x), key_mask, queries)
 
     def mix(
-        self, qkv: Float[Tensor, "b n c"], real: Bool[Tensor, "b n"] | None = None, only: slice = EVERY
+        self, qkv: Float[Tensor, "b n c"], key_mask: Bool[Tensor, "b n"] | None = None, queries: slice = EVERY
     ) -> Float[Tensor, "b m d"]:
-        """The same, where each token's query, key and value are known."""
+        """As :meth:`forward`, from each token's query, key and value."""
         q, k, v = (_heads(part, self.num_heads) for part in qkv.chunk(3, dim=2))
-        seen = None if real is None else real[:, None, None]
-        y: Tensor = self.proj(attend(q[:, :, only], k, v, seen).transpose(1, 2).flatten(2))
+        attn_mask = None if key_mask is None else key_mask[:, None, None]
+        y: Tensor = self.proj(attend(q[:, :, queries], k, v, attn_mask).transpose(1, 2).flatten(2))
         return y
 
 
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
-        """Every token of ``x`` looks at every token of ``context``."""
+        """Every token of ``x`` attends to every token of ``context``."""
         q, k, v = (_heads(part, self.num_heads) for part in (self.q(x), *self.kv(context).chunk(2, dim=2)))
         y: Tensor = self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return y
@@ -77,24 +77,24 @@ def attend(
     q: Float[Tensor, "b h m w"],
     k: Float[Tensor, "b h n w"],
     v: Float[Tensor, "b h n w"],
-    seen: Bool[Tensor, "#b 1 #m n"] | None = None,
+    attn_mask: Bool[Tensor, "#b 1 #m n"] | None = None,
 ) -> Float[Tensor, "b h m w"]:
-    """softmax(q k^T / sqrt(w)) v, over the tokens that may be ``seen``.
+    """softmax(q k^T / sqrt(w)) v, over the keys where ``attn_mask`` is true.
 
-    By torch's fused kernel, except for training in bfloat16 on a CPU. There the kernel, forward and backward, takes
+    By torch's fused kernel, except for training in bfloat16 on a CPU: there the kernel, forward and backward, takes
     five times as long as matrix products for 17 to 65 tokens, and nearly twice as long for 577.
     """
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, seen)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask)
     scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
     y: Tensor = scores.softmax(dim=3).to(v.dtype) @ v
     return y
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide between, with a GELU."""
+    """Two linear layers with a GELU between, the hidden one four times as wide."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Each token by itself."""
+        """The layers applied to each token by itself."""
         y: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return y
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, which a :class:`Modulation` may change."""
+    """A pre-norm transformer block, optionally with a :class:`Modulation`."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -120,33 +120,33 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        change: Float[Tensor, "b 6 d"] | None = None,
-        real: Bool[Tensor, "b n"] | None = None,
-        only: slice = EVERY,
+        modulation: Float[Tensor, "b 6 d"] | None = None,
+        key_mask: Bool[Tensor, "b n"] | None = None,
+        queries: slice = EVERY,
         qkv: Float[Tensor, "b n c"] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Attention to the ``real`` tokens, then the MLP, each added to its input.
+        """Attention to the tokens of ``key_mask``, then the MLP, each added to its input.
 
-        ``only`` some tokens look and are given back, where no more are needed. ``qkv`` is what :meth:`qkv` says of
-        ``x``, where that is known and there is no ``change``.
+        The result holds the tokens ``queries`` alone, for callers that need no others. ``qkv`` is
+        :meth:`project_qkv` of ``x`` where the caller has it already; it excludes a ``modulation``.
         """
-        if change is None:
-            x = x[:, only] + self.attn.mix(self.qkv(x) if qkv is None else qkv, real, only)
+        if modulation is None:
+            x = x[:, queries] + self.attn.mix(self.project_qkv(x) if qkv is None else qkv, key_mask, queries)
             y: Tensor = x + self.mlp(self.norm2(x))
             return y
-        shift1, scale1, gate1, shift2, scale2, gate2 = change[:, :, None].unbind(1)  # b 1 d each
-        x = x[:, only] + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, real, only)
-        changed: Tensor = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return changed
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None].unbind(1)  # b 1 d each
+        x = x[:, queries] + (1 + gate1) * self.attn(self.norm1(x) * (1 + scale1) + shift1, key_mask, queries)
+        modulated: Tensor = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return modulated
 
-    def qkv(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c"]:
-        """Each token's query, key and value, which are its own: equal tokens need be asked once."""
+    def project_qkv(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c"]:
+        """The query, key and value of each token, which depend on that token alone."""
         y: Tensor = self.attn.qkv(self.norm1(x))
         return y
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm transformer block with a look at other tokens between attention and MLP."""
+    """A pre-norm transformer block with cross-attention between self-attention and MLP."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -161,11 +161,14 @@ class CrossBlock(nn.Module):
         self,
         x: Float[Tensor, "b t d"],
         context: Float[Tensor, "b n d"],
-        real: Bool[Tensor, "b t"] | None = None,
-        only: slice = EVERY,
+        key_mask: Bool[Tensor, "b t"] | None = None,
+        queries: slice = EVERY,
     ) -> Float[Tensor, "b m d"]:
-        """Attention, a look at ``context``, then the MLP, each added to its input: of all tokens, or ``only`` some."""
-        x = x[:, only] + self.attn(self.norm1(x), real, only)
+        """Self-attention to the tokens of ``key_mask``, cross-attention to ``context``, then the MLP.
+
+        Each is added to its input. The result holds the tokens ``queries`` alone.
+        """
+        x = x[:, queries] + self.attn(self.norm1(x), key_mask, queries)
         x = x + self.cross(self.norm_cross(x), context)
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
@@ -194,20 +197,20 @@ class TimeEmbedding(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.apply(initialize)
 
-    def forward(self, times: Int[Tensor, " b"], more: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b d"]:
-        """Frequencies fall from 1 to 1/10000. What ``more`` there is to tell is added before the last SiLU."""
+    def forward(self, times: Int[Tensor, " b"], condition: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b d"]:
+        """Frequencies fall from 1 to 1/10000; a further ``condition`` is added before the last SiLU."""
         half = self.dim // 2
         omega = 10000.0 ** -(torch.arange(half, device=times.device) / max(1, half - 1))
         angle = times[:, None] * omega
-        said = self.fc2(F.silu(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1))))
-        embedded: Tensor = F.silu(said if more is None else said + more)
+        projected = self.fc2(F.silu(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1))))
+        embedded: Tensor = F.silu(projected if condition is None else projected + condition)
         return embedded
 
 
 class Modulation(nn.Module):
     """Shift, scale and gate of a block's two halves, from a vector (adaLN, Peebles and Xie, 2023).
 
-    It begins as no change at all: scale and gate are added to 1.
+    Initially the identity: all are 0, and scale and gate are added to 1.
     """
 
     def __init__(self, dim: int, parts: int = 6) -> None:
@@ -218,7 +221,7 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, vector: Float[Tensor, "b d"]) -> Float[Tensor, "b parts d"]:
-        """One vector for each part."""
+        """The vectors of each part."""
         parts: Tensor = self.linear(vector).view(len(vector), self.parts, -1)
         return parts
 
@@ -242,8 +245,8 @@ def sincos_positions(dim: int, grid: int) -> Float[Tensor, "1 t d"]:
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # grid d/2
     column, row = line[None].expand(grid, -1, -1), line[:, None].expand(-1, grid, -1)
-    places = torch.cat([column, row], dim=2).reshape(1, grid * grid, dim)
-    return torch.cat([torch.zeros(1, 1, dim), places.float()], dim=1)
+    patches = torch.cat([column, row], dim=2).reshape(1, grid * grid, dim)
+    return torch.cat([torch.zeros(1, 1, dim), patches.float()], dim=1)
 
 
 def patchify(images: Float[Tensor, "b 3 H W"], size: int) -> Float[Tensor, "b n p"]:
@@ -261,11 +264,11 @@ def unpatchify(patches: Float[Tensor, "b n p"], size: int) -> Float[Tensor, "b 3
     return squares.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, grid * size, grid * size)
 
 
-def take(tokens: Float[Tensor, "b n d"], places: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
-    """The tokens at ``places``, in that order."""
+def take(tokens: Float[Tensor, "b n d"], indices: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+    """The tokens of each image at ``indices``, in that order."""
     b, n, d = tokens.shape
-    rows = places + n * torch.arange(b, device=places.device)[:, None]
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*places.shape, d)
+    rows = indices + n * torch.arange(b, device=indices.device)[:, None]
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*indices.shape, d)
 
 
 def restore(
@@ -274,6 +277,6 @@ def restore(
     visible: Int[Tensor, "b v"],
     hidden: Int[Tensor, "b h"],
 ) -> Float[Tensor, "b v+h d"]:
-    """Put tokens back where :func:`take` found them."""
+    """Visible and hidden tokens in the order of the grid: the inverse of :func:`take`."""
     order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
     return take(torch.cat([visible_tokens, hidden_tokens], dim=1), order)

@@ -1,4 +1,4 @@
-"""A decoder that denoises hidden patches given the visible ones: used in pretraining, thrown away after it."""
+"""A decoder that denoises hidden patches given the visible ones, used in pretraining only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DecoderKind = Literal["cross-self", "cross", "joint"]
 
 
 class _LinkedBlock(nn.Module):
-    """A pre-norm transformer block: self-attention where it is wanted, a look at a layer of the encoder, the MLP."""
+    """A pre-norm transformer block: optional self-attention, cross-attention to an encoder layer, the MLP."""
 
     def __init__(self, dim: int, num_heads: int, *, self_attention: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _LinkedBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Float[Tensor, "b h d"], kv: Float[Tensor, "b t c"]) -> Float[Tensor, "b h d"]:
-        """Each part is added to its input; ``kv`` are keys and values, side by side, of the encoder's tokens."""
+        """Each part is added to its input; ``kv`` holds keys and values of the encoder's tokens, concatenated."""
         if self.own is not None:
             x = x + self.own(x)
         parts = self.q(self.norm_cross(x)), *kv.chunk(2, dim=2)
@@ -44,13 +44,13 @@ class _LinkedBlock(nn.Module):
 class MaskedDenoiser(nn.Module):
     """Clean pixels of hidden patches from their noised ones and the features of visible ones (DiffMAE's decoders).
 
-    cross-self: noised patches look at each other, then at the visible ones
-    cross:      they look at the visible ones alone
-    joint:      noised and visible patches all look at all, as in MAE
+    cross-self: noised patches attend to each other, then to the visible ones
+    cross:      noised patches attend to the visible ones alone
+    joint:      noised and visible patches attend to all, as in MAE
 
-    In the first two, block 1 looks at the encoder's last layer, and with ``u_links`` each further one at an earlier
-    layer, at equal distances: of 4 blocks for an encoder of 12, at layers 12, 9, 6 and 3. What is asked of visible
-    patches does not depend on noise or time, so :meth:`read` works it out once for any number of steps.
+    In the first two, block 1 attends to the encoder's last layer, and with ``u_links`` each further one to an earlier
+    layer, at equal distances: 4 blocks on an encoder of 12 attend to layers 12, 9, 6 and 3. Keys and values of visible
+    patches depend on neither noise nor time, so :meth:`read` computes them once for any number of steps.
     """
 
     positions: Tensor
@@ -87,14 +87,14 @@ class MaskedDenoiser(nn.Module):
         self.apply(initialize)
 
     def read(self, layers: Sequence[Float[Tensor, "b t d"]], visible: Int[Tensor, "b v"]) -> list[Tensor]:
-        """What is asked of visible patches: for each block keys and values, for ``joint`` the tokens themselves.
+        """The keys and values of visible patches for each block; for ``joint`` their tokens.
 
-        ``layers`` are what each block of the encoder gives, the class token first, and the last one normalised.
+        ``layers`` are the outputs of the encoder's blocks, class token first; the last one is normalised.
         """
         memory: list[Tensor] = [read(layers[link - 1]) for read, link in zip(self.readers, self.links, strict=True)]
         if self.joint:
-            (seen,) = memory
-            return [torch.cat([seen[:, :1], seen[:, 1:] + self.positions[0, 1:][visible]], dim=1)]
+            (shown,) = memory
+            return [torch.cat([shown[:, :1], shown[:, 1:] + self.positions[0, 1:][visible]], dim=1)]
         return memory
 
     def forward(
@@ -104,13 +104,13 @@ class MaskedDenoiser(nn.Module):
         hidden: Int[Tensor, "b h"],
         memory: Sequence[Tensor],
     ) -> Float[Tensor, "b h p"]:
-        """The clean patches, in the order of ``hidden``; ``memory`` is what :meth:`read` gave."""
+        """The clean patches, in the order of ``hidden``; ``memory`` is the result of :meth:`read`."""
         x: Tensor = self.embed(noised) + self.positions[0, 1:][hidden] + self.time(times)[:, None]
         if self.joint:
-            (seen,) = memory
-            x, last = torch.cat([seen, x], dim=1), self.blocks[-1]
-            for block in self.blocks:  # in the last one only hidden patches look
-                x = block(x, only=slice(seen.shape[1], None) if block is last else EVERY)
+            (shown,) = memory
+            x, last = torch.cat([shown, x], dim=1), self.blocks[-1]
+            for block in self.blocks:  # the last one computes hidden patches alone
+                x = block(x, queries=slice(shown.shape[1], None) if block is last else EVERY)
         else:
             for block, kv in zip(self.blocks, memory, strict=True):
                 x = block(x, kv)

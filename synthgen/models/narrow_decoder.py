@@ -1,4 +1,4 @@
-"""A decoder for denoising that is narrower than its encoder: used in pretraining, thrown away after it."""
+"""A denoising decoder that is narrower than its encoder, used in pretraining only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["NarrowDecoder"]
 
 
 class NarrowDecoder(nn.Module):
-    """As many numbers as a patch has, for every patch, from the features of visible ones (MaskDiT; its code).
+    """A vector of a patch's length for every patch, from the features of visible ones (MaskDiT; its code).
 
-    The features are changed with the time and brought to the decoder's width (the bridge), a learned token stands in
-    for every hidden patch, and all patches get their positions. What the class token says reaches the patches here; in
-    the last block it no longer looks. The last layer begins small, so that the first answers are near 0: at 0 itself,
-    where the paper's code begins, the encoder would have no gradient.
+    The features are modulated by the time and projected to the decoder's width (the bridge), a learned token replaces
+    every hidden patch, and all patches get their positions. The class token is a key of all blocks and an output of
+    none. The last layer has small initial weights, so that the first outputs are near 0: with zeros, as in the paper's
+    code, the encoder would have no gradient at first.
     """
 
     positions: Tensor
@@ -51,18 +51,18 @@ class NarrowDecoder(nn.Module):
         hidden: Int[Tensor, "b h"],
         time: Float[Tensor, "b d"],
     ) -> Float[Tensor, "b n p"]:
-        """First of the visible patches, then of the hidden ones; the first feature is the class token's."""
-        places = self.positions[0, 1:]
-        seen: Tensor = self.bridge(_changed(features, self.bridge_change(time)))
-        masked = (self.mask_token + places[hidden]).to(seen.dtype)
-        x = torch.cat([seen[:, :1], seen[:, 1:] + places[visible], masked], dim=1)
+        """Vectors of the ``visible`` patches, then of the ``hidden`` ones; the first feature is the class token's."""
+        positions = self.positions[0, 1:]
+        shown: Tensor = self.bridge(_modulated(features, self.bridge_change(time)))
+        masked = (self.mask_token + positions[hidden]).to(shown.dtype)
+        x = torch.cat([shown[:, :1], shown[:, 1:] + positions[visible], masked], dim=1)
         narrow, last = self.time(time), self.blocks[-1]
         for block, change in zip(self.blocks, self.changes, strict=True):
-            x = block(x, change(narrow), only=slice(1, None) if block is last else EVERY)
-        answers: Tensor = self.predict(_changed(self.norm(x), self.last_change(narrow)))
-        return answers
+            x = block(x, change(narrow), queries=slice(1, None) if block is last else EVERY)
+        outputs: Tensor = self.predict(_modulated(self.norm(x), self.last_change(narrow)))
+        return outputs
 
 
-def _changed(x: Float[Tensor, "b m d"], change: Float[Tensor, "b 2 d"]) -> Float[Tensor, "b m d"]:
-    shift, scale = change[:, :, None].unbind(1)
+def _modulated(x: Float[Tensor, "b m d"], modulation: Float[Tensor, "b 2 d"]) -> Float[Tensor, "b m d"]:
+    shift, scale = modulation[:, :, None].unbind(1)
     return x * (1 + scale) + shift

@@ -1,4 +1,4 @@
-"""A decoder that cleans one patch at a time: used in pretraining, thrown away after it."""
+"""A decoder that denoises each patch by itself, used in pretraining only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["PatchDenoiser"]
 
-MOST = 2**15  # sequences at once: CUDA's attention kernels take fewer than 2^16
+MAX_SEQUENCES = 2**15  # in one call: CUDA's attention kernels take fewer than 2^16
 
 
 class PatchDenoiser(nn.Module):
-    """Clean patches from noised ones, each from its own and from what its context says (DARL: one transformer block).
+    """Clean patches, each from its noised copy and its context vector (DARL: one transformer block).
 
-    A noised patch and its context are a sequence of two tokens, so that no patch sees another's noised copy. Only the
-    patch's token looks, as only that is asked. With ``tell_gamma`` it also knows its gamma, in steps of 1/1000.
+    A noised patch and its context are a sequence of two tokens, so that no patch attends to another's noised copy. Only
+    the patch's token is an output. With ``tell_gamma`` its gamma is an input too, in steps of 1/1000.
     """
 
     def __init__(self, encoder: VisionTransformer, *, tell_gamma: bool) -> None:
@@ -35,11 +35,11 @@ class PatchDenoiser(nn.Module):
     def forward(
         self, noised: Float[Tensor, "b n p"], context: Float[Tensor, "b n d"], gamma: Float[Tensor, "b n"]
     ) -> Float[Tensor, "b n p"]:
-        """The clean patches; ``gamma`` is the signal's share of each noised one's power, from 0 to 1."""
+        """The clean patches; ``gamma`` is the signal's share of each noised patch's power, in [0, 1]."""
         own = self.embed(noised)
         if self.level is not None:
             own = own + self.level((1000 * gamma).round().long().flatten()).view_as(own)
         pairs = torch.stack([self.context(context), own], dim=2).flatten(0, 1)  # (b n) 2 d
-        told = [self.block(part, only=slice(1, None)) for part in torch.split(pairs, MOST)]
-        pixels: Tensor = self.predict(self.norm(torch.cat(told)))
+        denoised = [self.block(part, queries=slice(1, None)) for part in torch.split(pairs, MAX_SEQUENCES)]
+        pixels: Tensor = self.predict(self.norm(torch.cat(denoised)))
         return pixels.view_as(noised)

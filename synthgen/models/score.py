@@ -1,4 +1,4 @@
-"""A score network that is told a code: used in pretraining, thrown away after it."""
+"""A score network conditioned on a code, used in pretraining only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = 4
 
 
 class LevelEmbedding(nn.Module):
-    """A vector of even width for each noise level: sines and cosines of ln sigma, then two linear layers."""
+    """A vector for each noise level: sines and cosines of ln sigma, then two linear layers; ``dim`` is even."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class LevelEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """Frequencies rise from 1/4 to 16 radians for a level e times as high."""
+        """Frequencies rise from 1/4 to 16 radians per unit of ln sigma."""
         omega = torch.logspace(-2, 4, self.dim // 2, base=2, device=sigma.device)
         angle = sigma.log()[:, None] * omega
         embedded: Tensor = self.layers(torch.cat([angle.sin(), angle.cos()], dim=1))
@@ -31,18 +31,18 @@ class LevelEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions after group norms; what the block is told is added between them, a vector for all places."""
+    """Two convolutions after group norms; between them a linear map of the condition is added to every pixel."""
 
-    def __init__(self, dim: int, out_dim: int, told_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, condition_dim: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = _norm(dim), nn.Conv2d(dim, out_dim, 3, padding=1)
-        self.tell = nn.Linear(told_dim, out_dim)
+        self.tell = nn.Linear(condition_dim, out_dim)
         self.norm2, self.conv2 = _norm(out_dim), nn.Conv2d(out_dim, out_dim, 3, padding=1)
         self.skip = nn.Identity() if dim == out_dim else nn.Conv2d(dim, out_dim, 1)
 
-    def forward(self, x: Float[Tensor, "b c h w"], told: Float[Tensor, "b d"]) -> Float[Tensor, "b k h w"]:
-        """The sum of both ways, over the root of 2."""
-        y = self.conv1(F.silu(self.norm1(x))) + self.tell(F.silu(told))[:, :, None, None]
+    def forward(self, x: Float[Tensor, "b c h w"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b k h w"]:
+        """The sum of skip connection and convolutions, divided by sqrt(2)."""
+        y = self.conv1(F.silu(self.norm1(x))) + self.tell(F.silu(condition))[:, :, None, None]
         z: Tensor = (self.skip(x) + self.conv2(F.silu(self.norm2(y)))) / math.sqrt(2)
         return z
 
@@ -50,22 +50,24 @@ class ResidualBlock(nn.Module):
 class ScoreNetwork(nn.Module):
     """sigma times the score of noised images, given the noise level and a code: a small U-Net (DRL's is an NCSN++).
 
-    A residual block on each of four levels, down and up, and one between; the sides are halved from level to level, and
-    from the second on all is twice as wide. The code enters twice: beside the noise level into every block, and as a
-    map that three linear layers paint at the lowest level.
+    It has a residual block on each of four levels, down and up, and one between; each level halves the sides, and from
+    the second on there are twice as many channels. The code enters twice: with the noise level in every block, and at
+    the lowest level as a map from three linear layers.
     """
 
     def __init__(self, size: int, *, code_dim: int, width: int) -> None:
         super().__init__()
-        wide, told_dim = 2 * width, 8 * width
+        wide, condition_dim = 2 * width, 8 * width
         lowest = math.ceil(size / 2 ** (LEVELS - 1))
         dims = [width, *[wide] * (LEVELS - 1)]
-        self.level, self.code = LevelEmbedding(told_dim // 2), nn.Linear(code_dim, told_dim // 2)
+        self.level, self.code = LevelEmbedding(condition_dim // 2), nn.Linear(code_dim, condition_dim // 2)
         self.enter = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(ResidualBlock(*pair, told_dim) for pair in zip([width, *dims], dims, strict=False))
+        self.down = nn.ModuleList(
+            ResidualBlock(*pair, condition_dim) for pair in zip([width, *dims], dims, strict=False)
+        )
         self.halve = nn.ModuleList(nn.Conv2d(dim, dim, 3, stride=2, padding=1) for dim in dims[:-1])
         self.paint = nn.Sequential(
-            nn.Linear(told_dim, wide * lowest),
+            nn.Linear(condition_dim, wide * lowest),
             nn.SiLU(),
             nn.Linear(wide * lowest, wide * lowest),
             nn.SiLU(),
@@ -73,30 +75,30 @@ class ScoreNetwork(nn.Module):
             nn.SiLU(),
             nn.Unflatten(1, (wide, lowest, lowest)),
         )
-        self.middle = ResidualBlock(2 * wide, wide, told_dim)
-        self.up = nn.ModuleList(ResidualBlock(wide + dim, dim, told_dim) for dim in reversed(dims))
+        self.middle = ResidualBlock(2 * wide, wide, condition_dim)
+        self.up = nn.ModuleList(ResidualBlock(wide + dim, dim, condition_dim) for dim in reversed(dims))
         self.norm, self.leave = _norm(width), nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(
         self, noised: Float[Tensor, "b 3 s s"], sigma: Float[Tensor, " b"], code: Float[Tensor, "b z"]
     ) -> Float[Tensor, "b 3 s s"]:
-        """Minus the noise, as far as it can be told.
+        """An estimate of minus the noise.
 
-        Where pixels have variance 1, sigma x / (1 + sigma^2) is the best linear guess of the noise in x; what the
-        network adds is scaled to what is left (Karras et al., 2022, section 5).
+        For pixels of variance 1, sigma x / (1 + sigma^2) is the best linear estimate of the noise in x; the network's
+        output is added, scaled to the residual (Karras et al., 2022, section 5).
         """
-        told = torch.cat([self.level(sigma), self.code(code)], dim=1)
+        condition = torch.cat([self.level(sigma), self.code(code)], dim=1)
         sigma = sigma[:, None, None, None]
         deviation = (1 + sigma**2).sqrt()  # of noised pixels
         x = self.enter(noised / deviation)
-        passed: list[Tensor] = []  # on the way down
+        skips: list[Tensor] = []
         for number, block in enumerate(self.down):
-            x = block(self.halve[number - 1](x) if number else x, told)
-            passed.append(x)
-        x = self.middle(torch.cat([x, self.paint(told)], dim=1), told)
+            x = block(self.halve[number - 1](x) if number else x, condition)
+            skips.append(x)
+        x = self.middle(torch.cat([x, self.paint(condition)], dim=1), condition)
         for block in self.up:
-            beside = passed.pop()
-            x = block(torch.cat([F.interpolate(x, size=beside.shape[2:]), beside], dim=1), told)
+            skip = skips.pop()
+            x = block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip], dim=1), condition)
         score: Tensor = (self.leave(F.silu(self.norm(x))) - sigma * noised / deviation) / deviation
         return score
 

@@ -1,4 +1,4 @@
-"""A small text tower: a tokenizer from ``tokenizer.json``, a transformer over tokens, and one that looks at images."""
+"""A small text tower: a tokenizer, a transformer over tokens, and one that also attends to an image."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer", "first_w
 
 
 def first_words(text: str, count: int) -> str:
-    """The first ``count`` words of a text, with one space between them; all of it, as it is, where ``count`` is 0."""
+    """The first ``count`` words of a text, joined by single spaces; the unchanged text where ``count`` is 0."""
     return " ".join(text.split()[:count]) if count else text
 
 
 class TextTokenizer:
-    """Texts to token numbers, by a ``tokenizer.json`` of the ``tokenizers`` library.
+    """Token numbers of texts, by a ``tokenizer.json`` of the ``tokenizers`` library.
 
-    The default is the one of the shipped model: byte-level BPE in lower case, learned on captions of common objects. It
-    spells any text in any script, rare words in pieces. Nothing is fetched, and nothing is pickled.
+    The default is the shipped model's: lower-case byte-level BPE, trained on captions of common objects. It encodes any
+    text in any script, rare words in pieces. Nothing is downloaded and nothing is unpickled.
 
     Raises:
-        MissingArtifact: there is no such file.
-        ConfigError: it is not a tokenizer.
+        MissingArtifact: the file does not exist.
+        ConfigError: the file is not a tokenizer.
     """
 
     def __init__(self, path: str | Path = "", max_tokens: int = 48) -> None:
@@ -53,26 +53,26 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens there are."""
-        return int(self._tokenizer.get_vocab_size())
+        """Rows that an embedding table needs: the highest token number plus 1. Numbers may have gaps."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
-        """Token numbers, padded to the longest text, and which of them are text; longer texts are cut."""
+        """Token numbers, padded to the longest text, and a mask that is false at padding; long texts are truncated."""
         rows = [encoding.ids or [0] for encoding in self._tokenizer.encode_batch(list(texts))]
         tokens = torch.zeros(len(rows), max(map(len, rows), default=1), dtype=torch.long)
-        real = torch.zeros_like(tokens, dtype=torch.bool)
+        key_mask = torch.zeros_like(tokens, dtype=torch.bool)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
-            real[index, : len(row)] = True
-        return tokens, real
+            key_mask[index, : len(row)] = True
+        return tokens, key_mask
 
     def holds(self, text: str) -> bool:
-        """Whether all of a text is read, and nothing of it cut."""
+        """Whether a text fits into ``max_tokens`` without truncation."""
         return not self._tokenizer.encode(text).overflowing
 
     def ends(self, text: str) -> list[int]:
-        """Where in the text each token that is read ends, in characters."""
-        return [end for _, end in self._tokenizer.encode(text).offsets if end]  # none for tokens such as [SEP]
+        """The end of each token in the text, in characters."""
+        return [end for _, end in self._tokenizer.encode(text).offsets if end]  # 0 for tokens such as [SEP]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"json": self.json, "max_tokens": self.max_tokens}
@@ -95,20 +95,20 @@ class TextConfig:
     dim: int
     depth: int
     num_heads: int
-    embed_dim: int  # of the vectors that images and texts are compared by
-    max_words: int = 0  # of a text that are read, at most; 0: all, as trainings of earlier versions tell
+    embed_dim: int  # of the vectors by which images and texts are compared
+    max_words: int = 0  # of a text, at most; 0: no limit, as in trainings of earlier versions
 
     def __post_init__(self) -> None:
         if min(self.vocab_size, self.max_tokens, self.dim, self.depth, self.num_heads, self.embed_dim) < 1:
             raise ValueError("vocab_size, max_tokens, dim, depth, num_heads and embed_dim must be 1 or more")
         if self.max_words < 0:
-            raise ValueError(f"max_words must be 0 (all) or more, not {self.max_words}")
+            raise ValueError(f"max_words must be 0 (no limit) or more, not {self.max_words}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
 
 
 class TextEncoder(nn.Module):
-    """A transformer over tokens, every one of which sees every other; the first one stands for the text."""
+    """A bidirectional transformer over tokens; the output of the first token represents the text."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -121,17 +121,17 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
-    def forward(self, tokens: Int[Tensor, "b t"], real: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """Features of each token; padding is seen by none."""
+    def forward(self, tokens: Int[Tensor, "b t"], key_mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Features of each token; no token attends to padding, where ``key_mask`` is false."""
         x = self.embed(tokens) + self.positions[:, : tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, real=real)
+            x = block(x, key_mask=key_mask)
         y: Tensor = self.norm(x)
         return y
 
 
 class ImageReader(nn.Module):
-    """Blocks in which a text's tokens look at each other and at an image's tokens (as in ALBEF and BLIP)."""
+    """A fusion encoder: text tokens attend to each other and to the image's tokens (as in ALBEF and BLIP)."""
 
     def __init__(self, dim: int, num_heads: int, depth: int) -> None:
         super().__init__()
@@ -140,11 +140,11 @@ class ImageReader(nn.Module):
         self.apply(initialize)
 
     def forward(
-        self, text: Float[Tensor, "b t d"], real: Bool[Tensor, "b t"], image: Float[Tensor, "b n d"]
+        self, text: Float[Tensor, "b t d"], key_mask: Bool[Tensor, "b t"], image: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b d"]:
-        """What the text's first token knows after looking."""
+        """The features of the text's first token after fusion."""
         *blocks, last = self.blocks
         for block in blocks:
-            text = block(text, image, real=real)
-        y: Tensor = self.norm(last(text, image, real=real, only=slice(1))[:, 0])
+            text = block(text, image, key_mask=key_mask)
+        y: Tensor = self.norm(last(text, image, key_mask=key_mask, queries=slice(1))[:, 0])
         return y

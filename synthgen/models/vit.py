@@ -1,4 +1,4 @@
-"""The image encoder: a Vision Transformer with timm's parameter names, which can look at a subset of patches."""
+"""The image encoder: a Vision Transformer with timm's parameter names, which can encode a subset of patches."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
 }
 
-MAX_PIXELS = 224  # along a side that an encoder sees, unless another size is asked for
+MAX_PIXELS = 224  # along a side of an encoder's input, unless the settings give another size
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """The shape of an encoder, and how pixels in [0, 1] become its input: (pixels - mean) / std for each channel."""
+    """The shape of an encoder, and its normalisation: (pixels - mean) / std per channel, of pixels in [0, 1]."""
 
     image_size: int
     patch_size: int
@@ -73,14 +73,14 @@ class EncoderConfig:
 
 
 def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
-    """The shape that a choice such as ``{name: small, patch_size: 8}`` means for images of ``image_size`` pixels.
+    """The config of a choice such as ``{name: small, patch_size: 8}`` for images of ``image_size`` pixels.
 
-    A size sets dim, depth and num_heads, and options overrule them. Without ``image_size`` it is that of the data, 224
-    at most. Without ``patch_size`` it is the largest of 16, 8 and 4 pixels that gives at least 64 patches: with fewer,
-    hiding three quarters of them leaves too little to see (papers say 196; below 128 pixels this is our choice).
+    The size sets dim, depth and num_heads; options override them. The default ``image_size`` is that of the data, at
+    most 224. The default ``patch_size`` is the largest of 16, 8 and 4 pixels that gives at least 64 patches: with
+    fewer, hiding three quarters of them leaves too little context (papers have 196; below 128 pixels it is our choice).
 
     Raises:
-        ConfigError: the size or an option is unknown, or the numbers do not fit each other.
+        ConfigError: the size or an option is unknown, or the numbers contradict each other.
     """
     choice = Choice.of(choice)
     if choice.name not in SIZES:
@@ -97,23 +97,23 @@ def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens. The weight has the shape of timm's convolution and is applied as a matrix."""
+    """Linear projection of patches; the weight has the shape of timm's convolution and is applied as a matrix."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n d"]:
-        """Tokens of patches as :func:`patchify` cuts them: only those that are asked for cost anything."""
+        """Tokens of patches in the layout of :func:`patchify`; the cost is that of the patches given."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # d (row column channel)
         return F.linear(patches, weight, self.proj.bias)
 
 
 class Encoder(nn.Module, ABC):
-    """What evaluators ask: tokens of an image, a class token before those of its patches."""
+    """The interface of evaluators: the tokens of an image, the class token before those of its patches."""
 
     config: EncoderConfig
-    has_class_token = True  # without one the mean of the patch tokens stands first
+    has_class_token = True  # if false, the first token is the mean of the patch tokens
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b t d"]:
@@ -121,11 +121,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def untrained(self) -> Encoder:
-        """One of the same shape with new weights, on the CPU."""
+        """An encoder of the same shape with new weights, on the CPU."""
 
     @abstractmethod
     def layer(self, name: str) -> int:
-        """Which layer a weight belongs to: 0 makes tokens of patches, k is block k - 1, depth + 1 what comes behind."""
+        """The layer of a weight: 0 for the embedding, k for block k - 1, depth + 1 for all after the blocks."""
 
     def features(self, images: Float[Tensor, "b 3 H W"], pool: str = "mean") -> Float[Tensor, "b d"]:
         """One vector an image: the ``mean`` of the patch tokens, or the class token (``cls``)."""
@@ -159,34 +159,34 @@ class VisionTransformer(Encoder):
     def encode(
         self,
         patches: Float[Tensor, "b v p"],
-        places: Int[Tensor, "b v"] | None = None,
-        changes: Sequence[Float[Tensor, "b 6 d"]] | None = None,
+        indices: Int[Tensor, "b v"] | None = None,
+        modulations: Sequence[Float[Tensor, "b 6 d"]] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Tokens of some patches, which lie at ``places`` of the grid (all of them, in order, where it is None).
+        """Tokens of the patches at ``indices`` of the grid; None means all of them, in order.
 
-        ``changes``, one a block, are those of :class:`~synthgen.models.layers.Modulation`.
+        ``modulations``, one per block, come from :class:`~synthgen.models.layers.Modulation`.
         """
-        x = self.embed(patches, places)
+        x = self.embed(patches, indices)
         for number, block in enumerate(self.blocks):
-            x = block(x, None if changes is None else changes[number])
+            x = block(x, None if modulations is None else modulations[number])
         y: Tensor = self.norm(x)
         return y
 
     def embed(
-        self, patches: Float[Tensor, "b v p"], places: Int[Tensor, "b v"] | None = None
+        self, patches: Float[Tensor, "b v p"], indices: Int[Tensor, "b v"] | None = None
     ) -> Float[Tensor, "b t d"]:
-        """What the first block sees: the class token, then the patches, each with its position."""
-        positions = self.pos_embed[:, 1:] if places is None else self.pos_embed[0, 1:][places]
+        """The input of the first block: the class token, then the patches, each plus its position."""
+        positions = self.pos_embed[:, 1:] if indices is None else self.pos_embed[0, 1:][indices]
         x = self.patch_embed(patches) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([cls, x.to(cls.dtype)], dim=1)
 
     def untrained(self) -> VisionTransformer:
-        """One of the same shape with new weights, on the CPU."""
+        """An encoder of the same shape with new weights, on the CPU."""
         return VisionTransformer(self.config)
 
     def layer(self, name: str) -> int:
-        """As in MAE's code: the class token belongs to layer 0, the last norm behind the blocks."""
+        """As in MAE's code: the class token is of layer 0, the last norm of layer depth + 1."""
         first, *rest = name.split(".")
         if first in ("cls_token", "patch_embed"):
             return 0
@@ -194,28 +194,28 @@ class VisionTransformer(Encoder):
 
 
 def save_encoder(encoder: VisionTransformer, folder: Path, **about: Any) -> None:
-    """Write ``encoder.safetensors`` and ``config.json`` (with what else there is to say ``about`` it)."""
+    """Write ``encoder.safetensors`` and ``config.json``, the latter with the further fields ``about``."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     write_json(folder / "config.json", {**dataclasses.asdict(encoder.config), **about})
     write_bytes(folder / "encoder.safetensors", save(tensors))
 
 
 def check_size(weights: Path, values: int) -> None:
-    """See that a file of weights is large enough for so many values, before a network of that size is made.
+    """Check that a file of weights has at least ``values`` bytes, before a network of that size is allocated.
 
     Raises:
-        ValueError: it is not, so that what describes the network cannot be true.
+        ValueError: the file is smaller, so its description is false.
     """
     if weights.stat().st_size < values:
         raise ValueError("its weights are of a smaller network than its description")
 
 
 def load_encoder(folder: str | Path) -> VisionTransformer:
-    """The encoder that pretraining left in ``folder`` (``<run>/pretrain/mae``), in evaluation mode on the CPU.
+    """The encoder that pretraining wrote to ``folder`` (``<run>/pretrain/mae``), in evaluation mode on the CPU.
 
     Raises:
-        MissingArtifact: there is none.
-        CorruptFile: its files cannot be read, or do not fit each other.
+        MissingArtifact: the folder holds no encoder.
+        CorruptFile: the encoder's files cannot be read, or contradict each other.
     """
     folder = parse_location(folder)
     weights, described = folder / "encoder.safetensors", folder / "config.json"

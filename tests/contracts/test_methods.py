@@ -9,12 +9,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from synthgen.augment import Augment
 from synthgen.config import Choice
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.errors import ConfigError
-from synthgen.export import to_transformers
 from synthgen.loader import Batch, collate
 from synthgen.methods import METHODS
 from synthgen.methods._products import products, unit
@@ -23,6 +25,7 @@ from synthgen.methods.umd import cosine_schedule
 from synthgen.methods.vlp import FAR, _draw, blocks_of
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, take
+from synthgen.models.transformers_vit import _block_list, _theirs, to_transformers
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
 from synthgen.train.optim import OptimSettings, build_optimizer, learning_rate
 from tests.factories import make_generation
@@ -308,8 +311,6 @@ def test_mae_is_that_of_transformers():
     """Same weights, same draw: the loss of ``ViTMAEForPreTraining``."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    from synthgen.export import _blocks, _renamed
-
     method, batch = build("mae", decoder_dim=64, decoder_depth=1), make_batch()
     twin = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -318,10 +319,10 @@ def test_mae_is_that_of_transformers():
             decoder_intermediate_size=256, layer_norm_eps=1e-6, norm_pix_loss=True,
         )
     )  # fmt: skip
-    newer = any(name.startswith("vit.layers.") for name in twin.state_dict())
-    ours = method.decoder.state_dict()
-    state = {f"vit.{name}": tensor for name, tensor in _renamed(method.encoder, newer=newer).items()}
-    state |= {f"decoder.{name}": tensor for name, tensor in _blocks(ours, "decoder_layers", newer=newer).items()}
+    blocks, ours = _block_list(twin.vit.state_dict()), method.decoder.state_dict()
+    state = {f"vit.{name}": tensor for name, tensor in _theirs(method.encoder.state_dict(), blocks).items()}
+    of_blocks = _theirs({name: tensor for name, tensor in ours.items() if name.startswith("blocks.")}, blocks)
+    state |= {name.replace(blocks, "decoder.decoder_layers", 1): tensor for name, tensor in of_blocks.items()}
     state |= {
         f"decoder.decoder_{there}.{end}": ours[f"{here}.{end}"]
         for here, there in (("embed", "embed"), ("norm", "norm"), ("predict", "pred"))
@@ -545,10 +546,26 @@ def test_the_queue_forgets_the_oldest():
     keys = []
     for number in range(3):
         method(make_batch(samples=make_samples(12)[4 * number : 4 * number + 4]), 0.0)
-        keys.append(method._fresh[0][0])
+        keys.append(method._new_keys[0][0])
         method.after_step(1.0)
     assert int(method.queue_end) == 12
     assert torch.equal(method.queue_keys, torch.cat([keys[1][2:], keys[2]]))
+
+
+def test_images_and_objects_have_their_own_negatives_in_the_queue():
+    """The mixed loss is the mean of the two that each have a queue of their own."""
+    first, second = make_batch(samples=make_samples(8)[:4]), make_batch(samples=make_samples(8)[4:])
+    second.second.masks[0] = False  # an image without words is a whole one among the objects
+    losses = []
+    for share in (0.0, 1.0, 0.25):
+        method = build("contrastive", instance_share=share, queue=40)
+        method(first, 0.0)
+        method.after_step(1.0)  # with the teacher as it was
+        method(second, 0.0)
+        method.after_step(1.0)
+        losses.append(method(first, 0.0).loss.item())
+    assert losses[2] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1], rel=1e-6)
+    assert int(method.queue_end) < 40
 
 
 def test_one_word_has_no_other_to_be_told_from():
@@ -701,6 +718,19 @@ def test_regions_learn_their_words():
     assert method(batch, 1.0).metrics["named"].item() > 0.9
 
 
+def test_token_numbers_may_have_gaps(tmp_path):
+    """As in a tokenizer.json from which entries were removed: the table has a row for the highest number."""
+    entries = {"[UNK]": 0, "a": 1, "dog": 7, "cat": 9}
+    tokenizer = Tokenizer(WordLevel(entries, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    method = build("vlp", tokenizer=str(tmp_path))
+    assert method.text.embed.weight.shape[0] == method.text.config.vocab_size == 10
+    texts = ("a dog", "a cat", "a bus", "dog")
+    assert method(dataclasses.replace(make_batch(4), texts=texts), 0.0).loss.isfinite()
+    assert build("vlp").tokenizer.vocab_size == 3541  # the shipped one has none
+
+
 def test_padding_is_seen_by_none():
     method = build("vlp").eval()
     short, long = "a dog", "a photo of a dog and a cat on a beach"
@@ -730,6 +760,49 @@ def test_equal_texts_are_no_wrong_pairs():
     assert nothing.loss.item() == 0.0
 
 
+def of_one_prompt(count):
+    """Images of one prompt with two objects at equal places: any sentence on either is true of every image."""
+    batch = make_batch(count)
+    masks = torch.zeros(count, 2, 32, 32, dtype=torch.bool)
+    masks[:, 0, 2:8, 2:8] = masks[:, 1, 24:30, 24:30] = True
+    words, texts = (("dog", "beach"),) * count, ("a dog on a beach",) * count
+    return dataclasses.replace(batch, masks=masks, present=masks.flatten(2).any(2), words=words, texts=texts)
+
+
+def test_equal_captions_with_different_sentences_are_no_negatives():
+    method, batch = build("vlp", position_share=1.0), of_one_prompt(8)
+    assert sorted(set(method.texts(batch))) == [
+        "a dog on a beach. The beach is in block 9.",
+        "a dog on a beach. The dog is in block 1.",
+    ]
+    valid, match = [], method.match
+    method.match = lambda fused, pairs: valid.append(pairs) or match(fused, pairs)
+    metrics = method(batch, 0.0).metrics
+    assert valid[0].tolist() == [True] * 8 + [False] * 16  # no wrong pair of image and text
+    texts, scores = method.texts(batch), []
+    with torch.no_grad():
+        v = unit(method.image_head(method.encoder(batch.images)[:, 1:].mean(1)))
+        u = unit(method.text_head(method.text(*method.tokenizer(texts))[:, 0]))
+        for ours, theirs in ((v, u), (u, v)):
+            for i in range(8):  # of equal texts alone
+                chances = torch.stack([ours[i] @ theirs[j] / 0.07 for j in range(8) if texts[j] == texts[i]]).softmax(0)
+                scores.append(-float(chances.log().mean()))
+    assert metrics["itc"].item() == pytest.approx(sum(scores) / 16, rel=1e-4)
+    other = dataclasses.replace(batch, texts=("a cat on a beach", *batch.texts[1:]))
+    method(other, 0.0)
+    assert valid[1].tolist() == [True] * 24  # another caption is a negative of all
+
+
+def test_an_image_without_a_caption_gets_no_sentence():
+    method, batch = build("vlp", position_share=1.0), of_one_prompt(4)
+    batch = dataclasses.replace(batch, texts=("", "  ", "a dog", "a beach"), words=((" dog ", "dog\n"),) * 4)
+    *without, first, second = method.texts(batch)
+    assert without == ["", ""]
+    assert first in {f"a dog. The dog is in block {block}." for block in (1, 9)}
+    assert second in {f"a beach. The dog is in block {block}." for block in (1, 9)}
+    assert method(batch, 0.0).metrics["with_text"].item() == 0.5
+
+
 def test_texts_whose_tokens_are_read_alike_are_the_same():
     """Cut behind the same token they are no wrong pairs, whatever follows; cut a token later they would be others."""
     samples = make_samples(4)
@@ -752,15 +825,15 @@ def test_a_long_caption_leaves_room_for_where_the_object_is(caption):
     caption = caption.format("a close-up photograph of a weathered wooden fishing boat with a disc standing proudly")
     method = build("vlp", position_share=1.0, max_tokens=24)
     sentence = "The disc is in block 7."
-    text = method.lengthened(caption, sentence)
+    text = method.extended(caption, sentence)
     begun, _, rest = text.partition(". ")
     assert (rest, caption.startswith(begun)) == (sentence, True)
     tokens, _ = method.tokenizer([text, *(f"{begun}. The disc is in block {block}." for block in range(8))])
     assert [torch.equal(tokens[0], row) for row in tokens[1:]] == [block == 7 for block in range(8)]
     assert 22 <= len(method.tokenizer([text])[0][0]) <= 24  # no more is cut than must be
-    assert method.lengthened("a disc .", sentence) == f"a disc. {sentence}"
-    assert build("vlp", max_tokens=10).lengthened(caption, sentence) == sentence
-    assert build("vlp", max_tokens=6).lengthened(caption, sentence) == caption  # not even that would be read
+    assert method.extended("a disc .", sentence) == f"a disc. {sentence}"
+    assert build("vlp", max_tokens=10).extended(caption, sentence) == sentence
+    assert build("vlp", max_tokens=6).extended(caption, sentence) == caption  # not even that would be read
 
 
 @pytest.mark.parametrize(("begin", "edge"), [(0.0005, 0.001), (0.6, 0.5)])
@@ -875,6 +948,17 @@ def test_without_hiding_umd_is_a_diffusion_model():
     assert "clean_pixel_error" not in output.metrics
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 125, 300, 600, 1000])
+def test_umd_takes_as_many_steps_as_asked(num_steps):
+    method, times = build("umd"), []
+    method.noise = lambda x, time, numbers=None: times.append(time) or torch.zeros_like(x)
+    method.sample(torch.tensor([1]), num_steps)
+    assert len(times) == num_steps
+    assert (times[0], times[-1]) == (1000, 1 if num_steps > 1 else 1000)  # from pure noise to the least
+    gaps = -np.diff(times)
+    assert num_steps == 1 or 1 <= gaps.min() <= gaps.max() <= gaps.min() + 1
+
+
 def test_umd_draws_images():
     method = build("umd")
     images = method.sample(torch.tensor([1, 2, 1]), num_steps=4)
@@ -956,6 +1040,7 @@ def test_similarities_are_worked_out_in_full_also_in_bfloat16():
     method(batch, 0.0)
     method.after_step(0.0)  # which fills the queue
     q, k, within = (unit(torch.randn(6, 1, 256, generator=torch.Generator().manual_seed(n))) for n in range(3))
-    whole = method.contrast(q, k, within, method.whole(batch))[0]
+    given = q, k, within, method.whole(batch), method.queue_words == WHOLE
+    whole = method.contrast(*given)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(method.contrast(q, k, within, method.whole(batch))[0], whole)
+        assert torch.equal(method.contrast(*given)[0], whole)

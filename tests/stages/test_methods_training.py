@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from synthgen.api import make_stage
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, StorageError, UnknownName
 from synthgen.image import encode_png
@@ -26,6 +25,7 @@ from synthgen.models.vit import load_encoder
 from synthgen.options import method_of
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
+from synthgen.stages import make_stage
 from synthgen.stages._integrity import check_encoder
 from synthgen.stores.tar import TarWriter
 from synthgen.train.checkpoint import load_method
@@ -145,7 +145,7 @@ def train_apart(run: Run, trainings: list[dict], *launcher: str) -> None:
     script.write_text(
         textwrap.dedent("""
             import json, sys
-            from synthgen.api import make_stage
+            from synthgen.stages import make_stage
             from synthgen.engines.local import Local
             from synthgen.run import Run
             from synthgen.runner import run_stage

@@ -84,7 +84,7 @@ def test_the_draw_is_soft_and_favours_by_chance():
     for temperature in (0.1, 1.0):
         method = build(temperature=temperature)
         method.generator, method.attention = Fixed(chances), lambda patches: torch.zeros(len(patches), 4, 64)
-        p = method.propose(patchify(batch.images, 4)[:1].expand(4000, -1, -1), torch.arange(4000))
+        p = method.sampled_shares(patchify(batch.images, 4)[:1].expand(4000, -1, -1), torch.arange(4000))
         assert torch.allclose(p.sum(1), torch.ones(4000), atol=1e-5)
         often = torch.bincount(p.argmax(1), minlength=64) / 4000
         assert often[[5, 9]].tolist() == pytest.approx([0.5, 0.25], abs=0.03)
@@ -121,7 +121,7 @@ def test_the_factor_of_the_tokens_changes_nothing_but_the_gradient():
     """d loss / d p_i is alpha <x_i, d loss / d x_i> for a visible patch, and 0 for a hidden one."""
     method, batch = build(), make_batch()
     patches = patchify(batch.images, 4)
-    p = method.propose(patches, batch.seeds).detach().requires_grad_()
+    p = method.sampled_shares(patches, batch.seeds).detach().requires_grad_()
     visible, hidden = method.split(p, batch.seeds)
     features = method.encode(patches, visible, p)
     assert torch.equal(features, method.encoder.encode(take(patches, visible), visible))
@@ -152,10 +152,10 @@ def test_gradients_go_where_they_should():
 def test_what_is_hidden_does_not_leak_into_the_prediction():
     method, batch = build(), make_batch()
     patches = patchify(batch.images, 4)
-    p = method.propose(patches, batch.seeds)
+    p = method.sampled_shares(patches, batch.seeds)
     visible, hidden = method.split(p, batch.seeds)
     changed = patches.scatter(1, hidden[:, :, None].expand(-1, -1, 48), 7.0)
-    others = method.propose(changed, batch.seeds)
+    others = method.sampled_shares(changed, batch.seeds)
     assert not torch.equal(p, others)
     predicted = [
         method.decoder(method.encode(a, visible, b), visible, hidden) for a, b in ((patches, p), (changed, others))
@@ -166,7 +166,7 @@ def test_what_is_hidden_does_not_leak_into_the_prediction():
 def test_the_loss_is_its_formula():
     method, batch = build(adversary_weight=0.7, prior="masks"), make_batch()
     output = method(batch, 0.0)
-    p = method.propose(patchify(batch.images, 4), batch.seeds)
+    p = method.sampled_shares(patchify(batch.images, 4), batch.seeds)
     r = method.real(batch.seeds, method.coverage(batch.masks))
     generator = discriminator = 0.0
     with torch.no_grad():

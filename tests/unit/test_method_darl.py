@@ -12,7 +12,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import METHODS
-from synthgen.methods.darl import look_back, mixed
+from synthgen.methods.darl import causal_block, mixed
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify
 from synthgen.models.vit import EncoderConfig, VisionTransformer
@@ -88,7 +88,7 @@ def test_the_encoder_reads_clean_patches_and_never_the_last(monkeypatch):
 def test_looking_back_is_the_plain_block_on_what_came_before():
     block = build().encoder.blocks[1]
     x = torch.randn(2, 7, 32)
-    y, _ = look_back(block, x)
+    y, _ = causal_block(block, x)
     for count in range(1, 8):
         assert torch.allclose(y[:, count - 1], block(x[:, :count])[:, -1], atol=1e-6)
     assert not torch.allclose(y, block(x), atol=1e-3)

@@ -14,7 +14,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.loader import Batch
 from synthgen.methods import METHODS
-from synthgen.methods.mapet import as_seen_by, look, who_sees_whom
+from synthgen.methods.mapet import attention_mask, cross_attend, normalised_for
 from synthgen.models.codebook import Codebook, kmeans, nearest
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, take
@@ -66,12 +66,12 @@ def test_the_table_is_the_papers(form):
     columns = [("X", rank) for rank in range(n)] + [("M", rank) for rank in range(c, n)]
     rows = columns + [("g", rank) for rank in range(c, n)]
     expected = [[allowed(form, row, column, c) for column in columns] for row in rows]
-    assert who_sees_whom(form, c, n).tolist() == expected
+    assert attention_mask(form, c, n).tolist() == expected
 
 
 def test_every_row_sees_each_place_once():
     c, n = 5, 17
-    seen = who_sees_whom("mapet", c, n)
+    seen = attention_mask("mapet", c, n)
     assert (seen.sum(1) == n).all()
     content, masks = seen[:, :n], seen[:, n:]
     assert content[:, :c].all()
@@ -126,11 +126,11 @@ def test_masked_alone_is_the_plain_encoder_on_mask_tokens():
 @torch.no_grad()
 def test_a_look_at_everything_is_the_block():
     block, x = build().encoder.blocks[0], torch.randn(2, 7, 32)
-    assert torch.allclose(look(block, x, x, torch.ones(7, 7, dtype=torch.bool)), block(x), atol=1e-6)
+    assert torch.allclose(cross_attend(block, x, x, torch.ones(7, 7, dtype=torch.bool)), block(x), atol=1e-6)
 
 
 def test_tokens_that_nobody_looks_at_are_left_out():
-    lengths = {form: len(build(form=form).kept) for form in FORMS}
+    lengths = {form: len(build(form=form).used) for form in FORMS}
     assert lengths == {"mapet": 1 + N + TARGETS, "pim": 1 + N, "mim": 1 + GIVEN + TARGETS}
 
 
@@ -309,7 +309,7 @@ def test_tokens_may_come_from_clip(tmp_path):
     assert method.tokenizer.config.image_size == 64  # 4 x 4 patches, as ours
     method(batch, 0.0).loss.backward()
     with torch.no_grad():
-        pixels = as_seen_by(method.tokenizer.config, CONFIG, batch.images)
+        pixels = normalised_for(method.tokenizer.config, CONFIG, batch.images)
         features = clip(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
     ids = torch.cdist(features, method.codebook.codes.expand(4, -1, -1)).argmin(2)
     assert torch.equal(method.tokens(batch, patchify(batch.images, 4)), ids)

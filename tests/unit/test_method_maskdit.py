@@ -66,7 +66,7 @@ def test_the_loss_is_its_formula():
     visible, hidden = order[:, :32], order[:, 32:]
     x, y, sigma = noised(method, batch)
     with torch.no_grad():
-        answers = method.answer(y, sigma[:, None, None], visible, hidden).double()
+        answers = method.outputs(y, sigma[:, None, None], visible, hidden).double()
         output = method(batch, 0.5)
     denoise = rebuild = 0.0
     for image in range(4):
@@ -123,7 +123,7 @@ def test_it_begins_as_the_skip():
     _, y, sigma = noised(method, batch)
     places = method.whole(4)
     with torch.no_grad():
-        assert method.answer(y, sigma[:, None, None], *places).std() < 0.3  # of answers that should have 1
+        assert method.outputs(y, sigma[:, None, None], *places).std() < 0.3  # of answers that should have 1
         method.decoder.predict.weight.zero_()
         denoised = method.denoise(y, sigma, *places)
     assert torch.equal(denoised, (0.25 / (sigma**2 + 0.25))[:, None, None] * y)
@@ -137,7 +137,7 @@ def test_the_network_sees_nothing_of_hidden_patches():
     changed = y.scatter(1, hidden[:, :, None].expand(-1, -1, 48), 7.0)
     level = sigma[:, None, None]
     with torch.no_grad():
-        assert torch.equal(method.answer(y, level, visible, hidden), method.answer(changed, level, visible, hidden))
+        assert torch.equal(method.outputs(y, level, visible, hidden), method.outputs(changed, level, visible, hidden))
         before, after = (method.denoise(z, sigma, visible, hidden) for z in (y, changed))
     assert torch.equal(before[:, :32], after[:, :32])
     skipped = 0.25 / (level**2 + 0.25) * (7.0 - take(y, hidden))

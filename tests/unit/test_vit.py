@@ -10,9 +10,9 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName
-from synthgen.export import export_encoder, to_transformers
 from synthgen.models.decoder import PixelDecoder
 from synthgen.models.layers import Block, CrossBlock, attend, patchify, restore, sincos_positions, take, unpatchify
+from synthgen.models.transformers_vit import save_transformers, to_transformers
 from synthgen.models.vit import SIZES, EncoderConfig, VisionTransformer, encoder_config, load_encoder, save_encoder
 
 CONFIG = EncoderConfig(image_size=32, patch_size=8, dim=64, depth=2, num_heads=4)
@@ -99,13 +99,14 @@ def test_decoder_gives_the_same_as_unshuffling(encoder, depth):
 
 def test_a_block_leaves_out_what_nobody_asks_for():
     torch.manual_seed(0)
-    x, context, change = torch.randn(2, 9, 16), torch.randn(2, 5, 16), torch.randn(2, 6, 16)
-    real = torch.arange(9)[None] < torch.tensor([[9], [6]])
-    for only in (slice(1), slice(4, None)):
+    x, context, modulation = torch.randn(2, 9, 16), torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    key_mask = torch.arange(9)[None] < torch.tensor([[9], [6]])
+    for queries in (slice(1), slice(4, None)):
         block, cross = Block(16, 4), CrossBlock(16, 4)
-        for given in ((None, None), (change, None), (None, real)):
-            assert torch.allclose(block(x, *given, only=only), block(x, *given)[:, only], atol=1e-6)
-        assert torch.allclose(cross(x, context, real, only), cross(x, context, real)[:, only], atol=1e-6)
+        for given in ((None, None), (modulation, None), (None, key_mask)):
+            assert torch.allclose(block(x, *given, queries=queries), block(x, *given)[:, queries], atol=1e-6)
+        some, all_of_them = cross(x, context, key_mask, queries), cross(x, context, key_mask)
+        assert torch.allclose(some, all_of_them[:, queries], atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -194,7 +195,7 @@ def test_broken_files_are_one_clear_error(encoder, tmp_path):
 def test_transformers_has_the_same_features(encoder, tmp_path):
     from transformers import ViTModel
 
-    export_encoder(encoder, tmp_path)
+    save_transformers(encoder, tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     for twin in (to_transformers(encoder), ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()):
         with torch.no_grad():

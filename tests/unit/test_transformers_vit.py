@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from synthgen.errors import StorageError
-from synthgen.export import export_encoder
+from synthgen.models.transformers_vit import save_transformers
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 
 TOLD = r"^cannot write {}: .*; free some space or choose another --run folder, then run the same command again"
@@ -23,7 +23,7 @@ def encoder() -> VisionTransformer:
 def test_a_full_disk_is_told_in_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=TOLD.format(tmp_path)):
-        export_encoder(encoder, tmp_path)
+        save_transformers(encoder, tmp_path)
 
 
 def test_weights_that_find_no_room_are_told_in_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
@@ -32,9 +32,9 @@ def test_weights_that_find_no_room_are_told_in_one_line(encoder: VisionTransform
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # bytes of a file; config.json has fewer
     try:
         with pytest.raises(StorageError, match=TOLD.format(tmp_path)) as caught:
-            export_encoder(encoder, tmp_path)
+            save_transformers(encoder, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
-    export_encoder(encoder, tmp_path)
+    save_transformers(encoder, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > 8192

@@ -14,9 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingWeights
-from synthgen.export import export_encoder
-from synthgen.methods.mapet import as_seen_by
-from synthgen.models.tower import encoder_folder, is_tower, load_tower, open_encoder
+from synthgen.methods.mapet import normalised_for
+from synthgen.models.transformers_encoder import encoder_folder, is_tower, load_tower, open_encoder
+from synthgen.models.transformers_vit import save_transformers
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.stages._integrity import encoder_hash
 from synthgen.stores import parse_location
@@ -136,7 +136,7 @@ def test_the_size_is_what_its_images_are_cut_to(tmp_path, processor, size):
 def test_our_own_encoder_comes_back_from_its_export(tmp_path):
     config = EncoderConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=4, mean=(0.5,) * 3)
     encoder = VisionTransformer(config).eval()
-    export_encoder(encoder, tmp_path / "transformers")
+    save_transformers(encoder, tmp_path / "transformers")
     save_encoder(encoder, tmp_path)
     assert not is_tower(tmp_path)
     assert is_tower(tmp_path / "transformers")
@@ -301,12 +301,12 @@ def test_images_are_resized_and_normalised_for_another():
     pixels = pixels.repeat_interleave(8, 3)
     mean, std = (torch.tensor(values)[:, None, None] for values in (ours.mean, ours.std))
     x = (pixels - mean) / std
-    assert as_seen_by(ours, ours, x) is x
+    assert normalised_for(ours, ours, x) is x
     theirs = dataclasses.replace(ours, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
     other_mean, other_std = (torch.tensor(values)[:, None, None] for values in (theirs.mean, theirs.std))
-    torch.testing.assert_close(as_seen_by(theirs, ours, x), (pixels - other_mean) / other_std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normalised_for(theirs, ours, x), (pixels - other_mean) / other_std, atol=1e-5, rtol=1e-5)
     larger = dataclasses.replace(theirs, image_size=64, patch_size=16)
-    y = as_seen_by(larger, ours, x)
+    y = normalised_for(larger, ours, x)
     assert y.shape == (2, 3, 64, 64)
     seen = F.avg_pool2d(y * other_std + other_mean, 16)  # each patch shows what it showed
     torch.testing.assert_close(seen, F.avg_pool2d(pixels, 8), atol=0.03, rtol=0)

@@ -38,10 +38,10 @@ class VisionTower(Encoder):
     """A vision transformer of ``transformers``: its ``last_hidden_state``, without registers.
 
     Args:
-        network: takes ``pixel_values`` of ``config.image_size`` pixels.
-        config: its shape, and how it wants its pixels.
-        prefix: tokens before those of the patches, the first of which is the class token.
-        options: of each call.
+        network: the model; it takes ``pixel_values`` of ``config.image_size`` pixels.
+        config: its shape and normalisation.
+        prefix: the number of tokens before those of the patches; the first of them is the class token.
+        options: keyword arguments of each call.
     """
 
     def __init__(self, network: nn.Module, config: EncoderConfig, prefix: int, options: dict[str, Any]) -> None:
@@ -57,25 +57,25 @@ class VisionTower(Encoder):
         return torch.cat([first, patches], dim=1)
 
     def untrained(self) -> VisionTower:
-        """One of the same shape with new weights, on the CPU."""
+        """An encoder of the same shape with new weights, on the CPU."""
         network = type(self.network)._from_config(self.network.config)  # type: ignore[attr-defined]
         return VisionTower(network.eval(), self.config, self.prefix, self.options).eval()
 
     def layer(self, name: str) -> int:
-        """By its name: embeddings belong to layer 0, what is not numbered behind the blocks."""
+        """By its name: embeddings are of layer 0, a numbered block k of k + 1, all else of depth + 1."""
         if block := _BLOCK.search(name):
             return int(block[1]) + 1
         return 0 if "embeddings" in name else self.config.depth + 1
 
 
 def encoder_folder(name: str) -> Path:
-    """The folder of an encoder: one of ``pretrain``, or of a vision model of ``transformers``, or one from the hub.
+    """The folder of an encoder of ``pretrain`` or a vision model of ``transformers``, given by path or hub id.
 
-    The hub is asked once: what came into its cache stays what is meant, until ``hf download`` brings a newer one.
+    A model is downloaded once into the hub's cache and used from there until ``hf download`` brings a newer one.
 
     Raises:
-        MissingArtifact: there is no encoder there.
-        MissingWeights: it is a hub id, and the model cannot be fetched and is not on this machine, or is pickled.
+        MissingArtifact: the folder holds no encoder.
+        MissingWeights: the model of a hub id is not in the cache and cannot be downloaded, or has no safetensors.
     """
     folder = parse_location(name)
     if (folder / _OWN).is_file() or is_tower(folder):
@@ -89,7 +89,7 @@ def encoder_folder(name: str) -> Path:
 
     try:
         fetched = _cached(name) or Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:  # what a network does wrong has many names, and the hub's library changes them
+    except Exception as error:  # network errors have many types, and the hub's library changes them
         raise MissingWeights(
             f"there is no folder {name}, and no such model can be had from the hub: {one_line(error)}; "
             f"download it first, for example with: hf download {name}"
@@ -100,7 +100,7 @@ def encoder_folder(name: str) -> Path:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder of the hub's cache that holds a model; None where it holds none, or what others fetched of it."""
+    """The folder of a model in the hub's cache; None where it is absent or incomplete."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -113,7 +113,7 @@ def _cached(name: str) -> Path | None:
 
 
 def is_tower(folder: Path) -> bool:
-    """Whether a folder holds a model of ``transformers``, with safetensors."""
+    """Whether a folder holds a model of ``transformers`` with safetensors."""
     if (folder / _OWN).is_file() or not any(folder.glob("*.safetensors")):
         return False
     try:
@@ -124,7 +124,7 @@ def is_tower(folder: Path) -> bool:
 
 
 def open_encoder(folder: str | Path) -> Encoder:
-    """An encoder of :func:`encoder_folder`, whoever trained it, in evaluation mode on the CPU.
+    """The encoder in a folder of :func:`encoder_folder`, in evaluation mode on the CPU.
 
     Raises:
         MissingArtifact, CorruptFile, ConfigError: see :func:`load_encoder` and :func:`load_tower`.
@@ -134,15 +134,15 @@ def open_encoder(folder: str | Path) -> Encoder:
 
 
 def load_tower(folder: Path, patches: int = 0) -> VisionTower:
-    """A vision transformer of ``transformers``; of a model of images and texts, its vision tower.
+    """A vision transformer of ``transformers``; the vision tower of a model of images and texts.
 
     Args:
-        folder: config.json, safetensors, and preprocessor_config.json, which tells the size and the normalisation.
-        patches: along a side, if it is to see another number of them than it says; its positions are interpolated.
+        folder: with config.json, safetensors, and preprocessor_config.json for size and normalisation.
+        patches: along a side, if not the model's own number; its positions are then interpolated.
 
     Raises:
-        ConfigError: it is no plain vision transformer, wants to run code of its own, or lies in a store.
-        CorruptFile: its files cannot be read, or do not fit each other.
+        ConfigError: the model is not a plain vision transformer, needs custom code, or lies in a store.
+        CorruptFile: the files cannot be read, or contradict each other.
     """
     if isinstance(folder, RemotePath):
         raise ConfigError(f"{folder} is in a store, and transformers reads folders; copy it to this machine first")
@@ -165,12 +165,12 @@ def load_tower(folder: Path, patches: int = 0) -> VisionTower:
 
 
 def _vision(folder: Path) -> nn.Module:
-    """The network, of a model of images and texts the one that sees."""
+    """The network; the vision tower of a model of images and texts."""
     from transformers import AutoConfig, AutoModel, ViTModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    hides = config.model_type == "vit_mae"  # patches, on its own; its weights have the names of a ViT's
-    model, told = (ViTModel if hides else AutoModel).from_pretrained(
+    is_mae = config.model_type == "vit_mae"  # whose own class hides patches; its weights have a ViT's names
+    model, report = (ViTModel if is_mae else AutoModel).from_pretrained(
         folder,
         local_files_only=True,
         use_safetensors=True,
@@ -179,18 +179,18 @@ def _vision(folder: Path) -> nn.Module:
         output_loading_info=True,
     )
     network: nn.Module = getattr(model, "vision_model", model)
-    inside = "vision_model." if network is not model else ""
-    lacking = [name for name in told["missing_keys"] if name.startswith(inside) and not _UNUSED.search(name)]
-    if lacking:
-        raise ValueError(f"its weights lack {lacking[0]}, and {len(lacking)} in all")
+    prefix = "vision_model." if network is not model else ""
+    missing = [name for name in report["missing_keys"] if name.startswith(prefix) and not _UNUSED.search(name)]
+    if missing:
+        raise ValueError(f"its weights lack {missing[0]}, and {len(missing)} in all")
     return network
 
 
 def _fitted(network: nn.Module, folder: Path, prepared: dict[str, Any], patches: int) -> VisionTower:
-    """The tower at a size that it can see.
+    """The tower at the first image size that it supports.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it supports none of them.
     """
     about: PretrainedConfig = network.config
     try:
@@ -222,19 +222,19 @@ def _fitted(network: nn.Module, folder: Path, prepared: dict[str, Any], patches:
 
 @torch.no_grad()
 def _tokens_before(tower: VisionTower) -> int | None:
-    """How many tokens stand before those of the patches, found by a look at nothing; None where that cannot be."""
+    """The number of tokens before those of the patches, from a run on zeros; None if the size is not supported."""
     side, num_patches = tower.config.image_size, tower.config.grid**2
     try:
         tokens = tower.network(pixel_values=torch.zeros(1, 3, side, side), **tower.options).last_hidden_state
-    except (RuntimeError, ValueError, TypeError):  # another size than it knows, or it has no such option
+    except (RuntimeError, ValueError, TypeError):  # an unsupported size or option
         return None
     registers = 1 + int(getattr(tower.network.config, "num_register_tokens", 0) or 0)
     before = tokens.shape[1] - num_patches if tokens.ndim == 3 else -1
-    return before if 0 <= before <= registers + 1 else None  # one more: of distillation
+    return before if 0 <= before <= registers + 1 else None  # one more: the distillation token
 
 
 def _side(prepared: dict[str, Any]) -> int:
-    """The pixels along a side of what its images are cut to, 0 where that is not said or they are not square."""
+    """The side of its square input images in pixels; 0 where it is not given or they are not square."""
     for name in ("crop_size", "size"):
         value = prepared.get(name)
         sides = set(value.values()) if isinstance(value, dict) else {value}
@@ -254,7 +254,7 @@ def _three(values: Any, otherwise: tuple[float, float, float]) -> tuple[float, f
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes and bars of ``transformers``: weights of heads that are not wanted are no mistake."""
+    """Silence the warnings and bars of ``transformers``: unused weights of heads are not an error."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
