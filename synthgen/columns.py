@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.run import Run
+from synthgen.stores._failures import unreadable
 from synthgen.stores.index import TarIndex
 from synthgen.stores.open_files import OpenFiles
 from synthgen.stores.tar import index_tar, read_member
@@ -30,6 +31,7 @@ class Column:
         Raises:
             MissingArtifact: there is no such sample, or its unit is gone.
             CorruptFile: a member is missing, or the unit is not as it was written.
+            StorageError: the system does not let the unit be read.
         """
         unit = unit_of(key)
         path = self.run.tar(self.artifact, unit)
@@ -42,12 +44,13 @@ class Column:
         if members is None:
             raise MissingArtifact(f"{path} has no sample {key}; {self._again()}")
         values = {}
-        file = self._files[path]
         for name in names or members:
             if name not in members:
                 raise CorruptFile(f"{path}: sample {key} has no member {name!r}; {self._again()}")
             try:
-                values[name] = read_member(file, members[name])
+                values[name] = read_member(self._files[path], members[name])
+            except OSError as error:
+                raise unreadable(path, error) from None
             except ValueError as error:
                 raise CorruptFile(f"{path}: sample {key}: {error}; {self._again()}") from None
         return values

@@ -1,18 +1,20 @@
-"""What is noted of an artifact in its ``settings.yaml``: read, checked, written, compared; and what lies beside it."""
+"""The ``settings.yaml`` of an artifact: read, validated, written and compared; and the files beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from synthgen.errors import ConfigError
+from synthgen.errors import ConfigError, StaleArtifact, StorageError
 from synthgen.redact import HIDDEN, redacted
 from synthgen.stores.tar import is_abandoned
 from synthgen.untrusted import MAX_BYTES, read_file, read_yaml
@@ -24,17 +26,36 @@ __all__ = [
     "changes",
     "describe_changes",
     "digest",
+    "exists",
+    "failure_notes",
+    "made_differently",
     "made_in",
     "merge_settings",
     "read_entry",
+    "read_fingerprint",
     "validate_entry",
     "versions",
 ]
 
 SETTINGS = "settings.yaml"  # in an artifact's folder: what it is made with
-FAILED = ".failed.json"  # ends the name of what is noted of a unit that failed
+FAILED = ".failed.json"  # the end of the name of a file that says why a unit failed
+_FINGERPRINT = re.compile(rb"^fingerprint: ([0-9a-f]{64})$", re.MULTILINE)  # as ``as_yaml`` writes it
 _LOG = "metrics.jsonl"  # of a training
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
+
+
+def exists(path: Path) -> bool:
+    """Whether something is at a place.
+
+    Raises:
+        StorageError: nobody can tell, because it may not be looked at or cannot have this name.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be looked at ({error.strerror or error}); choose another --run folder"
+        ) from None
 
 
 def digest(value: Any) -> str:
@@ -80,8 +101,21 @@ def read_entry(path: Path, key: str, kind: type) -> dict[str, Any] | None:
     return value
 
 
+def read_fingerprint(path: Path) -> str | None:
+    """The fingerprint in a ``settings.yaml``, or None where there is none; of a long file nothing else is parsed.
+
+    Raises:
+        ConfigError, StorageError: see :func:`read_entry`; or the store does not answer.
+    """
+    with suppress(OSError, ValueError):
+        if found := _FINGERPRINT.search(read_file(path)):
+            return found[1].decode()
+    entry = read_entry(path, "fingerprint", str)
+    return None if entry is None else str(entry["fingerprint"])
+
+
 def validate_entry(entry: Any, path: Path) -> dict[str, Any]:
-    """What is noted of an artifact, if it is what :meth:`synthgen.run.Run.record_settings` writes.
+    """The entry of an artifact, if it is what :meth:`synthgen.run.Run.record_settings` writes.
 
     Raises:
         ConfigError: it is not.
@@ -145,6 +179,14 @@ def _hidden(value: Any, path: str = "") -> Iterator[tuple[str, bool]]:
         yield path, True
 
 
+def made_differently(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> StaleArtifact:
+    """The error that an artifact's folder has other settings or inputs than those ``now``; names them."""
+    kept = {key: value for key, value in before["settings"].items() if key in now["settings"]}
+    told = describe_changes({**before, "settings": kept}, now)
+    elsewhere = "another --label" if folder.parent.name == "pretrain" else "another --run folder"
+    return StaleArtifact(f"{folder} was made differently: {told}choose {elsewhere}, or delete {folder} to make it anew")
+
+
 def merge_settings(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings ``before`` with those that are ``given`` in their place; of the same part, option by option.
 
@@ -163,6 +205,11 @@ def merge_settings(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
         elsewhere = "an older synthgen took it for a secret; choose another --label or --run folder, or begin anew"
         raise ConfigError(f"{path} was not written down ({HIDDEN}); {again if is_secret else elsewhere}")
     return settings
+
+
+def failure_notes(folder: Path) -> list[Path]:
+    """The files that say why units of an artifact failed."""
+    return sorted(folder.glob(f"*{FAILED}"))
 
 
 def made_in(folder: Path) -> Iterator[Path]:

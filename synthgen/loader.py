@@ -140,7 +140,7 @@ def collate(
     masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
     for row, sample in enumerate(samples):
         if sample.label_map is not None and sample.words:
-            numbers = np.arange(1, len(sample.words) + 1, dtype=np.uint8)[:, None, None]
+            numbers = np.arange(1, len(sample.words) + 1)[:, None, None]  # beyond 255 no pixel has them
             masks[row, : len(sample.words)] = torch.from_numpy(sample.label_map[None] == numbers)
     return Batch(
         images,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,23 @@ from synthgen.entries import (
     FAILED,
     SETTINGS,
     as_yaml,
-    describe_changes,
     digest,
+    exists,
+    failure_notes,
+    made_differently,
     made_in,
     read_entry,
+    read_fingerprint,
     validate_entry,
     versions,
 )
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, StorageError
+from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, SynthgenError
 from synthgen.records import Report
 from synthgen.redact import redact
-from synthgen.stores import listing, parse_location, read_many
+from synthgen.stores import parse_location
 from synthgen.stores.checksum import verify_sha256
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
-from synthgen.units import UnitWriter, checked_mark
-from synthgen.untrusted import MAX_JSON, read_file, read_json
+from synthgen.units import UnitWriter, fingerprints_of_units, iter_marks, read_failures, read_mark
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
@@ -60,30 +62,30 @@ class Run:
         """
         run = cls(parse_location(path), seed or 0)
         file = run.path / "run.yaml"
-        if not _exists(file) and create_bytes(file, as_yaml({"seed": run.seed})):
+        if not exists(file) and create_bytes(file, as_yaml({"seed": run.seed})):
             return run
         before = cls.open(path)
         if seed is None or seed == before.seed:
             return before
         if not before.manifest()["artifacts"]:  # nothing has been made with the old one
             write_bytes(file, as_yaml({"seed": seed}))
-            begun = list(before.manifest()["artifacts"].values())
-            if not begun:
+            entries = list(before.manifest()["artifacts"].values())
+            if not entries:
                 return run
-            write_bytes(file, as_yaml({"seed": begun[0].get("seed", before.seed)}))  # by another command, just now
+            write_bytes(file, as_yaml({"seed": entries[0].get("seed", before.seed)}))  # of another command, just now
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
     @contextmanager
     def create_or_roll_back(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
-        """:meth:`create`, taken back if the block fails and nothing came into a run that was not there before."""
+        """:meth:`create`; a run that was not there before is removed if the block fails and nothing else is in it."""
         folder = parse_location(path)
-        there = _exists(folder)
+        there = exists(folder)
         run = cls.create(path, seed=seed)
         try:
             yield run
         except BaseException:
-            with suppress(OSError):  # somebody else has just begun in it, or taken it back
+            with suppress(OSError):  # another command has just written into it, or removed it
                 if not there and [entry.name for entry in folder.iterdir()] == ["run.yaml"]:
                     (folder / "run.yaml").unlink()
                     folder.rmdir()
@@ -107,8 +109,8 @@ class Run:
 
     @property
     def is_there(self) -> bool:
-        """Whether it has been begun."""
-        return _exists(self.path / "run.yaml")
+        """Whether there is a run at this path."""
+        return exists(self.path / "run.yaml")
 
     # -- settings and fingerprint of each artifact
 
@@ -134,7 +136,7 @@ class Run:
         return value
 
     def find_artifact(self, name: str) -> dict[str, Any] | None:
-        """What an artifact is made with, as :meth:`artifact` tells it, or None where no stage has begun with it."""
+        """What an artifact is made with, as :meth:`artifact` returns it, or None where no stage has started on it."""
         path = self.folder(name) / SETTINGS
         entry = read_entry(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
         return None if entry is None else validate_entry(entry, path)
@@ -158,7 +160,7 @@ class Run:
         return MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
 
     def remedy(self, name: str) -> str:
-        """The command that makes what an artifact lacks, with the settings that it was begun with."""
+        """The command that makes what an artifact lacks, with the settings in its folder."""
         stage, _, label = name.partition("/")
         entry = self.claimed.get(name) or self.find_artifact(name)
         stage = str(entry["stage"]) if entry else _MADE_BY.get(stage, stage)
@@ -166,14 +168,14 @@ class Run:
         return f"synthgen {stage} {label}--run {shlex.quote(str(self.path))}"
 
     def check(self, stage: Stage) -> dict[str, Any]:
-        """See that the inputs of ``stage`` are there and that what it made before had these settings.
+        """Check that the inputs of ``stage`` are there and that its folders have its settings, or none.
 
         Returns:
-            What should be noted of its artifacts (see :meth:`record_settings`). Nothing is written.
+            The entry for ``settings.yaml`` of its artifacts (see :meth:`record_settings`). Nothing is written.
 
         Raises:
-            MissingArtifact: an input is missing; names the stage to run first.
-            StaleArtifact: its folder was made with other settings or from other inputs; names them.
+            MissingArtifact: an input is missing; the message names the stage to run first.
+            StaleArtifact: a folder was made with other settings or from other inputs; the message names them.
         """
         settings = stage.fingerprinted()
         inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads}
@@ -182,37 +184,48 @@ class Run:
         for name in stage.artifacts():
             before = self.find_artifact(name)
             if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
-                self._refuse(name, before, stage, inputs)
+                now = {"settings": settings, "inputs": inputs}
+                raise made_differently(self.folder(name), before, now)
         entry = {"stage": stage.name, "seed": self.seed, "settings": stage.recorded_settings(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 
     @contextmanager
     def claim(self, stage: Stage) -> Iterator[Run]:
-        """Note what ``stage`` works with (see :meth:`record_settings`), and yield the run as it is to be worked on.
+        """Write the settings of ``stage`` (see :meth:`record_settings`), and yield a run that keeps them in memory.
 
-        That run holds on to what was noted, whatever others do to the folders meanwhile. What was noted of folders that
-        nothing came into is taken back when the block fails, so that a mistake may be mended with other settings; where
-        units failed it stays beside their notes, for :mod:`synthgen.status`, until other settings take its place.
+        Whatever others do to the folders meanwhile, that run works with these settings or not at all (see
+        :meth:`keep_settings`). If the block fails, the settings of folders that nothing came into are removed, so that
+        other settings can be given; where units failed they stay beside the notes, for :mod:`synthgen.status`.
 
         Raises:
-            MissingArtifact, StaleArtifact: see :meth:`check`.
+            MissingArtifact, StaleArtifact: see :meth:`check`; or the settings changed before the block ended.
         """
-        noted = self.record_settings(stage)
+        entry = self.check(stage) | {"versions": versions()}
+        new = self._write_settings(stage, entry)
         try:
             if Run.open(self.path).seed != self.seed:
                 raise StaleArtifact(f"another command has just given {self.path} another seed; run this one again")
-            claimed = {name: self.artifact(name) for name in (*stage.reads, *stage.artifacts())}
+            claimed = {name: self.artifact(name) for name in stage.reads}
+            claimed |= {name: self.find_artifact(name) or entry for name in stage.artifacts()}
+            expected = entry["inputs"] | dict.fromkeys(stage.artifacts(), entry["fingerprint"])
+            if changed := [name for name, found in claimed.items() if found["fingerprint"] != expected[name]]:
+                raise self._given_to_another(changed[0])
             yield replace(self, claimed=claimed)
             for name in stage.artifacts():
-                if self.find_artifact(name) is None:  # the same command elsewhere failed early and took them back
-                    create_bytes(self.folder(name) / SETTINGS, as_yaml(claimed[name]))
+                self.keep_settings(name, claimed[name])
         except BaseException:
-            for name in noted:
-                if not self.is_nonempty(name) and not self._failure_notes(name):
-                    (self.folder(name) / SETTINGS).unlink(missing_ok=True)
-                    with suppress(OSError):  # the half written file of somebody else is in it
-                        self.folder(name).rmdir()
+            for name in new:
+                with suppress(OSError, SynthgenError):  # what went wrong before says more
+                    self._remove_settings(name, entry["fingerprint"])
             raise
+
+    def _remove_settings(self, name: str, fingerprint: str) -> None:
+        """Remove the settings of a folder that nothing came into, if they are still those of ``fingerprint``."""
+        path = self.folder(name) / SETTINGS
+        if self.is_nonempty(name) or failure_notes(self.folder(name)) or read_fingerprint(path) != fingerprint:
+            return
+        path.unlink(missing_ok=True)
+        self.folder(name).rmdir()  # fails where somebody else is just writing into it
 
     def record_settings(self, stage: Stage) -> list[str]:
         """Put settings, inputs and versions of ``stage`` into the folders of its artifacts, after :meth:`check`.
@@ -223,13 +236,15 @@ class Run:
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
         """
-        entry = self.check(stage)
+        return self._write_settings(stage, self.check(stage) | {"versions": versions()})
+
+    def _write_settings(self, stage: Stage, entry: dict[str, Any]) -> list[str]:
         new = []
         for name in stage.artifacts():
             kept = self.find_artifact(name)
             if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
                 continue
-            path, data = self.folder(name) / SETTINGS, as_yaml(entry | {"versions": versions()})
+            path, data = self.folder(name) / SETTINGS, as_yaml(entry)
             while not (created := create_bytes(path, data)):
                 self.check(stage)  # another command may have been first
                 if path.is_file():  # otherwise it has just taken its settings back
@@ -237,11 +252,33 @@ class Run:
                     break
             other = not created and kept is not None and kept["fingerprint"] != entry["fingerprint"]
             if other:  # all that these made were failures
-                for failure in self._failure_notes(name):
+                for failure in failure_notes(self.folder(name)):
                     failure.unlink(missing_ok=True)
             if created or other:
                 new.append(name)
         return new
+
+    def keep_settings(self, name: str, entry: dict[str, Any]) -> None:
+        """See that an artifact's folder still has the settings ``entry``, and put them back where they are gone.
+
+        A command asks before each unit takes its name: until the first one has, another command may give the folder
+        other settings (see :meth:`_is_free`), and the same command elsewhere may fail and take these back.
+
+        Raises:
+            StaleArtifact: the folder has other settings.
+        """
+        path = self.folder(name) / SETTINGS
+        while (found := read_fingerprint(path) or (self.find_artifact(name) or {}).get("fingerprint")) is None:
+            if create_bytes(path, as_yaml(entry)):
+                return
+        if found != entry["fingerprint"]:
+            raise self._given_to_another(name)
+
+    def _given_to_another(self, name: str) -> StaleArtifact:
+        return StaleArtifact(
+            f"another command has given {self.folder(name)} other settings since this one started, which adds nothing "
+            "more to it; choose another --run folder for one of the two"
+        )
 
     def is_nonempty(self, name: str) -> bool:
         """Whether anything was made of an artifact, or is being made: its settings, logs and failures are nothing."""
@@ -249,21 +286,8 @@ class Run:
 
     def _is_free(self, name: str) -> bool:
         """Whether other settings may take the place of those in a folder: nothing is there, or all of it failed."""
-        begun = (self.folder(name) / SETTINGS).is_file()  # maybe by a command that is just about to make something
-        return not self.is_nonempty(name) and (not begun or bool(self._failure_notes(name)))
-
-    def _failure_notes(self, name: str) -> list[Path]:
-        return sorted(self.folder(name).glob(f"*{FAILED}"))
-
-    def _refuse(self, name: str, before: dict[str, Any], stage: Stage, inputs: dict[str, str]) -> None:
-        counted = {item.name for item in fields(stage) if not item.metadata.get("unhashed")}
-        old = {key: value for key, value in before["settings"].items() if key in counted}
-        told = describe_changes({**before, "settings": old}, {"settings": stage.fingerprinted(), "inputs": inputs})
-        folder = self.path / name
-        elsewhere = "another --label" if name.startswith("pretrain/") else "another --run folder"
-        raise StaleArtifact(
-            f"{folder} was made differently: {told}choose {elsewhere}, or delete {folder} to make it anew"
-        )
+        in_use = (self.folder(name) / SETTINGS).is_file()  # maybe by a command that is about to make something
+        return not self.is_nonempty(name) and (not in_use or bool(failure_notes(self.folder(name))))
 
     # -- units
 
@@ -277,10 +301,7 @@ class Run:
 
     def mark(self, artifact: str, unit: int) -> dict[str, Any] | None:
         """The done mark of a unit, or None where it is not done."""
-        try:
-            return checked_mark(read_json(read_file(self.tar(artifact, unit).with_suffix(".json"), MAX_JSON)))
-        except (FileNotFoundError, ValueError):
-            return None
+        return read_mark(self.tar(artifact, unit).with_suffix(".json"))
 
     def has_unit(self, artifact: str, unit: int, fingerprint: str) -> bool:
         """Whether a unit is there, whole, and made with the settings of ``fingerprint``."""
@@ -293,23 +314,11 @@ class Run:
             return False
 
     def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The done marks of all units whose tars are there and as long as their marks say, one after another.
+        """The done marks of all units whose tars are there and as long as their marks say, one after another."""
+        return iter_marks(self.folder(artifact))
 
-        They are read together, but all of a large run would take much memory.
-        """
-        folder = self.folder(artifact)
-        sizes = listing(folder)
-        names = sorted(name for name in sizes if name.endswith(".json") and name[:-5].isdecimal())
-        for name, data in read_many(folder, names, MAX_JSON):
-            try:
-                mark = checked_mark(read_json(data))
-            except ValueError:
-                continue
-            if sizes.get(f"{name[:-5]}.tar") == mark["bytes"]:
-                yield int(name[:-5]), mark
-
-    def made(self, artifact: str, fingerprint: str) -> set[int]:
-        """The units that :meth:`has` would say are there, looked for together."""
+    def finished_units(self, artifact: str, fingerprint: str) -> set[int]:
+        """The units for which :meth:`has_unit` is true, read together."""
         return {unit for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
 
     def units(self, artifact: str) -> list[int]:
@@ -317,13 +326,19 @@ class Run:
 
         Raises:
             MissingArtifact: there are none; names the stage to run first.
+            StaleArtifact: some were made with other settings than the folder's.
         """
-        self.artifact(artifact)
-        marks = self.folder(artifact).glob("[0-9]*.json")
-        found = sorted(int(path.stem) for path in marks if path.stem.isdigit())
+        fingerprint = self.artifact(artifact)["fingerprint"]
+        found = fingerprints_of_units(self.folder(artifact))
         if not found:
             raise MissingArtifact(f"{self.path} has no finished {artifact} yet; run: {self.remedy(artifact)}")
-        return found
+        others = [unit for unit, made_with in found.items() if made_with not in ("", fingerprint)]
+        if others:
+            raise StaleArtifact(
+                f"{len(others)} of {len(found)} units of {self.folder(artifact)} were made with other settings than "
+                f"its {SETTINGS} tells (first: {others[0]:06d}); make them anew: {self.remedy(artifact)}"
+            )
+        return list(found)
 
     def write(self, artifact: str, unit: int) -> UnitWriter:
         """A context in which samples are added to a unit; the unit is there when the context ends well."""
@@ -356,13 +371,20 @@ class Run:
         return [key for key, _ in index_tar(self.tar(artifact, unit))]
 
     def fail(self, stage: Stage, report: Report) -> None:
-        """Note why a unit failed, beside where its tar would be; a later success takes the note away."""
-        for name in stage.artifacts():
-            path = self.tar(name, report.unit).with_suffix(FAILED)
-            write_json(path, {"unit": report.unit, "error": redact(report.error), "trace": redact(report.trace)})
+        """Note why a unit failed, beside where its tar would be; a later success takes the note away.
 
-    def forgive(self, stage: Stage, unit: int) -> None:
-        """Take away the note of a failure: the unit is done."""
+        Raises:
+            StaleArtifact: another command has given the folder other settings.
+        """
+        for name in stage.artifacts():
+            if name in self.claimed:
+                self.keep_settings(name, self.claimed[name])
+            path = self.tar(name, report.unit).with_suffix(FAILED)
+            reason = {"error": redact(report.error), "trace": redact(report.trace)}
+            write_json(path, {"unit": report.unit, **reason, "device_suspect": report.device_suspect})
+
+    def clear_failure(self, stage: Stage, unit: int) -> None:
+        """Remove the note of a failure: the unit is done."""
         for name in stage.artifacts():
             self.tar(name, unit).with_suffix(FAILED).unlink(missing_ok=True)
 
@@ -372,29 +394,7 @@ class Run:
         A worker that is killed between the done mark of a unit and the end of its note leaves the note: it counts no
         more.
         """
-        found, entry = {}, self.find_artifact(artifact)
-        for path in self._failure_notes(artifact):
-            unit = path.name.partition(".")[0]
-            if not (unit.isascii() and unit.isdecimal()):  # not one of ours
-                continue
-            if entry is not None and self.has_unit(artifact, int(unit), entry["fingerprint"]):
-                continue
-            try:
-                found[int(unit)] = str(read_json(read_file(path, MAX_JSON))["error"])
-            except (OSError, ValueError, LookupError, TypeError):
-                found[int(unit)] = f"{path} cannot be read"
-        return found
-
-
-def _exists(path: Path) -> bool:
-    """Whether something is at a place.
-
-    Raises:
-        StorageError: nobody can tell, because it may not be looked at or cannot have this name.
-    """
-    try:
-        return path.exists()
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be looked at ({error.strerror or error}); choose another --run folder"
-        ) from None
+        found, entry = read_failures(self.folder(artifact)), self.find_artifact(artifact)
+        if entry is None:
+            return found
+        return {unit: why for unit, why in found.items() if not self.has_unit(artifact, unit, entry["fingerprint"])}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from synthgen.entries import failure_notes
+from synthgen.stores import listing, read_many, stamps
+from synthgen.stores._failures import is_of_system, unreadable
 from synthgen.stores.tar import TarWriter, write_json
+from synthgen.untrusted import MAX_JSON, read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["UnitWriter", "checked_mark"]
+__all__ = ["UnitWriter", "checked_mark", "fingerprints_of_units", "iter_marks", "read_failures", "read_mark"]
 
 
 def checked_mark(value: Any) -> dict[str, Any]:
@@ -35,6 +41,78 @@ def checked_mark(value: Any) -> dict[str, Any]:
     return value
 
 
+def read_mark(path: Path) -> dict[str, Any] | None:
+    """The done mark at ``path``, or None where there is none.
+
+    Raises:
+        StorageError: it is there, and the system does not let it be read.
+    """
+    try:
+        return checked_mark(read_json(read_file(path, MAX_JSON)))
+    except OSError as error:
+        if is_of_system(error):
+            raise unreadable(path, error) from None
+        return None
+    except ValueError:
+        return None
+
+
+def iter_marks(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The done marks of all units in a folder whose tars are there and as long as their marks say.
+
+    They are read together, but all of a large run would take much memory.
+    """
+    sizes = listing(folder)
+    for name, mark in _read_marks(folder, [name for name in sizes if _is_mark(name)]):
+        if mark is not None and sizes.get(f"{name[:-5]}.tar") == mark["bytes"]:
+            yield int(name[:-5]), mark
+
+
+def fingerprints_of_units(folder: Path) -> dict[int, str]:
+    """The units in a folder that have done marks, in order, each with its fingerprint: "" where it cannot be read.
+
+    The marks are read again only when one of the files has changed.
+    """
+    files = ((name, *stamp) for name, stamp in stamps(folder).items() if _is_mark(name))
+    return dict(_fingerprints(folder, tuple(sorted(files))))
+
+
+@lru_cache(maxsize=4)
+def _fingerprints(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, str]:
+    found = {int(name[:-5]): "" for name, *_ in files}
+    for name, mark in _read_marks(folder, [name for name, *_ in files]):
+        if mark is not None:
+            found[int(name[:-5])] = mark["fingerprint"]
+    return dict(sorted(found.items()))
+
+
+def _is_mark(name: str) -> bool:
+    return name.endswith(".json") and name[:-5].isdecimal()
+
+
+def _read_marks(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Done marks by their files' names; None for what is no mark."""
+    for name, data in read_many(folder, sorted(names), MAX_JSON):
+        try:
+            yield name, checked_mark(read_json(data))
+        except ValueError:
+            yield name, None
+
+
+def read_failures(folder: Path) -> dict[int, str]:
+    """The units in a folder that have notes of a failure, each with its reason."""
+    found = {}
+    for path in failure_notes(folder):
+        unit = path.name.partition(".")[0]
+        if not (unit.isascii() and unit.isdecimal()):  # not one of ours
+            continue
+        try:
+            found[int(unit)] = str(read_json(read_file(path, MAX_JSON))["error"])
+        except (OSError, ValueError, LookupError, TypeError):
+            found[int(unit)] = f"{path} cannot be read"
+    return found
+
+
 class UnitWriter:
     """Write one unit of an artifact: the tar, then its done mark (see :meth:`Run.write`)."""
 
@@ -48,7 +126,8 @@ class UnitWriter:
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
-        self._fingerprint = self.run.artifact(self.artifact)["fingerprint"]
+        self._entry = self.run.artifact(self.artifact)
+        self._fingerprint = self._entry["fingerprint"]
         self._started = time.perf_counter()
         self._tar.__enter__()
         return self
@@ -77,6 +156,9 @@ class UnitWriter:
         path = self._tar.path
         try:
             made = kind is None and self._is_made()
+            if kind is None and not made:
+                self._tar.seal()
+                self.run.keep_settings(self.artifact, self._entry)
         except BaseException as failed:  # the disk is full, say: nothing half written stays
             self._tar.__exit__(type(failed), failed, failed.__traceback__)
             raise

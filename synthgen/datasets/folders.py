@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from synthgen.captions import TABLES, read_beside, read_listing
 from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, telling
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.image import decode_rgb
-from synthgen.stores import parse_location
+from synthgen.stores import parse_location, walk_files
 from synthgen.untrusted import read_file
 
 __all__ = ["CaptionedFolder", "FolderDataset"]
@@ -18,7 +17,8 @@ __all__ = ["CaptionedFolder", "FolderDataset"]
 class FolderDataset(ImageDataset):
     """Images in a folder; the name of a subfolder is the class. The key is the path in the folder, without its ending.
 
-    Images are turned upright as their EXIF says. What is called with a dot in front, file or folder, is left out.
+    Images are turned upright as their EXIF says. Links to folders are followed (see
+    :func:`~synthgen.stores.walk_files`). Files and folders whose names begin with a dot are left out.
 
     Raises:
         MissingArtifact: there are no images in it.
@@ -28,7 +28,13 @@ class FolderDataset(ImageDataset):
     def __init__(self, path: str | Path) -> None:
         self.path = parse_location(path)
         endings = {*(f".{name}" for name in IMAGES), ".bmp", ".gif"}
-        self._files = _shown(self.path, (file for file in self.path.rglob("*") if file.suffix.lower() in endings))
+        self._files, self._tables = list[Path](), list[Path]()
+        for file in walk_files(self.path, hidden=False):
+            if file.suffix.lower() in endings:
+                self._files.append(file)
+            elif file.name in TABLES:
+                self._tables.append(file)
+        self._files.sort()
         if not self._files:
             kinds = ", ".join(sorted(endings))
             raise MissingArtifact(f"there are neither tars nor images ({kinds}) in {self.path}")
@@ -78,7 +84,7 @@ class CaptionedFolder(FolderDataset):
             self.said = [listed[name] for name in by_name if name in listed]
             return
         listed = {}
-        for table in _shown(self.path, (file for name in TABLES for file in self.path.rglob(name))):
+        for table in sorted(self._tables):
             found = read_listing(table, self.path)
             if absent := next((name for name in found if name not in by_name), None):
                 raise PromptError(f"{table} names {absent!r}, and there is no such image in {self.path}")
@@ -96,8 +102,3 @@ class CaptionedFolder(FolderDataset):
     def label(self, index: int) -> str | None:
         """The label that a table gives, else the name of the first folder on the way to the image."""
         return self.said[index].label or super().label(index)
-
-
-def _shown(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """The files in order, without those that a dot hides, in front of their names or of a folder's on the way."""
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from synthgen.errors import CorruptFile, one_line
 from synthgen.image import UNDECODABLE
 from synthgen.stores import remedy
+from synthgen.stores._failures import is_of_system, unreadable
 
 __all__ = ["IMAGES", "ImageDataset", "JoinedDataset", "NamedBox", "Sample", "place_in", "telling"]
 
@@ -138,9 +139,12 @@ def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
 
     Raises:
         CorruptFile: it cannot be decoded, or one of ``also`` came of it.
+        StorageError: the system does not let the file be read, which says nothing of its content.
     """
     kinds: tuple[type[Exception], ...] = (*UNDECODABLE, *also)
     try:
         yield
     except kinds as error:
+        if isinstance(error, OSError) and is_of_system(error):
+            raise unreadable(path, error) from None
         raise CorruptFile(f"sample {key} of {path} cannot be read: {one_line(error)}; {remedy(path)}") from None

@@ -12,7 +12,7 @@ from synthgen.datasets.samples import ImageDataset, JoinedDataset
 from synthgen.datasets.shards import ShardDataset
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.records import WordMasks
-from synthgen.stores import parse_location
+from synthgen.stores import parse_location, walk_files
 from synthgen.stores.remote import RemotePath
 
 __all__ = ["LazyMasks", "open_captioned", "open_dataset", "open_masks", "source_inputs", "tars_of"]
@@ -85,7 +85,7 @@ def source_inputs(*sources: str | Path) -> dict[str, str]:
     """
     found = {}
     for source in sources:
-        files = tars_of(source) or sorted(file for file in parse_location(source).rglob("*") if file.is_file())
+        files = tars_of(source) or sorted(file for file in walk_files(parse_location(source)) if file.is_file())
         found[str(source)] = " ".join(f"{file.name}:{file.stat().st_size}" for file in files)
     return found
 

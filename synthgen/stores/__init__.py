@@ -6,6 +6,7 @@ can be done at both is here and in :mod:`synthgen.stores.tar`; fsspec is importe
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from synthgen.errors import StorageError, SynthgenError
+from synthgen.stores._failures import unreadable
 from synthgen.stores.cache import cache_bytes, work_folder
 from synthgen.stores.remote import RemotePath
 
@@ -28,9 +30,13 @@ __all__ = [
     "read_many",
     "read_range",
     "remedy",
+    "stamps",
     "stays_remote",
     "temporaries",
+    "walk_files",
 ]
+
+logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # two letters and more: one is a drive
 _TRIES = 5
@@ -52,7 +58,7 @@ def parse_location(place: str | Path) -> Path:
         return Path(place)
     if found[1].lower() in ("file", "local"):
         return Path("/", str(place)[found.end() :])
-    path = RemotePath(str(place))
+    path = RemotePath(f"{found[1].lower()}://{str(place)[found.end() :]}")
     path.check()
     return path
 
@@ -81,13 +87,70 @@ def open_here(path: Path) -> BufferedReader:
 
 def listing(folder: Path) -> dict[str, int]:
     """The names of the files in a folder, each with its size in bytes; of a store one request for a thousand."""
+    return {name: size for name, (size, _) in stamps(folder).items()}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """The names of the files in a folder, each with its size in bytes and the time of its last change in ns."""
     if isinstance(folder, RemotePath):
-        return {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
+        found = {path.name: path.stat() for path in folder.glob("*") if path.is_file()}
+    else:
+        try:
+            with os.scandir(folder) as entries:
+                found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def walk_files(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
+    """All files below a folder, those in linked folders too; without ``hidden``, nothing whose name begins with a dot.
+
+    Real folders come first, then links in the order of their names. A folder is walked once: what a link leads to a
+    second time is left out with a warning, so that no image counts twice and a link to a parent ends.
+
+    Raises:
+        StorageError: a folder cannot be listed.
+    """
+    if isinstance(folder, RemotePath):
+        for path in folder.rglob("*"):
+            names = path.relative_to(folder).parts
+            if path.is_file() and (hidden or not any(name.startswith(".") for name in names)):
+                yield path
+        return
+    if not folder.is_dir():
+        return
+    visited, links = set[tuple[int, int]](), [folder]
+    while links:
+        start = links.pop(0)
+        folders, linked = [start], list[Path]()
+        while folders:
+            current = folders.pop()
+            try:
+                status = current.stat()
+                entries = list(os.scandir(current))
+            except OSError as error:
+                raise unreadable(current, error) from None
+            if (status.st_dev, status.st_ino) in visited:
+                if current == start:
+                    logger.warning("%s leads to a folder that was read already; its files count once", start)
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            for entry in entries:
+                if entry.name.startswith(".") and not hidden:
+                    continue
+                if not _is_folder(entry):
+                    yield current / entry.name
+                else:
+                    (linked if entry.is_symlink() else folders).append(current / entry.name)
+        links.extend(sorted(linked))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def stays_remote(paths: Sequence[Path]) -> dict[Path, RemotePath]:

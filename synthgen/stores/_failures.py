@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from synthgen.errors import StorageError, one_line
@@ -12,11 +13,21 @@ from synthgen.errors import StorageError, one_line
 if TYPE_CHECKING:
     from synthgen.stores.remote import RemotePath
 
-__all__ = ["explained", "is_of_store", "may_pass", "nobody_is_there", "says_no_bucket"]
+__all__ = [
+    "explained",
+    "is_of_store",
+    "is_of_system",
+    "may_pass",
+    "nobody_is_there",
+    "says_no_bucket",
+    "unreadable",
+]
 
 _FINAL = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # this machine's, while it writes a copy
-_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"}
+_OF_THE_FILE = {errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR}  # no fault of a disk
+_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "ftplib", "gcsfs", "google", "paramiko"}
+_CLIENTS |= {"requests", "smbprotocol", "urllib3"}
 
 
 def is_of_store(error: Exception) -> bool:
@@ -27,6 +38,22 @@ def is_of_store(error: Exception) -> bool:
     return isinstance(error, OSError | EOFError) or bool(names & _CLIENTS)
 
 
+def is_of_system(error: Exception) -> bool:
+    """Whether reading failed for a reason that says nothing of the file's content: no permission, no handle, a disk."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """The one-line form of a read that the system refused; nothing is to be deleted for it."""
+    if isinstance(error, PermissionError):
+        remedy = "let this user read it (chmod, chown), then run the same command again"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "too many files are open; raise the limit (ulimit -n), then run the same command again"
+    else:
+        remedy = "the disk or file system failed, which says nothing of the content; run the same command again"
+    return StorageError(f"{path} cannot be read: {error.strerror or one_line(error)}; {remedy}")
+
+
 def says_no_bucket(error: Exception) -> bool:
     """Whether it is the bucket that is not there, and not only the object."""
     return bool(re.search(r"bucket does not exist|NoSuchBucket|container does not exist", str(error)))
@@ -34,7 +61,9 @@ def says_no_bucket(error: Exception) -> bool:
 
 def may_pass(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
-    return not (isinstance(error, _FINAL) or says_no_bucket(error) or _lacks_credentials(error))
+    return not (
+        isinstance(error, _FINAL) or says_no_bucket(error) or _lacks_credentials(error) or _is_bad_request(error)
+    )
 
 
 def nobody_is_there(error: BaseException | None) -> bool:
@@ -62,10 +91,26 @@ def explained(error: Exception, place: RemotePath) -> StorageError:
         return StorageError(
             f"the store refuses {place} ({reason}); see that the credentials are right, and may read and write it"
         )
+    if _is_bad_request(error):
+        return StorageError(
+            f"the store rejects the request for {place} ({reason}); the credentials may have expired "
+            "(AWS_SESSION_TOKEN), or the region (AWS_DEFAULT_REGION) or the clock of this machine may be wrong"
+        )
     return StorageError(
         f"the store does not answer for {place} ({reason}); see that it can be reached (AWS_ENDPOINT_URL), "
         "then run the same command again: what is done stays done"
     )
+
+
+def _is_bad_request(error: Exception) -> bool:
+    """Whether the answer was 400 for the credentials or the region; one to a HEAD has no body, and so no reason.
+
+    s3fs makes an OSError with EINVAL of it, as of a body that arrived incomplete, which may pass.
+    """
+    answer = getattr(error.__cause__, "response", None) or {}
+    codes = {"AuthorizationHeaderMalformed", "InvalidToken", "TokenRefreshRequired"}
+    final = answer.get("Error", {}).get("Code") in codes or "Bad Request" in str(error)
+    return isinstance(error, OSError) and error.errno == errno.EINVAL and final
 
 
 def _lacks_credentials(error: Exception) -> bool:

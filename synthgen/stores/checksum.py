@@ -7,6 +7,7 @@ from pathlib import Path
 
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.stores import open_here
+from synthgen.stores._failures import is_of_system, unreadable
 
 __all__ = ["sha256_of", "verify_sha256"]
 
@@ -22,17 +23,20 @@ def sha256_of(path: Path) -> str:
 
 
 def verify_sha256(path: Path, sha256: str, again: str) -> None:
-    """See that the sha256 of a file is the one that was noted when it was written; ``again`` is what makes it anew.
+    """Check that a file has the sha256 that was recorded when it was written; ``again`` is the command that makes it.
 
     Raises:
         MissingArtifact: there is no such file.
-        CorruptFile: it is not, or the file cannot be read.
+        CorruptFile: it is not, or it is no file.
+        StorageError: the system does not let it be read, which says nothing of its content.
     """
     try:
         found = sha256_of(path)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; run: {again}") from None
     except OSError as error:
+        if is_of_system(error):
+            raise unreadable(path, error) from None
         raise CorruptFile(f"{path} cannot be read: {error.strerror or error}; delete it and run: {again}") from None
     if found != sha256:
         raise CorruptFile(

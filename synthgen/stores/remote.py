@@ -46,6 +46,8 @@ _AT_ONCE = 256  # small objects that are asked for together
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 _PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs"}
 _IN_PARTS = {"s3", "s3a", "gs", "gcs"}  # whose clients take the size of the parts
+_WITH_FOLDERS = {"ftp", "sftp", "smb", "ssh"}  # the client of ftp says of a missing one only that it refuses
+_folders: set[Path] = set()  # that were made there
 _file_systems: dict[tuple[int, str, str], Any] = {}  # process, protocol, bucket → file system
 _answered: set[tuple[int, str, str]] = set()  # those that have shown themselves once, be it by an error
 
@@ -297,7 +299,7 @@ class RemotePath(_Path):
 
     def put(self, data: bytes) -> None:
         """Put ``data`` here at once, in place of what was here."""
-        self.ask(lambda system, key: system.pipe_file(key, data, **self._in_parts()))
+        self._write(lambda system, key: system.pipe_file(key, data, **self._in_parts()))
 
     def create(self, data: bytes) -> bool:
         """Put ``data`` here unless something is; says whether it was put. Stores that cannot tell may let two succeed.
@@ -305,7 +307,7 @@ class RemotePath(_Path):
         An answer that is lost on the way may say no of what was put all the same.
         """
         try:
-            self.ask(lambda system, key: system.pipe_file(key, data, mode="create"))
+            self._write(lambda system, key: system.pipe_file(key, data, mode="create"))
         except FileExistsError:
             return False
         return True
@@ -316,9 +318,25 @@ class RemotePath(_Path):
         Raises:
             StorageError: the store says that something else has come of it.
         """
-        self.ask(lambda system, key: system.put_file(str(file), key, **self._in_parts()))
+        self._write(lambda system, key: system.put_file(str(file), key, **self._in_parts()))
         if self.version()[1] != file.stat().st_size:
             raise StorageError(f"{self} is not as long as what was sent; run the same command again")
+
+    def _write(self, call: Callable[[Any, str], Any]) -> None:
+        """:meth:`ask`; where the store has real folders, make that of the file first."""
+        if self.protocol in _WITH_FOLDERS and self.parent not in _folders:
+            self._make_parent()
+        try:
+            self.ask(call)
+        except FileNotFoundError:
+            if self.protocol in _PACKAGES:  # they have no folders: making one would make a bucket
+                raise
+            self._make_parent()
+            self.ask(call)
+
+    def _make_parent(self) -> None:
+        self.parent.ask(lambda system, key: system.makedirs(key, exist_ok=True))
+        _folders.add(self.parent)
 
     def download(self, file: Path) -> None:
         """Write the object to a local file.
@@ -359,6 +377,7 @@ def _in_one_request(system: Any) -> dict[str, int]:
 
 def forget_connections() -> None:
     """Make the file systems anew when they are next needed, from the environment as it is then."""
+    _folders.clear()
     _file_systems.clear()
     _answered.clear()
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from synthgen.errors import CorruptFile, MissingArtifact, StorageError, one_line
 from synthgen.stores import open_here, remedy
+from synthgen.stores._failures import is_of_system, unreadable
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
 from synthgen.stores.headers import iter_files
@@ -244,6 +245,7 @@ def iter_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     Raises:
         MissingArtifact: there is no such file.
         CorruptFile: it is no tar, it is cut off, or a name in it is refused; names the last key that was read.
+        StorageError: the system does not let it be read, which says nothing of its content.
     """
     last, members = "", dict[str, Member]()
     try:
@@ -261,7 +263,9 @@ def iter_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
                 members[name] = Member(start, length)
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}") from None
-    except (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
+    except OSError as error:
+        raise (unreadable(path, error) if is_of_system(error) else _corrupt(path, last, one_line(error))) from None
+    except (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError, RecursionError) as error:
         raise _corrupt(path, last, one_line(error)) from None
     if members:
         yield last, members
@@ -308,6 +312,8 @@ def read_tar(
             try:
                 wanted = {name: member for name, member in members.items() if names is None or name in names}
                 values = {name: read_member(file, member) for name, member in wanted.items()}
+            except OSError as error:
+                raise unreadable(path, error) from None
             except ValueError as error:
                 raise _corrupt(path, samples.key(number - 1) if number else "", str(error)) from None
             yield key, values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import threading
 import time
 
@@ -14,10 +15,21 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from synthgen.augment import Augment, CenterCrop
-from synthgen.datasets import FolderDataset, ShardDataset, open_dataset, open_masks, rows, source_inputs
+from synthgen.datasets import (
+    FolderDataset,
+    Sample,
+    ShardDataset,
+    open_captioned,
+    open_dataset,
+    open_masks,
+    rows,
+    source_inputs,
+)
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.loader import Order, ahead, collate, loader, workers_for
+from synthgen.plan.source import survey_pictures
+from synthgen.stages._eval_sources import stamp_of
 from synthgen.stores.tar import TarWriter, index_tar
 from tests.factories import make_generation
 
@@ -209,6 +221,27 @@ def test_folders_are_classes(tmp_path):
         FolderDataset(tmp_path / "empty")
 
 
+def test_a_folder_of_links_to_classes_is_read_like_one_of_folders(tmp_path):
+    for name in ("dog", "cat", "bird"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "all" / name / "0.png")
+    subset = tmp_path / "subset"
+    shutil.copytree(tmp_path / "all" / "bird", subset / "bird")
+    for name in ("dog", "cat"):
+        (subset / name).symlink_to(tmp_path / "all" / name)
+    (subset / "dog" / "0.txt").write_text("a dog")
+    samples = open_dataset(subset)
+    assert [(samples.key(n), samples.label(n)) for n in range(3)] == [(f"{c}/0", c) for c in ("bird", "cat", "dog")]
+    assert open_captioned(subset).captions(2) == ("a dog",)
+    assert source_inputs(subset)[str(subset)].split()[1].startswith("0.png:")
+    assert len(source_inputs(subset)[str(subset)].split()) == 4
+    pictures = survey_pictures(str(subset))
+    assert (pictures.count, sorted(one.key for one in pictures.few)) == (3, ["bird/0", "cat/0", "dog/0"])
+    before = stamp_of(str(subset))
+    Image.new("RGB", (9, 9)).save(tmp_path / "all" / "dog" / "0.png")
+    assert stamp_of(str(subset)) != before
+
+
 def test_collate_normalises_and_pads(shards):
     samples = [CenterCrop(size=32)(open_dataset(shards)[n]) for n in (0, 7)]
     batch = collate(samples, MEAN, STD)
@@ -224,6 +257,15 @@ def test_collate_normalises_and_pads(shards):
 
 
 # -- order
+
+
+def test_of_words_beyond_255_there_are_no_masks():
+    """An 8-bit label map has no numbers for them; the background is none either."""
+    label_map = np.zeros((4, 4), np.uint8)
+    label_map[0] = 1
+    sample = Sample("0", np.zeros((4, 4, 3), np.uint8), words=tuple(map(str, range(300))), label_map=label_map)
+    batch = collate([sample], MEAN, STD)
+    assert batch.present[0].nonzero().flatten().tolist() == [0]
 
 
 def test_every_epoch_is_another_permutation():

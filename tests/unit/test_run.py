@@ -1,21 +1,22 @@
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import yaml
 
-from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.entries import changes, merge_settings
+from synthgen.entries import as_yaml, changes, merge_settings, read_fingerprint
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, StorageError, UnitsFailed
+from synthgen.options import resume_settings
 from synthgen.records import Report
 from synthgen.redact import redacted
 from synthgen.run import Run
@@ -48,7 +49,7 @@ class Refused:
 
     collective: ClassVar = True
 
-    def map(self, stage, run, units, listener):
+    def map(self, stage, run, units, progress):
         return (Report(unit, error="no") for unit in units)
 
 
@@ -351,12 +352,12 @@ def test_a_training_goes_on_with_the_settings_of_its_folder(tmp_path):
     run = Run.create(tmp_path / "r")
     plain = trained(run, "pretrain/mae", epochs=3, data=("a.tar",))
     named = trained(run, "pretrain/second", method=Choice("vlp", {"region_weight": 2.0}), label="second")
-    assert settings_to_go_on(run, "pretrain", {}) == plain
-    assert settings_to_go_on(run, "pretrain", {"label": "mae"}) == plain  # its name, and not another label
-    assert settings_to_go_on(run, "pretrain", {"method": "mae", "batch_size": 8}) == plain | {"batch_size": 8}
-    assert settings_to_go_on(run, "pretrain", {"label": "second"}) == named
-    assert settings_to_go_on(run, "pretrain", {"method": "umd", "epochs": 2}) == {"method": "umd", "epochs": 2}
-    other = settings_to_go_on(run, "pretrain", {"label": "mae", "method": "vlp"})  # to be refused, in that folder
+    assert resume_settings(run, "pretrain", {}) == plain
+    assert resume_settings(run, "pretrain", {"label": "mae"}) == plain  # its name, and not another label
+    assert resume_settings(run, "pretrain", {"method": "mae", "batch_size": 8}) == plain | {"batch_size": 8}
+    assert resume_settings(run, "pretrain", {"label": "second"}) == named
+    assert resume_settings(run, "pretrain", {"method": "umd", "epochs": 2}) == {"method": "umd", "epochs": 2}
+    other = resume_settings(run, "pretrain", {"label": "mae", "method": "vlp"})  # to be refused, in that folder
     assert make_stage("pretrain", other).artifacts() == ("pretrain/mae",)
     assert run.remedy("pretrain/second") == f"synthgen pretrain --label second --run {run.path}"
 
@@ -418,18 +419,18 @@ def test_what_was_not_written_down_is_not_gone_on_with(tmp_path, method, data, s
     run = Run.create(tmp_path / "r")
     trained(run, "pretrain/vlp", method=Choice("vlp", method), data=data)
     with pytest.raises(ConfigError) as refused:
-        settings_to_go_on(run, "pretrain", {"label": "vlp"})
+        resume_settings(run, "pretrain", {"label": "vlp"})
     assert says in str(refused.value)
     given = {"label": "vlp", "method": {"tokenizer": "tok", "api_key": "x"}, "data": ["d.tar"]}
-    assert settings_to_go_on(run, "pretrain", given)["method"] == {"name": "vlp", "tokenizer": "tok", "api_key": "x"}
+    assert resume_settings(run, "pretrain", given)["method"] == {"name": "vlp", "tokenizer": "tok", "api_key": "x"}
 
 
 def test_settings_with_which_nothing_was_made_are_not_gone_on_with(tmp_path):
     run = Run.create(tmp_path / "r")
     trained(run, "pretrain/mae", epochs=3)
     (run.folder("pretrain/mae") / "checkpoints" / "step-1.safetensors").unlink()
-    assert settings_to_go_on(run, "pretrain", {"batch_size": 8}) == {"batch_size": 8}
-    assert settings_to_go_on(run, "pretrain", {})["epochs"] == 3  # nothing but the run is given
+    assert resume_settings(run, "pretrain", {"batch_size": 8}) == {"batch_size": 8}
+    assert resume_settings(run, "pretrain", {})["epochs"] == 3  # nothing but the run is given
 
 
 def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
@@ -437,11 +438,139 @@ def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
     with run.claim(Drawn()) as claimed:
         for name in ("images", "maps"):  # somebody empties the folders and begins anew
             (run.folder(name) / "settings.yaml").unlink()
-        run.record_settings(replace(Drawn(), units=3))
-        with claimed.write("images", 0) as images:
-            images.add("0000000000", {"txt": b"x"})
-    assert run.mark("images", 0)["fingerprint"] == claimed.artifact("images")["fingerprint"]
-    assert run.mark("images", 0)["fingerprint"] != run.artifact("images")["fingerprint"]
+        write_images(claimed)
+        assert run.mark("images", 0)["fingerprint"] == claimed.artifact("images")["fingerprint"]
+        assert run.artifact("images") == claimed.artifact("images")  # put back with the unit
+
+
+def write_images(run, unit=0):
+    with run.write("images", unit) as images:
+        images.add(f"{unit:06d}0000", {"txt": b"x"})
+
+
+def all_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_command_whose_folder_was_given_other_settings_meanwhile_adds_nothing(tmp_path):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed):
+        run_stage(Failing(), run, Local(workers=1))
+    again = run.claim(Failing())
+    claimed = again.__enter__()
+    run_stage(Drawn(unit_size=5), run, Local(workers=1))  # the notes of failures say that nobody is at work
+    before = [all_bytes(run.folder(name)) for name in ("images", "maps")]
+    with pytest.raises(StaleArtifact, match=r"has given .*images other settings since"):
+        write_images(claimed)
+    with pytest.raises(StaleArtifact):  # and no note of it either
+        claimed.fail(Failing(), Report(0, error="no"))
+    with pytest.raises(StaleArtifact):
+        again.__exit__(None, None, None)
+    assert [all_bytes(run.folder(name)) for name in ("images", "maps")] == before
+    assert run.artifact("images")["settings"]["unit_size"] == 5
+
+
+@dataclass(frozen=True)
+class Overtaken(Drawn):
+    """Fails at first; while it loads its model again, another command works on the same run with other settings."""
+
+    again: ClassVar[bool] = False
+    note: str = "not those of the other"
+
+    @contextmanager
+    def open(self, run, worker):
+        if self.again:
+            run_stage(Drawn(unit_size=5), Run.open(run.path), Local(workers=1))
+        with (super() if self.again else Failing()).open(run, worker) as work:
+            yield work
+
+
+def test_such_a_command_ends_with_one_line(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(UnitsFailed):
+        run_stage(Overtaken(), run, Local(workers=1))
+    monkeypatch.setattr(Overtaken, "again", True)
+    with pytest.raises(StaleArtifact, match="choose another --run folder") as refused:
+        run_stage(Overtaken(), run, Local(workers=1))
+    assert "\n" not in str(refused.value)
+    assert {run.mark("images", unit)["fingerprint"] for unit in run.units("images")} == {
+        run.artifact("images")["fingerprint"]
+    }
+    assert not run.failures("images")
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_what_the_same_command_elsewhere_takes_back_is_put_back_or_belongs_to_a_third(tmp_path, third):
+    run = Run.create(tmp_path / "r")
+    first, second = run.claim(Drawn()), run.claim(Drawn())
+    first.__enter__()
+    claimed = second.__enter__()
+    assert not first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert run.find_artifact("images") is None
+    if third:
+        run_stage(Drawn(unit_size=5), run, Local(workers=1))
+        with pytest.raises(StaleArtifact):
+            write_images(claimed)
+        with pytest.raises(StaleArtifact):  # at the end, for a stage that has no units
+            second.__exit__(None, None, None)
+    else:
+        write_images(claimed)
+        with pytest.raises(StaleArtifact, match="unit_size is 5 and was 6"):
+            run_stage(Drawn(unit_size=5), run, Local(workers=1))
+        second.__exit__(None, None, None)
+
+
+def test_settings_of_another_command_are_not_taken_back(tmp_path):
+    run = Run.create(tmp_path / "r")
+    other = run.check(Drawn(unit_size=5))
+
+    def replaced():
+        with run.claim(Drawn()):
+            (run.folder("images") / "settings.yaml").write_bytes(as_yaml(other))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replaced()
+    assert run.find_artifact("images") == other
+    assert run.find_artifact("maps") is None
+
+
+def test_settings_that_change_between_check_and_claim_are_noticed(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "r")
+    other = run.check(Drawn(unit_size=5))
+
+    def create(path, data):
+        return create_bytes(path, as_yaml(other))  # another was first to replace what this one put there
+
+    monkeypatch.setattr("synthgen.run.create_bytes", create)
+    with pytest.raises(StaleArtifact), run.claim(Drawn()):
+        pytest.fail("it must not begin")
+    assert run.find_artifact("images") == other
+
+
+def test_units_made_with_other_settings_are_refused(tmp_path):
+    run = make_run(tmp_path / "r", masks=False)
+    path = run.tar("images", 1).with_suffix(".json")
+    mark = json.loads(path.read_text())
+    path.write_text(json.dumps(mark | {"fingerprint": "0" * 64}))
+    with pytest.raises(StaleArtifact, match=r"1 of 2 units of .*images were made with other .*\(first: 000001\)"):
+        run.units("images")
+    assert run_stage(Drawn(), run, Local(workers=1)).samples == 6
+    assert run.units("images") == [0, 1]
+    path.write_text("no mark")  # the damage is told by whoever reads the unit
+    assert run.units("images") == [0, 1]
+
+
+def test_a_fingerprint_is_found_in_any_yaml(tmp_path):
+    path = tmp_path / "settings.yaml"
+    assert read_fingerprint(path) is None
+    value = {"settings": {"fingerprint": "1" * 64, "text": "a\nfingerprint: " + "2" * 64}, "fingerprint": "a" * 64}
+    for data in (as_yaml(value), json.dumps(value).encode(), as_yaml(value | {"fingerprint": "0" * 64})):
+        path.write_bytes(data)
+        assert read_fingerprint(path) == yaml.safe_load(data)["fingerprint"]
+    path.write_text("a: 1")
+    with pytest.raises(ConfigError, match="no fingerprint of the right kind"):
+        read_fingerprint(path)
 
 
 def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):

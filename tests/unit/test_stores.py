@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import ftplib
 import hashlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +22,7 @@ import numpy as np
 import pytest
 from fsspec.registry import _registry
 
+from synthgen.datasets.samples import telling
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingDependency, StorageError
 from synthgen.image import encode_png
 from synthgen.log import logged_to
@@ -31,11 +36,14 @@ from synthgen.stores import (
     parse_location,
     read_many,
     stays_remote,
+    walk_files,
 )
 from synthgen.stores import remote as module
+from synthgen.stores._lock import locked, note_of
 from synthgen.stores.cache import cache_bytes, cache_folder, local_copy
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import TarWriter, create_bytes, index_tar, read_tar, write_bytes
+from tests.factories import make_run
 from tests.store_server import Store, forget_connections
 
 SAMPLES = [(f"{number:010d}", {"txt": b"a disc", "json": b"{}", "bin": bytes(number * 100)}) for number in range(5)]
@@ -71,6 +79,7 @@ def test_urls_are_told_from_paths() -> None:
     ):  # a slash is lost
         assert isinstance(parse_location(given), RemotePath)
         assert str(parse_location(given)) == "s3://bucket/a/run"
+    assert str(parse_location("S3://Bucket/A")) == "s3://Bucket/A"
     assert is_in_memory(parse_location("memory://run"))
     assert not is_in_memory(parse_location("s3://bucket/run"))
 
@@ -462,3 +471,254 @@ def test_what_a_store_says_of_secrets_is_not_repeated(store: Store, monkeypatch:
         path.ask(refused)
     assert "no-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("error", "asked", "says"),
+    [
+        (OSError(errno.EINVAL, "Bad Request"), 1, "the credentials may have expired"),  # what a HEAD is answered
+        (OSError(errno.EINVAL, "the body is incomplete"), 4, "the store does not answer"),
+    ],
+)
+def test_an_answer_of_bad_request_without_a_reason_is_final(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: OSError, asked: int, says: str
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    path, calls = parse_location(store.url("a.json")), []
+    assert isinstance(path, RemotePath)
+
+    def rejected(system: object, key: str) -> None:
+        calls.append(key)
+        raise error
+
+    with pytest.raises(StorageError, match=says):
+        path.ask(rejected)
+    assert len(calls) == asked
+
+
+# -- stores with real folders
+
+
+@pytest.fixture(params=["folders", "ftp"])
+def folders(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A store that makes no folder when a file is put; fsspec's client of ftp does not even say that it is missing."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Folders(LocalFileSystem):
+        protocol = request.param
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return str(path).replace(f"{request.param}://", f"{tmp_path}/", 1)
+
+        def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: object) -> None:
+            try:
+                super().pipe_file(path, value, mode=mode)
+            except FileNotFoundError as error:
+                raise (ftplib.error_perm("553 Could not create file.") if request.param == "ftp" else error) from None
+
+    (tmp_path / "host").mkdir()
+    monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
+    before = dict(_registry)
+    fsspec.register_implementation(request.param, Folders, clobber=True)
+    module.forget_connections()
+    yield parse_location(f"{request.param}://host/deep/run")
+    _registry.clear()
+    _registry.update(before)
+    module.forget_connections()
+
+
+def test_a_store_with_real_folders_holds_a_run(folders: Path, tmp_path: Path) -> None:
+    run = make_run(folders, units=2, unit_size=2)
+    assert (tmp_path / "host/deep/run/run.yaml").is_file()
+    assert Run.open(folders).units("masks") == [0, 1]
+    for unit in (0, 1):
+        run.verify("images", unit)
+    with pytest.raises(FileNotFoundError):
+        (folders / "none.json").read_bytes()
+
+
+def test_an_object_store_is_never_asked_to_make_a_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parse_location(store.url("a.json"))
+    assert isinstance(path, RemotePath)
+
+    def gone(*args: object, **options: object) -> None:
+        raise FileNotFoundError("the upload is gone")
+
+    monkeypatch.setattr(path._system(), "pipe_file", gone)
+    monkeypatch.setattr(path._system(), "makedirs", lambda *args, **options: pytest.fail("that would make a bucket"))
+    with pytest.raises(FileNotFoundError):
+        path.put(b"1")
+
+
+# -- what the system refuses is no damage
+
+
+REFUSALS = [errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO]
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_file_that_the_system_does_not_let_be_read_is_not_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run = make_run(tmp_path / "r", units=1, unit_size=1, masks=False)
+    path = run.tar("images", 0)
+
+    def refused(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    def read_image() -> None:
+        with telling(path, "0"):
+            refused(path)
+
+    monkeypatch.setattr("synthgen.stores.tar.open_here", refused)
+    monkeypatch.setattr("synthgen.stores.checksum.open_here", refused)
+    for read in (lambda: index_tar(path), lambda: run.verify("images", 0), read_image):
+        with pytest.raises(StorageError, match=rf"cannot be read: {os.strerror(number)}") as caught:
+            read()
+        assert "delete" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_damaged_is_still_to_be_deleted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", units=1, unit_size=1, masks=False)
+    path = run.tar("images", 0)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(CorruptFile, match="delete it"):
+        index_tar(path)
+    with pytest.raises(CorruptFile, match="truncated"), telling(path, "0"):
+        raise OSError("image file is truncated")  # as Pillow says it: no error of the system
+
+
+def test_a_copy_of_another_user_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path = parse_location(store.url("a.bin"))
+    write_bytes(path, b"one")
+    open_here(path).close()
+    monkeypatch.setattr(os, "utime", refused)
+    store.lines.clear()
+    assert open_here(path).read() == b"one"
+    assert not any(line.startswith("GET") for line in store.lines)
+
+
+# -- processes that share a cache
+
+
+def slow_downloads(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[int]]:
+    """The names of what is downloaded, and how many bytes are on their way at the start of each."""
+    names, sizes, arriving = list[str](), list[int](), dict[int, int]()
+    download = RemotePath.download
+
+    def slow(self: RemotePath, file: Path) -> None:
+        names.append(self.name)
+        arriving[threading.get_ident()] = self.version()[1]
+        sizes.append(sum(arriving.values()))
+        time.sleep(0.1)
+        download(self, file)
+        del arriving[threading.get_ident()]
+
+    monkeypatch.setattr(RemotePath, "download", slow)
+    return names, sizes
+
+
+def test_one_downloads_and_the_others_wait_for_its_copy(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parse_location(store.url("a.bin"))
+    write_bytes(path, b"one")
+    names, _ = slow_downloads(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda number: open_here(path).read(), range(4))) == [b"one"] * 4
+    assert names == ["a.bin"]
+    assert [file.name for file in (cache_folder() / "locks").iterdir()] == ["room.lock"]
+
+
+def test_what_is_on_its_way_counts_in_full(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "2500")
+    paths = [parse_location(store.url(f"{number}.bin")) for number in range(4)]
+    for path in paths:
+        write_bytes(path, bytes(1000))
+    names, sizes = slow_downloads(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda path: open_here(path).read(), paths)) == [bytes(1000)] * 4
+    assert sorted(names) == [path.name for path in paths]
+    assert max(sizes) == 2000
+    assert sum(file.stat().st_size for file in copies()) <= 2500
+
+
+def test_a_file_larger_than_the_bound_is_read_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTHGEN_CACHE_BYTES", "500")
+    paths = [parse_location(store.url(f"{number}.bin")) for number in range(2)]
+    for path in paths:
+        write_bytes(path, bytes(1000))
+        assert open_here(path).read() == bytes(1000)
+    assert len(copies()) == 1
+
+
+def test_the_lock_of_a_killed_process_is_free_and_its_file_goes(tmp_path: Path) -> None:
+    file = tmp_path / "a.lock"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with locked(file) as lock:
+            lock.note(b"1000")
+            os.write(writer, b"x")
+            time.sleep(600)
+    os.read(reader, 1)
+    assert note_of(file) == b"1000"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert file.is_file()
+    with locked(file, keep=True):  # it waits for nobody
+        assert note_of(file) == b""
+    assert note_of(file) is None
+    assert not file.exists()
+
+
+def test_where_no_lock_can_be_had_each_downloads_for_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("synthgen.stores._lock.fcntl.flock", unknown)
+    path = parse_location(store.url("a.bin"))
+    write_bytes(path, b"one")
+    assert open_here(path).read() == b"one"
+
+
+# -- folders of this machine
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_walked_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("root/real/a", "root/.hidden/b", "other/deep/c", "other/.d", "third/e"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / "root"
+    for name, target in (
+        ("another", "third"),
+        ("link", "other"),
+        ("real/up", "root"),  # round and round
+        ("same", "root/real"),
+        ("zz", "third"),
+    ):
+        (root / name).symlink_to(tmp_path / target)
+    (root / "broken").symlink_to(tmp_path / "none")
+    (root / "itself").symlink_to(root / "itself")
+    found = [path.relative_to(root).as_posix() for path in walk_files(root)]
+    plain = ["another/e", "broken", "itself", "link/deep/c", "real/a"]
+    assert sorted(found) == sorted([*plain, ".hidden/b", "link/.d"])
+    assert sorted(path.relative_to(root).as_posix() for path in walk_files(root, hidden=False)) == plain
+    assert "zz leads to a folder that was read already" in caplog.text
+    assert list(walk_files(tmp_path / "none")) == []
+
+
+def test_a_folder_that_may_not_be_listed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(StorageError, match="cannot be read: Permission denied; let this user read it"):
+        list(walk_files(tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,23 @@ def kinds(run: Run) -> tuple[str, str]:
 def state(run: Run) -> list[tuple[int, int]]:
     paths = (run.tar(name, 7).with_suffix(ending) for name in ("images", "maps") for ending in (".tar", ".json"))
     return [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
+
+
+def test_a_batch_is_freed_while_the_next_one_is_drawn(run: Run) -> None:
+    freed: list[bool] = []
+
+    def batches() -> Iterator[list[Generation]]:
+        made = [next(drawn("one"))]
+        image = weakref.ref(made[0][0].image)
+        yield made.pop()
+        for _ in range(3000):  # until the other thread has written it
+            if image() is None:
+                break
+            time.sleep(0.01)
+        freed.append(image() is None)
+
+    write_unit(run, 7, batches(), lambda count: None)
+    assert freed == [True]
 
 
 @pytest.mark.parametrize("lost", ["images", "maps"])
