@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from jaxtyping import UInt64
 
 from synthgen.untrusted import visible
 
-__all__ = ["MASK_COLUMNS", "SCHEMA_VERSION", "count_split", "dataset_card", "parquet_bytes", "wids_index"]
+__all__ = [
+    "MASK_COLUMNS",
+    "SCHEMA_VERSION",
+    "PromptCount",
+    "count_split",
+    "dataset_card",
+    "parquet_bytes",
+    "prompt_figures",
+    "wids_index",
+]
 
 SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
 
@@ -116,25 +129,57 @@ def wids_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}
 
 
-def count_split(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def count_split(folder: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], PromptCount]:
     """Samples, bytes, labels, words, image sizes and prompts of the shards in ``rows``, from their parquet files."""
     from pyarrow import parquet
 
-    labels, words, sizes, prompts = Counter[str](), Counter[str](), Counter[str](), set[str]()
+    labels, words, sizes, prompts = Counter[str](), Counter[str](), Counter[str](), PromptCount()
     for row in rows:
-        table = parquet.read_table((folder / row["file"]).with_suffix(".parquet")).to_pydict()
+        path = (folder / row["file"]).with_suffix(".parquet")
+        table = parquet.read_table(path, columns=["label", "words", "width", "height", "prompt"]).to_pydict()
         labels.update(label for label in table["label"] if label)
         words.update(word for all_words in table["words"] for word in set(all_words))
         sizes.update(f"{width}x{height}" for width, height in zip(table["width"], table["height"], strict=True))
-        prompts.update(table["prompt"])
-    return {
+        prompts.add(table["prompt"])
+    counts = {
         "samples": sum(row["samples"] for row in rows),
         "shards": len(rows),
         "bytes": sum(row["bytes"] for row in rows),
         "labels": dict(sorted(labels.items())),
         "words": dict(sorted(words.items())),
         "sizes": dict(sorted(sizes.items())),
-        "prompts": prompts,
+    }
+    return counts, prompts
+
+
+class PromptCount:
+    """Counts distinct prompts by 64-bit hashes, 8 bytes a prompt, and keeps the first ten in order as examples."""
+
+    def __init__(self) -> None:
+        self.examples: list[str] = []
+        self._hashes: list[np.ndarray] = []
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Count the prompts of a shard."""
+        different = set(prompts)
+        self.examples = heapq.nsmallest(10, {*self.examples, *different})
+        data = b"".join(hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in different)
+        self._hashes.append(np.frombuffer(data, np.uint64))
+
+    @property
+    def hashes(self) -> UInt64[np.ndarray, " n"]:
+        """The hash of each distinct prompt, in order."""
+        return np.unique(np.concatenate(self._hashes)) if self._hashes else np.empty(0, np.uint64)
+
+
+def prompt_figures(train: PromptCount, val: PromptCount) -> dict[str, Any]:
+    """The distinct prompts of both splits, examples of them, and how many of val are in train as well."""
+    in_train, in_val = train.hashes, val.hashes
+    shared = {"val": len(in_val), "val_in_train": len(np.intersect1d(in_train, in_val, assume_unique=True))}
+    return {
+        "distinct": len(np.union1d(in_train, in_val)),
+        "examples": heapq.nsmallest(10, {*train.examples, *val.examples}),
+        **(shared if len(in_train) and len(in_val) else {}),
     }
 
 

@@ -127,6 +127,8 @@ def survey_prompts(path: str | Path, template: str | Path | None = None, *, most
 
 def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that hold a prompt, with their numbers."""
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):  # each line would be drawn as it stands
+        raise PromptError(f"{path}: prompts come from a .txt file (a line each) or a .jsonl file (an object each)")
     found = False
     for number, line in _lines(path, "prompt file", "--prompts"):
         if line.startswith("#") and not _is_json(path):

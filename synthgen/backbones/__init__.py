@@ -1,4 +1,4 @@
-"""Backbones: diffusion models that make images and tell where each word looked."""
+"""Backbones: diffusion models that generate images and record the cross-attention map of each word."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from synthgen.diffusion import FAMILIES, DType, Loading, Sampling, load_pipeline, pipeline_class, refuse_negative
+from synthgen.errors import ConfigError
 from synthgen.records import Generation, Request
 
 __all__ = ["Diffusers"]
@@ -70,6 +71,11 @@ class Diffusers:
             height,
             width,
         )
+        if negative_prompt and sampling.guidance_scale <= 1:
+            raise ConfigError(
+                f"a negative prompt has no effect without guidance (guidance_scale {sampling.guidance_scale:g}); "
+                "leave it empty, or raise guidance_scale above 1"
+            )
         selection = family.default_selection
         if skip_steps is not None:
             selection = replace(selection, skip_steps=skip_steps)

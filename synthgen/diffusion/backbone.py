@@ -15,7 +15,7 @@ from torch import Tensor
 
 from synthgen.attention.layers import levels_of
 from synthgen.attention.recorder import Recorder, record
-from synthgen.attention.words import TextEncoder, WordTokens, locate_in_encoders
+from synthgen.attention.words import PromptTokenizer, WordTokens, locate_in_encoders
 from synthgen.diffusion.memory import AdaptiveBatches
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
@@ -89,7 +89,7 @@ class DiffusionBackbone(ABC):
         """The U-Net or the transformer."""
 
     @abstractmethod
-    def encoders(self) -> tuple[TextEncoder, ...]:
+    def encoders(self) -> tuple[PromptTokenizer, ...]:
         """The text encoders whose tokens the network attends to, and where theirs begin."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from synthgen.attention.words import TextEncoder
+from synthgen.attention.words import PromptTokenizer
 from synthgen.diffusion.backbone import AttentionSelection, Denoiser, DiffusionBackbone, Step
 from synthgen.errors import ConfigError
 
@@ -67,9 +67,9 @@ class StableDiffusion(Family):
         return self.pipeline.unet
 
     @override
-    def encoders(self) -> tuple[TextEncoder, ...]:
+    def encoders(self) -> tuple[PromptTokenizer, ...]:
         tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return tuple(TextEncoder(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer)
+        return tuple(PromptTokenizer(tokenizer, tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer)
 
     @override
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -253,11 +253,11 @@ class StableDiffusion3(JointAttention):
     max_sequence_length = 256  # T5's tokens, as in the pipeline
 
     @override
-    def encoders(self) -> tuple[TextEncoder, ...]:
+    def encoders(self) -> tuple[PromptTokenizer, ...]:
         pipeline = self.pipeline
         clip = pipeline.tokenizer_max_length
         found = [
-            TextEncoder(tokenizer, clip)
+            PromptTokenizer(tokenizer, clip)
             for tokenizer, encoder in (
                 (pipeline.tokenizer, pipeline.text_encoder),
                 (pipeline.tokenizer_2, pipeline.text_encoder_2),
@@ -265,7 +265,7 @@ class StableDiffusion3(JointAttention):
             if encoder is not None
         ]
         if pipeline.text_encoder_3 is not None:
-            found.append(TextEncoder(pipeline.tokenizer_3, self.max_sequence_length, start=clip))
+            found.append(PromptTokenizer(pipeline.tokenizer_3, self.max_sequence_length, start=clip))
         return tuple(found)
 
     @override
@@ -317,8 +317,8 @@ class Flux(JointAttention):
         return False
 
     @override
-    def encoders(self) -> tuple[TextEncoder, ...]:
-        return (TextEncoder(self.pipeline.tokenizer_2, self.max_sequence_length),)
+    def encoders(self) -> tuple[PromptTokenizer, ...]:
+        return (PromptTokenizer(self.pipeline.tokenizer_2, self.max_sequence_length),)
 
     @override
     def arguments(self, texts: Sequence[str]) -> dict[str, Any]:

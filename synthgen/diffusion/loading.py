@@ -38,6 +38,8 @@ SHORT_NAMES: dict[str, str] = {  # for a model's hub id
 _INDEX = "model_index.json"
 _LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last: where diffusers keeps the safety checker
 _EDM, _SDE = "EDMEulerScheduler", "DPMSolverSDEScheduler"
+_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}  # parts that no family needs to draw
+_OPTIONAL = {"StableDiffusion3Pipeline": {*_UNUSED, "text_encoder_3", "tokenizer_3"}}  # by the class of the pipeline
 _PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -101,9 +103,7 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     if loading.variant:
         options["variant"] = loading.variant
     index = _index(model)
-    unknown = [part for part in loading.without if part not in index]
-    if unknown:
-        raise ConfigError(f"{model!r} has no part {unknown[0]!r} to leave out; there are: {', '.join(_parts(index))}")
+    _check_without(model, index, loading.without)
     _refuse_code(model, index)
     _refuse_pickled(loading)
     empty = set(_parts(index)) - set(_parts(index, saved=True))
@@ -128,6 +128,24 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
         if not is_out_of_memory(error):
             raise
         raise _too_large(model, loading) from None
+
+
+def _check_without(model: str, index: dict[str, Any], without: tuple[str, ...]) -> None:
+    """Check that a model has the parts that are to be left out, and can do without them.
+
+    Raises:
+        ConfigError: there is no such part, or the model needs it.
+    """
+    optional = [part for part in _parts(index) if part in _OPTIONAL.get(str(index.get("_class_name")), _UNUSED)]
+    for part in without:
+        if part not in index:
+            raise ConfigError(f"{model!r} has no part {part!r} to leave out; there are: {', '.join(_parts(index))}")
+        if part not in optional:
+            raise ConfigError(
+                f"{model!r} needs its part {part!r}; what it can do without: {', '.join(optional) or 'nothing'}"
+            )
+    if "tokenizer_3" in without and "text_encoder_3" not in without:
+        raise ConfigError("without tokenizer_3 its text_encoder_3 cannot be used; leave out both")
 
 
 def _placed(pipeline: Any, loading: Loading) -> Any:
@@ -170,7 +188,7 @@ def _index(model: str) -> dict[str, Any]:
     if "/" not in model and not Path(model).exists():  # neither a hub id nor a folder: nobody need be asked
         raise UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
     try:
-        path = Path(model) / _INDEX if Path(model).is_dir() else Path(hf_hub_download(model, _INDEX))
+        path = Path(model) / _INDEX if Path(model).exists() else Path(hf_hub_download(model, _INDEX))
         index = read_json(read_file(path))
     except (OSError, ValueError) as error:
         raise _missing(model, error) from None
@@ -216,10 +234,24 @@ def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
 
 
 def _missing(model: str, error: Exception) -> MissingWeights:
-    kind = "folder" if Path(model).exists() else "folder or model id"
+    path, why = Path(model), one_line(error)
+    if path.is_file():
+        return MissingWeights(
+            f"{model!r} is one file, and a folder in the layout of diffusers is needed; convert it, for example with "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if path.is_dir() and not (path / _INDEX).exists():
+        return MissingWeights(
+            f"the folder {model!r} has no {_INDEX}; give the folder of a diffusers pipeline, which has"
+        )
+    if path.exists():
+        return MissingWeights(
+            f"the folder {model!r} cannot be loaded as a pipeline of diffusers: {why}; check that it is whole, and has "
+            "safetensors weights"
+        )
     return MissingWeights(
-        f"the {kind} {model!r} cannot be loaded as a pipeline of diffusers: {one_line(error)}; download it first, "
-        f"for example with: hf download {model}, and check that it has safetensors weights"
+        f"the model id {model!r} cannot be loaded as a pipeline of diffusers: {why}; download it first, for example "
+        f"with: hf download {model}, and check that it has safetensors weights"
     )
 
 
@@ -253,15 +285,25 @@ def _set_scheduler(pipeline: Any, name: str) -> None:
 def _add_parts(pipeline: Any, loading: Loading) -> None:
     """What is put on top of a model: scheduler, LoRA, learned embeddings."""
     _set_scheduler(pipeline, loading.scheduler)
+    extra = loading.lora or loading.textual_inversion
     try:
         if loading.lora:
             pipeline.load_lora_weights(loading.lora, use_safetensors=True)
+            if not pipeline.get_list_adapters():  # diffusers only warns where no key is a part's of this model
+                raise ConfigError(
+                    f"{loading.lora!r} has no LoRA weights for {loading.model!r}; take some that were trained for it"
+                )
+            extra = loading.textual_inversion
         if loading.textual_inversion:
             pipeline.load_textual_inversion(loading.textual_inversion, use_safetensors=True)
     except (OSError, KeyError, SafetensorError) as error:
-        extra = loading.lora or loading.textual_inversion
-        raise MissingWeights(f"{extra!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    except ValueError as error:
+        raise MissingWeights(f"{extra!r} cannot be loaded: {one_line(error)[:200]}") from None
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         if "PEFT" in str(error):
             raise MissingDependency("LoRA weights need the library 'peft'; install it with: pip install peft") from None
-        raise ConfigError(f"{loading.model!r} does not take these weights: {error}") from None
+        raise ConfigError(
+            f"{loading.model!r} cannot use the weights {extra!r}: {one_line(error)[:300]}; take some that were "
+            "trained for this model"
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float16, Float32, Int, Int16, UInt8
@@ -145,7 +145,7 @@ class EvalData:
     pool: str = "mean"  # what of its tokens is a feature: see Encoder.features
     device: str = "cpu"  # where heads are trained
     describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
-    fresh: bool = False  # the row is of the generator with new weights
+    random_init: bool = False  # the row is of the generator with random weights
 
     def labelled(self) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Training and test images of known class.
@@ -153,10 +153,9 @@ class EvalData:
         Raises:
             ConfigError: there are none, or their features are not numbers.
         """
-        if self.train is None or self.test is None or not len(self.train.labels) or not len(self.test.labels):
-            raise ConfigError("there are no labelled images to learn from, or none to be judged on")
-        _finite(self.train.features, self.test.features)
-        return self.train, self.test
+        train, test = _with_labels(self.train, self.test)
+        _finite(train.features, test.features)
+        return train, test
 
     def mapped(self) -> tuple[LabelledFeatureMaps, LabelledFeatureMaps]:
         """Training and test images of known class, as the blocks of a network give them.
@@ -164,9 +163,7 @@ class EvalData:
         Raises:
             ConfigError: there are none, or what blocks give are not numbers.
         """
-        train, test = self.train_maps, self.test_maps
-        if train is None or test is None or not len(train.labels) or not len(test.labels):
-            raise ConfigError("there are no labelled images to learn from, or none to be judged on")
+        train, test = _with_labels(self.train_maps, self.test_maps)
         _finite(*train.maps, *test.maps)
         return train, test
 
@@ -176,11 +173,11 @@ class EvalData:
         Raises:
             ConfigError: there are none, or they are not numbers.
         """
-        train, test, reader = self.train_latents, self.test_latents, self.reader
-        if train is None or test is None or reader is None or not len(train.labels) or not len(test.labels):
-            raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no generator")
+        train, test = _with_labels(self.train_latents, self.test_latents)
+        if self.reader is None:
+            raise ConfigError("there is no generator that the latents are of")
         _finite(train.values, test.values)
-        return train, test, reader
+        return train, test, self.reader
 
     def images(self) -> tuple[LabelledImages, LabelledImages, Encoder | FeatureReader]:
         """Training and test images of known class, and the encoder, or where there is none what reads the generator.
@@ -188,9 +185,10 @@ class EvalData:
         Raises:
             ConfigError: there are none, or the encoder's weights are not numbers.
         """
-        train, test, network = self.train_images, self.test_images, self.encoder or self.reader
-        if train is None or test is None or network is None or not len(train.labels) or not len(test.labels):
-            raise ConfigError("there are no labelled images to learn from, or none to be judged on, or no encoder")
+        train, test = _with_labels(self.train_images, self.test_images)
+        network = self.encoder or self.reader
+        if network is None:
+            raise ConfigError("there is neither an encoder nor a generator to evaluate")
         if self.encoder is not None:
             _finite(*(weight.detach().reshape(1, -1) for weight in self.encoder.parameters()), what="weights")
         return train, test, network
@@ -203,7 +201,7 @@ class EvalData:
         """
         train, test = self.train_scenes, self.test_scenes
         if train is None or test is None or not len(train) or not len(test):
-            raise ConfigError("there are no images with masks to learn from, or none to be judged on")
+            raise ConfigError("there are no images with masks to train on, or none to evaluate on")
         if test.classes[: len(train.classes)] != train.classes:
             raise ValueError("the classes of the test images must begin with those of training")
         if len(train.classes) < 2:
@@ -213,16 +211,30 @@ class EvalData:
         _finite(train.patches, test.patches)
         return train, test
 
-    def matched(self) -> ImageTextPairs:
+    def image_text_pairs(self) -> ImageTextPairs:
         """Images with their texts.
 
         Raises:
             ConfigError: there are none, or their vectors are not numbers.
         """
         if self.pairs is None or not len(self.pairs.of_image):
-            raise ConfigError("there are no images with texts to be judged on")
+            raise ConfigError("there are no images with texts to evaluate on")
         _finite(self.pairs.images, self.pairs.texts)
         return self.pairs
+
+
+_Labelled = TypeVar("_Labelled", LabelledFeatures, LabelledFeatureMaps, Latents, LabelledImages)
+
+
+def _with_labels(train: _Labelled | None, test: _Labelled | None) -> tuple[_Labelled, _Labelled]:
+    """Both, if there are images in them.
+
+    Raises:
+        ConfigError: there are none in one of them.
+    """
+    if train is None or test is None or not len(train.labels) or not len(test.labels):
+        raise ConfigError("there are no labelled images to train on, or none to evaluate on")
+    return train, test
 
 
 class Evaluator(Protocol):

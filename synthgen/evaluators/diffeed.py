@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.diffusion.feedback import FeedbackNetwork
+from synthgen.diffusion.memory import is_out_of_memory
 from synthgen.errors import SynthgenError
 from synthgen.evaluators import Baseline, EvalData, Latents, Need
 from synthgen.evaluators._attentive import AttentiveHead, AttentiveSettings
@@ -55,7 +55,9 @@ class Diffeed(AttentiveSettings):
 
         try:
             return self.figures(make, scores, train, test, str(network.device))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise SynthgenError(
                 f"the device has too little memory for gradients through the generator for {self.batch_size} images; "
                 "give diffeed a smaller batch_size, or the generator dtype bfloat16"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from synthgen.augment import Augment
 from synthgen.datasets import ImageDataset, Sample
+from synthgen.diffusion.memory import is_out_of_memory
 from synthgen.diffusion.truncated import Shape, TruncatedGenerator
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import Baseline, EvalData, LabelledImages, Need
@@ -88,7 +89,9 @@ class FineTune:
                 right.append(_right(learner, test, data.device))
                 fit.append(float(_right(learner, train, data.device).mean()))
                 del learner  # or two would be held while the next one is made
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             what = "generator" if data.encoder is None else "encoder"
             raise SynthgenError(
                 f"the device has too little memory to train the {what} on {self.batch_size} images at once; "
@@ -241,7 +244,7 @@ def _copied(data: EvalData) -> Encoder | TruncatedGenerator:
     _, _, network = data.images()
     if isinstance(network, Encoder):
         return copy.deepcopy(network)
-    return TruncatedGenerator(network, fresh=data.fresh, device=data.device)
+    return TruncatedGenerator(network, fresh=data.random_init, device=data.device)
 
 
 def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:

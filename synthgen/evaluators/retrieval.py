@@ -36,7 +36,7 @@ class Retrieval:
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
         """``mean_recall``, of both ways and all ranks, with its interval; each recall, its ``chance``, and counts."""
-        pairs = data.matched()
+        pairs = data.image_text_pairs()
         of_images, of_texts = self.found(pairs)
         num_images, num_texts = len(pairs.images), len(pairs.texts)
         recalls = {f"image_to_text_r{k}": float((of_images <= k).double().mean()) for k in self.ranks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -105,16 +106,24 @@ class Saliency:
         )
 
     def judge(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Judged:
-        """How well a decoder finds the foreground of images, as many at a time as it learned from."""
+        """How well a decoder finds the foreground of images."""
+        return compared(self.probabilities(head, scenes, device), scenes)
+
+    def probabilities(
+        self, head: nn.Module, scenes: DenseFeatures, device: str
+    ) -> Iterator[Float32[np.ndarray, "S S"]]:
+        """That a pixel is foreground, image by image; as many are computed together as the decoder learned from.
+
+        Raises:
+            ConfigError: the training of the decoder diverged.
+        """
         size = scenes.pixels.shape[1]
-        found = []
-        with torch.inference_mode():
-            for patches in torch.split(scenes.patches, self.batch_size):
+        for patches in torch.split(scenes.patches, self.batch_size):
+            with torch.inference_mode():
                 logits = F.interpolate(head(patches.to(device)), (size, size), mode="bilinear", align_corners=False)
-                if not logits.isfinite().all():
-                    raise ConfigError("the training of saliency's decoder diverged; give it a lower learning_rate")
-                found.append(logits[:, 0].sigmoid().cpu())
-        return compared(torch.cat(found).numpy(), scenes)
+            if not logits.isfinite().all():
+                raise ConfigError("the training of saliency's decoder diverged; give it a lower learning_rate")
+            yield from logits[:, 0].sigmoid().cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +141,7 @@ class Judged:
         return float(self.curves.mean(0).max())
 
 
-def compared(probabilities: Float32[np.ndarray, "n S S"], scenes: DenseFeatures) -> Judged:
+def compared(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseFeatures) -> Judged:
     """The numbers of each image. Foreground is all that is not the background, classes that nobody knows as well."""
     ious, accuracies, curves, located = [], [], [], []
     for probability, pixels, boxes in zip(probabilities, scenes.pixels.numpy(), scenes.boxes, strict=True):

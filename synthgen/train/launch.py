@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
 from synthgen.errors import ConfigError, MissingDependency, UnknownName
 
@@ -21,9 +21,21 @@ __all__ = ["accelerated", "check_compiler", "check_precision", "check_trackers",
 
 
 def num_processes() -> int:
-    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else."""
+    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else.
+
+    Raises:
+        ConfigError: the environment says that this is one of several processes, and not where they meet.
+    """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return int(PartialState(cpu=cpu).num_processes)
+    try:
+        return int(PartialState(cpu=cpu).num_processes)
+    except ValueError as error:
+        if "MASTER_ADDR" not in str(error):
+            raise
+        raise ConfigError(
+            "the environment says that this is one of several processes (RANK and WORLD_SIZE, or those of MPI), and "
+            "not where they meet (MASTER_ADDR); start a training with accelerate launch, or unset RANK and WORLD_SIZE"
+        ) from None
 
 
 def accelerated(
@@ -42,6 +54,11 @@ def accelerated(
         log_with=list(trackers) or None,
         project_dir=folder,
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"a training holds the whole model in each process, and Accelerate is configured for "
+            f"{accelerator.distributed_type.value}; choose plain data parallelism in `accelerate config`"
+        )
     if accelerator.num_processes > 1:
         atexit.register(accelerator.state.destroy_process_group)
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
@@ -50,20 +67,21 @@ def accelerated(
 
 
 def check_precision(precision: str, device: str) -> None:
-    """See that a training on ``device`` can have this precision: on a CPU Accelerate takes float32 for fp16, silently.
+    """Check that a training on ``device`` can have this precision: on a CPU Accelerate silently takes float32 for fp16.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: fp16 is asked for on a CPU.
     """
     if precision == "fp16" and (device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")):
         raise ConfigError("precision fp16 is for GPUs, and this training runs on a CPU; give precision bf16, or no")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """See that Accelerate knows the trackers and their libraries are there.
+    """Check that Accelerate knows the trackers and that their libraries are installed.
 
     Raises:
-        UnknownName, MissingDependency: it does not, or one is not installed.
+        UnknownName: Accelerate has no tracker of this name.
+        MissingDependency: a tracker's library is not installed.
     """
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()} if trackers else ()
     for tracker in trackers:

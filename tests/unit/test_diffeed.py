@@ -408,9 +408,10 @@ def test_a_class_that_training_lacks_counts_as_wrong(data):
     assert scores["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_too_little_memory_is_said(data, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_too_little_memory_is_said(error, data, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(FeedbackNetwork, "sources", full)
     with pytest.raises(SynthgenError, match=r"too little memory .* 16 images; give diffeed a smaller batch_size"):

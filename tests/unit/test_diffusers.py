@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from synthgen.attention.recorder import Recorder, _Recording
+from synthgen.attention.words import locate_in_encoders, words_cut_off
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.backbone import BLACK, FLAGGED, RETRIES
 from synthgen.diffusion.loading import _set_scheduler
@@ -263,6 +264,77 @@ def test_a_part_can_be_left_out(tmp_path: Path) -> None:
     assert family.generate(ASKED)[0].maps.weights.any()
     with pytest.raises(ConfigError, match=r"no part 'text_encoder_4'.*text_encoder_3"):
         Diffusers(model=str(folder), without=("text_encoder_4",))
+
+
+@pytest.mark.parametrize(
+    ("make", "without"),
+    [
+        (models.make_stable_diffusion, ("text_encoder", "tokenizer")),
+        (models.make_stable_diffusion, ("vae",)),
+        (models.make_stable_diffusion_3, ("text_encoder", "tokenizer")),
+        (models.make_stable_diffusion_3, ("tokenizer_3",)),
+        (models.make_flux, ("text_encoder_2", "tokenizer_2")),
+        (models.make_flux, ("text_encoder",)),
+    ],
+)
+def test_a_part_that_the_family_needs_is_not_left_out(make: Any, without: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"needs its part '{without[0]}'|leave out both"):
+        Diffusers(model=str(make(tmp_path)), without=without)
+
+
+def test_words_behind_a_learned_embedding_of_several_vectors_keep_their_maps(
+    stable_diffusion: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "learned_embeds.safetensors"
+    save_file({"<toy>": torch.randn(4, 16)}, path)
+    family = Diffusers(model=str(stable_diffusion), **OPTIONS, textual_inversion=str(path)).family
+    (request,) = requests("a [cat] on a [<toy>] and a [dog]")
+    tokenizer, text = family.pipeline.tokenizer, request.prompt.text
+    read = tokenizer.tokenize(family.pipeline.maybe_convert_prompt(text, tokenizer))
+    assert read.count("<toy>_3") == 1
+    found = locate_in_encoders(family.encoders(), request.prompt)
+    spelled = [[read[position - 1] for position in positions] for positions in found.positions]  # the first is a mark
+    assert ["".join(word).replace("</w>", "") for word in spelled] == ["cat", "<toy><toy>_1<toy>_2<toy>_3", "dog"]
+    long = parse_line("<toy> and <toy> and <toy> and a [dog]")  # 15 vectors and marks before the dog; 16 are read
+    assert words_cut_off(locate_in_encoders(family.encoders(), long).warnings) == ["dog"]
+
+
+def test_a_negative_prompt_without_guidance_is_refused(stable_diffusion: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no effect without guidance \(guidance_scale 1\)"):
+        Diffusers(model=str(stable_diffusion), **{**OPTIONS, "guidance_scale": 1.0}, negative_prompt="rain")
+
+
+def test_one_file_of_weights_is_told_to_be_converted(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(MissingWeights, match=r"is one file, and a folder .*from_single_file"):
+        Diffusers(model=str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_that_is_no_pipelines_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(MissingWeights, match=r"has no model_index\.json; give the folder of a diffusers pipeline"):
+        Diffusers(model=str(tmp_path))
+
+
+def test_weights_for_another_model_are_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.safetensors"
+    save_file({"<toy>": torch.randn(1, 24)}, wide)
+    with pytest.raises(ConfigError, match=r"cannot use the weights .*wide\.safetensors"):
+        Diffusers(model=str(stable_diffusion), **OPTIONS, textual_inversion=str(wide))
+    folder = models.make_stable_diffusion_3(tmp_path)  # whose pipeline takes no embeddings
+    with pytest.raises(ConfigError, match=r"cannot use the weights .*wide\.safetensors"):
+        Diffusers(model=str(folder), textual_inversion=str(wide))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.transformer_blocks.0.attn.to_q", "unet"])
+def test_a_lora_of_another_model_is_refused(stable_diffusion: Path, tmp_path: Path, prefix: str) -> None:
+    pytest.importorskip("peft")
+    network = Diffusers(model=str(stable_diffusion), **OPTIONS).family.network
+    if prefix == "unet":  # the same layers at another width
+        prefix += "." + next(name for name, _ in network.named_modules() if name.endswith("attn2.to_q"))
+    state = {f"{prefix}.lora_A.weight": torch.randn(2, 24), f"{prefix}.lora_B.weight": torch.randn(24, 2)}
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ConfigError, match=r"has no LoRA weights for|cannot use the weights"):
+        Diffusers(model=str(stable_diffusion), **OPTIONS, lora=str(tmp_path))
 
 
 def test_learned_embeddings_are_words_like_others(stable_diffusion: Path, tmp_path: Path) -> None:

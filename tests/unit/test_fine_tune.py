@@ -15,7 +15,7 @@ from transformers import BeitConfig, BeitModel
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import EvalData, LabelledImages
 from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
-from synthgen.models.tower import load_tower
+from synthgen.models.transformers_encoder import load_tower
 from tests.evaluation import make_encoder, make_pictured
 
 QUICK = {"seeds": 2, "steps": 30, "batch_size": 16, "learning_rate": 0.02, "layer_decay": 1.0}
@@ -242,9 +242,10 @@ def test_images_that_tell_nothing_are_no_divergence():
     assert found["train_accuracy"] == pytest.approx(1 / 3)
 
 
-def test_a_device_that_is_too_small_is_told(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_a_device_that_is_too_small_is_told(error, monkeypatch):
     def full(self, images, keys):
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(Learner, "forward", full)
     with pytest.raises(SynthgenError, match="too little memory to train the encoder on 16 images at once"):
@@ -268,5 +269,5 @@ def test_settings_that_make_no_sense_are_refused(options):
 
 
 def test_an_encoder_is_needed():
-    with pytest.raises(ConfigError, match="or no encoder"):
+    with pytest.raises(ConfigError, match="neither an encoder nor a generator"):
         FineTune().evaluate(dataclasses.replace(make(), encoder=None))

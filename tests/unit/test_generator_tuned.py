@@ -361,7 +361,7 @@ def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(data, monke
 
 def test_from_scratch_it_begins_with_other_weights(data):
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 1, "generator_learning_rate": 1e-9})
-    fresh = dataclasses.replace(data, fresh=True)
+    fresh = dataclasses.replace(data, random_init=True)
     learned = [evaluator.learned(given, 0).encoder.network.conv_in.weight for given in (data, fresh)]
     torch.testing.assert_close(learned[0], data.reader.model.network.conv_in.weight)
     assert not torch.allclose(learned[0], learned[1], atol=1e-3)
@@ -436,9 +436,10 @@ def test_a_training_that_went_wrong_has_no_score(data, rate):
         FineTune(**QUICK | {"generator_learning_rate": rate, "steps": 2}).evaluate(data)
 
 
-def test_too_little_memory_is_said(data, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_too_little_memory_is_said(error, data, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(TruncatedGenerator, "forward", full)
     with pytest.raises(SynthgenError, match="too little memory to train the generator on 12 images at once; give fine"):

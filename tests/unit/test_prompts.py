@@ -23,6 +23,13 @@ from synthgen.prompts import (
 from synthgen.records import Prompt
 
 
+@pytest.mark.parametrize("name", ["p.csv", "p.TSV", "p.json", "p.parquet"])
+def test_a_table_is_not_drawn_line_by_line(tmp_path, name):
+    (tmp_path / name).write_text("prompt,words\na dog,dog\n")
+    with pytest.raises(PromptError, match=r"prompts come from a \.txt file \(a line each\) or a \.jsonl file"):
+        read_prompts(tmp_path / name)
+
+
 def test_brackets_mark_words_and_vanish_from_the_text():
     prompt = parse_line("a photo of a [golden retriever] on a [beach]")
     assert prompt.text == "a photo of a golden retriever on a beach"
