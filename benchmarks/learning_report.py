@@ -30,19 +30,18 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]  # arm → task → one a s
 
 TEXT = """# Do free attention masks help an encoder?
 
-Free-ATM's claim is that the masks which a diffusion model's attention gives for nothing repair the three common ways
-to pretrain on generated images. This page tries it on images of the model that ships with synthgen, by the weights
-that it had when they were made: {images:,} images of [familiar.txt](../prompts/familiar.txt) (32 objects, one to three
-an image), {masks:,} of them with masks by AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training
-**without** masks, one **guided** by them, and a control whose masks have the same area and shape **elsewhere** in the
-image. `vlp` is guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an
-object is (`position_share`, after Free-ATM). What each way is stands in [methods.md](methods.md). Masks elsewhere
-still tell `vlp` which words an image has, and words alone teach much. Therefore the guided form stands beside a
-second plain one, which is told the same words by the same loss and no place: the pixels of its masks are thrown over
-the image one by one (`masks: scattered`). All trainings of a method see the same images equally often ({samples}
-samples) in batches of {batch}, with {seeds} seeds; the encoder is {dim} wide and {depth} deep, on {size} pixels. It
-is a small model, small images and a short training: what holds here need not hold at scale, and no figure here is one
-of the paper's.
+Free-ATM claims that the masks which a diffusion model's attention gives for free improve the three common methods of
+pretraining on generated images. This page tests that on images of the model that ships with synthgen, with the weights
+of that time: {images:,} images of [familiar.txt](../prompts/familiar.txt) (32 objects, one to three per image),
+{masks:,} of them with masks by AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training **without**
+masks, one **guided** by them, and a control whose masks have the same area and shape **elsewhere** in the image. `vlp`
+is guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an object is
+(`position_share`, after Free-ATM). [methods.md](methods.md) describes them. Masks elsewhere still tell `vlp` which
+words an image has, and words alone help much. Therefore the guided form is also compared with a second plain one, which
+gets the same words by the same loss but no location: the pixels of its masks are scattered over the image one by one
+(`masks: scattered`). All trainings of a method see the same images equally often ({samples} samples) in batches of
+{batch}, with {seeds} seeds; the encoder has width {dim} and depth {depth}, on {size} pixels. Model and images are small
+and trainings short: these results need not hold at scale, and none of them reproduces a figure of the paper.
 
 Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
 trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings:
@@ -50,8 +49,8 @@ trainings took {minutes:.0f} minutes in all, each on one core of a machine that 
 
 ## Scores
 
-Mean of the seeds ± their standard deviation. A difference is **bold** where it is larger than both deviations together
-(the root of the sum of their squares): with {seeds} seeds that is a hint, not a proof. Composites are {truth}held-out
+Mean of the seeds ± their standard deviation. A difference is **bold** if it exceeds both deviations together (the root
+of the sum of their squares): with {seeds} seeds that is an indication, not a proof. Composites are {truth}held-out
 images with exact labels, masks and captions; photos are 25 classes of Caltech-101 (`photos`) and 159 images of COCO
 with five captions each (`photo-captions`). `knn` and `linear_probe` are accuracies, `segmentation` the mean IoU of a
 linear head, `retrieval` the mean recall: see [evaluation.md](evaluation.md).
@@ -68,8 +67,8 @@ Scores of composites at each quarter of the training, with the spread of the see
 
 ![Scores over steps](results.png)
 
-Steps after which the guided form, and the control, had reached what the plain form ends with (on straight lines
-between the four points):
+Steps at which the guided form and the control reached the final score of the plain form (interpolated linearly between
+the four points):
 
 {reached}
 """
@@ -137,7 +136,7 @@ def table(family: str, scores: Scores) -> Iterator[str]:
 def baselines(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """What stands beside the encoders."""
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row))
-    yield "### Beside them\n"
+    yield "### Baselines\n"
     yield f"| task | {' | '.join(rows)} |\n| --- |{' --- |' * len(rows)}"
     for task in tasks:
         yield f"| {task} | {' | '.join(f'{row[task]:.3f}' if task in row else '' for row in rows.values())} |"
@@ -192,7 +191,7 @@ def listed(tasks: Sequence[str]) -> str:
 
 
 def reached_table(scores: Scores, curves: Mapping[str, Any]) -> Iterator[str]:
-    yield "| family | task | steps | plain ends with | guided reaches it at | elsewhere reaches it at |"
+    yield "| family | task | steps | final score of plain | guided reaches it at | elsewhere reaches it at |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for family in FAMILIES:
         for task in curves[label(family, "plain")]:

@@ -121,6 +121,22 @@ def test_webdataset_batches_in_worker_processes(shards: Path) -> None:
     assert len(keys) == len(set(keys)) == split_size(shards, "train")
 
 
+# -- PyTorch
+
+
+def test_the_snippet_of_open_dataset_runs(shards: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/format.md").read_text(encoding="utf-8")
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "open_dataset" in code]
+    snippet = snippet.replace("runs/demo/shards/train", str(shards / "train")).replace('"dog"', "sample.words[0]")
+    scope: dict[str, Any] = {"seen": []}
+    exec(snippet.replace("    ...", "    seen.append((images, texts))"), scope)
+    assert scope["dog"].any()
+    assert scope["dog"].shape == (64, 64)
+    assert sum(len(images) for images, _ in scope["seen"]) == split_size(shards, "train")
+    assert {tuple(images.shape[1:]) for images, _ in scope["seen"]} == {(64, 64, 3)}
+    assert {text for _, texts in scope["seen"] for text in texts} <= TEXTS
+
+
 # -- wids
 
 
