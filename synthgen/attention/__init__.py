@@ -1,1 +1,1 @@
-"""Where each token looked while an image was made. Shared by the backbones."""
+"""Recording of cross-attention and self-attention inside diffusion models. Shared by the backbones."""

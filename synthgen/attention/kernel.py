@@ -1,7 +1,7 @@
-"""Fused attention that also tells the log-sum-exp of each row's softmax, so that single columns of it cost little.
+"""Fused attention that also returns the log-sum-exp of each row's softmax, so that single columns are cheap.
 
-``softmax(s)[i, j] = exp(s[i, j] - L[i])`` with ``L[i] = logsumexp(s[i])``. The fused kernels compute L on their way and
-PyTorch's public function throws it away; called by their own names they return it, and the same output to the bit.
+``softmax(s)[i, j] = exp(s[i, j] - L[i])`` with ``L[i] = logsumexp(s[i])``. The fused kernels compute L internally, and
+PyTorch's public function discards it; called directly, the kernels return it together with a bit-identical output.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend
 
 __all__ = ["attention_with_lse", "chosen_kernel", "logsumexp_of"]
 
-_CHUNK = 2**24  # logits that are held at a time where no kernel gives the log-sum-exp
+_CHUNK = 2**24  # logits held at once where no kernel returns the log-sum-exp
 _FLASH, _EFFICIENT, _CUDNN = (
     int(backend.value)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 )
-_PROBE = 8  # rows of the first head that a kernel's log-sum-exp is checked on, once
+_PROBE = 8  # rows of the first head on which a kernel's log-sum-exp is checked, once
 _trusted: dict[tuple[Any, ...], bool] = {}
 
 
@@ -37,12 +37,12 @@ def attention_with_lse(
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"] | None]:
     """``torch.nn.functional.scaled_dot_product_attention`` and the log-sum-exp of its rows, in float32.
 
-    The output is the public function's, bit for bit: the kernel that it would choose is called. The log-sum-exp is None
-    where that kernel does not tell it, and where its word, on the first call that tells anything (NaN does not), was
-    not that of a plain computation.
+    The output is bit-identical to the public function's: the kernel that it would choose is called. The log-sum-exp is
+    None if that kernel does not return it, or if on the first call with finite values it differed from a plain
+    computation.
     """
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    known = query.device.type in ("cpu", "cuda")  # others do not say which kernel they choose
+    known = query.device.type in ("cpu", "cuda")  # other devices do not report the chosen kernel
     plain = (
         not known
         or query.dim() != 4
@@ -57,7 +57,7 @@ def attention_with_lse(
         kernel = -1
     try:
         found = _call(kernel, query, key, value, attn_mask, options)
-    except AttributeError:  # a PyTorch that has no kernel of that name
+    except AttributeError:  # this PyTorch has no kernel of that name
         found = None
     if found is None:
         options["enable_gqa"] = enable_gqa
@@ -66,7 +66,7 @@ def attention_with_lse(
     if kind not in _trusted:
         expected = logsumexp_of(query[:1, :1, :_PROBE], key[:1, :1], scale=scale, mask=_first(attn_mask))
         if not expected.isfinite().all():
-            return output, None  # a broken image says nothing of the kernel
+            return output, None  # non-finite values say nothing about the kernel
         near = lse.shape == query.shape[:3] and torch.allclose(lse[:1, :1, :_PROBE], expected, rtol=1e-3, atol=1e-3)
         _trusted[kind] = bool(near)
         if not near:
@@ -75,7 +75,7 @@ def attention_with_lse(
 
 
 def chosen_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> int:
-    """The ``SDPBackend`` that PyTorch's public function would take; -1 where this PyTorch does not tell."""
+    """The ``SDPBackend`` that PyTorch's public function would choose; -1 if this PyTorch does not report it."""
     choose = getattr(torch, "_fused_sdp_choice", None)
     return -1 if choose is None else int(choose(query, key, value, attn_mask, **options))
 
@@ -83,13 +83,13 @@ def chosen_kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
 def _call(
     kernel: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """The output and log-sum-exp of one kernel, None where it is none of those that tell it."""
+    """The output and log-sum-exp of one kernel; None for kernels that do not return it."""
     aten, scale, rows = torch.ops.aten, options["scale"], query.shape[2]
     if query.device.type == "cpu" and kernel == _FLASH:
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=_as_bias(mask, query), scale=scale
         )
-    elif query.is_cuda and kernel == _FLASH and query.shape[-1] % 8 == 0:  # others are padded on the way
+    elif query.is_cuda and kernel == _FLASH and query.shape[-1] % 8 == 0:  # other widths are padded internally
         output, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
     elif query.is_cuda and kernel == _EFFICIENT:
         output, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
@@ -108,7 +108,7 @@ def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _first(mask: Tensor | None) -> Tensor | None:
-    """A mask's part for the rows that are checked; it spreads over batch, heads and rows."""
+    """The part of a mask for the checked rows; it broadcasts over batch, heads and rows."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]

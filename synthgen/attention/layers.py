@@ -1,4 +1,4 @@
-"""On which grids the attention layers of a network lie, by the names of their processors."""
+"""The grids of a network's attention layers, from the names of their processors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["levels_of"]
 def levels_of(network: Any, layers: tuple[str, ...]) -> tuple[set[int], set[int]]:
     """The grids of cross-attention, and those of self-attention, in the layers that ``layers`` name.
 
-    Grids are factors against the network's finest. ``layers`` are beginnings of the names of attention processors. In a
-    U-Net each block halves the grid of the one before; in a transformer every layer has the finest, and those over
-    text and image together count as both kinds.
+    Grids are factors relative to the network's finest. ``layers`` are prefixes of the names of attention processors. In
+    a U-Net each block halves the grid of the one before; in a transformer every layer has the finest grid, and joint
+    layers over text and image count as both kinds.
 
     Raises:
-        ConfigError: no name begins with one of ``layers``; says which is near.
+        ConfigError: one of ``layers`` is a prefix of no name; the message suggests the closest.
     """
     names = list(network.attn_processors)
     for beginning in layers:
@@ -27,7 +27,7 @@ def levels_of(network: Any, layers: tuple[str, ...]) -> tuple[set[int], set[int]
             raise _unknown(beginning, names)
     found = [name for name in names if name.startswith(layers)]
     if not hasattr(network, "up_blocks"):
-        joint = any(".attn2." not in name for name in found)  # a second attention sees the image alone
+        joint = any(".attn2." not in name for name in found)  # a second attention is over the image alone
         return {1} if joint else set(), {1}
     num_levels = len(network.down_blocks)
     cross = {_level(name, num_levels) for name in found if ".attn2." in name}

@@ -1,14 +1,14 @@
-"""Record attention while a diffusion model runs, without touching what it computes.
+"""Record attention while a diffusion model runs, without changing what it computes.
 
 Every attention layer keeps its own processor, which is called as before: the image is bit-identical with and without
-recording. What the layer hands to PyTorch's attention, its queries and keys, is seen on the way. For the conditional
-half of the batch the softmax is formed at the wanted words' keys alone, exactly, with the rows' log-sum-exp that the
-fused kernel computes anyway; it is averaged over heads and added, at once and in place, to a few small accumulators on
-the device. Memory does not grow with the number of steps, and nothing is copied to the host before the image is done.
+recording. The queries and keys that the layer passes to PyTorch's attention are intercepted. For the conditional half
+of the batch the softmax is evaluated at the wanted words' keys only, exactly, with the rows' log-sum-exp that the fused
+kernel computes anyway; it is averaged over heads and added immediately, in place, to a few small accumulators on the
+device. Memory does not grow with the number of steps, and nothing is copied to the host before the image is finished.
 
-Two kinds of layers: in a U-Net image queries meet text keys (cross-attention) or image keys (self-attention); in a
-diffusion transformer text and image form one sequence, of which the image's rows and the text's columns are the
-cross-attention and the image's rows and columns the self-attention, each as a part of the whole row's softmax.
+Two kinds of layers: in a U-Net, image queries attend to text keys (cross-attention) or image keys (self-attention); in
+a diffusion transformer, text and image form one sequence, in which image rows and text columns are the cross-attention,
+and image rows and columns the self-attention, each as a part of the whole row's softmax.
 
 The mean over heads, layers and timesteps follows DAAM (Tang et al., 2023) and Free-ATM, which reportedly compiles
 maps "across layers and timesteps"; which layers, and that grids weigh equally, is our choice.
@@ -39,13 +39,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention layer computes with, once: both halves of a guided batch, all heads."""
+    """The inputs of one call of an attention layer: both halves of a guided batch, all heads."""
 
     query: Float[Tensor, "b h n d"]
     key: Float[Tensor, "b h k d"]
-    lse: Float[Tensor, "b h n"] | None  # of each row's softmax; None: still to be computed
+    lse: Float[Tensor, "b h n"] | None  # of each row's softmax; None: not computed yet
     scale: float
-    mask: Tensor | None = None  # what was added to the logits, or bool: which keys are seen; spreads over b h n k
+    mask: Tensor | None = None  # added to the logits, or bool: keys that take part; broadcasts over b h n k
 
     def conditional(self) -> AttentionCall:
         """The second half of the batch, which is the conditional one."""
@@ -65,17 +65,17 @@ class AttentionCall:
 
 @dataclass
 class Recorder:
-    """Sums of attention over layers and steps, one accumulator a grid.
+    """Sums of attention over layers and steps, one accumulator per grid.
 
     Args:
-        latent_size: rows and columns of the finest grid of tokens: the latent of a U-Net, its patches of a transformer.
+        latent_size: rows and columns of the finest token grid: the latent of a U-Net, the patches of a transformer.
         tokens: for each image of the batch, for each word, the positions of its tokens in the text.
-        uses_cfg: whether the batch holds an unconditional half first. Asked while recording, so that it is the
-            pipeline's own flag that counts and not the batch's size.
+        uses_cfg: whether the batch starts with an unconditional half. Called while recording, so that the pipeline's
+            own flag decides, not the batch size.
         cross_levels: the factors, against the latent, of the grids whose cross-attention counts.
         self_level: the factor of the grid whose self-attention is kept.
-        text: where the text stands in the sequence of a transformer, before or after the image.
-        paused: asked at every layer of every step; while it says True nothing is added.
+        text: position of the text in the sequence of a transformer, before or after the image.
+        paused: called at every layer of every step; while it returns True nothing is added.
     """
 
     latent_size: Size
@@ -92,7 +92,9 @@ class Recorder:
     def __post_init__(self) -> None:
         self._cross_sizes = {rows * columns: (rows, columns) for rows, columns in map(self.grid, self.cross_levels)}
         self._num_words = max((len(words) for words in self.tokens), default=0)
-        self._columns: tuple[Tensor, Tensor] | None = None  # the wanted tokens of each image, and how they make words
+        self._columns: tuple[Tensor, Tensor] | None = (
+            None  # wanted token positions per image, and their weights in words
+        )
 
     def grid(self, level: int) -> Size:
         """Rows and columns of the latent after ``log2(level)`` halvings; each rounds up, as a strided convolution."""
@@ -155,14 +157,14 @@ class Recorder:
 
     @staticmethod
     def _mask_at(mask: Tensor, places: Tensor, logits: Tensor) -> Tensor:
-        """What a mask adds to the logits (b h t n) of some keys; it must be the same for all rows and heads."""
+        """What a mask adds to the logits (b h t n) at some keys; it must be the same for all rows and heads."""
         row = mask[(None,) * (4 - mask.dim())][:, 0, 0].expand(len(places), -1)  # b k
         if row.dtype == torch.bool:
             row = torch.zeros_like(row, dtype=logits.dtype).masked_fill(~row, float("-inf"))
         return torch.gather(row, 1, places)[:, None, :, None].to(logits.dtype)
 
     def _add_edges(self, call: AttentionCall, image: slice) -> None:
-        """For each edge between pixels the mean of both ways' probabilities, in multiples of uniform attention."""
+        """For each edge the mean probability of its two directions, in multiples of uniform attention."""
         assert call.lse is not None
         rows, columns = self.grid(self.self_level)
         b, heads, _, d = call.query.shape
@@ -194,13 +196,13 @@ class Recorder:
                 column += len(positions)
         return places.to(device), weights.to(device)
 
-    # -- when the images are done
+    # -- when the images are finished
 
     def weights(self) -> list[Float[np.ndarray, "words h w"]]:
         """For each image its words' mean cross-attention probability, on the grid of the self-attention.
 
         Raises:
-            RuntimeError: no layer that was recorded has a wanted grid.
+            RuntimeError: no recorded layer has a wanted grid.
         """
         rows, columns = self.grid(self.self_level)
         if not self._num_words:
@@ -221,7 +223,7 @@ class Recorder:
         """For each image its mean self-attention along ``AFFINITY_OFFSETS``, in multiples of uniform attention.
 
         Raises:
-            RuntimeError: no layer that was recorded has the wanted grid.
+            RuntimeError: no recorded layer has the wanted grid.
         """
         if self._self is None:
             rows, columns = self.grid(self.self_level)
@@ -232,7 +234,7 @@ class Recorder:
 
 
 class _Tap(TorchFunctionMode):
-    """While active, hands what PyTorch's attention is called with to ``observe``; its output is as without."""
+    """While active, passes the arguments of PyTorch's attention to ``observe``; the output is unchanged."""
 
     def __init__(self, observe: Callable[[AttentionCall], None]) -> None:
         super().__init__()
@@ -264,7 +266,7 @@ class _Tap(TorchFunctionMode):
 
 
 class _Recording:
-    """An attention processor that does what ``inner`` does, and lets the recorder look on."""
+    """An attention processor that calls ``inner`` and passes its attention calls to the recorder."""
 
     def __init__(self, inner: Any, recorder: Recorder, *, joint: bool) -> None:
         self.inner, self.recorder, self.joint, self.run = inner, recorder, joint, _uncompiled()
@@ -280,7 +282,7 @@ class _Recording:
     ) -> Any:
         return self.run(self, attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
-    def look_on(
+    def call_inner(
         self,
         attn: nn.Module,
         hidden_states: Tensor,
@@ -310,18 +312,18 @@ class _Recording:
 
 @cache
 def _uncompiled() -> Callable[..., Any]:
-    """What a recording processor does, left out when a network is compiled.
+    """The call of a recording processor, excluded from compilation of the network.
 
-    Made when the first recording begins, for it imports the compiler; and once, or each would be compiled again.
+    Created at the first recording, because it imports the compiler; and only once, to avoid recompilation.
     """
-    wrapped: Callable[..., Any] = torch.compiler.disable(_Recording.look_on)  # type: ignore[no-untyped-call]
+    wrapped: Callable[..., Any] = torch.compiler.disable(_Recording.call_inner)  # type: ignore[no-untyped-call]
     return wrapped
 
 
 def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float[Tensor, "b k e"]) -> AttentionCall:
-    """The queries and keys of a U-Net's attention layer, projected once more, for processors that keep them hidden.
+    """The queries and keys of a U-Net's attention layer, projected again, for processors that do not expose them.
 
-    Such are sliced attention and xFormers'. ``layer`` has no norms before its projections, as in the transformer
+    These are sliced attention and xFormers. ``layer`` must have no norms before its projections, as in the transformer
     blocks of every U-Net.
     """
     query, key = (
@@ -333,7 +335,7 @@ def projected(layer: Any, queries_from: Float[Tensor, "b n c"], keys_from: Float
 
 @contextmanager
 def record(network: Any, recorder: Recorder, layers: tuple[str, ...] = ("",)) -> Iterator[Recorder]:
-    """Within this context ``recorder`` sees attention layers of ``network``; afterwards the model is as it was.
+    """Within this context ``recorder`` records attention layers of ``network``; on exit its processors are restored.
 
     ``network`` is the U-Net or the transformer of a pipeline. ``layers`` are beginnings of the names of its attention
     processors, such as ``up_blocks`` or ``transformer_blocks.``; all other layers keep their own processor.

@@ -1,7 +1,8 @@
-"""Which token positions spell which word, for any tokenizer that tells where its tokens stand in the text."""
+"""The token positions of words, for any tokenizer that provides character offsets."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,37 +10,37 @@ from typing import Any
 
 from synthgen.records import Prompt
 
-__all__ = ["TextEncoder", "WordTokens", "locate_in_encoders", "locate_words", "words_cut_off"]
+__all__ = ["PromptTokenizer", "WordTokens", "locate_in_encoders", "locate_words", "words_cut_off"]
 
-_WHOLE = 100_000  # more tokens than any prompt has: tokenize all of it, then see where the pipeline will cut
+_WHOLE = 100_000  # more tokens than any prompt has: tokenize all of it, then apply the limit of the pipeline
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """A text encoder as the network's attention sees it: how its prompt is cut, and where its tokens stand."""
+class PromptTokenizer:
+    """How one text encoder of a model tokenizes a prompt, and the position of its tokens in the network's attention."""
 
     tokenizer: Any
-    length: int  # tokens that it reads at most, the marks included
-    start: int = 0  # the place of its first token in the text that is attended to
+    length: int  # maximum number of tokens of the encoder, including start and end tokens
+    start: int = 0  # position of its first token in the sequence that the network attends to
 
 
 @dataclass(frozen=True, slots=True)
 class WordTokens:
     """The token positions of a prompt's words in the text that is attended to."""
 
-    positions: tuple[tuple[int, ...], ...]  # one tuple a word, empty where the word was cut off
-    warnings: tuple[str, ...]  # what a person should know, such as a prompt that was cut
+    positions: tuple[tuple[int, ...], ...]  # one tuple per word, empty if the word was cut off
+    warnings: tuple[str, ...]  # for the user, such as a prompt that was cut
 
 
-def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordTokens:
+def locate_in_encoders(encoders: Sequence[PromptTokenizer], prompt: Prompt) -> WordTokens:
     """Find the tokens of each marked word of ``prompt`` in all text encoders of a model.
 
-    Encoders that stand at the same place (Stable Diffusion XL's two) share positions; where they cut a word
-    differently, the positions of both count. A word is cut off where no encoder reads it; each that is has a warning of
-    its own, also the second of two equal ones.
+    Encoders with the same start (Stable Diffusion XL's two) share positions; if they split a word differently, the
+    positions of both count. A word is cut off if no encoder reads it; each such word has its own warning, also the
+    second of two equal words.
 
     Raises:
-        ValueError: a tokenizer gives no offsets (a slow one).
+        ValueError: a tokenizer provides no offsets (a slow one).
     """
     found = [locate_words(encoder.tokenizer, prompt, encoder.length) for encoder in encoders]
     positions: list[tuple[int, ...]] = []
@@ -47,13 +48,13 @@ def locate_in_encoders(encoders: Sequence[TextEncoder], prompt: Prompt) -> WordT
         places = {encoder.start + at for encoder, one in zip(encoders, found, strict=True) for at in one.positions[k]}
         positions.append(tuple(sorted(places)))
     of_words = {_cut_off(word) for word in prompt.words}
-    told = [*dict.fromkeys(warning for one in found for warning in one.warnings if warning not in of_words)]
+    others = [*dict.fromkeys(warning for one in found for warning in one.warnings if warning not in of_words)]
     lost = [_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if not places]
-    return WordTokens(tuple(positions), (*told[:1], *lost, *told[1:]))
+    return WordTokens(tuple(positions), (*others[:1], *lost, *others[1:]))
 
 
 def words_cut_off(warnings: Iterable[str]) -> list[str]:
-    """The marked words that a sample lost, by its warnings: no text encoder reads as far as they stand."""
+    """The marked words of a sample that every text encoder cut off, from its warnings."""
     found = (re.fullmatch(r"the word ['\"](.*)['\"] is cut off and has no mask", warning) for warning in warnings)
     return [match[1] for match in found if match]
 
@@ -66,16 +67,17 @@ def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> W
     """Find the tokens of each marked word of ``prompt``, as the pipeline will tokenize it.
 
     The prompt is cut at ``length`` tokens, by default the tokenizer's own. Start, end and padding tokens are never
-    counted. Works by the character offsets that the tokenizer gives, so any script, words of many tokens, and the
-    second of two equal words come out right.
+    counted. Positions come from the tokenizer's character offsets, so any script, words of many tokens, and the second
+    of two equal words are handled. A learned embedding of several vectors counts as as many tokens.
 
     Raises:
-        ValueError: the tokenizer gives no offsets (a slow one).
+        ValueError: the tokenizer provides no offsets (a slow one).
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
     limit = length or tokenizer.model_max_length
-    encoded = tokenizer(prompt.text, truncation=True, max_length=_WHOLE, return_offsets_mapping=True)
+    text, spans = _expanded(tokenizer, prompt)
+    encoded = tokenizer(text, truncation=True, max_length=_WHOLE, return_offsets_mapping=True)
     offsets: Sequence[tuple[int, int]] = encoded["offset_mapping"]
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # not the unknown token, which may well be a word
     spelled = [
@@ -88,13 +90,39 @@ def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> W
     reached = max((last for _, _, last in kept), default=0)
     warnings = []
     if cut:
-        rest = prompt.text[reached:].strip()
+        rest = text[reached:].strip()
         warnings.append(f"the prompt is longer than the {limit} tokens the model reads; left out: {rest!r}")
     positions = []
-    for word, (start, stop) in zip(prompt.words, prompt.spans, strict=True):
+    for word, (start, stop) in zip(prompt.words, spans, strict=True):
         found = tuple(position for position, first, last in kept if first < stop and last > start)
         if cut and stop > reached:
             warnings.append(_cut_off(word))
             found = ()
         positions.append(found)
     return WordTokens(tuple(positions), tuple(warnings))
+
+
+def _expanded(tokenizer: Any, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:
+    """The text that the pipeline tokenizes, and the spans of the marked words in it.
+
+    diffusers replaces the token ``<toy>`` of a learned embedding of three vectors (textual inversion) by
+    ``<toy> <toy>_1 <toy>_2``, which shifts everything after it.
+    """
+    text, spans = prompt.text, list(prompt.spans)
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    for token in [token for token in added if f"{token}_1" in added and token in text]:
+        if token not in tokenizer.tokenize(text):
+            continue
+        count = next(count for count in itertools.count(1) if f"{token}_{count}" not in added)
+        whole = " ".join([token, *(f"{token}_{number}" for number in range(1, count))])
+        longer = len(whole) - len(token)
+        places = [match.start() for match in re.finditer(re.escape(token), text)]
+        spans = [
+            (
+                first + longer * sum(place + len(token) <= first for place in places),
+                last + longer * sum(place < last for place in places),
+            )
+            for first, last in spans
+        ]
+        text = text.replace(token, whole)
+    return text, spans

@@ -30,7 +30,7 @@ class Backbone(Protocol):
 
     @property
     def multiple(self) -> int:
-        """Images that exist may have other sides: multiples of so many pixels."""
+        """Pixels of which the sides of existing images must be multiples."""
         ...
 
     def attend(
@@ -40,9 +40,9 @@ class Backbone(Protocol):
         timesteps: Sequence[int],
         inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The same record for images that exist: noised to ``timesteps``, or inverted in so many steps.
+        """Record attention for existing images: noised to ``timesteps``, or inverted in ``inversion_steps`` steps.
 
-        Their sides are multiples of ``multiple``; the area of ``size`` is what the model knows best.
+        Their sides must be multiples of ``multiple``; the model works best at the area of ``size``.
         """
         ...
 

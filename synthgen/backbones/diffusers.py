@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from synthgen.diffusion import FAMILIES, DType, Loading, Sampling, load_pipeline, pipeline_class, refuse_negative
-from synthgen.errors import ConfigError
 from synthgen.records import Generation, Request
 
 __all__ = ["Diffusers"]
@@ -19,8 +18,8 @@ __all__ = ["Diffusers"]
 class Diffusers:
     """Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, and their distilled forms.
 
-    The family follows from the class that the model's ``model_index.json`` names. What is left open (None or empty) is
-    what is usual for the family; ``docs/models.md`` has the table. Weights are loaded from safetensors only.
+    The family follows from the class that the model's ``model_index.json`` names. Settings left at None or empty take
+    the family's defaults; see the table in ``docs/models.md``. Weights are loaded from safetensors only.
     """
 
     licence: ClassVar = (
@@ -32,21 +31,21 @@ class Diffusers:
         self,
         *,
         model: str = "sd15",  # short name, folder or hub id
-        num_steps: int | None = None,  # of denoising; None: what is usual for the family
-        guidance_scale: float | None = None,  # 1 is none; None: what is usual for the family
+        num_steps: int | None = None,  # denoising steps; None: the family's default
+        guidance_scale: float | None = None,  # 1: no guidance; None: the family's default
         negative_prompt: str = "",  # what the images should not show
         height: int | None = None,  # pixels; None: what the model was trained at
         width: int | None = None,  # as height
-        dtype: DType = "float32",  # of the weights and of what is computed
-        variant: str = "",  # of the weights' files, such as "fp16"
+        dtype: DType = "float32",  # type of the weights and of the computation
+        variant: str = "",  # variant of the weight files, such as "fp16"
         scheduler: str = "",  # a class of diffusers instead of the model's own, such as DPMSolverMultistepScheduler
         lora: str = "",  # folder, file or hub id of LoRA weights
         textual_inversion: str = "",  # file or hub id of learned embeddings
-        without: tuple[str, ...] = (),  # parts that are not loaded, such as text_encoder_3 and tokenizer_3
-        safety_checker: bool = False,  # ask the model's own about each image; its verdict is a warning of the sample
+        without: tuple[str, ...] = (),  # parts not to load, such as text_encoder_3 and tokenizer_3
+        safety_checker: bool = False,  # run the model's own on each image; a flagged sample gets a warning
         offload: bool = False,  # keep on the GPU only the part that computes: slower, for large models on small GPUs
-        layers: tuple[str, ...] = (),  # beginnings of the names of the attention layers that are recorded
-        skip_steps: float | None = None,  # the share of the steps, the noisiest ones, that are not recorded
+        layers: tuple[str, ...] = (),  # name prefixes of the attention layers to record
+        skip_steps: float | None = None,  # share of the steps, the noisiest ones, to leave unrecorded
         device: str = "cpu",
     ) -> None:
         if num_steps is not None and num_steps < 1:
@@ -71,11 +70,6 @@ class Diffusers:
             height,
             width,
         )
-        if negative_prompt and sampling.guidance_scale <= 1:
-            raise ConfigError(
-                f"a negative prompt has no effect without guidance (guidance_scale {sampling.guidance_scale:g}); "
-                "leave it empty, or raise guidance_scale above 1"
-            )
         selection = family.default_selection
         if skip_steps is not None:
             selection = replace(selection, skip_steps=skip_steps)

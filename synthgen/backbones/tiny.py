@@ -22,8 +22,8 @@ class Tiny(StableDiffusion):
     def __init__(
         self,
         *,
-        num_steps: int = tiny.DEFAULT_STEPS,  # of denoising
-        guidance_scale: float = tiny.DEFAULT_GUIDANCE,  # 1 is none
+        num_steps: int = tiny.DEFAULT_STEPS,  # denoising steps
+        guidance_scale: float = tiny.DEFAULT_GUIDANCE,  # 1: no guidance
         negative_prompt: str = "",  # what the images should not show
         device: str = "cpu",
     ) -> None:

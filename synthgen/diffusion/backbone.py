@@ -1,4 +1,4 @@
-"""Generate with a pipeline of ``diffusers`` and record its attention. All families share it."""
+"""Generate with a ``diffusers`` pipeline and record its attention; shared by all families."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from synthgen.records import Generation, Maps, Request
 
 __all__ = ["BLACK", "FLAGGED", "RETRIES", "UNSEEN", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
 
-RETRIES = 2  # other seeds that a failed image is tried with
+RETRIES = 2  # number of other seeds to try for a failed image
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
 FLAGGED = "the safety checker objects to this image"
 UNSEEN = "its attention came out with values that are no numbers; try another dtype"
 
 T = TypeVar("T")
-Denoiser = Callable[[Tensor, float], Tensor]  # noised latents and a timestep to what the network says of them
-Step = Callable[[Tensor, int, Tensor], Tensor]  # latents, the number of a step, and what the network said of them
+Denoiser = Callable[[Tensor, float], Tensor]  # noised latents and timestep → the network's prediction
+Step = Callable[[Tensor, int, Tensor], Tensor]  # latents, step number and the network's prediction → the next latents
 
 
 @contextmanager
 def one_thread(device: str) -> Iterator[None]:
-    """On a CPU compute with one thread, so that sums come out in one order whatever the number of workers."""
+    """Use one thread on a CPU, so that the order of sums does not depend on the number of workers."""
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -47,27 +47,38 @@ def one_thread(device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one image is drawn."""
+    """Sampling settings of an image.
+
+    Raises:
+        ConfigError: there is a negative prompt, and no guidance that would use it.
+    """
 
     num_steps: int
-    guidance_scale: float  # 1 or less is none: the unconditional half is not computed
+    guidance_scale: float  # 1 or less: no guidance, and no unconditional half is computed
     negative_prompt: str
     height: int  # pixels
     width: int
 
+    def __post_init__(self) -> None:
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ConfigError(
+                f"a negative prompt has no effect without guidance (guidance_scale {self.guidance_scale:g}); "
+                "leave it empty, or raise guidance_scale above 1"
+            )
+
 
 @dataclass(frozen=True)
 class AttentionSelection:
-    """Which attention counts."""
+    """Which attention is recorded."""
 
-    cross_levels: tuple[int, ...] = (1,)  # the grids of cross-attention, as factors against the finest
-    self_level: int = 1  # and that of self-attention
-    layers: tuple[str, ...] = ("",)  # beginnings of the names of the layers; "" is all
-    skip_steps: float = 0.0  # the share of the steps, the noisiest ones, that are not recorded
+    cross_levels: tuple[int, ...] = (1,)  # grids of cross-attention, as reduction factors of the finest
+    self_level: int = 1  # grid of self-attention
+    layers: tuple[str, ...] = ("",)  # prefixes of layer names; "": all
+    skip_steps: float = 0.0  # share of the steps, the noisiest ones, to leave unrecorded
 
 
 class DiffusionBackbone(ABC):
-    """What the families share: generate from requests, and attend to images that exist.
+    """The base of all families: generate from requests, and record attention for existing images.
 
     Args:
         pipeline: a text-to-image pipeline of the family, on its device.
@@ -75,7 +86,7 @@ class DiffusionBackbone(ABC):
         selection: which attention is recorded.
     """
 
-    text: ClassVar[Literal["first", "last"]] = "first"  # where a transformer's sequence has its text
+    text: ClassVar[Literal["first", "last"]] = "first"  # position of the text in a transformer's sequence
 
     def __init__(self, pipeline: Any, sampling: Sampling, selection: AttentionSelection) -> None:
         self.pipeline, self.sampling, self.selection = pipeline, sampling, selection
@@ -90,19 +101,19 @@ class DiffusionBackbone(ABC):
 
     @abstractmethod
     def encoders(self) -> tuple[PromptTokenizer, ...]:
-        """The text encoders whose tokens the network attends to, and where theirs begin."""
+        """The text encoders whose tokens the network attends to, and the offset of each one's tokens."""
 
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the network's finest tokens for an image of this size, in pixels."""
 
     def arguments(self, texts: Sequence[str]) -> dict[str, Any]:
-        """What the pipeline is called with beside prompts, steps, guidance, size and noise."""
+        """Pipeline arguments other than prompts, steps, guidance, size and noise."""
         negative = self.sampling.negative_prompt
         return {"negative_prompt": [negative] * len(texts)} if negative else {}
 
     def uses_cfg(self) -> bool:
-        """Whether the network sees an unconditional half first, by the pipeline's own flag."""
+        """Whether a batch starts with an unconditional half, according to the pipeline's own flag."""
         return bool(self.pipeline.do_classifier_free_guidance)
 
     @abstractmethod
@@ -115,15 +126,15 @@ class DiffusionBackbone(ABC):
 
     @abstractmethod
     def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
-        """The timesteps of an inversion of these latents, from image to noise, and what makes one step of it."""
+        """The timesteps of an inversion of these latents, from image to noise, and a function for one step of it."""
 
     # -- what they share
 
     def select_layers(self, layers: tuple[str, ...]) -> None:
-        """Record these layers alone, on those of the wanted grids that they have.
+        """Record only these layers, on those of the selected grids that they have.
 
         Raises:
-            ConfigError: there are no such layers, or they have one kind of attention on none of these grids.
+            ConfigError: no such layer exists, or one kind of attention is on none of the selected grids.
         """
         wanted = self.selection.cross_levels
         found = [[level for level in wanted if level in levels] for levels in levels_of(self.network, layers)]
@@ -144,19 +155,18 @@ class DiffusionBackbone(ABC):
 
     @property
     def multiple(self) -> int:
-        """Sides that are multiples of so many pixels fill every recorded grid to its edge."""
+        """Pixels of which image sides must be multiples to fill every recorded grid."""
         selection = self.selection
         return int(self.pipeline.vae_scale_factor) * max(2, selection.self_level, *selection.cross_levels)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One image with its maps for each request.
 
-        The noise of each image is drawn on the CPU from its own seed, so neither the batch it is in nor the device
-        changes it. Words that every tokenizer cuts off are left out of the record, with a warning. A batch for which
-        the device has too little memory is halved, again and again if need be; later ones are of that size from the
-        start, and an image changes by no more than rounding. One that comes out black or with values that are no
-        numbers is made again from another seed, RETRIES times at most; its request then tells the seed that it was
-        made from, or its ``failed`` the reason.
+        The noise of each image is drawn on the CPU from its own seed, independent of its batch and the device. Words
+        that every tokenizer truncates are left out of the record, with a warning. A batch that does not fit into the
+        device's memory is halved until it does; later batches start at that size, and images change by no more than
+        rounding. A black image or one with non-finite values is generated again from another seed, at most RETRIES
+        times; its request then has the seed that was used, or its ``failed`` the reason.
         """
         made = self._generate(requests)
         for attempt in range(1, RETRIES + 1):
@@ -185,7 +195,7 @@ class DiffusionBackbone(ABC):
         return _joined(self.in_batches(_images(*self.size), len(requests), make))
 
     def flagged(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[bool]:
-        """Whether a safety checker objects to each image. None is asked unless a family says otherwise."""
+        """Whether a safety checker flags each image; without a checker in the family, none is flagged."""
         return [False] * len(images)
 
     def attend(
@@ -195,15 +205,15 @@ class DiffusionBackbone(ABC):
         timesteps: Sequence[int],
         inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The record that :meth:`generate` makes, for images that exist.
+        """Record attention as :meth:`generate` does, for existing images.
 
-        Each image is noised to every timestep and seen by the network once at each: one draw of noise an image, from
-        its request's seed. With ``inversion_steps`` there is no noise and no use for ``timesteps``: the image is
-        carried to noise in so many deterministic steps (DDIM inversion; for linear mixtures Euler's method), and the
-        record is made on the way, without the noisiest share of the steps that ``selection.skip_steps`` says. Both with
-        the image's own prompt and without guidance (a model that is told its guidance, as FLUX.1 dev, is told the
-        scale of ``sampling``). A batch for which the device has too little memory is halved, as in :meth:`generate`,
-        for each size of images; an image whose attention has values that are no numbers says so under ``failed``.
+        Each image is noised to every timestep, with one draw of noise from its request's seed, and passes through the
+        network once at each. With ``inversion_steps``, ``timesteps`` is ignored: the image is inverted to noise in
+        that many deterministic steps (DDIM inversion; Euler's method for linear mixtures), and attention is recorded
+        on the way, except for the noisiest share ``selection.skip_steps`` of the steps. Both use the image's own
+        prompt without guidance (a model with guidance as an input, as FLUX.1 dev, gets the scale of ``sampling``). A
+        batch that does not fit into memory is halved, as in :meth:`generate`, separately for each image size; an image
+        whose attention is not finite has the reason under ``failed``.
         """
         located, tokens = self._locate(requests)
 
@@ -214,29 +224,29 @@ class DiffusionBackbone(ABC):
                 for generation in _records(requests[some], located[some], images[some], recorder)
             ]
 
-        what = f"{_images(*images.shape[1:3])} that exist"
-        return _joined(self.in_batches(what, len(requests), look))
+        kind = f"{_images(*images.shape[1:3])} that exist"
+        return _joined(self.in_batches(kind, len(requests), look))
 
-    def in_batches(self, what: str, count: int, compute: Callable[[slice], T], most: int = 0) -> list[T]:
-        """What ``compute`` makes of ``count`` images, ``most`` (0: all) at once or as few as there is memory for.
+    def in_batches(self, kind: str, count: int, compute: Callable[[slice], T], most: int = 0) -> list[T]:
+        """Call ``compute`` on ``count`` images, ``most`` (0: all) at once or as many as memory allows.
 
-        ``what`` is the kind of work; see :class:`~synthgen.diffusion.memory.AdaptiveBatches`. After a call that failed,
-        in whatever way, the model is as it was before it.
+        ``kind`` is the kind of work; see :class:`~synthgen.diffusion.memory.AdaptiveBatches`. After any failure the
+        model is restored to its previous state.
 
         Raises:
-            SynthgenError: there is too little memory for one image.
+            SynthgenError: the device has too little memory for one image.
         """
         before = self.pipeline.vae.dtype
-        return self._portions.work(what, count, compute, lambda: self._put_back(before), most or count)
+        return self._portions.work(kind, count, compute, lambda: self._restore(before), most or count)
 
-    def _put_back(self, dtype: torch.dtype) -> None:
-        """After a call that failed: the autoencoder in its own type, and no part left on the device.
+    def _restore(self, dtype: torch.dtype) -> None:
+        """After a failed call, cast the autoencoder back to ``dtype`` and offload all parts.
 
-        A pipeline does both itself, but only at the end of a call that went well.
+        A pipeline does both itself, but only at the end of a successful call.
         """
         if self.pipeline.vae.dtype != dtype:
             self.pipeline.vae.to(dtype)
-        self.pipeline.maybe_free_model_hooks()  # does nothing where nothing is offloaded
+        self.pipeline.maybe_free_model_hooks()  # does nothing without offloading
         torch.cuda.empty_cache()
 
     def _watch(
@@ -247,7 +257,7 @@ class DiffusionBackbone(ABC):
         timesteps: Sequence[int],
         inversion_steps: int,
     ) -> Recorder:
-        """The recorder that looked on while the network saw the images."""
+        """Run the network on the images and return the recorder of its attention."""
         device = self.pipeline._execution_device
         recorder = self._recorder(self.grid(*images.shape[1:3]), tokens, uses_cfg=lambda: False)
         with torch.inference_mode():
@@ -263,19 +273,19 @@ class DiffusionBackbone(ABC):
         return recorder
 
     def noise(self, seeds: Sequence[int], latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """One draw for each image, on the CPU from its own seed."""
+        """One draw of noise per image, on the CPU from its own seed."""
         draws = [torch.randn(latents.shape[1:], generator=_generator(seed)) for seed in seeds]
         return torch.stack(draws).to(latents.device)
 
     def casting_denoiser(self, texts: Sequence[str], latents: Tensor) -> Denoiser:
-        """:meth:`denoiser` for latents of any type: they keep theirs, so that halves lose nothing from step to step."""
+        """:meth:`denoiser` for latents of any type; they keep it, so that no precision is lost between steps."""
         denoise, dtype = self.denoiser(texts, latents.to(self.network.dtype)), self.network.dtype
         return lambda noised, timestep: denoise(noised.to(dtype), timestep).to(noised.dtype)
 
     def invert(
         self, latents: Float[Tensor, "b c h w"], denoise: Denoiser, num_steps: int, recorder: Recorder | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """Carry latents to noise, step by step; sampling without guidance from there leads back to them, nearly."""
+        """Invert latents to noise, step by step; sampling from there without guidance nearly restores them."""
         timesteps, step = self.inversion(num_steps, latents)
         recorded, number = num_steps - int(self.selection.skip_steps * num_steps), 0
         if recorder is not None:
@@ -285,9 +295,9 @@ class DiffusionBackbone(ABC):
         return latents
 
     def encode(self, images: UInt8[Tensor, "b H W 3"]) -> Tensor:
-        """Latents as the network takes them, without noise: the mode of the autoencoder's, shifted and scaled.
+        """Clean latents as the network's input: the mode of the autoencoder's distribution, shifted and scaled.
 
-        An autoencoder that says that float16 is too narrow for it (Stable Diffusion XL's) computes in float32.
+        An autoencoder that declares float16 too narrow (Stable Diffusion XL's) computes in float32.
         """
         vae = self.pipeline.vae
         narrow = vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
@@ -314,9 +324,9 @@ class DiffusionBackbone(ABC):
     def sample(
         self, texts: list[str], seeds: list[int], tokens: Sequence[Sequence[Sequence[int]]], *, recorded: bool = True
     ) -> tuple[UInt8[np.ndarray, "b H W 3"], Recorder]:
-        """Images for texts, and the recorder that looked on (``recorded=False``: it did not, for comparison).
+        """Images for texts, and the recorder of the attention (unused with ``recorded=False``, for comparison).
 
-        An image with values that are no numbers is black.
+        An image with non-finite values comes out black.
         """
         sampling, pipeline = self.sampling, self.pipeline
         recorder = self._recorder(self.grid(*self.size), tokens, self.uses_cfg)
@@ -332,7 +342,7 @@ class DiffusionBackbone(ABC):
         }
         with torch.inference_mode():
             if recorded:
-                done = 0  # calls of the network: some schedulers, such as Heun's, make two a step
+                done = 0  # network calls: some schedulers, such as Heun's, make two per step
 
                 def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                     nonlocal done
@@ -350,7 +360,7 @@ class DiffusionBackbone(ABC):
 
 
 def _generator(seed: int) -> torch.Generator:
-    """The source of an image's noise: on the CPU, whatever the device."""
+    """The random generator of an image's noise, on the CPU for every device."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
@@ -369,7 +379,7 @@ def _finite(maps: Maps) -> bool:
 def _records(
     requests: Sequence[Request], located: Sequence[WordTokens], images: UInt8[np.ndarray, "b H W 3"], recorder: Recorder
 ) -> list[Generation]:
-    """Images and maps, without the words that the tokenizers cut off."""
+    """Images and maps, without the words that the tokenizers truncated."""
     generations = []
     everything = zip(requests, located, images, recorder.weights(), recorder.affinity(), strict=True)
     for request, found, image, weights, affinity in everything:

@@ -1,4 +1,4 @@
-"""The families of text-to-image models whose attention is known, one class each."""
+"""The supported families of text-to-image models, one class each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_NEGATIVE = {"LatentConsistencyModelPipeline": "a latent consistency model", 
 
 
 class Family(DiffusionBackbone):
-    """A family, with what is usual for it: the number of steps, the guidance scale, and which attention counts."""
+    """A family with its defaults: the number of steps, the guidance scale, and which attention is recorded."""
 
     num_steps: ClassVar[int] = 30
     guidance_scale: ClassVar[float] = 7.5
@@ -51,7 +51,7 @@ class StableDiffusion(Family):
             return super().flagged(images)
         pixels = self.pipeline.feature_extractor(list(images), return_tensors="pt").pixel_values
         with torch.inference_mode():
-            blank = np.zeros((len(images), 1, 1, 3))  # what it would black out
+            blank = np.zeros((len(images), 1, 1, 3))  # the images that the checker would black out
             _, flags = checker(images=blank, clip_input=pixels.to(checker.device, checker.dtype))
         return [bool(flag) for flag in flags]
 
@@ -84,10 +84,10 @@ class StableDiffusion(Family):
 
     @property
     def alphas_cumprod(self) -> Float[Tensor, " timesteps"]:
-        """abar_t, the share of the signal's variance that is left at each timestep of training.
+        """abar_t, the remaining share of the signal's variance at each timestep of training.
 
         Raises:
-            ConfigError: the scheduler does not tell.
+            ConfigError: the scheduler does not provide it.
         """
         if not hasattr(self.pipeline.scheduler, "alphas_cumprod"):
             kind = type(self.pipeline.scheduler).__name__
@@ -105,7 +105,7 @@ class StableDiffusion(Family):
         )
 
     def unguided(self, latents: Tensor) -> Tensor | None:
-        """What a U-Net that was distilled with guidance as an input (a latent consistency model) is told for none."""
+        """The input for "no guidance" of a U-Net distilled with guidance as an input (a latent consistency model)."""
         dim = self.network.config.time_cond_proj_dim
         if dim is None:
             return None
@@ -114,15 +114,15 @@ class StableDiffusion(Family):
 
     @override
     def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
-        """DDIM backwards (Song et al., 2021, section 4.3), on its "leading" grid, whatever the sampler's.
+        """DDIM inversion (Song et al., 2021, section 4.3), on the "leading" grid for every sampler.
 
-        z_{t'} = sqrt(abar_{t'}) x + sqrt(1 - abar_{t'}) eps, with x and eps as the network sees them in z_t when it is
-        told t'. So a step of DDIM from t' at which it predicts the same leads back to z_t exactly.
+        z_{t'} = sqrt(abar_{t'}) x + sqrt(1 - abar_{t'}) eps, with x and eps as the network predicts them from z_t at
+        timestep t'. So a DDIM step from t' with the same prediction leads back to z_t exactly.
         """
         config, alpha_bar = self.pipeline.scheduler.config, self.alphas_cumprod.double()
         stride, last = len(alpha_bar) // num_steps, len(alpha_bar) - 1
         times = [min(number * stride + int(config.get("steps_offset", 0)), last) for number in range(num_steps)]
-        clean = 1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0])  # what DDIM's last step leads to
+        clean = 1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0])  # abar after DDIM's last step
         levels = [clean, *(float(alpha_bar[timestep]) for timestep in times)]
         kind = config.get("prediction_type", "epsilon")
 
@@ -134,12 +134,12 @@ class StableDiffusion(Family):
 
 
 def separate(kind: str, latents: Tensor, output: Tensor, alpha_bar: float, told: float) -> tuple[Tensor, Tensor]:
-    """Image x and noise e in z = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) e, from what a network predicted.
+    """Image x and noise e in z = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) e, from a network's prediction.
 
-    ``told`` is the alpha_bar of the timestep that it was told.
+    ``told`` is the alpha_bar of the timestep that the network was given.
 
     Raises:
-        ConfigError: synthgen does not know what it predicts.
+        ConfigError: the kind of prediction is not supported.
     """
     signal, share = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     if kind == "epsilon":
@@ -155,7 +155,7 @@ def separate(kind: str, latents: Tensor, output: Tensor, alpha_bar: float, told:
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL and its distilled forms: a U-Net over the features of two CLIP text encoders side by side.
 
-    Where the two tokenizers cut a word differently, the tokens of both count. At 1024 px the grids are 64 x 64 and
+    If the two tokenizers split a word differently, the tokens of both count. At 1024 px the grids are 64 x 64 and
     32 x 32, which is where this U-Net has its attention.
     """
 
@@ -214,10 +214,10 @@ class JointAttention(Family):
 
     @override
     def inversion(self, num_steps: int, latents: Tensor) -> tuple[list[float], Step]:
-        """Euler's method from sigma 0 to 1, in even steps that are leant to noise as the scheduler leans its own.
+        """Euler's method from sigma 0 to 1, in even steps shifted towards noise as the scheduler shifts its own.
 
-        FLUX's pipeline samples at these very sigmas. Stable Diffusion 3's starts its even steps at the least sigma that
-        the scheduler has, not at 0, so its own lie a little higher.
+        FLUX's pipeline samples at exactly these sigmas. Stable Diffusion 3's starts its even steps at the scheduler's
+        smallest sigma, not at 0, so its sigmas are a little higher.
         """
         shift = self.shift(latents)
         share = [number / num_steps for number in range(num_steps + 1)]
@@ -229,7 +229,7 @@ class JointAttention(Family):
         return [1000 * sigma for sigma in sigmas[:-1]], step
 
     def shift(self, latents: Tensor) -> float:
-        """How far the grid leans to noise: the scheduler's number, or what it makes of the number of patches."""
+        """The shift of the sigmas towards noise: the scheduler's constant, or its function of the number of patches."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return float(config.get("shift") or 1.0)
@@ -242,8 +242,8 @@ class JointAttention(Family):
 class StableDiffusion3(JointAttention):
     """Stable Diffusion 3 and 3.5: joint attention over image patches, then CLIP's 77 tokens, then T5's.
 
-    All joint blocks count, and of 3.5 medium the image-only attention beside them. That is our choice, not yet checked
-    on real weights.
+    All joint blocks are recorded, and for 3.5 medium also their image-only attention. That is our choice, not yet
+    checked on real weights.
     """
 
     text: ClassVar = "last"
@@ -298,9 +298,9 @@ class StableDiffusion3(JointAttention):
 class Flux(JointAttention):
     """FLUX.1 dev and schnell: joint attention over T5's tokens, then image patches.
 
-    There are blocks of two streams and blocks of one; the former count, which is our choice. CLIP's text encoder only
-    steers the whole image, so its tokens are not counted. Guidance is a number that the model
-    is told; there is no unconditional half, and no negative prompt.
+    Only the two-stream blocks are recorded, not the single-stream ones, which is our choice. CLIP's text encoder only
+    conditions the image globally, so its tokens are not recorded. Guidance is an input of the model; there is no
+    unconditional half, and no negative prompt.
     """
 
     num_steps: ClassVar = 28
@@ -364,10 +364,10 @@ FAMILIES: dict[str, type[Family]] = {  # by the class of the pipeline
 
 
 def refuse_negative(kind: str) -> None:
-    """See that a pipeline of this class can be given a negative prompt.
+    """Check that a pipeline of this class takes a negative prompt.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the pipeline takes no negative prompt.
     """
     if kind in _NO_NEGATIVE:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""What a frozen diffusion network makes of an image on the way: the activations of its blocks, as image features.
+"""Image features from a frozen diffusion network: the activations of its blocks.
 
-An image is encoded by the model's own autoencoder, noised, and seen by the network once at each timestep, with an empty
-prompt. That is the read-out of DDAE (Xiang et al., 2023), there of one block at one timestep, averaged over space.
-Several of either, side by side, are the features that DifFormer reads (Mukhopadhyay et al., 2023), without its head.
+An image is encoded by the model's own autoencoder, noised, and passed through the network once at each timestep, with
+an empty prompt. DDAE (Xiang et al., 2023) reads one block at one timestep this way, averaged over space. Several
+blocks or timesteps, concatenated, are the features of DifFormer (Mukhopadhyay et al., 2023), without its head.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ UNFIT = "the generator's activations are not finite numbers; try another dtype, 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What a network made of a batch of images: the channels of all blocks at all timesteps, side by side."""
+    """A network's activations for a batch of images: the channels of all blocks at all timesteps, concatenated."""
 
     pooled: Float32[Tensor, "b d"]  # the mean over space
-    patches: Float16[Tensor, "b d g g"]  # on the grid that was asked for
-    maps: tuple[Float16[Tensor, "b t _ _ _"], ...] = ()  # of each block, at each timestep, no larger than was asked for
+    patches: Float16[Tensor, "b d g g"]  # on the requested grid
+    maps: tuple[Float16[Tensor, "b t _ _ _"], ...] = ()  # per block, at each timestep, no larger than requested
 
 
-class _SeenEnough(Exception):
-    """The last block that is read has computed: what comes behind it is not needed."""
+class _LastBlockDone(Exception):
+    """Raised when the last block to read has computed, to skip the rest of the pass."""
 
 
 class FeatureReader:
@@ -48,18 +48,18 @@ class FeatureReader:
 
     Args:
         backbone: a backbone of a family in :mod:`synthgen.diffusion`.
-        timesteps: of training (0 to 999), at each of which the network sees the image once.
-        blocks: names of the blocks that are read, as in :func:`block_names`; none: the middle one.
-        inversion_steps: more than 0: images are not noised, but carried to noise in so many deterministic steps (see
-            :meth:`DiffusionBackbone.invert`), and seen at the steps that lie nearest to the timesteps, as DiffusionSeg
-            proposes (Ma et al., 2023; its steps are not known).
-        seed: with an image's key it makes the noise of that image, one draw for all timesteps.
+        timesteps: timesteps of training (0 to 999), with one pass per image at each.
+        blocks: names of the blocks to read, as in :func:`block_names`; empty: the middle one.
+        inversion_steps: if above 0, images are not noised but inverted to noise in this many deterministic steps (see
+            :meth:`DiffusionBackbone.invert`), and read at the steps nearest to the timesteps, as DiffusionSeg proposes
+            (Ma et al., 2023; its steps are not known).
+        seed: determines, together with an image's key, the noise of that image, one draw for all timesteps.
 
     Raises:
-        ConfigError: the backbone is of no such family, or its network has no such block; lists those it has.
+        ConfigError: the backbone is of no such family, or its network has no such block; the message lists its blocks.
     """
 
-    most = 16  # images that the network sees together
+    most = 16  # largest batch
 
     def __init__(
         self,
@@ -78,25 +78,25 @@ class FeatureReader:
             if block not in known:
                 raise UnknownName.among(f"block of {type(model.network).__name__}", block, known)
         self.model, self.timesteps, self.inversion_steps, self.seed = model, tuple(timesteps), inversion_steps, seed
-        self.seen_at: tuple[float, ...] = ()  # timesteps of the inversion, once an image was read
+        self.seen_at: tuple[float, ...] = ()  # timesteps of the inversion, set by the first read
         self.blocks = tuple(sorted(set(blocks), key=known.index)) or (middle_block(model.network),)
         self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
     @property
     def image_size(self) -> int:
-        """The side of the square that the model sees, in pixels: the shorter one of its own images."""
+        """The side of the square input, in pixels: the shorter side of the model's own images."""
         return min(self.model.size)
 
     def describe(self) -> dict[str, Any]:
-        """How images are read, for the record; ``seen_at`` are the steps of an inversion that were nearest."""
-        told: dict[str, Any] = {"timesteps": self.timesteps, "blocks": self.blocks, "image_size": self.image_size}
+        """The settings of the reader, for the record; ``seen_at`` are the nearest timesteps of an inversion."""
+        settings: dict[str, Any] = {"timesteps": self.timesteps, "blocks": self.blocks, "image_size": self.image_size}
         if not self.inversion_steps:
-            return told
-        return told | {"inversion_steps": self.inversion_steps, "seen_at": self.seen_at}
+            return settings
+        return settings | {"inversion_steps": self.inversion_steps, "seen_at": self.seen_at}
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Channels, rows and columns of each block at one timestep; the network sees a black image for it."""
+        """Channels, rows and columns of each block at one timestep; found by a pass over a black image."""
         side = self.image_size
         black = torch.zeros(1, side, side, 3, dtype=torch.uint8)
         (maps,) = self._in_portions("read", black, lambda some: self._maps(black[some], ("",)))
@@ -109,10 +109,10 @@ class FeatureReader:
         return len(self.timesteps) * sum(channels), max(rows), max(columns)
 
     def latents(self, images: UInt8[Tensor, "b S S 3"]) -> Float32[Tensor, "b c h w"]:
-        """What the model's autoencoder makes of images; a batch for which there is too little memory is halved.
+        """Latents of images by the model's autoencoder; a batch that does not fit into memory is halved.
 
         Raises:
-            SynthgenError: there is too little for one image.
+            SynthgenError: the device has too little memory for one image.
         """
         device = self.model.pipeline._execution_device
 
@@ -125,11 +125,11 @@ class FeatureReader:
     def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int, largest: int = 0) -> Activations:
         """The activations for images, pooled and on a grid of ``grid`` rows and columns.
 
-        With ``largest`` there are also the maps of each block, averaged down to so many rows and columns if they are
-        larger. A batch for which the device has too little memory is halved.
+        ``largest`` above 0 adds the maps of each block, average-pooled to at most this many rows and columns. A batch
+        that does not fit into memory is halved.
 
         Raises:
-            SynthgenError: there is too little for one image.
+            SynthgenError: the device has too little memory for one image.
             ConfigError: the activations are not finite numbers.
         """
 
@@ -139,9 +139,9 @@ class FeatureReader:
         return _joined(self._in_portions("read", images, read))
 
     def _in_portions(self, verb: str, images: Tensor, compute: Callable[[slice], T]) -> list[T]:
-        """What ``compute`` makes of images, ``most`` at a time, or as few as there is memory for."""
-        what = f"images of {images.shape[1]} x {images.shape[2]} pixels to {verb}"
-        return self.model.in_batches(what, len(images), compute, self.most)
+        """Call ``compute`` on images, ``most`` at a time or as many as memory allows."""
+        kind = f"images of {images.shape[1]} x {images.shape[2]} pixels to {verb}"
+        return self.model.in_batches(kind, len(images), compute, self.most)
 
     def _read(self, images: Tensor, keys: Sequence[str], grid: int, largest: int) -> Activations:
         maps = self._maps(images, keys)
@@ -162,7 +162,7 @@ class FeatureReader:
     def _maps(self, images: Tensor, keys: Sequence[str]) -> list[Float32[Tensor, "b _ _ _"]]:
         """The map of each block at each timestep: of all blocks at the first one, then of all at the second."""
         model = self.model
-        with torch.no_grad():  # and no inference mode: what offloading moves in it could have no gradients later
+        with torch.no_grad():  # not inference mode: weights that offloading moves in it could have no gradients later
             latents = model.encode(images.to(model.pipeline._execution_device)).float()
             denoise = self._denoiser_for(latents)
             passes: Iterable[Mapping[str, Any]] = (
@@ -172,7 +172,7 @@ class FeatureReader:
             return [as_map(seen[block], grid).float() for seen in passes for block in self.blocks]
 
     def _noised(self, latents: Tensor, keys: Sequence[str], denoise: Denoiser) -> Iterator[Mapping[str, Any]]:
-        """What the blocks give at each timestep, for noised latents."""
+        """Block outputs at each timestep, for noised latents."""
         noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
         for timestep in self.timesteps:
             with watched(self.model.network, self.blocks) as seen:
@@ -180,7 +180,7 @@ class FeatureReader:
             yield seen
 
     def _inverted(self, latents: Tensor, denoise: Denoiser) -> list[Mapping[str, Any]]:
-        """What the blocks give on the way to noise, at the step nearest to each timestep."""
+        """Block outputs during an inversion, at the step nearest to each timestep."""
         times, step = self.model.inversion(self.inversion_steps, latents)
         seen_at, found = self._nearest(times), dict[int, Mapping[str, Any]]()
         for number, time in enumerate(times[: max(seen_at) + 1]):
@@ -201,7 +201,7 @@ class FeatureReader:
         return nearest
 
     def _denoiser_for(self, latents: Tensor) -> Denoiser:
-        """What looks at latents of this shape with an empty prompt, which is encoded again only for another shape."""
+        """A denoiser for latents of this shape with an empty prompt, encoded again only for another shape."""
         if self._denoiser is None or self._denoiser[0] != latents.shape:
             self._denoiser = latents.shape, self.model.casting_denoiser([""] * len(latents), latents)
         return self._denoiser[1]
@@ -210,8 +210,8 @@ class FeatureReader:
 def block_names(network: nn.Module) -> tuple[str, ...]:
     """The blocks of a network, in the order in which they compute, by their names in ``diffusers``.
 
-    Of a U-Net a block is a residual block with the attention behind it, and has the name of that attention where there
-    is one; what only changes the size is not counted (DDAE counts so). Of a transformer it is a block.
+    In a U-Net, a block is a residual block with the attention after it, named after that attention if there is one;
+    down- and up-samplers are not counted, as in DDAE. In a transformer, it is a transformer block.
     """
     names = []
     for path in ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks"):
@@ -230,7 +230,7 @@ def block_names(network: nn.Module) -> tuple[str, ...]:
 def middle_block(network: nn.Module) -> str:
     """The block in the middle of a U-Net's up-sampling path, or of all blocks of a transformer.
 
-    DDAE's best ones lie there: the 6th of 12 of its U-Net, and layer 13 of DiT's 28.
+    DDAE found the best ones there: the 6th of 12 of its U-Net, and layer 13 of DiT's 28.
     """
     names = block_names(network)
     names = tuple(name for name in names if name.startswith("up_blocks.")) or names
@@ -239,21 +239,21 @@ def middle_block(network: nn.Module) -> str:
 
 @contextmanager
 def watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """What each block gives in one pass, which ends behind the last of them unless it must be ``whole``."""
+    """Collect the output of each block in one pass, which stops after the last of them unless ``whole``."""
     seen: dict[str, Any] = {}
 
     def hook(block: str) -> Any:
         def keep(module: nn.Module, arguments: Any, output: Any) -> None:
             seen[block] = output
             if len(seen) == len(blocks) and not whole:
-                raise _SeenEnough
+                raise _LastBlockDone
 
         return keep
 
     handles = [network.get_submodule(block).register_forward_hook(hook(block)) for block in blocks]
     try:
         yield seen
-    except _SeenEnough:
+    except _LastBlockDone:
         pass
     finally:
         for handle in handles:
@@ -261,13 +261,13 @@ def watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -
 
 
 def as_map(output: Any, grid: tuple[int, int]) -> Tensor:
-    """A block's output as b d h w: a tensor or the last of several, which of a transformer is the image's tokens."""
+    """A block's output as b d h w: a tensor or the last of several, which in a transformer are the image's tokens."""
     values: Tensor = output if isinstance(output, Tensor) else output[-1]
     return values if values.dim() == 4 else values.mT.reshape(len(values), -1, *grid)
 
 
 def _to_float16(values: Tensor) -> Float16[Tensor, "*_"]:
-    """On the CPU, as float16; what is too large for it is its largest number."""
+    """Copy to the CPU as float16, clamped to its range."""
     return values.clamp(-_LARGEST, _LARGEST).half().cpu()
 
 

@@ -1,8 +1,8 @@
-"""A frozen U-Net that sees an image twice, the second time with what was made of the first: DifFeed's two passes.
+"""DifFeed's two passes through a frozen U-Net, the second with feedback from the first.
 
-One block of each level of the decoder is kept in the first pass. What learned layers make of their maps is added, in a
-second pass over the same noised image, behind the block of the encoder that lies across, before the next block and the
-skip connection take its output (Mukhopadhyay et al., 2023).
+The first pass keeps the map of one decoder block per level. Trained layers transform these maps, and a second pass
+over the same noised image adds them to the output of the matching encoder block, before the next block and the skip
+connection use it (Mukhopadhyay et al., 2023).
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from synthgen.prompts import sample_seed
 
 __all__ = ["FeedbackNetwork", "Pair", "feedback_pairs"]
 
-_GRADIENT_SCALE = (
-    2.0**12
-)  # times the gradients that go through the network, for float16 would lose those of a mean loss
+_GRADIENT_SCALE = 2.0**12  # scale of the gradients through the network: those of a mean loss would underflow in float16
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A block of the decoder, and the block of the encoder that lies across; names as in ``block_names``."""
+    """A decoder block and the matching encoder block; names as in ``block_names``."""
 
     source: str
     target: str
@@ -42,13 +40,13 @@ class Pair:
 class FeedbackNetwork:
     """The passes of a frozen U-Net over noised latents, with and without feedback.
 
-    The network is in evaluation mode while it runs and its own weights get no gradients; afterwards it is as it was.
+    While it runs, the network is in evaluation mode and its weights get no gradients; its state is restored afterwards.
 
     Args:
-        reader: tells the backbone, the timestep, the block that is read, and the seed of the noise.
+        reader: has the backbone, the timestep, the block to read, and the seed of the noise.
 
     Raises:
-        ConfigError: the network is no U-Net, or the reader tells several timesteps or blocks, a block of the
+        ConfigError: the network is not a U-Net, or the reader has several timesteps or blocks, a block of the
             encoder, or an inversion.
     """
 
@@ -75,7 +73,7 @@ class FeedbackNetwork:
         return torch.device(self.model.pipeline._execution_device)
 
     def noised(self, latents: Float32[Tensor, "b c h w"], keys: Sequence[str]) -> Float32[Tensor, "b c h w"]:
-        """Latents at the timestep, for both passes: the noise is of an image's key, the same each time."""
+        """Latents at the timestep, for both passes; the noise depends only on an image's key."""
         latents = latents.to(self.device)
         noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
         return self.model.noised(latents, noise, self.timestep)
@@ -88,12 +86,12 @@ class FeedbackNetwork:
     def read(
         self, noised: Float32[Tensor, "b c h w"], feedback: Sequence[Float32[Tensor, "b _ _ _"]] = ()
     ) -> Float32[Tensor, "b d h w"]:
-        """The second pass: the map of the read block, with gradients to the ``feedback`` of each pair's target.
+        """The second pass: the map of the block to read, with gradients to the ``feedback`` of each pair's target.
 
-        Feedback of another size is resized bilinearly. Without any this is the map as the reader gives it.
+        Feedback of another size is resized bilinearly. Without feedback this is the map that the reader gives.
 
         Raises:
-            ConfigError: the map is not finite numbers, without any feedback that could be at fault.
+            ConfigError: the map is not finite although there is no feedback.
         """
         targets = [pair.target for pair in self.pairs] if feedback else []
         added = [_with_gradient(values, 1 / _GRADIENT_SCALE) for values in feedback]
@@ -110,7 +108,7 @@ class FeedbackNetwork:
         return [_values(seen[block]).float() for block in blocks]
 
     def _denoiser_for(self, noised: Tensor) -> Denoiser:
-        """As a reader looks; the prompt is encoded so that gradients may pass by."""
+        """The reader's denoiser, with the prompt encoded outside inference mode so that gradients can flow."""
         if self._denoiser is None or self._denoiser[0] != noised.shape:
             with torch.inference_mode(False), torch.no_grad():
                 self._denoiser = noised.shape, self.model.casting_denoiser([""] * len(noised), noised)
@@ -120,12 +118,12 @@ class FeedbackNetwork:
 def feedback_pairs(network: nn.Module) -> tuple[Pair, ...]:
     """The pairs of a U-Net, one a level, from the coarsest to the finest.
 
-    With blocks numbered 1, 2, ... as they compute, the first convolution and the down-samplers among them and E of them
-    in the encoder, block b of the decoder lies across from 2E + 2 - b. A level's source is its last block but one, as
-    in the paper; what lies across from it is the first block of that level in the encoder.
+    With blocks numbered 1, 2, ... in order of computation, including the first convolution and the down-samplers, and E
+    of them in the encoder, decoder block b matches encoder block 2E + 2 - b. A level's source is its second to last
+    block, as in the paper; the matching block is the first one of that level in the encoder.
 
     Raises:
-        ConfigError: the network is no U-Net whose decoder has a block more than its encoder at each level.
+        ConfigError: the network is not a U-Net whose decoder has one block more than its encoder at each level.
     """
     names, ups, downs = block_names(network), *(getattr(network, path, ()) for path in ("up_blocks", "down_blocks"))
     pairs = []
@@ -145,7 +143,7 @@ def feedback_pairs(network: nn.Module) -> tuple[Pair, ...]:
 
 @contextmanager
 def _added(network: nn.Module, feedback: Mapping[str, Float[Tensor, "b _ _ _"]]) -> Iterator[None]:
-    """Passes in which each block's output has its feedback added, for whatever takes it."""
+    """Add its feedback to each block's output while the context lasts."""
 
     def hook(added: Tensor) -> Any:
         return lambda module, arguments, output: _plus(output, added)
@@ -160,7 +158,7 @@ def _added(network: nn.Module, feedback: Mapping[str, Float[Tensor, "b _ _ _"]])
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and without gradients for its weights; afterwards as it was."""
+    """Evaluation mode without gradients for the weights; restored afterwards."""
     training = [module for module in network.modules() if module.training]
     learning = [weight for weight in network.parameters() if weight.requires_grad]
     network.eval().requires_grad_(False)
@@ -174,7 +172,7 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 
 def _with_gradient(values: Float32[Tensor, "*_"], factor: float) -> Float32[Tensor, "*_"]:
-    """The same values, whose gradient goes back ``factor`` times as large."""
+    """The same values, with a gradient scaled by ``factor``."""
     same = values.view_as(values)
     if same.requires_grad:
         same.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
@@ -197,4 +195,4 @@ def _plus(output: Any, added: Tensor) -> Any:
         return values
     if isinstance(output, tuple):
         return values, *output[1:]
-    return replace(output, sample=values)  # of diffusers, what a call without return_dict=False gives
+    return replace(output, sample=values)  # the output class of diffusers for a call without return_dict=False

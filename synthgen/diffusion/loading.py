@@ -1,4 +1,4 @@
-"""Load a text-to-image pipeline of ``diffusers``, from safetensors only, with errors that say what to do."""
+"""Load a text-to-image pipeline of ``diffusers``, from safetensors only, with actionable errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-SHORT_NAMES: dict[str, str] = {  # for a model's hub id
+SHORT_NAMES: dict[str, str] = {  # short name → hub id
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-turbo": "stabilityai/sd-turbo",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -38,26 +38,26 @@ SHORT_NAMES: dict[str, str] = {  # for a model's hub id
 _INDEX = "model_index.json"
 _LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last: where diffusers keeps the safety checker
 _EDM, _SDE = "EDMEulerScheduler", "DPMSolverSDEScheduler"
-_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}  # parts that no family needs to draw
+_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}  # parts that no family needs to generate
 _OPTIONAL = {"StableDiffusion3Pipeline": {*_UNUSED, "text_encoder_3", "tokenizer_3"}}  # by the class of the pipeline
 _PICKLED = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Where a pipeline comes from and how it is held.
+    """What to load, and how to place it on a device.
 
     Args:
         model: a short name, a folder, or a hub id.
-        dtype: of the weights and of what is computed.
-        variant: of the weights' files, such as "fp16".
+        dtype: type of the weights and of the computation.
+        variant: variant of the weight files, such as "fp16".
         scheduler: a class of ``diffusers`` in place of the model's own, such as "DPMSolverMultistepScheduler".
         lora: a folder, file or hub id of LoRA weights.
         textual_inversion: a file or hub id of learned embeddings.
-        without: parts that are not loaded, such as Stable Diffusion 3's large text encoder.
-        safety_checker: keep the model's own at hand, to be asked about images.
-        offload: keep on the device only the part that computes (slower, for large models on small GPUs).
-        device: where it runs.
+        without: parts not to load, such as Stable Diffusion 3's large text encoder.
+        safety_checker: keep the model's own safety checker for flagging images.
+        offload: keep only the part that computes on the device (slower, for large models on small GPUs).
+        device: the device to run on.
     """
 
     model: str
@@ -75,25 +75,25 @@ class Loading:
 def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
     """A pipeline whose class is one of ``known``, on its device.
 
-    A safety checker is taken out of it, so that no image is blacked out; where one is wanted, it stays at hand as the
-    pipeline's ``kept_safety_checker``. No image gets an invisible watermark, which Stable Diffusion XL's pipeline adds
-    where it finds the library for it.
+    The safety checker is removed, so that no image is blacked out; if requested, it remains as the pipeline's
+    ``kept_safety_checker``. No image gets the invisible watermark that Stable Diffusion XL's pipeline adds if the
+    library for it is installed.
 
     Raises:
-        MissingWeights: they are not on this machine and cannot be fetched.
-        UnknownName: the model is neither a folder nor a hub id, and no short name is that.
+        MissingWeights: the weights are not on this machine and cannot be downloaded.
+        UnknownName: the model is neither a folder, a hub id, nor a short name.
         ConfigError: the model is of another family, or its scheduler cannot be used.
         MissingDependency: LoRA weights need a library that is not installed.
         TooLittleMemory: the device cannot hold the model.
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # before diffusers imports more of it, which is where its notes begin
+    transformers_logging.set_verbosity_error()  # before diffusers imports more of it and it starts to log
     import diffusers
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    for library in (logging, transformers_logging):  # their bars would break into ours
+    for library in (logging, transformers_logging):  # their progress bars would interleave with ours
         library.disable_progress_bar()
     model = SHORT_NAMES.get(loading.model, loading.model)
     kind = pipeline_class(model)
@@ -131,10 +131,10 @@ def load_pipeline(loading: Loading, known: Collection[str]) -> Any:
 
 
 def _check_without(model: str, index: dict[str, Any], without: tuple[str, ...]) -> None:
-    """Check that a model has the parts that are to be left out, and can do without them.
+    """Check that a model has the parts to leave out, and works without them.
 
     Raises:
-        ConfigError: there is no such part, or the model needs it.
+        ConfigError: the model has no such part, or needs it.
     """
     optional = [part for part in _parts(index) if part in _OPTIONAL.get(str(index.get("_class_name")), _UNUSED)]
     for part in without:
@@ -185,7 +185,7 @@ def pipeline_class(model: str) -> str:
 def _index(model: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
-    if "/" not in model and not Path(model).exists():  # neither a hub id nor a folder: nobody need be asked
+    if "/" not in model and not Path(model).exists():  # neither a hub id nor a folder: no need to ask the hub
         raise UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
     try:
         path = Path(model) / _INDEX if Path(model).exists() else Path(hf_hub_download(model, _INDEX))
@@ -198,10 +198,10 @@ def _index(model: str) -> dict[str, Any]:
 
 
 def _refuse_code(model: str, index: dict[str, Any]) -> None:
-    """See that a model brings data and no program: its parts are classes of diffusers and transformers.
+    """Check that a model contains no code: its parts must be classes of diffusers and transformers.
 
     Raises:
-        ConfigError: it would run code of its own, or import some other library; there is no flag that allows it.
+        ConfigError: the model would run its own code or import another library; no flag allows it.
     """
     for name in _parts(index, saved=True):
         library = index[name][0]
@@ -213,10 +213,10 @@ def _refuse_code(model: str, index: dict[str, Any]) -> None:
 
 
 def _refuse_pickled(loading: Loading) -> None:
-    """See that what is put on top of a model is safetensors: other formats may run code when they are read.
+    """Check that added weights are safetensors: other formats may run code when they are loaded.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the weights are in another format.
     """
     for setting, extra in (("lora", loading.lora), ("textual_inversion", loading.textual_inversion)):
         path = Path(extra)
@@ -228,7 +228,7 @@ def _refuse_pickled(loading: Loading) -> None:
 
 
 def _parts(index: dict[str, Any], *, saved: bool = False) -> list[str]:
-    """The parts that an index names, or those of them that were saved with it."""
+    """The parts named in an index, or only those saved with the model."""
     parts = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
     return [name for name, value in parts.items() if any(value) or not saved]
 
@@ -256,13 +256,13 @@ def _missing(model: str, error: Exception) -> MissingWeights:
 
 
 def _set_scheduler(pipeline: Any, name: str) -> None:
-    """Give a pipeline the scheduler of this name, or see that its own will do.
+    """Set the scheduler of this name, or check that the pipeline's own is supported.
 
-    Of those that diffusers calls compatible two are not: EDMEulerScheduler counts noise otherwise than other models
-    do, and DPMSolverSDEScheduler draws noise that follows from no image's seed.
+    Two that diffusers lists as compatible are not: EDMEulerScheduler scales noise differently from these models, and
+    DPMSolverSDEScheduler draws noise independent of the images' seeds.
 
     Raises:
-        ConfigError: it cannot be used with this model.
+        ConfigError: the scheduler cannot be used with this model.
     """
     import diffusers
 
@@ -283,13 +283,13 @@ def _set_scheduler(pipeline: Any, name: str) -> None:
 
 
 def _add_parts(pipeline: Any, loading: Loading) -> None:
-    """What is put on top of a model: scheduler, LoRA, learned embeddings."""
+    """Add a scheduler, LoRA weights and learned embeddings to a model."""
     _set_scheduler(pipeline, loading.scheduler)
     extra = loading.lora or loading.textual_inversion
     try:
         if loading.lora:
             pipeline.load_lora_weights(loading.lora, use_safetensors=True)
-            if not pipeline.get_list_adapters():  # diffusers only warns where no key is a part's of this model
+            if not pipeline.get_list_adapters():  # diffusers only warns if no key matches a part of this model
                 raise ConfigError(
                     f"{loading.lora!r} has no LoRA weights for {loading.model!r}; take some that were trained for it"
                 )

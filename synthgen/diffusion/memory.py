@@ -1,4 +1,4 @@
-"""As many images at once as a device has memory for: found by halving, and remembered."""
+"""Find the largest batch that fits into a device's memory by halving, and remember it."""
 
 from __future__ import annotations
 
@@ -21,58 +21,58 @@ TOO_LITTLE = (
     "the device has too little memory for one image; try dtype float16 or bfloat16, offload: true, or a smaller size"
 )
 
-_SAID = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+_OOM_MESSAGES = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error tells of too little memory on a device; what is not PyTorch's own allocator says so in words."""
-    told = isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
-    return told or isinstance(error, torch.OutOfMemoryError)
+    """Whether an error means that a device ran out of memory; outside PyTorch's allocator only the message shows it."""
+    by_message = isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
+    return by_message or isinstance(error, torch.OutOfMemoryError)
 
 
 class AdaptiveBatches:
-    """How many images a model's device has memory for at once, for each kind of work."""
+    """The batch size that fits into the memory of a model's device, for each kind of work."""
 
     def __init__(self) -> None:
-        self.fits: dict[str, int] = {}  # kinds of work that memory ran out in, and how many images were tried next
+        self.fits: dict[str, int] = {}  # batch size to try next, by the kinds of work that ran out of memory
         self._warned = False
 
     def work(
-        self, what: str, count: int, compute: Callable[[slice], T], put_back: Callable[[], None], most: int
+        self, kind: str, count: int, compute: Callable[[slice], T], restore: Callable[[], None], most: int
     ) -> list[T]:
-        """What ``compute`` makes of ``count`` images, a portion at a time, in their order.
+        """Call ``compute`` on ``count`` images batch by batch, and return its results in order.
 
-        A portion is ``most`` images, or half as many again and again until memory suffices; later calls begin there.
-        The first time the log has a warning.
+        A batch has ``most`` images and is halved until memory suffices; later calls start with the size that worked.
+        The first halving logs a warning.
 
         Args:
-            what: the kind of work, as in "16 images of 64 x 64 pixels".
-            count: images in all.
-            compute: makes something of those with these numbers.
-            put_back: makes the model whole again; called after every failure, of whatever kind.
-            most: images at once, 1 or more.
+            kind: the kind of work, as in "16 images of 64 x 64 pixels".
+            count: number of images.
+            compute: processes the images of a slice.
+            restore: restores the model; called after every failure of any kind.
+            most: largest batch, 1 or more.
 
         Raises:
-            SynthgenError: there is too little memory for one image.
+            SynthgenError: the device has too little memory for one image.
         """
         made, start, first = list[T](), 0, 0
         while start < count:
-            few = min(most, self.fits.get(what, most), count - start)
+            few = min(most, self.fits.get(kind, most), count - start)
             try:
                 made.append(compute(slice(start, start + few)))
             except BaseException as error:
                 if not is_out_of_memory(error):
-                    with suppress(Exception):  # on a broken device that fails too, and says less
-                        put_back()
+                    with suppress(Exception):  # fails as well on a broken device, with a less useful message
+                        restore()
                     raise
             else:
                 start += few
                 if first and not self._warned:
-                    logger.warning("too little memory for %d %s at once; from now on %d at a time", first, what, few)
+                    logger.warning("too little memory for %d %s at once; from now on %d at a time", first, kind, few)
                     self._warned = True
                 continue
-            put_back()  # outside the handler, where nothing holds the tensors of the failed call any more
+            restore()  # outside the handler, where nothing references the tensors of the failed call any more
             if few == 1:
                 raise SynthgenError(TOO_LITTLE)
-            self.fits[what], first = few // 2, first or few
+            self.fits[kind], first = few // 2, first or few
         return made

@@ -1,6 +1,6 @@
-"""A diffusion network cut off behind the block that is read, as an image encoder all of whose weights can learn.
+"""A diffusion network truncated after the block to read, as a fully trainable image encoder.
 
-That is what DDAE fine-tunes (Xiang et al., 2023): the network up to one block, at one timestep, averaged over space.
+DDAE fine-tunes this (Xiang et al., 2023): the network up to one block, at one timestep, averaged over space.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Shape", "TruncatedGenerator", "see_that_it_can_be_cut"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What :class:`~synthgen.models.vit.EncoderConfig` tells of an encoder, of a generator."""
+    """The counterpart of :class:`~synthgen.models.vit.EncoderConfig` for a generator."""
 
     image_size: int  # pixels a side
     dim: int  # channels of the block that is read
@@ -36,21 +36,21 @@ class Shape:
 
 
 class TruncatedGenerator(nn.Module):
-    """A copy of a generator's network up to the block that is read, in float32, ready to learn.
+    """A trainable float32 copy of a generator's network up to the block to read.
 
-    Of what computes behind that block there is no copy. Images are encoded by the generator's own autoencoder and
-    noised to the timestep that the network is told; the prompt is empty. Autoencoder and text encoder are shared with
-    the generator, frozen; the generator itself is left as it is. A network of bfloat16 computes in bfloat16 here too,
-    with weights of float32; one of float16 in float32, for its gradients would be lost.
+    Later parts are not copied. Images are encoded by the generator's own autoencoder and noised to the timestep; the
+    prompt is empty. Autoencoder and text encoder are shared with the generator and frozen; the generator itself is not
+    changed. A bfloat16 network computes in bfloat16 here too, with float32 weights; a float16 one in float32, as its
+    gradients would underflow.
 
     Args:
-        reader: tells the generator, the timestep, the block, and the seed of the noise.
-        fresh: begin with new weights, drawn from the reader's seed, as if never trained.
-        device: where the copy lies and computes.
+        reader: has the generator, the timestep, the block, and the seed of the noise.
+        fresh: start from random weights drawn from the reader's seed.
+        device: the device of the copy.
 
     Raises:
-        ConfigError: see :func:`see_that_it_can_be_cut`; or the block gives no finite numbers, or a layer of a kind that
-            is not known cannot begin anew.
+        ConfigError: as for :func:`see_that_it_can_be_cut`; the block's output is not finite; or a layer of an unknown
+            kind cannot be initialised.
     """
 
     def __init__(self, reader: FeatureReader, *, fresh: bool = False, device: str = "cpu") -> None:
@@ -73,7 +73,7 @@ class TruncatedGenerator(nn.Module):
         self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
     def forward(self, images: Float[Tensor, "b 3 S S"], keys: Sequence[str]) -> Float[Tensor, "b d"]:
-        """The mean over space of what the block gives for normalised images; the noise of each is its key's."""
+        """The block's output for normalised images, averaged over space; the noise of each depends on its key."""
         device, side = images.device, self.config.image_size
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         latents = self.reader.latents(pixels)
@@ -85,9 +85,9 @@ class TruncatedGenerator(nn.Module):
         return as_map(seen[self.block], self._model.grid(side, side)).float().mean((2, 3))
 
     def layer(self, name: str) -> int:
-        """Which layer a weight belongs to: 0 lies before all blocks, k is block k in the order in which they compute.
+        """The layer that a weight belongs to: 0 is before all blocks, k is block k in order of computation.
 
-        What changes the size belongs to the block before it.
+        Down- and up-samplers belong to the block before them.
         """
         inside = name.removeprefix("network.")
         for number, block in enumerate(self.blocks, start=1):
@@ -98,7 +98,7 @@ class TruncatedGenerator(nn.Module):
         return max(of_level, default=0)
 
     def _denoiser_for(self, noised: Tensor) -> Denoiser:
-        """As a reader looks; the prompt is encoded so that gradients may pass by."""
+        """The reader's denoiser, with the prompt encoded outside inference mode so that gradients can flow."""
         if self._denoiser is None or self._denoiser[0] != noised.shape:
             with torch.inference_mode(False), torch.no_grad():
                 self._denoiser = noised.shape, self._model.casting_denoiser([""] * len(noised), noised)
@@ -106,10 +106,10 @@ class TruncatedGenerator(nn.Module):
 
 
 def see_that_it_can_be_cut(reader: FeatureReader) -> None:
-    """See that images are read at one timestep, from one block, and noised.
+    """Check that images are noised and read at one timestep, from one block.
 
     Raises:
-        ConfigError: they are not; says what to give.
+        ConfigError: the reader has several timesteps or blocks, or an inversion; the message says what to give.
     """
     if reader.inversion_steps:
         raise ConfigError("a generator is fine-tuned on noised images; leave generator_inversion_steps 0")
@@ -124,7 +124,7 @@ def see_that_it_can_be_cut(reader: FeatureReader) -> None:
 
 
 def _reached(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
-    """The modules that compute, in a pass over a black image, before the block has; and the channels that it gives."""
+    """The modules that run up to the block in a pass over a black image, and the block's number of channels."""
     model, side, reached = reader.model, reader.image_size, set[nn.Module]()
     network: nn.Module = model.network
     latents = reader.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).to(model.pipeline._execution_device)
@@ -144,10 +144,9 @@ def _reached(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
 
 
 def _copied(network: nn.Module, reached: set[nn.Module], device: str) -> nn.Module:
-    """A copy of the modules that are reached, in float32, whose weights can learn; nothing stands for the others.
+    """A trainable float32 copy of the reached modules; the others are left out.
 
-    It is made weight by weight: there is no second copy meanwhile. What moves the network to the device and away again
-    (offloading) does not move the copy.
+    It is made weight by weight, so there is never a second copy in memory. Offloading hooks are not copied.
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
@@ -156,7 +155,7 @@ def _copied(network: nn.Module, reached: set[nn.Module], device: str) -> nn.Modu
             memo[id(module)] = nn.Identity()
         elif own:
             memo |= {id(weight): _learning(weight, device) for weight in own}
-        if hasattr(module, "_hf_hook"):  # it knows the other parts of the pipeline, which must not be copied
+        if hasattr(module, "_hf_hook"):  # it references the other parts of the pipeline, which must not be copied
             memo[id(module._hf_hook)] = ModelHook()
     copied = copy.deepcopy(network, memo)
     remove_hook_from_module(copied, recurse=True)
@@ -168,10 +167,10 @@ def _learning(weight: nn.Parameter, device: str) -> nn.Parameter:
 
 
 def _begin_anew(network: nn.Module, seed: int) -> None:
-    """New weights, as torch's layers begin; drawn on the CPU, so that they are the same for any device.
+    """Initialise the weights as torch's layers do; drawn on the CPU, so that they are the same on any device.
 
     Raises:
-        ConfigError: a layer does not say how it begins.
+        ConfigError: a layer has no known initialisation.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -191,7 +190,7 @@ def _begin_anew(network: nn.Module, seed: int) -> None:
 
 
 def _with_network(model: DiffusionBackbone, network: nn.Module) -> DiffusionBackbone:
-    """The same backbone with another network; all else is shared, and the backbone itself is as it was."""
+    """A shallow copy of the backbone with another network; the backbone itself is not changed."""
     other = copy.copy(model)
     other.pipeline = copy.copy(model.pipeline)
     (name,) = (name for name, part in model.pipeline.components.items() if part is model.network)
@@ -200,7 +199,7 @@ def _with_network(model: DiffusionBackbone, network: nn.Module) -> DiffusionBack
 
 
 def _in_float32(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What a network is called with, such as a prompt that was encoded in halves, as its weights are."""
+    """Cast a network's inputs, such as a prompt encoded in half precision, to float32 like its weights."""
     return _cast(given), _cast(named)
 
 

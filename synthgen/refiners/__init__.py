@@ -1,4 +1,4 @@
-"""Refiners turn where each word looked into a mask the size of the image, without the generator."""
+"""Refiners turn attention maps into full-resolution masks; the generator is not needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Refiner(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
-        """One mask a word. Words compete: a pixel belongs to one word at most."""
+        """One mask per word. Words compete: a pixel belongs to at most one word."""
         ...
 
 

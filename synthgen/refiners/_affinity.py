@@ -1,4 +1,4 @@
-"""Self-attention between cells, as edges of a graph and as a walk along them."""
+"""Self-attention between cells, as edges of a graph and for propagation along them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Links", "affinity_edges", "walk"]
 
 
 def affinity_edges(affinity: Float[np.ndarray, "edges h w"]) -> Edges:
-    """Self-attention between cells in [0, 1): what is above uniform, over the most that an end gives anyone.
+    """Self-attention between cells in [0, 1): the excess over uniform, divided by the largest value of an end.
 
-    Both ends are averaged. Attention that falls everywhere alike is 1 everywhere and links nothing.
+    Both ends are averaged. Uniform attention is 1 everywhere and links nothing.
     """
     given = affinity.astype(np.float64)
     shape = given.shape[1:]
@@ -35,14 +35,14 @@ def affinity_edges(affinity: Float[np.ndarray, "edges h w"]) -> Edges:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Self-attention between cells, made ready for walks."""
+    """Self-attention between cells as a sparse matrix, for :func:`walk`."""
 
-    matrix: csr_array  # what links each cell with each
-    total: Float64[np.ndarray, "cells 1"]  # of each cell
+    matrix: csr_array  # weight of the link between two cells
+    total: Float64[np.ndarray, "cells 1"]  # row sums
 
     @classmethod
     def of(cls, edges: Edges) -> Links:
-        """Both ways of each edge: a row has as many places as there are offsets, those of no edge at 0."""
+        """Each edge in both directions; a row has two entries per offset, 0 where there is no edge."""
         num_offsets, *shape = edges.weight.shape
         weight = np.zeros((*shape, 2 * num_offsets))
         step = np.empty(2 * num_offsets, dtype=np.int32)
@@ -60,7 +60,7 @@ class Links:
 def walk(
     attention: Float64[np.ndarray, "words h w"], links: Links, num_steps: int, spread: float
 ) -> Float64[np.ndarray, "words h w"]:
-    """Let attention spread along self-attention. A cell without links keeps its own."""
+    """Propagate maps along self-attention and scale them to [0, 1]. A cell without links keeps its value."""
     flat = attention.reshape(len(attention), -1).T
     for _ in range(num_steps):
         near = np.divide(links.matrix @ flat, links.total, out=flat.copy(), where=links.total > 0)

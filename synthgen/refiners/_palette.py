@@ -1,4 +1,4 @@
-"""What an image's colours tell of labels: histograms of windows, counted with weights, compared bin by bin."""
+"""Colour unaries: weighted colour histograms of windows of an image, compared label by label in each bin."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from synthgen.graphcut import Slices
 
 __all__ = ["Palette"]
 
-#: Colours are counted in this many bins an axis, blurred by BLUR bins, each label with UNSEEN of its own.
+#: Bins per colour axis, their blur in bins, and what is added to each label's share of a bin.
 BINS, BLUR, UNSEEN = 8, 0.7, 1e-5
-#: The bins reach this many standard deviations to each side, and each is this many levels of 256 wide or wider.
+#: The bins span this many standard deviations to each side, and each is at least this many levels of 256 wide.
 REACH, NARROWEST = 2.5, 2.0
-#: So they are in this many windows on the image's long side, blurred by WINDOW_BLUR windows.
+#: Windows along the image's long side, and their blur in windows.
 WINDOWS, WINDOW_BLUR = 5, 0.7
 
 
 class Palette:
-    """The colours of a grid of pixels, made ready to be counted more than once."""
+    """The binned colours of a pixel grid, of which histograms are taken more than once."""
 
-    def __init__(self, seen: UInt8[np.ndarray, "h w 3"]) -> None:
-        height, width = seen.shape[:2]
+    def __init__(self, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        height, width = image.shape[:2]
         self.rows, self.columns = (max(1, round(WINDOWS * side / max(height, width))) for side in (height, width))
-        self.bins = binned(seen)  # h w
+        self.bins = binned(image)  # h w
         window = (np.arange(height) * self.rows // height)[:, None] * self.columns
         window = window + np.arange(width) * self.columns // width
         self.places = (window * BINS**3 + self.bins).ravel()  # of each pixel in the histograms of all windows
 
-    def surprise(
+    def nll(
         self, model: Float32[np.ndarray, "labels h w"], part: Slices = (slice(None), slice(None))
     ) -> Float32[np.ndarray, "labels y x"]:
-        """-T log Q of ``AttentionCut`` for a part of the grid, less that of label 0, which changes no cut.
+        """-T log Q of ``AttentionCut`` for a part of the grid, minus that of label 0, which changes no cut.
 
-        Histograms are of the whole grid, counted with weight ``model``. Label 0 has 0, so one word takes half the time.
+        Histograms are of the whole grid, weighted with ``model``. Label 0 is 0, so one word takes half the time.
         """
         (height, width), rows, columns, bins = self.bins.shape, self.rows, self.columns, BINS**3
         size = rows * columns * bins
         counts = np.stack(
             [np.bincount(self.places, weights=one.ravel(), minlength=size) for one in model], dtype=np.float32
         )
-        surprise = self._of_bins(counts)
-        average = (counts * surprise).sum(axis=1, dtype=np.float64) / counts.sum(axis=1, dtype=np.float64)
-        surprise *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
+        nll = self._of_bins(counts)
+        average = (counts * nll).sum(axis=1, dtype=np.float64) / counts.sum(axis=1, dtype=np.float64)
+        nll *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
         color = self.bins[part]
         result = np.zeros((len(model), *color.shape), dtype=np.float32)
         for row, low in corners(height, rows):
             for column, left in corners(width, columns):
                 index = color + (row[part[0], None] * columns + column[part[1]]) * bins
                 share = low[part[0], None] * left[part[1]]
-                for one, of_bin in zip(result[1:], surprise[1:] - surprise[0], strict=True):
+                for one, of_bin in zip(result[1:], nll[1:] - nll[0], strict=True):
                     one += share * of_bin.take(index)
         return result
 
@@ -69,30 +69,30 @@ class Palette:
         near = blur(self.columns, WINDOW_BLUR) @ near
         own = self.bins.size / (self.rows * self.columns)  # a window's pixels
         votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
-        surprise: Float32[np.ndarray, "labels bins"] = -np.log(votes / votes.sum(axis=0)).reshape(counts.shape)
-        return surprise
+        nll: Float32[np.ndarray, "labels bins"] = -np.log(votes / votes.sum(axis=0)).reshape(counts.shape)
+        return nll
 
 
-def binned(seen: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
-    """The bin of each pixel's colour, on the axes along which the image's own colours vary apart from one another.
+def binned(image: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
+    """The bin of each pixel's colour, along the principal axes of the image's colours.
 
-    So the bins are narrow where all colours are alike, and few are wasted on colours that no pixel has.
+    So bins are narrow where all colours are similar, and few are wasted on colours that do not occur.
     """
-    flat = seen.reshape(-1, 3).astype(np.float64)
+    flat = image.reshape(-1, 3).astype(np.float64)
     mean = flat.mean(axis=0)
     variance, axes = np.linalg.eigh(flat.T @ flat / len(flat) - np.outer(mean, mean))
-    axes *= np.sign(axes[abs(axes).argmax(axis=0), range(3)])  # an axis and its opposite are as good: one of the two
-    axes *= variance > 1e-6 * max(variance.max(), 1.0)  # else rounding alone would tell grey from grey
+    axes *= np.sign(axes[abs(axes).argmax(axis=0), range(3)])  # the sign of an axis is arbitrary: fix it
+    axes *= variance > 1e-6 * max(variance.max(), 1.0)  # otherwise rounding alone would separate greys
     half = np.maximum(REACH * np.sqrt(variance.clip(min=0)), NARROWEST * BINS / 2)
     along = (flat - mean).astype(np.float32) @ (axes * (BINS / 2) / half).astype(np.float32) + np.float32(BINS / 2)
     places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
     bins: Int[np.ndarray, "h w"] = (np.floor(along.clip(0, BINS - 1)) @ places).astype(np.intp)
-    return bins.reshape(seen.shape[:2])
+    return bins.reshape(image.shape[:2])
 
 
 @functools.lru_cache(maxsize=64)
 def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
-    """What each of so many places in a row has of each when they are blurred."""
+    """The Gaussian blur of ``count`` values as a matrix, zeros beyond the ends."""
     kernel: Float32[np.ndarray, "count count"] = gaussian_filter1d(
         np.eye(count, dtype=np.float32), sigma, mode="constant"
     )
@@ -100,7 +100,7 @@ def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
 
 
 def corners(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
-    """The windows before and after each of ``size`` pixels in a row, each with its share: linear between centres."""
+    """For each of ``size`` pixels the windows before and after it with their weights: linear between window centres."""
     place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
     before = place.astype(np.intp)
     part = (place - before).astype(np.float32)

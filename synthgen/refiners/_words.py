@@ -1,4 +1,4 @@
-"""What the refiners share: maps on a common scale, on another grid, and a level between low and high."""
+"""Shared by the refiners: scaling and resizing of maps, and Otsu's threshold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["above_level", "level_of", "otsu_level", "resize", "scaled", "side_me
 
 
 def scaled(weights: Float[np.ndarray, "words h w"]) -> Float64[np.ndarray, "words h w"]:
-    """Each map from 0 at its lowest cell to 1 at its highest; a flat map says nothing and is 0 everywhere.
+    """Each map scaled to 0 at its lowest cell and 1 at its highest; a flat map is 0 everywhere.
 
     Raises:
         ValueError: the maps have no cells, or hold NaN or infinity.
@@ -29,9 +29,9 @@ def scaled(weights: Float[np.ndarray, "words h w"]) -> Float64[np.ndarray, "word
 
 
 def otsu_level(values: Float64[np.ndarray, "h w"]) -> float:
-    """The level that leaves the least variance on its two sides (Otsu, 1979), over all values and without bins.
+    """The threshold with the least variance within its two classes (Otsu, 1979), over all values, without bins.
 
-    Halfway between the two values that it divides; the value itself where all are equal.
+    It lies halfway between the two values that it separates; if all values are equal it is that value.
     """
     ordered = np.sort(values, axis=None)
     below = np.arange(1, ordered.size)
@@ -46,7 +46,7 @@ def otsu_level(values: Float64[np.ndarray, "h w"]) -> float:
 
 
 def side_means(values: Float64[np.ndarray, "h w"]) -> tuple[float, float]:
-    """The means of the values up to Otsu's level and above it; the same twice where all values are equal."""
+    """The means of the values up to Otsu's threshold and above it; the same twice if all values are equal."""
     above = values > otsu_level(values)
     low = float(values[~above].mean())
     return low, float(values[above].mean()) if above.any() else low
@@ -64,7 +64,7 @@ def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32
 
 
 def _between(layers: Float32[np.ndarray, "n h w"], axis: int, size: int) -> Float32[np.ndarray, "n H W"]:
-    """Linear between the centres of cells along one axis, and level beyond the outermost: ``size`` values, no fewer."""
+    """Linear between cell centres along one axis and constant beyond the outermost; ``size`` must not be smaller."""
     last = layers.shape[axis] - 1
     place = np.clip((np.arange(size) + 0.5) * (last + 1) / size - 0.5, 0, last)
     before = place.astype(np.intp)
@@ -76,10 +76,10 @@ def _between(layers: Float32[np.ndarray, "n h w"], axis: int, size: int) -> Floa
 
 
 def level_of(method: str, level: float) -> float | None:
-    """The level of a refiner's settings: None stands for each map's own, by Otsu.
+    """The fixed level of a refiner's settings; None stands for Otsu's threshold of each map.
 
     Raises:
-        ValueError: there is no such method, or the level is not in [0, 1).
+        ValueError: the method is unknown, or the level is not in [0, 1).
     """
     if method not in ("otsu", "fixed"):
         raise ValueError(f"method must be 'otsu' or 'fixed', not {method!r}")
@@ -89,16 +89,18 @@ def level_of(method: str, level: float) -> float | None:
 
 
 def above_level(
-    fields: Float64[np.ndarray, "words h w"], level: float | None, size: tuple[int, int]
-) -> Bool[np.ndarray, "words H W"]:
-    """Where a word's field is the highest and above ``level``, by default each field's Otsu level.
+    fields: Float64[np.ndarray, "words h w"], level: float | None, size: tuple[int, int], step: int = 1
+) -> Bool[np.ndarray, "words rows columns"]:
+    """Where a word's field is the highest and above ``level``, by default Otsu's threshold of each field.
 
-    Fields are linear between cell centres on a grid of ``size`` (height, width); the first word wins a tie.
+    Fields are linear between cell centres on a grid of ``size`` (height, width), of which every ``step``-th row and
+    column is returned, from ``step // 2`` on; the first word wins a tie.
     """
-    above = np.zeros((len(fields), *size), dtype=bool)
-    winner, most = np.zeros(size, dtype=np.intp), np.full(size, -np.inf, dtype=np.float32)
+    some = slice(step // 2, None, step)
+    winner, most = (np.full(size, start)[some, some] for start in (np.intp(0), np.float32(-np.inf)))
+    above = np.zeros((len(fields), *winner.shape), dtype=bool)
     for word in range(len(fields)):  # one at a time: all fields of many words would be gigabytes
-        fine = resize(fields[word : word + 1], size)[0]
+        fine = resize(fields[word : word + 1], size)[0, some, some]
         np.copyto(winner, word, where=fine > most)
         np.maximum(most, fine, out=most)
     for word, field in enumerate(fields):

@@ -1,4 +1,4 @@
-"""The cheapest outline that still agrees with cross-attention, self-attention and colour."""
+"""A graph cut over cross-attention, self-attention and colour."""
 
 from __future__ import annotations
 
@@ -20,76 +20,84 @@ from synthgen.refiners._words import resize, scaled, side_means
 
 __all__ = ["AttentionCut"]
 
-#: Half of the 8-neighbourhood; the other half is the same edge seen from its other end.
+#: Half of the 8-neighbourhood; the other half is the same edges in the other direction.
 NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
-#: Every word looks at least so much at every cell, in multiples of its highest.
+#: Added to every cell of the maps that decide which word an object belongs to, in multiples of a map's maximum.
 FAINT = 1e-6
-#: Pixels in a cell's side where ``smoothness`` is the price of an edge, and at most on the first grid of pixels.
+#: Pixels per side of a cell at which ``smoothness`` is the weight of an edge; the maximum on the first pixel grid.
 USUAL_CELL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCut:
-    """Give every pixel to one word or to none, so that disagreement with the attention plus boundary costs least.
+    """Label every pixel with one word or none, minimising disagreement with the attention plus boundary cost.
 
-    DiffusionSeg (Ma et al., 2023) names such a cut; its energy was not to be had, and this one is ours:
+    DiffusionSeg (Ma et al., 2023) introduced a cut of this name; its energy could not be obtained, so this one is ours:
 
-        E(l) = sum_i U_i(l_i) + sum_(i, j) w_ij [l_i != l_j]            prices in nats
+        E(l) = sum_i U_i(l_i) + sum_(i, j) w_ij [l_i != l_j]            in nats; label 0 is the background
 
-    It is solved on one grid after another, with label 0 for no word. First on the maps' own, which finds the object:
+    It is minimised first on the grid of the maps, which locates the object, then on pixels, which find its outline.
+
+    Stage 1 (cells):
 
         F_v = a word's cross-attention scaled to [0, 1], then ``num_steps`` times (1 - spread) F + spread S F, scaled
-        t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's level: calibrated per image
-        G_v = F_v of ``object_steps`` steps with ``object_spread``: the word's attention, object by object
+        t_v = (1 - level) low_v + level high_v, the means of F_v below and above Otsu's threshold: calibrated per image
+        G_v = F_v with ``object_steps`` steps and ``object_spread``: the word's attention, evened out over each object
         P_v = G_v^rivalry / sum_u G_u^rivalry * sigmoid((F_v - t_v) / softness)
         P_0 = 1 - sum_v P_v
         U   = -log P
         w   = affinity A_ij + [neighbours] color B_ij / distance
 
-    So F says whether a cell is a word's, and G which word's it can be: an object whose parts draw different words goes
-    to the one that looks at it most, for all that this word looks at. A is what self-attention along
-    ``AFFINITY_OFFSETS`` has above uniform, over the most that i gives anyone, averaged with the same of j; S is A with
-    rows that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. Each word
-    keeps the cell that speaks most for it, and so does the background; hence no cut takes all or nothing. Then on
-    pixels: the image's own, and where a cell would be more than 8 of them wide first on coarser ones, each grid twice
-    as fine as the one before. The first of these grids is cut ``cuts`` times, the others once. Free is a band around
-    the outline so far, ``band`` cells to each side on the first and ``reach`` pixels on the others:
+    F decides whether a cell belongs to a word, G to which word: an object whose parts attract different words goes to
+    the word with the most attention on it, each map scaled to its own range. A_ij is the self-attention along
+    ``AFFINITY_OFFSETS`` above uniform, divided by the largest of cell i, averaged with the same for j; S is A with rows
+    that sum to 1; B_ij = exp(-beta |c_i - c_j|^2) with beta = 1 / (2 mean |c_i - c_j|^2) as in GrabCut. P is mixed with
+    a uniform distribution so that no label falls below ``floor`` (0.5 / labels, if that is less). For every label, the
+    background included, the cell with the strongest evidence is fixed, so no cut takes all or nothing.
 
-        U   = -log P - palette T log Q,  Q_l = share of label l in a pixel's colour thereabouts
+    Stage 2 (pixels): the grid is the image's own; where a cell would be more than 8 pixels wide, coarser grids come
+    first, each grid twice as fine as the one before. The first of them is cut ``cuts`` times, the others once. Only a
+    band around the current outline is free, ``band`` cells to each side on the first grid, ``reach`` pixels on others:
+
+        U   = -log P - palette T log Q,  Q_l = share of label l among nearby pixels of the same colour
         w   = smoothness (cell / 8 px) B_ij / distance
 
-    Between the cells' centres log P is linear, and P then scaled to sum 1. Q is of histograms, counted with weight P in
-    the first cut, and with P and the labels so far, mixed by ``trust``, in later ones: one in each window, WINDOWS on
-    the image's long side, its neighbours' blurred in and as much of the whole image's as it has pixels; between the
-    windows' centres log Q is linear. Bins lie along the principal axes of the image's own colours. T in [0, 1] says how
-    well colours tell labels: 1 - mean_l H_l / log(labels), H_l the mean of -log Q_l over what label l counts, and 0
-    where that is negative. One word: every minimum is exact. Several are solved together by alpha-expansion, each move
-    exact. A connected part of a label that has no pixel of that label before the cut is a stray of like colour: its
-    pixels stay what they were. Images longer than ``max_size`` are cut at that size and the outline is enlarged, so it
-    is no finer than that. A word whose map is flat gets an empty mask. Attention that is high elsewhere stays: what is
-    no object is the filter's to drop.
+    log P is interpolated linearly between cell centres, and P then normalised to sum 1. Q comes from colour histograms,
+    weighted with P in the first cut and with a mix of P and the current labels (``trust``) in later ones. Each window,
+    WINDOWS on the image's long side, has its own, with its neighbours' blurred in and the whole image's added at the
+    weight of one window's pixels; log Q is interpolated linearly between window centres. Bins lie along the principal
+    axes of the image's colours. T in [0, 1] measures how well colours separate the labels: it is
+    1 - mean_l H_l / log(labels), H_l the weighted mean of -log Q_l over label l, and 0 where that is negative. A
+    connected part of a label without a pixel of that label before the cut is a stray of similar colour: its pixels keep
+    their previous labels.
+
+    Guarantees: with one word every minimum is exact; several words are solved together by alpha-expansion, each move of
+    which is exact. A word whose map is flat gets an empty mask.
+
+    Limits: an image longer than ``max_size`` is cut at that size and the outline enlarged, so it is no finer than that.
+    High attention away from the object stays in the mask; dropping such masks is left to the ``masks`` stage.
     """
 
-    solver: ClassVar[type[Solver] | None] = None  # the fastest there is; it changes no mask
+    solver: ClassVar[type[Solver] | None] = None  # None: the fastest available; the masks do not depend on it
 
-    num_steps: int = 2  # steps of the walk along self-attention
-    spread: float = 0.2  # share of a step that comes from other cells, in [0, 1]
-    level: float = 0.42  # where word and background are as likely, on the way from the low side's mean to the high's
-    softness: float = 0.08  # difference of scaled attention that is worth one nat
-    object_steps: int = 8  # steps of the walk that tells which word's an object is
-    object_spread: float = 0.7  # share of such a step that comes from other cells, in [0, 1]
-    rivalry: float = 8.0  # how much a word that looks at an object more than the others has of it
-    floor: float = 1e-4  # no label is less likely than this, nor dearer than its surprise
-    affinity: float = 0.4  # nats for parting two cells of which each looks at the other most
-    color: float = 0.4  # nats for parting two neighbouring cells of equal colour
-    band: float = 2.5  # half the width of the band on the first grid of pixels, in cells of the maps
-    palette: float = 6.0  # weight of the colours' own vote where they tell all; 0 asks contrast alone
-    smoothness: float = 11.0  # nats for parting two neighbouring pixels of equal colour, at 8 pixels a cell
-    reach: int = 6  # half the width of the band on the grids after that, in their pixels
-    trust: float = 0.8  # share of the labels so far in what the colours are counted by, after the first cut of pixels
-    cuts: int = 3  # of the first grid of pixels, each with colours counted by what the one before gave
-    max_rounds: int = 1  # of alpha-expansion, on each grid of pixels
-    max_size: int = 128  # pixels on the long side of the finest cut
+    num_steps: int = 2  # propagation steps along self-attention
+    spread: float = 0.2  # step size of the propagation, in [0, 1]
+    level: float = 0.42  # threshold between the two Otsu class means: 0 = the low mean, 1 = the high mean
+    softness: float = 0.08  # temperature of the sigmoid, in units of scaled attention
+    object_steps: int = 8  # propagation steps of the map that decides which word an object belongs to
+    object_spread: float = 0.7  # step size of that propagation, in [0, 1]
+    rivalry: float = 8.0  # exponent of the competition between words; 0: equal shares
+    floor: float = 1e-4  # lower bound on each label's probability, so an attention unary is at most -log(floor)
+    affinity: float = 0.4  # weight (nats) of the self-attention edge between two maximally linked cells
+    color: float = 0.4  # weight (nats) of the contrast edge between neighbouring cells of equal colour
+    band: float = 2.5  # half-width of the free band on the first pixel grid, in cells of the maps
+    palette: float = 6.0  # weight of the colour-histogram unary; 0: contrast edges only
+    smoothness: float = 11.0  # weight (nats) of the contrast edge between equal neighbouring pixels, at 8 px per cell
+    reach: int = 6  # half-width of the free band on finer grids, in their pixels
+    trust: float = 0.8  # weight of the current labelling (against attention) when the histograms are refitted
+    cuts: int = 3  # cuts on the first pixel grid; the histograms are refitted between them
+    max_rounds: int = 1  # rounds of alpha-expansion on each pixel grid, at most
+    max_size: int = 128  # longest side of the finest grid that is cut, in pixels
 
     def __post_init__(self) -> None:
         weights = ("affinity", "color", "palette", "smoothness", "band", "rivalry")
@@ -110,26 +118,26 @@ class AttentionCut:
             raise ValueError(f"max_size must be at least 8 pixels, not {self.max_size}")
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
-        """One mask a word; empty where a word's map is flat.
+        """One mask per word; empty where a word's map is flat.
 
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.
         """
         masks = np.zeros((len(maps.weights), *image.shape[:2]), dtype=bool)
         attention = scaled(maps.weights)
-        told = np.flatnonzero(attention.any(axis=(1, 2)))  # the words whose maps are not flat
-        if told.size:
+        nonflat = np.flatnonzero(attention.any(axis=(1, 2)))  # words
+        if nonflat.size:
             edges = affinity_edges(maps.affinity)
-            likely = self.probabilities(attention[told], Links.of(edges))
-            labels = self.cut_pixels(image, likely, self.cut_cells(image, likely, edges))
-            for label, word in enumerate(told, start=1):
+            probs = self.probabilities(attention[nonflat], Links.of(edges))
+            labels = self.cut_pixels(image, probs, self.cut_cells(image, probs, edges))
+            for label, word in enumerate(nonflat, start=1):
                 masks[word] = labels == label
         return masks
 
     def probabilities(
         self, attention: Float64[np.ndarray, "words h w"], links: Links
     ) -> Float64[np.ndarray, "labels h w"]:
-        """How likely each label is by attention alone: P of the class docstring, kept above the floor."""
+        """The probability of each label by attention alone: P of the class docstring."""
         near = walk(attention, links, self.num_steps, self.spread)
         means = np.array([side_means(one) for one in near])
         levels = means @ (1 - self.level, self.level)
@@ -138,45 +146,47 @@ class AttentionCut:
         return self.above_floor(np.concatenate([1 - share.sum(axis=0, keepdims=True), share]))
 
     def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Links) -> Float64[np.ndarray, "words h w"]:
-        """Which word's a cell can be, sum 1: G of the class docstring, compared."""
+        """The share of each word in each cell, sum 1: the first factor of P_v in the class docstring."""
         far = walk(attention, links, self.object_steps, self.object_spread) + FAINT
         which: Float64[np.ndarray, "words h w"] = softmax(self.rivalry * np.log(far), axis=0)
         return which
 
     def above_floor(self, share: Float[np.ndarray, "labels h w"]) -> Float[np.ndarray, "labels h w"]:
-        """Mix in as much of an even vote as keeps every label at the floor or above."""
+        """Mix in a uniform distribution so that every label is at the floor or above."""
         floor = min(self.floor, 0.5 / len(share))
         above: Float[np.ndarray, "labels h w"] = floor + (1 - len(share) * floor) * share
         return above
 
     def cut_cells(
-        self, image: UInt8[np.ndarray, "H W 3"], likely: Float64[np.ndarray, "labels h w"], affinity: Edges
+        self, image: UInt8[np.ndarray, "H W 3"], probs: Float64[np.ndarray, "labels h w"], affinity: Edges
     ) -> Int[np.ndarray, "h w"]:
-        """Labels of the maps' cells: the first of the two cuts."""
-        start = likely.argmax(axis=0)
+        """Labels of the cells: stage 1 of the class docstring."""
+        start = probs.argmax(axis=0)
         near = (
             (offset, self.color / math.hypot(*offset) * same) for offset, same in contrast(colors(image, start.shape))
         )
         edges = affinity.times(self.affinity) + grid_edges(start.shape, near)
         free = np.ones(start.shape, dtype=bool)
-        for label in reversed(range(len(likely))):  # the background last: it keeps its cell even from a word
-            rest = np.delete(likely, label, axis=0).max(axis=0)
-            best = np.unravel_index(np.argmax(likely[label] - rest), start.shape)
+        for label in reversed(
+            range(len(probs))
+        ):  # the background last: its cell stays its own even if a word has it too
+            rest = np.delete(probs, label, axis=0).max(axis=0)
+            best = np.unravel_index(np.argmax(probs[label] - rest), start.shape)
             start[best], free[best] = label, False
-        return expand(-np.log(likely), edges, free=free, start=start, solver=self.solver)
+        return expand(-np.log(probs), edges, free=free, start=start, solver=self.solver)
 
     def cut_pixels(
         self,
         image: UInt8[np.ndarray, "H W 3"],
-        likely: Float[np.ndarray, "labels h w"],
+        probs: Float[np.ndarray, "labels h w"],
         cells: Int[np.ndarray, "h w"],
     ) -> Int[np.ndarray, "H W"]:
-        """Labels of the image's pixels: the second cut, on finer and finer grids, each near the outline so far."""
-        size, count = (image.shape[0], image.shape[1]), len(likely)
-        labels, share = cells, likely
+        """Labels of the pixels: stage 2 of the class docstring, on finer and finer grids."""
+        size, count = (image.shape[0], image.shape[1]), len(probs)
+        labels, share = cells, probs
         for number, grid in enumerate(finer(size, cells.shape, self.max_size)):
             before = labels, share
-            labels, share = enlarged(labels, count, grid), self.above_floor(between(likely, grid))
+            labels, share = enlarged(labels, count, grid), self.above_floor(between(probs, grid))
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
             pixels = self.pixels(colors(image, grid), share, cell)
             if number:
@@ -190,14 +200,16 @@ class AttentionCut:
     def counted(
         self, labels: Int[np.ndarray, "h w"], share: Float[np.ndarray, "labels h w"]
     ) -> Float[np.ndarray, "labels h w"]:
-        """The weights that colours are counted with: P and the labels so far, mixed."""
+        """The weights of the colour histograms: P mixed with the current labels."""
         return self.above_floor((1 - self.trust) * share + self.trust * one_hot(labels, len(share)))
 
-    def pixels(self, seen: UInt8[np.ndarray, "h w 3"], share: Float32[np.ndarray, "labels h w"], cell: float) -> Pixels:
-        """What is the same in every cut of a grid of pixels; a cell is ``cell`` of them."""
-        price = self.smoothness * cell / USUAL_CELL
-        near = [(offset, price / math.hypot(*offset) * same) for offset, same in contrast(seen)]
-        return Pixels(Palette(seen), -np.log(share), near)
+    def pixels(
+        self, image: UInt8[np.ndarray, "h w 3"], share: Float32[np.ndarray, "labels h w"], cell: float
+    ) -> Pixels:
+        """What all cuts of a pixel grid share; ``cell`` is the side of a cell in pixels."""
+        weight = self.smoothness * cell / USUAL_CELL
+        near = [(offset, weight / math.hypot(*offset) * same) for offset, same in contrast(image)]
+        return Pixels(Palette(image), -np.log(share), near)
 
     def cut_band(
         self,
@@ -206,36 +218,36 @@ class AttentionCut:
         counted: Float32[np.ndarray, "labels h w"],
         reach: int,
     ) -> Int[np.ndarray, "h w"]:
-        """One cut of a grid of pixels, free in a band around the outline of ``start``, without strays."""
+        """One cut of a pixel grid, free in a band around the outline of ``start``, without strays."""
         free = self.band_of(start, reach)
         if not free.any():
             return start
         part = window(free, NEAR)
-        prices = self.palette * pixels.palette.surprise(counted, part) + pixels.surprise[:, *part]
+        unary = self.palette * pixels.palette.nll(counted, part) + pixels.nll[:, *part]
         before, free = start[part], free[part]
         edges = grid_edges(before.shape, ((offset, weight[part]) for offset, weight in pixels.near), free=free)
-        found = expand(prices, edges, free=free, start=before, max_rounds=self.max_rounds, solver=self.solver)
+        found = expand(unary, edges, free=free, start=before, max_rounds=self.max_rounds, solver=self.solver)
         labels = start.copy()
         labels[part] = anchored(found, before, len(counted))
         return labels
 
     def band_of(self, labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
-        """Which pixels may change their label: those near another one."""
+        """The pixels that may change their label: those near another one."""
         return near_border(labels, reach)
 
 
 class Pixels(NamedTuple):
-    """What all cuts of one grid of pixels share."""
+    """What all cuts of one pixel grid share."""
 
     palette: Palette
-    surprise: Float32[np.ndarray, "labels h w"]  # -log P
+    nll: Float32[np.ndarray, "labels h w"]  # -log P
     near: list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]  # w, by offset
 
 
-def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]:
-    """How alike neighbours are in colour, in (0, 1], by offset: exp(-beta |difference|^2), beta as in GrabCut."""
-    shape = seen.shape[:2]
-    channels = seen.transpose(2, 0, 1).astype(np.float32, order="C")  # whole numbers: squares and sums are exact
+def contrast(image: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Float32[np.ndarray, "h w"]]]:
+    """Colour similarity of neighbours in (0, 1], by offset: exp(-beta |difference|^2), beta as in GrabCut."""
+    shape = image.shape[:2]
+    channels = image.transpose(2, 0, 1).astype(np.float32, order="C")  # whole numbers: squares and sums are exact
     differences, count = [], 0
     for offset in NEAR:
         here, there = ends(shape, offset)
@@ -249,15 +261,15 @@ def contrast(seen: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], Fl
     return [(offset, np.exp(-beta * difference)) for offset, difference in zip(NEAR, differences, strict=True)]
 
 
-def between(likely: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:
-    """Shares on a finer grid, sum 1: their logarithms linear between the cells' centres."""
-    share = np.exp(resize(np.log(likely), size))
+def between(probs: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:
+    """Probabilities on a finer grid, sum 1: their logarithms are linear between cell centres."""
+    share = np.exp(resize(np.log(probs), size))
     result: Float32[np.ndarray, "labels H W"] = share / share.sum(axis=0)
     return result
 
 
 def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
-    """Where another label is at most ``reach`` pixels away, rows and columns each."""
+    """Pixels with another label at most ``reach`` rows and columns away."""
     near = np.zeros(labels.shape, dtype=bool)
     for offset in NEAR:
         here, there = ends(labels.shape, offset)
@@ -278,9 +290,9 @@ def near_border(labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, 
 
 
 def anchored(labels: Int[np.ndarray, "h w"], start: Int[np.ndarray, "h w"], count: int) -> Int[np.ndarray, "h w"]:
-    """Labels without strays: where a part of a label shares no pixel with that label of ``start``, ``start`` stands.
+    """Labels without strays: a part of a label that shares no pixel with that label of ``start`` is reset to ``start``.
 
-    Parts hang together over sides and corners.
+    Parts are 8-connected.
     """
     kept = labels.copy()
     for label in range(count):
@@ -305,10 +317,10 @@ def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> UInt8[np
 
 
 def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
-    """The grids of pixels (height, width), each twice as fine as the one before.
+    """The pixel grids (height, width), each twice as fine as the one before.
 
-    The first has cells of at most USUAL_CELL pixels; the last is the image's own, or where that is longer, it at
-    ``max_size``.
+    On the first a cell has at most USUAL_CELL pixels a side; the last is the image's own, or at ``max_size`` if the
+    image is longer.
     """
     most = min(max_size, max(size))
     halvings = max(0, math.ceil(math.log2(most / max(cells) / USUAL_CELL)))
@@ -317,7 +329,7 @@ def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[
 
 
 def enlarged(labels: Int[np.ndarray, "h w"], count: int, size: tuple[int, int]) -> Int[np.ndarray, "H W"]:
-    """Labels on another grid; where they meet, the one with the larger share."""
+    """Labels on another grid; where several meet, the one with the largest share."""
     if labels.shape == size:
         return labels
     if (2 * labels.shape[0], 2 * labels.shape[1]) == size:  # each pixel has 9/16 of its own cell, or more

@@ -1,4 +1,4 @@
-"""Colour alone, from seeds of attention: OpenCV's GrabCut."""
+"""OpenCV's GrabCut on the colours, seeded from cross-attention."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ __all__ = ["GrabCut"]
 
 @dataclass(frozen=True, kw_only=True)
 class GrabCut:
-    """Each word by GrabCut (Rother, Kolmogorov and Blake, 2004) as OpenCV has it, begun from the word's attention.
+    """Segment each word by OpenCV's GrabCut (Rother, Kolmogorov and Blake, 2004), initialised from its attention.
 
-    With F the attention scaled to [0, 1] and linear between cell centres: at ``inside`` and above a pixel is object for
-    certain, at ``outside`` and below, or where another word is certain, background; between them Otsu's level says
-    what it is at first. Where the objects of two words overlap, the higher F has the pixel. It knows no self-attention
-    and cuts each word by itself: the baseline of what colour can do. A flat map gives an empty mask.
+    F is the attention scaled to [0, 1] and linear between cell centres. Pixels with F >= ``inside`` are definite
+    foreground; pixels with F <= ``outside``, or where another word is definite, are background; the others start as
+    probable foreground or background by Otsu's threshold. Where the objects of two words overlap, the pixel goes to the
+    higher F. It uses no self-attention and segments each word on its own: the baseline for colour alone. A flat map
+    gives an empty mask.
     """
 
-    inside: float = 0.85  # at this level of scaled attention and above, object for certain
-    outside: float = 0.1  # at this one and below, background
-    num_iterations: int = 5  # of GrabCut
+    inside: float = 0.85  # scaled attention from which a pixel is definite foreground
+    outside: float = 0.1  # scaled attention up to which a pixel is definite background
+    num_iterations: int = 5  # iterations of GrabCut
 
     def __post_init__(self) -> None:
         if not 0 <= self.outside < self.inside <= 1:
@@ -43,7 +44,7 @@ class GrabCut:
             raise ValueError(f"num_iterations must be 1 or more, not {self.num_iterations}")
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
-        """One mask a word; empty where a word's map is flat.
+        """One mask per word; empty where a word's map is flat.
 
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.
@@ -69,10 +70,10 @@ class GrabCut:
         return masks
 
     def cut(self, image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-        """OpenCV's answer; the first guess where it has colours of one side alone, of which it makes no model."""
+        """GrabCut's mask; the initial one if it has only foreground or only background, which OpenCV cannot model."""
         inside = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
         if inside.any() and not inside.all():
-            cv2.setRNGSeed(0)  # its clusters of colours begin at random
+            cv2.setRNGSeed(0)  # its colour clusters start at random
             models = np.zeros((1, 65)), np.zeros((1, 65))  # of background and object, filled in by the call
             pixels, nowhere = np.ascontiguousarray(image), (0, 0, 0, 0)
             labels = cv2.grabCut(pixels, labels, nowhere, *models, self.num_iterations, cv2.GC_INIT_WITH_MASK)[0]
@@ -83,9 +84,9 @@ class GrabCut:
 def highest_two(
     field: Callable[[int], Float32[np.ndarray, "H W"]], count: int, size: tuple[int, int]
 ) -> tuple[Int[np.ndarray, "H W"], Float32[np.ndarray, "H W"], Float32[np.ndarray, "H W"]]:
-    """Which of ``count`` fields, none below 0, is the highest (the first of equals), its value, and that of the next.
+    """The index of the highest of ``count`` fields, none negative (the first of equals), its value, and the next value.
 
-    Fields are asked for one at a time. Where all are 0 none is: -1.
+    Fields are computed one at a time. Where all are 0 the index is -1.
     """
     leader, highest, second = np.full(size, -1), np.zeros(size, np.float32), np.zeros(size, np.float32)
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Attention carried along self-attention, then cut off at a level."""
+"""Cross-attention propagated along self-attention, above a threshold."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["Propagation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Propagation:
-    """Let each word's attention walk to the cells that look at its cells; then give pixels as ``threshold`` does.
+    """Propagate each word's attention along self-attention, then assign pixels as ``threshold`` does.
 
     F <- (1 - spread) F + spread S F, ``num_steps`` times, and scaled to [0, 1]
 
-    S is self-attention above uniform between a cell and its near ones, its rows summing to 1. Such a walk is how
-    training-free segmentation often makes blurred attention whole (Dataset Diffusion, Nguyen et al., 2023, has powers
-    of the full matrix; the near edges and ``spread`` are ours). It knows no colour, and its outlines are of the maps'
+    S is the self-attention above uniform between nearby cells, with rows that sum to 1. Training-free segmentation
+    often completes blurred attention in this way (Dataset Diffusion, Nguyen et al., 2023, uses powers of the full
+    matrix; the nearby edges and ``spread`` are ours). It uses no colour, and outlines have the resolution of the maps'
     grid. A flat map gives an empty mask.
     """
 
-    num_steps: int = 4  # of the walk
-    spread: float = 0.5  # share of a step that comes from other cells, in [0, 1]
-    method: Literal["otsu", "fixed"] = "otsu"  # otsu: the level that best divides the word's cells in two
-    level: float = 0.5  # the level of method "fixed", in [0, 1) of the scaled result
+    num_steps: int = 4  # propagation steps
+    spread: float = 0.5  # step size of the propagation, in [0, 1]
+    method: Literal["otsu", "fixed"] = "otsu"  # otsu: Otsu's threshold of each word's map; fixed: level
+    level: float = 0.5  # threshold for method "fixed", in [0, 1), on the scaled result
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_steps < math.inf:
@@ -41,7 +41,7 @@ class Propagation:
         level_of(self.method, self.level)
 
     def refine(self, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
-        """One mask a word; empty where a word's map is flat.
+        """One mask per word; empty where a word's map is flat.
 
         Raises:
             ValueError: the maps have no cells, or hold NaN or infinity.

@@ -39,14 +39,14 @@ def test_the_windows_of_a_pixel_lie_around_it(size, count):
 def test_colours_that_tell_nothing_have_no_vote():
     one_colour = np.full((64, 64, 3), 90, np.uint8)
     even = np.full((2, 64, 64), 0.5, np.float32)
-    assert Palette(one_colour).surprise(halves()) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-4)
-    assert Palette(noise((64, 64))).surprise(even) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-6)
+    assert Palette(one_colour).nll(halves()) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-4)
+    assert Palette(noise((64, 64))).nll(even) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-6)
 
 
 def test_colours_that_tell_all_vote_by_their_nats():
     image = np.full((64, 64, 3), 40, np.uint8)
     image[:, 32:] = 200
-    vote = Palette(image).surprise(halves())
+    vote = Palette(image).nll(halves())
     assert (vote[0] == 0).all(), "prices count from label 0's"
     assert (vote[1, :, :32] > 2).all()
     assert (vote[1, :, 32:] < -2).all()
@@ -59,13 +59,13 @@ def test_a_colour_may_mean_one_thing_here_and_another_there():
     upper = (np.arange(128) < 64)[:, None]
     image = (np.where((truth == upper)[..., None], 150, 30) + noise((128, 128)) // 8).astype(np.uint8)
     inside = np.where(truth, 0.9, 0.1)
-    vote = Palette(image).surprise(np.stack([1 - inside, inside]).astype(np.float32))
+    vote = Palette(image).nll(np.stack([1 - inside, inside]).astype(np.float32))
     assert (vote[1][truth] < 0).mean() > 0.95
     assert (vote[1][~truth & (abs(np.arange(128) - 64) > 24)[:, None]] > 0).mean() > 0.95
 
 
 def test_a_small_object_does_not_take_a_large_one():
-    """A word that looks at little has a larger share of its attention there; that makes nothing its own."""
+    """A word with concentrated attention has a larger share of it there; that alone makes no cell its own."""
     weights = np.full((2, 16, 16), 0.02)
     weights[0, 2:14, 2:9] = 1.0  # the large one
     weights[1, 6:10, 10:13] = 1.0  # the small one

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from synthgen.attention.recorder import Recorder, _Recording
 from synthgen.attention.words import locate_in_encoders, words_cut_off
 from synthgen.backbones.diffusers import Diffusers
+from synthgen.backbones.tiny import Tiny
 from synthgen.diffusion.backbone import BLACK, FLAGGED, RETRIES
 from synthgen.diffusion.loading import _set_scheduler
 from synthgen.errors import ConfigError, MissingWeights, UnknownName
@@ -302,6 +303,8 @@ def test_words_behind_a_learned_embedding_of_several_vectors_keep_their_maps(
 def test_a_negative_prompt_without_guidance_is_refused(stable_diffusion: Path) -> None:
     with pytest.raises(ConfigError, match=r"no effect without guidance \(guidance_scale 1\)"):
         Diffusers(model=str(stable_diffusion), **{**OPTIONS, "guidance_scale": 1.0}, negative_prompt="rain")
+    with pytest.raises(ConfigError, match=r"no effect without guidance \(guidance_scale 0\.5\)"):
+        Tiny(guidance_scale=0.5, negative_prompt="rain")
 
 
 def test_one_file_of_weights_is_told_to_be_converted(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.factories import make_generation
 
 
 def half_seen(affinity):
-    """Maps of 8 x 8 cells whose word looks at the upper left quarter of the left half, and an image of two halves."""
+    """Maps of 8 x 8 cells, attention in the upper left quarter of the left half, and an image of two halves."""
     weights = np.zeros((1, 8, 8), np.float16)
     weights[0, :4, :4] = 1
     image = np.zeros((64, 64, 3), np.uint8)
@@ -46,7 +46,7 @@ def test_propagation_fills_what_self_attention_links_and_nothing_else():
     image, maps = half_seen(linked_halves())
     mask = Propagation(num_steps=12, spread=0.9, method="fixed", level=0.2).refine(image, maps)[0]
     plain = Threshold(method="fixed", level=0.2).refine(image, maps)[0]
-    assert mask[:48, :28].all(), "the walk goes on below the cells that were looked at"
+    assert mask[:48, :28].all(), "propagation continues below the cells that have attention"
     assert not mask[:, 40:].any(), "and not to the other half"
     assert plain.sum() < 0.8 * mask.sum()
 
@@ -103,7 +103,7 @@ def test_propagation_without_steps_is_the_threshold():
 
 
 def test_an_object_whose_parts_draw_different_words_goes_to_one():
-    """Two squares on noise; one word looks at the rims of both, the other at their insides, more at the second's."""
+    """Two squares on noise; one word has the rims of both, the other their insides, with more on the second."""
     size, grid = 96, 12
     left, right = np.zeros((2, grid, grid), bool)
     left[3:9, 1:5] = right[3:9, 7:11] = True

@@ -1,7 +1,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from synthgen.attention.words import TextEncoder, locate_in_encoders, locate_words, words_cut_off
+from synthgen.attention.words import PromptTokenizer, locate_in_encoders, locate_words, words_cut_off
 from synthgen.prompts import parse_line
 from synthgen.records import Prompt
 
@@ -65,7 +65,8 @@ def test_no_special_token_ever_counts(tokenizer):
 
 def test_each_word_that_was_cut_off_is_told_also_beside_an_equal_one_that_was_read(tokenizer):
     cats = "and a cat " * 4
-    for encoders in ([TextEncoder(tokenizer, 16)], [TextEncoder(tokenizer, 16), TextEncoder(tokenizer, 12)]):
+    long, short = PromptTokenizer(tokenizer, 16), PromptTokenizer(tokenizer, 12)
+    for encoders in ([long], [long, short]):
         prompt = parse_line(f"a [dog] {cats}and a [dog] and a [dog]")
         found = locate_in_encoders(encoders, prompt)
         assert [bool(positions) for positions in found.positions] == [True, False, False]
@@ -77,7 +78,7 @@ def test_each_word_that_was_cut_off_is_told_also_beside_an_equal_one_that_was_re
 
 def test_a_word_that_one_encoder_reads_is_not_cut_off(tokenizer):
     prompt = parse_line("a photo of a cat and a [dog]")
-    found = locate_in_encoders([TextEncoder(tokenizer, 6), TextEncoder(tokenizer, 16, start=6)], prompt)
+    found = locate_in_encoders([PromptTokenizer(tokenizer, 6), PromptTokenizer(tokenizer, 16, start=6)], prompt)
     assert found.positions == ((14,),)
     assert words_cut_off(found.warnings) == []
     assert len(found.warnings) == 1
