@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, and results that say where they come from."""
+"""Shared by the benchmarks: timing contenders in turns, and writing results with their provenance."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     about: dict[str, Any] = {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -294,7 +294,7 @@ class Contender:
     """A way to get the maps of words."""
 
     run: Callable[[Scene], Maps | None]
-    same_latents: bool  # it is said that the image does not change
+    same_latents: bool  # claims to leave the image unchanged
     module: str = ""  # what must be installed
 
 

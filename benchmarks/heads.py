@@ -1,6 +1,6 @@
-"""What heads can read off the shipped model's own activations: ``python benchmarks/heads.py --data DATA``.
+"""The accuracy of heads on the shipped model's own activations: ``python benchmarks/heads.py --data DATA``.
 
-Held-out composites of one object out of 32, some to learn a head from and others to be judged on, as ``evaluate`` has
+Held-out composites of one object out of 32, some to train a head on and others to evaluate it on, as ``evaluate`` has
 it: a linear probe, the attention head, DifFormer and DifFeed with its control, on the same images and noise. Writes
 ``results/heads.json``. DATA is what ``synthgen.tiny.fetch`` prepared.
 """
@@ -35,7 +35,7 @@ from synthgen.tiny.truth import SEED, png
 MIDDLE, MIXED = "up_blocks.1.attentions.0", ("mid_block", "up_blocks.0.attentions.0", "up_blocks.1.attentions.0")
 BATCH = 64  # composites drawn at once
 STAGE = Evaluate(generator=Choice("tiny"), baselines=False, batch_size=32)
-HEADS: dict[str, tuple[Choice, tuple[str, ...], tuple[int, ...]]] = {  # who reads, which blocks, at which timesteps
+HEADS: dict[str, tuple[Choice, tuple[str, ...], tuple[int, ...]]] = {  # evaluator, blocks and timesteps
     "linear layer": (Choice("linear_probe"), (MIDDLE,), (50,)),
     "attention head": (Choice("attentive_probe"), (MIDDLE,), (50,)),
     "three blocks": (Choice("attentive_probe"), MIXED, (50,)),

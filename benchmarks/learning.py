@@ -50,7 +50,7 @@ OF_TEXTS = Choice("retrieval")
 
 @dataclass(frozen=True)
 class Test:
-    """Images to learn a head from and images to be judged on, and who judges."""
+    """Images to train a head on, images to evaluate it on, and the evaluators."""
 
     name: str
     evaluators: tuple[Choice, ...]
@@ -91,7 +91,7 @@ def main() -> None:
         write_report(ROOT)
 
 
-# -- what is judged on
+# -- test data
 
 
 def write_truth(data: Path, line: Pipeline, nums: Sequence[int]) -> Path:
@@ -124,7 +124,7 @@ def write_truth(data: Path, line: Pipeline, nums: Sequence[int]) -> Path:
 
 
 def tests(truth: Path, photos: Path | None) -> tuple[Test, ...]:
-    """All that an encoder is asked."""
+    """All tests of an encoder."""
     own = str(truth / "train.tar"), str(truth / "test.tar")
     found = [Test("composites", (*OF_IMAGES, OF_PIXELS), *own), Test("captions", (OF_TEXTS,), *own)]
     if photos:
@@ -175,7 +175,7 @@ def evaluate(run: Run, encoder: Path, test: Test, label: str, *, baselines: bool
     run_stage(replace(given, encoder=str(encoder), label=label), run, Local(workers=1))
 
 
-# -- what comes out
+# -- results
 
 
 def figures(line: Pipeline, seeds: int) -> dict[str, Any]:

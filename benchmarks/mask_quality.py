@@ -1,4 +1,4 @@
-"""What the figures of masks cost, and what their confidence is worth.
+"""The cost of computing mask figures, and the accuracy of the confidence.
 
 ``python benchmarks/mask_quality.py`` times the stage ``masks`` without its figures and with them, on drawn scenes, by
 the processor's own clock; ``--data DATA`` (what ``synthgen.tiny.fetch`` prepared) also holds the confidence against
@@ -115,7 +115,7 @@ def timed(work: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-# -- what the confidence is worth
+# -- accuracy of the confidence
 
 
 def supports(data: Path, num: int, seed: int) -> dict[str, Float64[np.ndarray, "masks 2"]]:

@@ -248,7 +248,7 @@ def summed(rows: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> di
 
 
 def draw_figure(path: Path, refiners: Mapping[str, Refiner], scenes: Iterable[Scene]) -> None:
-    """A row an image: itself, where its words look, the masks of each contender, the exact masks."""
+    """One row per image: the image, its attention maps, the masks of each refiner, the exact masks."""
     tiles = []
     for scene in scenes:
         size = (scene.image.shape[0], scene.image.shape[1])

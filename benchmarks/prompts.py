@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from _common import write_result
 
@@ -44,9 +44,10 @@ class WholeList(Generate):
         """The content of the copy."""
         return {"prompts": content(self.prompts).sha256}
 
-    def prepare(self, run: Run) -> None:
+    def prepare(self, run: Run) -> Self:
         """Write the copy."""
         keep_copy(run.path, held(self.prompts), content(self.prompts))
+        return self
 
     def requests(self, run: Run, unit: int) -> list[Request]:
         """The images of one unit."""
@@ -72,7 +73,7 @@ CONTENDERS: dict[str, type[Generate]] = {"block by block": Generate, "whole list
 def begin(folder: str, stage: Generate) -> Run:
     """What a command does until its engine has the units; the run as workers are given it."""
     with Run.create(folder).claim(stage) as run:
-        stage.prepare(run)
+        stage = stage.prepare(run)
         plan, todo = stage.plan(run), stage.todo(run)
         sizes = stage.sizes(run, plan)
     if not len(plan) == len(todo) == len(sizes):

@@ -1,9 +1,9 @@
-"""How well the shipped model draws, how well its words point, and how fast it is.
+"""The shipped model's image quality, mask quality and speed.
 
 ``python benchmarks/tiny.py --data DATA`` writes ``results/tiny.json``. DATA is what ``synthgen.tiny.fetch`` prepared.
-The judge of what is drawn lies beside this file; ``synthgen.tiny.classifier`` trained it on composites of training in
-29 minutes, and ``--classifier FILE`` takes another. Whatever is measured on composites is measured on held-out ones,
-and the judge's own accuracy on them stands beside.
+The classifier that evaluates images lies beside this file; ``synthgen.tiny.classifier`` trained it on training
+composites in 29 minutes, and ``--classifier FILE`` takes another. All composites measured are held-out ones, and the
+classifier's own accuracy on them is reported too.
 """
 
 from __future__ import annotations

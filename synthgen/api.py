@@ -8,22 +8,17 @@ Stages deal their units out to processes, so a script that calls them keeps its 
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from synthgen.config import build
-from synthgen.entries import merge_settings
-from synthgen.errors import MissingArtifact
 from synthgen.records import Generation, WordMasks
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, run_stage
-from synthgen.stages import STAGES, make_stage
+from synthgen.stages import make_stage
 
 if TYPE_CHECKING:
-    from synthgen.pipeline import Override
     from synthgen.plan import Plan
 
 __all__ = [
@@ -31,76 +26,94 @@ __all__ = [
     "evaluate",
     "export_dataset",
     "generate",
-    "make_stage",
     "masks",
     "plan_pipeline",
     "plan_stage",
     "pretrain",
     "run_pipeline",
     "samples",
-    "settings_to_go_on",
     "shards",
     "view",
 ]
 
 
 def generate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Make images and record where each word looked; settings as in :class:`synthgen.stages.generate.Generate`."""
+    """Generate images and record cross-attention; settings as in :class:`synthgen.stages.generate.Generate`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the engine cannot run this stage.
+        MissingArtifact: the prompt file or the template file does not exist.
+        PromptError: one of the two cannot be read.
+        StaleArtifact: the run holds images that were made with other settings or prompts.
+        MissingWeights: the model is not on this machine and cannot be downloaded.
+        UnitsFailed: some units failed; the same call retries only those.
+    """
     return _stage("generate", run, engine, progress, settings)
 
 
 def attend(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Record where captions look in images that exist; settings as in :class:`synthgen.stages.attend.Attend`."""
+    """Record cross-attention for existing images; settings as in :class:`synthgen.stages.attend.Attend`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the engine cannot run this stage.
+        MissingArtifact: there are no images at the source.
+        PromptError: a caption is missing in a folder of images, or not one of the captions in tars can be used.
+        StaleArtifact: the run holds images that were made with other settings or from another source.
+        MissingWeights: the model is not on this machine and cannot be downloaded.
+        UnitsFailed: some units failed; the same call retries only those.
+    """
     return _stage("attend", run, engine, progress, settings)
 
 
 def masks(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Turn maps into masks; settings as in :class:`synthgen.stages.masks.Masks`."""
+    """Turn maps into masks; settings as in :class:`synthgen.stages.masks.Masks`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the engine cannot run this stage.
+        MissingArtifact: the run has no images with maps.
+        StaleArtifact: the run holds masks that were made with other settings.
+        UnitsFailed: some units failed; the same call retries only those.
+    """
     return _stage("masks", run, engine, progress, settings)
 
 
 def shards(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Write training tars; settings as in :class:`synthgen.stages.shards.Shards`."""
+    """Write training tars; settings as in :class:`synthgen.stages.shards.Shards`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the engine cannot run this stage.
+        MissingArtifact: the run has no images, or some of them have no masks.
+        StaleArtifact: the run holds shards made with other settings or of other units, or a unit has other settings.
+        CorruptFile: the tar of a unit is missing or cut off.
+        UnitsFailed: some units failed; the same call retries only those.
+    """
     return _stage("shards", run, engine, progress, settings)
 
 
 def pretrain(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Train an encoder; settings as in :class:`synthgen.stages.pretrain.Pretrain`."""
+    """Train an encoder; settings as in :class:`synthgen.stages.pretrain.Pretrain`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the engine cannot run this stage.
+        MissingArtifact: the run has no shards, or ``data`` or ``start`` does not exist.
+        StaleArtifact: the folder of this label holds a training with other settings.
+        CorruptFile: a shard, a sample or the weights of ``start`` cannot be read.
+        UnitsFailed: the training failed; the same call resumes it from its last checkpoint.
+    """
     return _stage("pretrain", run, engine, progress, settings)
 
 
 def evaluate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`."""
-    return _stage("evaluate", run, engine, progress, settings)
-
-
-def settings_to_go_on(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a command stands for: those its folder was begun with, and what is ``given`` in their place.
-
-    What it was begun with counts where something was made with it, or where nothing is given. The functions of this
-    module do not ask for it, and pipeline files do not either: they say everything themselves.
+    """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`.
 
     Raises:
-        MissingArtifact: a setting is needed that has no default, and the folder has not been begun.
+        ConfigError: a setting is unknown or wrong, the engine cannot run this stage, or an evaluator lacks its data.
+        MissingArtifact: there is no encoder, or there are no images to evaluate it on.
+        StaleArtifact: the file of this label holds scores that were made with other settings or inputs.
+        CorruptFile: the encoder or a shard cannot be read.
+        UnitsFailed: the evaluation failed.
     """
-    contract = STAGES.load(stage)
-    folder = contract.folder_of(given)
-    begun = run.find_artifact(folder)
-    asked = any(value not in ("", None) for value in given.values())
-    known = {item.name: item for item in dataclasses.fields(contract)}
-    if begun is None or begun["stage"] != stage or (asked and not run.is_nonempty(folder)):
-        for name, item in known.items():
-            if item.default is dataclasses.MISSING and name not in given:
-                raise MissingArtifact(
-                    f"{run.path} has no {name} of {stage} yet; give some with: "
-                    f"synthgen {stage} --{name} PATH --run {shlex.quote(str(run.path))}"
-                )
-        return dict(given)
-    before = {name: value for name, value in begun["settings"].items() if name in known}
-    settings = merge_settings(before, given)
-    if "label" in given and contract.folder_of(settings | {"label": before.get("label", "")}) == folder:
-        settings["label"] = before.get("label", "")  # the folder has that name anyway
-    return settings
+    return _stage("evaluate", run, engine, progress, settings)
 
 
 def _stage(name: str, run: Run, engine: EngineLike, progress: Progress | None, settings: Mapping[str, Any]) -> Summary:
@@ -108,7 +121,12 @@ def _stage(name: str, run: Run, engine: EngineLike, progress: Progress | None, s
 
 
 def samples(run: Run) -> Iterator[tuple[Generation, WordMasks | None]]:
-    """Every finished sample of a run: image, maps, and masks where they have been made."""
+    """Every finished sample of a run: image, maps, and masks where they have been made.
+
+    Raises:
+        MissingArtifact: the run has no images, or a unit of images has no maps.
+        CorruptFile: a tar or a sample cannot be read.
+    """
     from synthgen import codecs
     from synthgen.stages.masks import read_generations
 
@@ -120,7 +138,14 @@ def samples(run: Run) -> Iterator[tuple[Generation, WordMasks | None]]:
 
 
 def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
-    """Write one self-contained page that shows the run; returns where it lies."""
+    """Write one self-contained page that shows the run (by default ``view.html`` in it) and return its path.
+
+    At most ``limit`` samples are shown. A tar that cannot be read is named on the page.
+
+    Raises:
+        ValueError: ``limit`` is negative.
+        StorageError: the page cannot be written.
+    """
     from synthgen.viewers.page import write_page
 
     return write_page(run, path, limit=limit)
@@ -129,7 +154,14 @@ def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
 def export_dataset(
     run: Run, format: str, folder: Path | None = None, *, progress: Progress | None = None, **settings: Any
 ) -> Summary:
-    """Write the masked samples as ``coco``, ``yolo`` or ``labels``; see :class:`synthgen.interchange.Export`."""
+    """Write the masked samples as ``coco``, ``yolo`` or ``labels``; see :class:`synthgen.interchange.Export`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the folder holds something else.
+        MissingArtifact: the run has no masks, or not of every image.
+        StaleArtifact: the folder holds an export of other masks, or with other settings.
+        CorruptFile: a sample cannot be read, or its masks do not fit it.
+    """
     from synthgen import interchange
 
     chosen = build(interchange.Export, {"format": format, **settings}, where="export")
@@ -139,11 +171,24 @@ def export_dataset(
 def run_pipeline(
     path: str | Path,
     *,
-    overrides: tuple[Override, ...] = (),
+    overrides: Mapping[str, Any] | None = None,
     engine: EngineLike = None,
     progress: Progress | None = None,
 ) -> list[Summary]:
-    """Run the stages of a pipeline file in order; what is done stays as it is."""
+    """Run the stages of a pipeline file in order; units that are done are not made again.
+
+    Args:
+        path: of the file.
+        overrides: settings by their dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
+        engine: instead of that of the file; a bare name keeps the options that the file has for this engine.
+        progress: receives the progress of each stage.
+
+    Raises:
+        MissingArtifact: there is no such file, or a stage lacks its input.
+        ConfigError: the file or an override is wrong, or the engine cannot run a stage.
+        StaleArtifact: the run was made with other settings.
+        UnitsFailed: some units of a stage failed; later stages have not run.
+    """
     from synthgen.pipeline import read_pipeline
 
     return list(read_pipeline(path, overrides=overrides).execute(engine=engine, progress=progress))
@@ -152,20 +197,22 @@ def run_pipeline(
 def plan_pipeline(
     path: str | Path,
     *,
-    overrides: tuple[Override, ...] = (),
+    overrides: Mapping[str, Any] | None = None,
     engine: EngineLike = None,
     workers: int = 0,
     measure: bool = True,
     sample: int = 0,
     describe: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """What a pipeline file will cost; arguments as in :func:`synthgen.plan.plan`. Its run is left as it is."""
+    """What a pipeline file will cost; nothing is written to its run.
+
+    Arguments as in :func:`run_pipeline`, and the others and the errors as in :func:`synthgen.plan.plan`.
+    """
     from synthgen.pipeline import read_pipeline
     from synthgen.plan import plan
 
     pipeline = read_pipeline(path, overrides=overrides)
-    engine = pipeline.engine_with({"name": engine}) if isinstance(engine, str) else engine  # as ``synthgen run`` does
-    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample, describe=describe)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, sample=sample, describe=describe)
 
 
 def plan_stage(
@@ -183,4 +230,4 @@ def plan_stage(
     from synthgen.plan import pipeline_of, plan
 
     pipeline = pipeline_of(make_stage(stage, settings), run)
-    return plan(pipeline, engine=engine, workers=workers, measure=measure, images=sample, describe=describe)
+    return plan(pipeline, engine=engine, workers=workers, measure=measure, sample=sample, describe=describe)

@@ -1,9 +1,9 @@
-"""The commands. They parse, call the API and print; there is no logic here.
+"""The commands: they parse options, call the API and print; there is no logic here.
 
-Exit codes: 0 done; 2 the command, a file or a setting must be put right; 3 some units failed (the same command tries
-only those again); 130 stopped by Ctrl-C (the same command goes on). Anything else is a bug, with its traceback.
+Exit codes: 0 done; 2 user error (command, file or setting); 3 some units failed (the same command retries only those);
+130 stopped by Ctrl-C (the same command resumes). Anything else is a bug and prints its traceback.
 
-Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
+Heavy libraries are imported only by the commands that need them, so ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -18,29 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from synthgen import flags
 from synthgen.errors import ConfigError, SynthgenError, one_line
 from synthgen.options import (
-    LATEST,
-    AddressOption,
-    BackboneOption,
-    CaptionOption,
-    EngineOption,
-    MetadataOption,
-    ModelOption,
-    PathSetOption,
-    PlannedRunOption,
-    RunArgument,
-    RunOption,
-    RunsOption,
-    SetOption,
-    WorkersOption,
-    agree,
     backbone_of,
     chosen_of,
     engine_of,
     export_of,
     method_of,
-    pairs_of,
+    overrides_of,
     part_of,
     plan_of,
 )
@@ -51,7 +37,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="synthgen",
-    help="Prompts in, labelled training shards and a trained encoder out.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -59,25 +44,30 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.callback()
+def program(version: flags.VersionOption = False) -> None:
+    """Prompts in, labelled training shards and a trained encoder out."""
+
+
+@app.command(short_help="Generate images and record their cross-attention maps")
 def generate(
     prompts: Annotated[str, typer.Option(help="Prompt file (.txt or .jsonl).  [default: the run's own copy]")] = "",
-    run: RunOption = LATEST,
+    run: flags.RunOption = flags.LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
-    template: Annotated[str | None, typer.Option(help="File of templates for the marked words.")] = None,
-    images_per_prompt: Annotated[int | None, typer.Option(help="Images of each prompt.  [default: 1]")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images; 0 is all.")] = None,
-    backbone: BackboneOption = None,
-    model: ModelOption = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn together.  [default: 16]")] = None,
-    engine: EngineOption = None,
-    workers: WorkersOption = 0,
-    address: AddressOption = None,
-    settings: SetOption = None,
+    template: Annotated[str | None, typer.Option(help="File of templates to insert the marked words into.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(help="Images per prompt.  [default: 1]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of images (0: all).")] = None,
+    backbone: flags.BackboneOption = None,
+    model: flags.ModelOption = None,
+    steps: Annotated[int | None, typer.Option(help="Number of denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (1: no classifier-free guidance).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch.  [default: 16]")] = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Make images from a prompt file and record where each word looked."""
+    """Generate images and record the cross-attention map of each marked word."""
     part = backbone_of(backbone, settings, model=model, num_steps=steps, guidance_scale=guidance)
     given = {
         "prompts": prompts, "template": template or "", "images_per_prompt": images_per_prompt, "limit": limit,
@@ -87,30 +77,25 @@ def generate(
         _stage("generate", opened, given, settings, engine_of(engine, workers, address))
 
 
-@app.command()
+@app.command(short_help="Record cross-attention maps for existing images")
 def attend(
-    images: Annotated[
-        str | None, typer.Option(help="Folder of images or tars, or a tar.  [default: the run's]")
-    ] = None,
-    run: RunOption = LATEST,
+    images: flags.ImagesOption = None,
+    run: flags.RunOption = flags.LATEST,
     seed: Annotated[int | None, typer.Option(help="Seed of a new run.  [default: 0]")] = None,
-    metadata: MetadataOption = None,
-    caption: CaptionOption = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many images; 0 is all.")] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(help="How the network sees an image: aspect (its proportions) or stretch.  [default: aspect]"),
-    ] = None,
-    inversion_steps: Annotated[int | None, typer.Option(help="Invert in so many steps; no noise is added.")] = None,
-    backbone: BackboneOption = None,
-    model: ModelOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images seen together.  [default: 16]")] = None,
-    engine: EngineOption = None,
-    workers: WorkersOption = 0,
-    address: AddressOption = None,
-    settings: SetOption = None,
+    metadata: flags.MetadataOption = None,
+    caption: flags.CaptionOption = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of images (0: all).")] = None,
+    fit: flags.FitOption = None,
+    inversion_steps: flags.InversionOption = None,
+    backbone: flags.BackboneOption = None,
+    model: flags.ModelOption = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch.  [default: 16]")] = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Record where the words of captions look in images that exist."""
+    """Record cross-attention maps for existing images, from their captions."""
     part = backbone_of(backbone, settings, model=model)
     given = {
         "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
@@ -120,141 +105,131 @@ def attend(
         _stage("attend", opened, given, settings, engine_of(engine, workers, address))
 
 
-@app.command()
+@app.command(short_help="Turn attention maps into full-resolution masks")
 def masks(
-    run: RunOption = LATEST,
-    refine: Annotated[
-        str | None, typer.Option(help="threshold, propagation, grabcut, attentioncut.  [default: threshold]")
-    ] = None,
+    run: flags.RunOption = flags.LATEST,
+    refine: flags.RefineOption = None,
     attentioncut: Annotated[bool, typer.Option("--attentioncut", help="Short for --refine attentioncut.")] = False,
-    min_area: Annotated[float | None, typer.Option(help="Smaller masks are dropped, as a share of the image.")] = None,
-    engine: EngineOption = None,
-    workers: WorkersOption = 0,
-    address: AddressOption = None,
-    settings: SetOption = None,
+    min_area: Annotated[float | None, typer.Option(help="Drop masks smaller than this fraction of the image.")] = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Turn where each word looked into masks the size of the image."""
+    """Turn attention maps into full-resolution masks."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
     part = part_of("attentioncut" if attentioncut else refine, {})
     _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, engine_of(engine, workers, address))
 
 
-@app.command()
+@app.command(short_help="Write WebDataset tars for training")
 def shards(
-    run: RunOption = LATEST,
-    samples_per_shard: Annotated[int | None, typer.Option(help="Samples of one tar.")] = None,
-    val_ratio: Annotated[float | None, typer.Option(help="Share of samples kept for validation.")] = None,
-    image_format: Annotated[str | None, typer.Option(help="jpg, png or webp.")] = None,
-    engine: EngineOption = None,
-    workers: WorkersOption = 0,
-    address: AddressOption = None,
-    settings: SetOption = None,
+    run: flags.RunOption = flags.LATEST,
+    samples_per_shard: Annotated[int | None, typer.Option(help="Samples per tar.")] = None,
+    val_ratio: Annotated[float | None, typer.Option(help="Fraction of samples held out for validation.")] = None,
+    image_format: Annotated[str | None, typer.Option(help="Image format in the tars: jpg, png or webp.")] = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Write WebDataset tars ready for training, with index and dataset card."""
+    """Write WebDataset tars for training, with an index and a dataset card."""
     given = {"samples_per_shard": samples_per_shard, "val_ratio": val_ratio, "image_format": image_format}
-    opened = _open(run)
-    _stage("shards", opened, given, settings, engine_of(engine, workers, address))
-    print(f"shards: {opened.folder('shards')}")
+    _stage("shards", _open(run), given, settings, engine_of(engine, workers, address))
 
 
-@app.command()
+@app.command(short_help="Train an encoder on the run's shards")
 def pretrain(
-    run: RunOption = LATEST,
-    method: Annotated[
-        str | None, typer.Option(help="mae, vlp, ...: see synthgen schema pretrain.method.  [default: mae]")
-    ] = None,
-    guided: Annotated[bool, typer.Option("--guided", help="Let the word masks guide the method.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the shards.  [default: 20]")] = None,
-    samples_seen: Annotated[int | None, typer.Option(help="Images in all, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="micro, tiny, small, base, large.  [default: micro]")] = None,
-    label: Annotated[str | None, typer.Option(help="Folder name under pretrain/.  [default: the method]")] = None,
-    settings: SetOption = None,
+    run: flags.RunOption = flags.LATEST,
+    method: flags.MethodOption = None,
+    guided: Annotated[bool, typer.Option("--guided", help="Use the word masks to guide the method.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training shards.  [default: 20]")] = None,
+    samples_seen: Annotated[int | None, typer.Option(help="Total training images, instead of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="micro, tiny, small, base or large.  [default: micro]")] = None,
+    label: Annotated[str | None, typer.Option(help="Output folder under pretrain/.  [default: the method]")] = None,
+    settings: flags.SetOption = None,
 ) -> None:
     """Train an encoder on the run's shards (made if missing). Several GPUs: accelerate launch -m synthgen pretrain."""
     opened = _open(run)
     given = {"epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size, "encoder": encoder}
     given |= method_of(method, guided, label, settings)
     own = not chosen_of(opened, "pretrain", given, settings)[1].get("data")
-    if own and not (opened.folder("shards") / "dataset.json").is_file():  # not made to the end
+    if own and not (opened.folder("shards") / "dataset.json").is_file():  # missing or incomplete
         _stage("shards", opened, {}, None)
     _stage("pretrain", opened, given, settings)
 
 
-@app.command()
+@app.command(short_help="Evaluate an encoder")
 def evaluate(
-    run: RunOption = LATEST,
-    encoder: Annotated[str | None, typer.Option(help="Folder, or hub id of a ViT.  [default: the newest]")] = None,
-    evaluator: Annotated[
-        list[str] | None,
-        typer.Option(help="knn, linear_probe, ...: see synthgen schema evaluate.evaluators; may be repeated."),
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Shards or image folder to learn from.")] = None,
-    test: Annotated[str | None, typer.Option(help="Shards or image folder to be judged on.")] = None,
-    truth: Annotated[str | None, typer.Option(help="Tar or folder of true masks, for mask IoU.")] = None,
-    generator: Annotated[str | None, typer.Option(help="Also judge this model's activations.")] = None,
-    label: Annotated[str | None, typer.Option(help="Name of the scores.  [default: encoder and test set]")] = None,
-    settings: SetOption = None,
+    run: flags.RunOption = flags.LATEST,
+    encoder: Annotated[str | None, typer.Option(help="Folder, or hub id of a ViT.  [default: the newest one]")] = None,
+    evaluator: flags.EvaluatorOption = None,
+    train: Annotated[str | None, typer.Option(help="Training set (shards or image folder).")] = None,
+    test: Annotated[str | None, typer.Option(help="Test set (shards or image folder).")] = None,
+    truth: Annotated[str | None, typer.Option(help="Ground-truth masks for mask IoU (tar or folder).")] = None,
+    generator: Annotated[str | None, typer.Option(help="Also evaluate this model's activations.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of this evaluation.  [default: encoder and test set]")] = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Ask what an encoder learned; by default what takes seconds: kNN, linear probe, and retrieval if it has texts."""
-    from synthgen.console import say_scores
-
+    """Evaluate an encoder (default: kNN, linear probe, and retrieval if it has a text encoder)."""
     given = {
         "encoder": encoder, "evaluators": evaluator, "train": train, "test": test, "truth": truth,
         "generator": generator, "label": label,
     }  # fmt: skip
     with _created(run, None) if test or truth else nullcontext(_open(run)) as opened:
         _stage("evaluate", opened, given, settings)
-        say_scores(opened)
 
 
-@app.command("run")
+@app.command("run", short_help="Run the stages of a pipeline file")
 def run_file(
     file: Annotated[Path, typer.Argument(help="Pipeline file, such as pipelines/tiny.yaml.")],
-    only: Annotated[str, typer.Option(help="One stage of it.")] = "",
-    first: Annotated[str, typer.Option("--from", help="Begin with this stage.")] = "",
-    last: Annotated[str, typer.Option("--to", help="End with this stage.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and its inputs; say what would run.")] = False,
-    settings: PathSetOption = None,
-    engine: EngineOption = None,
-    workers: WorkersOption = 0,
-    address: AddressOption = None,
+    run: flags.PipelineRunOption = None,
+    only: Annotated[str, typer.Option(help="Run only this stage.")] = "",
+    first: Annotated[str, typer.Option("--from", help="Start with this stage.")] = "",
+    last: Annotated[str, typer.Option("--to", help="Stop after this stage.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the file and print what would run.")] = False,
+    settings: flags.PathSetOption = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
 ) -> None:
-    """Run the stages of a pipeline file; what is done stays as it is."""
-    from synthgen.console import progress, say, say_scores
+    """Run the stages of a pipeline file; finished units are skipped."""
+    from synthgen.console import progress, say, say_note, say_scores
     from synthgen.pipeline import read_pipeline
 
     chosen = engine_of(engine, workers, address)
-    agree({"engine": chosen}, settings)
-    pipeline = read_pipeline(file, list(pairs_of(settings).items())).select(only=only, first=first, last=last)
+    overrides = overrides_of(run, settings, chosen)
+    pipeline = read_pipeline(file, overrides).select(only=only, first=first, last=last)
     if dry_run:
-        print("\n".join(pipeline.rehearsed(pipeline.engine_with(chosen))))
+        print("\n".join(pipeline.dry_run(chosen)))
         return
-    for summary in pipeline.execute(engine=pipeline.engine_with(chosen), progress=progress()):
+    for stage, summary in zip(pipeline.stages, pipeline.execute(engine=chosen, progress=progress()), strict=True):
         say(summary)
+        say_note(pipeline.unevaluated(stage))
     say_scores(_open(pipeline.run))
 
 
-@app.command()
+@app.command(short_help="Estimate the cost of a pipeline")
 def plan(
     file: Annotated[Path | None, typer.Argument(help="Pipeline file, such as pipelines/tiny.yaml.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file instead: what synthgen generate would do.")] = None,
-    images: Annotated[str | None, typer.Option(help="Images instead: what synthgen attend would do.")] = None,
-    metadata: MetadataOption = None,
-    caption: CaptionOption = None,
-    model: ModelOption = None,
-    run: PlannedRunOption = None,
-    measure: Annotated[bool, typer.Option(help="Make a small sample, or count only.")] = True,
-    sample: Annotated[int, typer.Option(min=0, help="Images of it; 0: what takes about a minute.")] = 0,
-    engine: EngineOption = None,
-    workers: Annotated[int, typer.Option(min=0, help="That will share the work; 0: as many as fit here.")] = 0,
+    prompts: flags.PlannedPromptsOption = None,
+    images: flags.PlannedImagesOption = None,
+    metadata: flags.MetadataOption = None,
+    caption: flags.CaptionOption = None,
+    model: flags.ModelOption = None,
+    run: flags.PlannedRunOption = None,
+    measure: Annotated[bool, typer.Option(help="Measure a small sample, or only count.")] = True,
+    sample: Annotated[int, typer.Option(min=0, help="Sample size in images; 0: as many as fit in about a minute.")] = 0,
+    engine: flags.EngineOption = None,
+    workers: flags.PlannedWorkersOption = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="As for synthgen run, generate or attend.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a pipeline will cost before it starts: images, units, bytes, hours and memory."""
+    """Estimate the cost of a pipeline before it starts: images, units, bytes, hours and memory."""
     from synthgen.console import doing
     from synthgen.plan.text import render
 
@@ -265,40 +240,40 @@ def plan(
     print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
 
-@app.command()
+@app.command(short_help="Show what is done, what failed and what to run next")
 def status(
-    run: RunArgument = LATEST,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every class and word in it.")] = False,
+    run: flags.RunArgument = flags.LATEST,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every class and word.")] = False,
 ) -> None:
-    """Say what is done, what failed and why, and what to do next."""
-    from synthgen.status import status as look
+    """Show what is done, what failed and why, and what to run next."""
+    from synthgen.status import status as read_status
     from synthgen.status.text import render
 
-    found = look(_open(run))
+    found = read_status(_open(run))
     print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
 
-@app.command()
+@app.command(short_help="Write an HTML page of images, prompts and masks")
 def view(
-    run: RunArgument = LATEST,
-    output: Annotated[Path | None, typer.Option(help="Where to write the page.  [default: RUN/view.html]")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 96,
+    run: flags.RunArgument = flags.LATEST,
+    output: Annotated[Path | None, typer.Option(help="File to write.  [default: RUN/view.html]")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of samples.")] = 96,
 ) -> None:
-    """Write one page that shows images, prompts and each word's mask."""
+    """Write one HTML page that shows images, prompts, and each word's attention and mask."""
     from synthgen.api import view as write
 
     print(f"page: {write(_open(run), output, limit=limit)}")
 
 
-@app.command()
+@app.command(short_help="Export images and masks as COCO, YOLO or label images")
 def export(
-    format: Annotated[str, typer.Option("--format", help="coco, yolo or labels.")],
-    run: RunOption = LATEST,
-    out: Annotated[Path | None, typer.Option(help="Where to.  [default: RUN/export-FORMAT]")] = None,
+    format: Annotated[str, typer.Option("--format", help="Output format: coco, yolo or labels.")],
+    run: flags.RunOption = flags.LATEST,
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: RUN/export-FORMAT]")] = None,
     image_format: Annotated[str | None, typer.Option(help="png or jpg.  [default: jpg for yolo, else png]")] = None,
-    settings: SetOption = None,
+    settings: flags.SetOption = None,
 ) -> None:
-    """Write images and masks as COCO, YOLO or label images."""
+    """Export images and masks as COCO, YOLO or label images."""
     from synthgen.api import export_dataset
     from synthgen.console import progress, say
 
@@ -308,13 +283,13 @@ def export(
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 
-@app.command()
+@app.command(short_help="Check this machine")
 def doctor(
-    run: RunsOption = Path("runs"),
-    model: ModelOption = None,
+    run: flags.RunsOption = Path("runs"),
+    model: flags.ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether this machine will work, and how well."""
+    """Check this machine: libraries, devices, attention recording, disk, memory and models."""
     from synthgen.console import doing
     from synthgen.doctor import examine
     from synthgen.doctor.text import render
@@ -327,18 +302,20 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(short_help="List stages, parts and their settings")
 def schema(
-    of: Annotated[str, typer.Argument(help="A stage (masks), or a part of it (masks.refine=attentioncut).")] = "",
+    of: Annotated[
+        str, typer.Argument(help="Stage (masks), setting (masks.refine) or part (masks.refine=attentioncut).")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema.")] = False,
 ) -> None:
-    """List the settings of a stage, the parts there are, or the options of one."""
+    """List the settings of a stage, the parts that a setting accepts, or the options of a part."""
     from synthgen.schema import listing
 
     print(listing(of, as_json=as_json))
 
 
-# -- what the commands share
+# -- shared by the commands
 
 
 def _created(path: Path, seed: int | None) -> AbstractContextManager[Run]:
@@ -357,21 +334,23 @@ def _stage(
     name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> None:
     from synthgen import api
-    from synthgen.console import progress, say
+    from synthgen.console import progress, say, say_result
+    from synthgen.stages import make_stage
 
     chosen, settings = chosen_of(run, name, given, extra, engine)
     call: Callable[..., Summary] = getattr(api, name)
     say(call(run, progress=progress(), engine=chosen, **settings))
+    say_result(make_stage(name, settings), run)
 
 
 def _refused(error: OSError) -> str:
-    """What the system does not let be done, such as reading a folder of somebody else."""
+    """The one-line message for what the operating system refuses, such as reading another user's folder."""
     why = error.strerror or type(error).__name__
-    return f"{one_line(OSError(error.filename))}: {why}; put that right, or give another path"
+    return f"{one_line(OSError(error.filename))}: {why}; fix this, or give another path"
 
 
 def main() -> None:
-    """Run the command line; an error that a person can act on is one line, which cannot steer the console."""
+    """Run the command line; a user error is printed as one line without control characters."""
     from synthgen.redact import redact
     from synthgen.text import plain
 
@@ -387,7 +366,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # the parser's own errors have one; anything else is a bug
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
             sys.exit(1)
-        if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the command alone asks for help
+        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: the bare command asks for help
             print(error.format_message())
             sys.exit(0)
         command = getattr(getattr(error, "ctx", None), "command_path", "synthgen")
@@ -395,5 +374,5 @@ def main() -> None:
         print(f"synthgen: {plain(redact(message))}; see: {command} --help", file=sys.stderr)
         code = 2
     if code == 130:
-        print("synthgen: stopped; run the same command again to go on", file=sys.stderr)
+        print("synthgen: stopped; run the same command again to resume", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -15,8 +15,8 @@ __all__ = ["Column", "unit_of"]
 class Column:
     """The samples of one artifact by key; headers of a unit are read when it is first asked for.
 
-    ``verified`` are artifact and number of units that were seen to be as they were written, and are not read through
-    again; what is found good is added to it.
+    ``verified`` has the artifact and number of units whose checksum was verified, which are not read through again;
+    newly verified units are added to it.
     """
 
     def __init__(self, run: Run, artifact: str, verified: set[tuple[str, int]] | None = None) -> None:
@@ -31,7 +31,7 @@ class Column:
         Raises:
             MissingArtifact: there is no such sample, or its unit is gone.
             CorruptFile: a member is missing, or the unit is not as it was written.
-            StorageError: the system does not let the unit be read.
+            StorageError: the system cannot read the unit.
         """
         unit = unit_of(key)
         path = self.run.tar(self.artifact, unit)
@@ -63,7 +63,7 @@ def unit_of(key: str) -> int:
     """The unit that a sample of the run's own making belongs to.
 
     Raises:
-        CorruptFile: its key is none of ours.
+        CorruptFile: the key is not one that a run makes.
     """
     if not (key.isascii() and key.isdecimal()):
         raise CorruptFile(

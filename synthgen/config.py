@@ -217,7 +217,7 @@ def dump(value: Any) -> Any:
     if isinstance(value, Choice):
         return {key: dump(option) for key, option in value.dump().items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: dump(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: dump(getattr(value, item.name)) for item in dataclasses.fields(value) if item.init}
     if isinstance(value, Mapping):
         return {str(key): dump(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What the command line draws while a stage runs: a bar on a terminal, a line now and then elsewhere."""
+"""How the command line shows progress: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from synthgen.devices import place
+from synthgen.progress import Progress
 from synthgen.run import Run
-from synthgen.runner import Progress, Summary
+from synthgen.runner import Summary
+from synthgen.stages import Stage
+from synthgen.stages.evaluate import Evaluate
 from synthgen.status.text import scores
 from synthgen.text import counted, duration, plain
 
@@ -17,11 +20,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["ConsoleProgress", "doing", "progress", "say", "say_scores", "tell"]
+__all__ = ["ConsoleProgress", "doing", "progress", "say", "say_note", "say_result", "say_scores", "tell"]
+
+_RESULTS = {"shards": "shards", "pretrain": "encoder"}  # stage → what a later command or another program reads
 
 
 def tell(summary: Summary) -> str:
-    """One line about what a stage did."""
+    """The summary of a stage in one line."""
     done = summary.units - summary.done_before
     if not done:
         many = f"all {summary.units} units were" if summary.units != 1 else "the one unit was"
@@ -35,21 +40,42 @@ def tell(summary: Summary) -> str:
 
 
 def say(summary: Summary) -> None:
-    """Print that line at once, so that in a file it comes before later errors; each of several processes says which."""
+    """Print that line at once, so that in a file it precedes later errors; each of several processes adds its rank."""
     here = place()
     print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary), flush=True)
 
 
-def say_scores(run: Run) -> None:
-    """Print the scores of a run's evaluations; in files and pipes, which have no edge, nothing of a row is cut."""
-    for line in scores(run, whole=not sys.stdout.isatty()):
+def say_note(text: str) -> None:
+    """Print a note, if there is one; of several processes the first one does."""
+    if text and not place().rank:
+        print(plain(f"note: {text}"), flush=True)
+
+
+def say_scores(run: Run, name: str = "") -> None:
+    """Print the scores of a run's evaluations, or of the one of that name.
+
+    Rows are cut to the width of a terminal, but not in files and pipes.
+    """
+    for line in scores(run, name, whole=not sys.stdout.isatty()):
         print(line)
 
 
-def doing(command: str) -> Callable[[str], None]:
-    """What says on a terminal, by standard error, what a command does before it has anything to print.
+def say_result(stage: Stage, run: Run) -> None:
+    """Print where shards, an encoder or scores are, and these scores; of several processes the first one does."""
+    if place().rank:
+        return
+    if isinstance(stage, Evaluate):
+        path = stage.path(run)
+        say_scores(run, path.stem)
+        print(f"scores: {path}", flush=True)
+    elif stage.name in _RESULTS:
+        print(f"{_RESULTS[stage.name]}: {run.folder(*stage.artifacts())}", flush=True)
 
-    In a pipe or a file standard error is kept for what went wrong.
+
+def doing(command: str) -> Callable[[str], None]:
+    """A function that prints to standard error what ``command`` is doing before it has a result.
+
+    It prints on terminals only: in pipes and files standard error is for errors.
     """
 
     def say_so(text: str) -> None:
@@ -60,7 +86,7 @@ def doing(command: str) -> Callable[[str], None]:
 
 
 def progress() -> Progress:
-    """A bar, in the first process of this machine."""
+    """A bar in the first process of this machine, nothing in the others."""
     return Progress() if place().local_rank else ConsoleProgress()
 
 
@@ -72,13 +98,13 @@ class ConsoleProgress(Progress):
     def __init__(self) -> None:
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        self._text = ""
+        self._remark = ""
 
     def start(self, stage: str, total: int, done: int) -> None:
-        """Begin a bar at ``done`` of ``total`` samples."""
+        """Start a bar at ``done`` of ``total`` samples."""
         self._stage, self._total, self._done, self._before = stage, total, done, done
         self._measured = False
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -100,32 +126,34 @@ class ConsoleProgress(Progress):
             self._measured, self._started, self._before = True, now, self._done
         rate = (self._done - self._before) / max(now - self._started, 1e-6)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, rate=f"{_short(rate)}/s" if rate else "")
-        elif rate and now - self._said >= self.every_seconds:
-            self._said = now
+            self._bar.update(self._task, completed=self._done, rate=f"{_rate_text(rate)}/s" if rate else "")
+        elif rate and now - self._printed >= self.every_seconds:
+            self._printed = now
             left = duration((self._total - self._done) / rate)
-            text = f", {self._text}" if self._text else ""
-            print(f"{self._stage}: {self._done}/{self._total}, {_short(rate)}/s, {left} left{text}", file=sys.stderr)
+            text = f", {self._remark}" if self._remark else ""
+            print(
+                f"{self._stage}: {self._done}/{self._total}, {_rate_text(rate)}/s, {left} left{text}", file=sys.stderr
+            )
 
     def skip(self, count: int) -> None:
-        """Move on by ``count`` samples that an earlier call made: they say nothing of the rate."""
+        """Move on by ``count`` samples that an earlier call made; they do not count for the rate."""
         self._done += count
         self._before += count
         self._started = time.monotonic()
 
     def describe(self, text: str) -> None:
         """Put a remark beside the bar."""
-        self._text = text
+        self._remark = text
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, remark=text)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
-def _short(rate: float) -> str:
-    """Two digits that count, all of those before the point."""
+def _rate_text(rate: float) -> str:
+    """A rate with two significant digits, or all of those before the point."""
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"

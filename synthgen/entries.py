@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -179,9 +179,15 @@ def _hidden(value: Any, path: str = "") -> Iterator[tuple[str, bool]]:
         yield path, True
 
 
-def made_differently(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> StaleArtifact:
-    """The error that an artifact's folder has other settings or inputs than those ``now``; names them."""
-    kept = {key: value for key, value in before["settings"].items() if key in now["settings"]}
+def made_differently(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], hashed: Collection[str] = ()
+) -> StaleArtifact:
+    """The error that an artifact's folder has other settings or inputs than those ``now``; names them.
+
+    Settings ``before`` are compared where they are among those now, or among the ``hashed`` ones, some of which may be
+    left out now.
+    """
+    kept = {key: value for key, value in before["settings"].items() if key in now["settings"] or key in hashed}
     told = describe_changes({**before, "settings": kept}, now)
     elsewhere = "another --label" if folder.parent.name == "pretrain" else "another --run folder"
     return StaleArtifact(f"{folder} was made differently: {told}choose {elsewhere}, or delete {folder} to make it anew")

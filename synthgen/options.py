@@ -1,15 +1,16 @@
-"""The options that several commands have, and the settings that they stand for."""
+"""How the options of a command become settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, Literal
 
 from synthgen.errors import ConfigError
+from synthgen.flags import LATEST
 
 if TYPE_CHECKING:
     from synthgen.config import Choice
@@ -17,91 +18,22 @@ if TYPE_CHECKING:
     from synthgen.run import Run
 
 __all__ = [
-    "LATEST",
-    "AddressOption",
-    "BackboneOption",
-    "CaptionOption",
-    "EngineOption",
-    "MetadataOption",
-    "ModelOption",
-    "PathSetOption",
-    "PlannedRunOption",
-    "RunArgument",
-    "RunOption",
-    "RunsOption",
-    "SetOption",
-    "WorkersOption",
     "agree",
     "backbone_of",
     "chosen_of",
     "engine_of",
     "export_of",
     "method_of",
+    "overrides_of",
     "pairs_of",
     "part_of",
     "plan_of",
+    "resume_settings",
     "with_set",
 ]
 
 
-def _folder(name: str | Path) -> Path:
-    from synthgen.config import run_folder
-
-    return run_folder(name)
-
-
-RunOption = Annotated[Path, typer.Option("--run", parser=_folder, metavar="<path>", help="Run directory.")]
-RunArgument = Annotated[Path, typer.Argument(parser=_folder, help="Run directory.")]
-RunsOption = Annotated[
-    Path, typer.Option("--run", parser=_folder, metavar="<path>", help="Where runs would be written.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, or PART.NAME=VALUE: see synthgen schema."),
-]
-PathSetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="e.g. stages.masks.min_area=0.01")
-]
-PlannedRunOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        parser=_folder,
-        metavar="<path>",
-        help="Run directory; a pipeline file has its own (--set run=DIR).  [default: runs/latest]",
-    ),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(help="local, accelerate, ray.  [default: local; accelerate under accelerate launch]"),
-]
-WorkersOption = Annotated[
-    int, typer.Option(help="Processes, or actors of Ray; 0: one for every GPU, or core where there is none.")
-]
-AddressOption = Annotated[
-    str | None, typer.Option(help="Ray cluster to join, such as head:6379.  [default: RAY_ADDRESS, or one here]")
-]
-BackboneOption = Annotated[
-    str | None, typer.Option(help="tiny (ships with synthgen), diffusers.  [default: tiny; diffusers with --model]")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="Short name (sd15, sdxl, sd35, flux-dev, ...), folder or hub id of a diffusers model."),
-]
-MetadataOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Captions of the folder's images: .jsonl or .csv (file_name, text), or COCO's captions_*.json.  "
-        "[default: metadata.jsonl or .csv in the folder, else the .txt beside each image]"
-    ),
-]
-CaptionOption = Annotated[
-    str | None, typer.Option(help="For images without one; {label} is their class, e.g. 'a photo of a {label}'.")
-]
-LATEST = Path("runs/latest")
-
-
-_FLAGS = {  # of settings that are not called as their options are; other options of parts have none
+_FLAGS = {  # settings whose option has another name; other options of parts have no flag
     "backbone.name": "--backbone", "backbone.model": "--model", "backbone.num_steps": "--steps",
     "backbone.guidance_scale": "--guidance", "encoder.name": "--encoder", "engine.address": "--address",
     "engine.name": "--engine", "engine.workers": "--workers", "evaluators": "--evaluator",
@@ -110,7 +42,7 @@ _FLAGS = {  # of settings that are not called as their options are; other option
 
 
 def method_of(name: str | None, guided: bool, label: str | None, extra: list[str] | None) -> dict[str, Any]:
-    """A method and the folder of its training; guided, with what that means for it, in a folder of its own."""
+    """The method and output folder of a training; guided, with the method's guided options and a folder of its own."""
     if not guided:
         return {"method": name, "label": label}
     from synthgen.methods import METHODS
@@ -121,19 +53,19 @@ def method_of(name: str | None, guided: bool, label: str | None, extra: list[str
 
 
 def backbone_of(name: str | None, extra: list[str] | None, **options: Any) -> dict[str, Any] | None:
-    """A backbone with the options that were given; a model is one of ``diffusers`` where none is named."""
+    """A backbone with the given options; a model without a named backbone means ``diffusers``."""
     named = _named("backbone", name, extra)
     return part_of(named or ("diffusers" if options.get("model") else None), options)
 
 
 def _named(part: str, name: str | None, extra: list[str] | None) -> str | None:
-    """The name of a part by its own option or by ``--set``."""
-    said = _as_part(with_set({part: part_of(name, {})}, extra).get(part)) or {}
-    return str(said["name"]) if "name" in said else None
+    """The name of a part, from its own option or from ``--set``."""
+    found = _as_part(with_set({part: part_of(name, {})}, extra).get(part)) or {}
+    return str(found["name"]) if "name" in found else None
 
 
 def part_of(part: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
-    """A part by its name, with the options that were given; options alone are those of the part that is there."""
+    """A part by name, with the given options; options without a name apply to the part that is already set."""
     given = {"name": part, **options}
     return {key: value for key, value in given.items() if value is not None} or None
 
@@ -157,28 +89,28 @@ def pairs_of(settings: list[str] | None) -> dict[str, Any]:
 
 
 def engine_of(name: str | None, workers: int, address: str | None) -> dict[str, Any]:
-    """The engine and its options as far as they were given."""
+    """The engine and those of its options that were given."""
     given = {"name": name, "workers": workers, "address": address}
     return {key: value for key, value in given.items() if value}
 
 
 def agree(given: Mapping[str, Any], extra: list[str] | None) -> None:
-    """See that options and ``--set`` do not ask for two values of one setting.
+    """Check that options and ``--set`` do not ask for two values of one setting.
 
     Raises:
-        ConfigError: they do; names both.
+        ConfigError: they do; the message names both.
     """
     for text in extra or []:
         ((dotted, value),) = pairs_of([text]).items()
         for name, was, now in _shared(given, dotted, value):
             flag = _FLAGS.get(name, "" if "." in name else f"--{name.replace('_', '-')}")
             if flag and was != now:
-                told = ", ".join(map(str, was)) if isinstance(was, list) else was
-                raise ConfigError(f"{flag} {told} and --set {text} ask for two values of {name}; give one of them")
+                text_of = ", ".join(map(str, was)) if isinstance(was, list) else was
+                raise ConfigError(f"{flag} {text_of} and --set {text} ask for two values of {name}; give one of them")
 
 
 def _shared(given: Mapping[str, Any], dotted: str, value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What is given and set: the dotted name, what is given, and what is set."""
+    """Settings given both by an option and by ``--set``: dotted name, value of the option, value of ``--set``."""
     name, _, option = dotted.partition(".")
     was = given.get(name)
     if was in (None, "", {}):
@@ -191,17 +123,17 @@ def _shared(given: Mapping[str, Any], dotted: str, value: Any) -> Iterator[tuple
 
 
 def _as_part(value: Any) -> dict[str, Any] | None:
-    """A part by its name or as a mapping; None where it is neither."""
+    """A part as a mapping, from its name or a mapping; None for anything else."""
     if isinstance(value, str) and value:
         return {"name": value}
     return value if isinstance(value, dict) else None
 
 
 def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
-    """The settings that were given, and beside them what ``--set`` says; of a part, option by option.
+    """The given settings merged with ``--set``; parts are merged option by option.
 
     Raises:
-        ConfigError: they ask for two values of one setting, or for an option of what is no part.
+        ConfigError: two values of one setting are asked for, or an option of a setting that is not a part.
     """
     agree(given, extra)
     settings = {key: value for key, value in given.items() if value is not None}
@@ -211,7 +143,7 @@ def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
         if option:  # --set refine.smoothness=2 is an option of a part
             part = {} if before is None else _as_part(before)
             if part is None:
-                raise ConfigError(f"--set {dotted}: {name} is no part with options, but {before!r}")
+                raise ConfigError(f"--set {dotted}: {name} is not a part with options, but {before!r}")
             settings[name] = {**part, option: value}
         elif isinstance(before, dict) or isinstance(value, dict):
             old, new = _as_part(before), _as_part(value)
@@ -224,22 +156,66 @@ def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
 def chosen_of(
     run: Run | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> tuple[Choice, dict[str, Any]]:
-    """The engine of a stage, and its settings, checked; of a run that is there see :func:`settings_to_go_on`.
+    """The engine of a stage and its checked settings; for an existing run see :func:`resume_settings`.
 
     Raises:
-        UnknownName, ConfigError: there is no such setting, or two values of one are asked for.
-        MissingArtifact: a setting is needed that has no default, and the run has not been begun.
+        UnknownName, ConfigError: a setting does not exist, or two values of one are asked for.
+        MissingArtifact: a required setting is missing, and there is no run to take it from.
     """
-    from synthgen.api import make_stage, settings_to_go_on
     from synthgen.config import Choice
     from synthgen.engines import default_engine
+    from synthgen.stages import make_stage
 
     settings = with_set({**given, "engine": engine or {}}, extra)
     chosen = settings.pop("engine")
     chosen = Choice.of({"name": default_engine(), **chosen} if isinstance(chosen, dict) else chosen)
-    settings = settings_to_go_on(run, stage, settings) if run else settings
-    make_stage(stage, settings)  # before they become arguments: an unknown one may be called as another argument is
+    settings = resume_settings(run, stage, settings) if run else settings
+    make_stage(stage, settings)  # checked first: an unknown setting could have the name of another argument
     return chosen, settings
+
+
+def resume_settings(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a command: those that the folder of its stage was made with, replaced by the ``given`` ones.
+
+    The folder counts where something was made in it, or where nothing is given. Functions of the API and pipeline files
+    state all settings themselves.
+
+    Raises:
+        MissingArtifact: a required setting is missing, and the folder has no settings yet.
+    """
+    from synthgen.entries import merge_settings
+    from synthgen.errors import MissingArtifact
+    from synthgen.stages import STAGES
+
+    kind = STAGES.load(stage)
+    folder = kind.folder_of(given)
+    entry = run.find_artifact(folder)
+    asked = any(value not in ("", None) for value in given.values())
+    known = {item.name: item for item in dataclasses.fields(kind) if item.init}
+    if entry is None or entry["stage"] != stage or (asked and not run.is_nonempty(folder)):
+        for name, item in known.items():
+            if item.default is dataclasses.MISSING and name not in given:
+                raise MissingArtifact(
+                    f"{run.path} has no {name} of {stage} yet; give some with: "
+                    f"synthgen {stage} --{name} PATH --run {shlex.quote(str(run.path))}"
+                )
+        return dict(given)
+    before = {name: value for name, value in entry["settings"].items() if name in known}
+    settings = merge_settings(before, given)
+    if "label" in given and kind.folder_of(settings | {"label": before.get("label", "")}) == folder:
+        settings["label"] = before.get("label", "")  # the folder has that name anyway
+    return settings
+
+
+def overrides_of(run: Path | None, extra: list[str] | None, engine: dict[str, Any]) -> dict[str, Any]:
+    """What replaces settings of a pipeline file, by dotted paths: ``--set``, and its run where ``--run`` is given.
+
+    Raises:
+        ConfigError: ``--set`` asks for another run or ``engine`` than the options do.
+    """
+    own = {} if run is None else {"run": str(run)}
+    agree({"engine": engine, **own}, extra)
+    return {**pairs_of(extra), **own}
 
 
 def plan_of(
@@ -258,51 +234,68 @@ def plan_of(
     sample: int,
     describe: Callable[[str], None],
 ) -> Plan:
-    """What a pipeline file will cost, or ``generate`` of prompts, or ``attend`` of images.
+    """The estimated cost of a pipeline file, of ``generate`` on prompts, or of ``attend`` on images.
 
     Raises:
-        ConfigError: it is not one of the three that is asked for.
+        ConfigError: not exactly one of the three is asked for.
     """
     from synthgen import api
 
-    agree({"engine": engine_of(engine, workers, None)}, extra)
+    overrides = overrides_of(run if file else None, extra, engine_of(engine, workers, None))
     how: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample, "describe": describe}
     given: dict[str, Any] = {"backbone": backbone_of(None, extra, model=model)}
-    if file and run:
-        own = shlex.quote(f"run={run}")
-        raise ConfigError(f"{file} names the run that it is for; leave --run out, or give --set {own}")
     if file and not any((prompts, images, metadata, caption, model)):
-        return api.plan_pipeline(file, overrides=tuple(pairs_of(extra).items()), engine=engine, **how)
+        return api.plan_pipeline(file, overrides=overrides, engine=engine, **how)
     if prompts and not any((file, images, metadata, caption)):
         given |= {"prompts": prompts, "template": ""}
-        return api.plan_stage("generate", **how, **_planned(run, "generate", given, extra, engine))
+        return _plan_stage(run, "generate", given, extra, engine, how)
     if images and not any((file, prompts)):
         given |= {"images": images, "metadata": metadata, "caption": caption}
-        return api.plan_stage("attend", **how, **_planned(run, "attend", given, extra, engine))
-    raise ConfigError("give a pipeline file, or --prompts or --images with what generate or attend take beside it")
+        return _plan_stage(run, "attend", given, extra, engine, how)
+    raise ConfigError("give a pipeline file, or --prompts or --images with the options of generate or attend")
 
 
-def _planned(
-    path: Path | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: str | None
-) -> dict[str, Any]:
-    """The run, the engine and the settings with which that stage would go on with it, or begin it."""
-    from synthgen.errors import MissingArtifact
+def _plan_stage(
+    path: Path | None,
+    stage: Literal["generate", "attend"],
+    given: dict[str, Any],
+    extra: list[str] | None,
+    engine: str | None,
+    how: dict[str, Any],
+) -> Plan:
+    """The plan of one stage on the run at ``path``; without one on the default run, or a new run if that does not fit.
+
+    Raises:
+        StaleArtifact: the run at ``path`` was made with other settings or inputs.
+    """
+    from synthgen import api
+    from synthgen.errors import MissingArtifact, StaleArtifact
     from synthgen.run import Run
 
-    path = path or LATEST
+    def plan_on(folder: Path) -> Plan:
+        try:
+            run = Run.open(folder)
+        except MissingArtifact:
+            run = None
+        chosen, settings = chosen_of(run, stage, given, extra, engine_of(engine, 0, None))
+        return api.plan_stage(stage, folder, engine=chosen, **how, **settings)
+
     try:
-        run = Run.open(path)
-    except MissingArtifact:
-        run = None
-    chosen, settings = chosen_of(run, stage, given, extra, engine_of(engine, 0, None))
-    return {"run": path, "engine": chosen, **settings}
+        return plan_on(path or LATEST)
+    except StaleArtifact:
+        if path:
+            raise
+    new = next(one for number in count(1) if not (one := LATEST.with_name(f"new-{number}")).exists())
+    found = plan_on(new)
+    note = f"{LATEST} was made with other settings or inputs, so this plan is for a new run; give {stage} a --run too"
+    return dataclasses.replace(found, notes=(note, *found.notes))
 
 
 def export_of(format: str, image_format: str | None, extra: list[str] | None) -> dict[str, Any]:
-    """The settings of an export but for its format, checked.
+    """The checked settings of an export, without its format.
 
     Raises:
-        ConfigError: one is unknown or of the wrong kind, or two values of one are asked for.
+        ConfigError: a setting is unknown or has the wrong type, or two values of one are asked for.
     """
     from synthgen.config import check
     from synthgen.interchange import Export

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +10,19 @@ from typing import Any
 import yaml
 
 from synthgen.config import Choice, expand_home, load_yaml, run_folder
-from synthgen.engines import default_engine
+from synthgen.engines import Engine, default_engine
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, UnknownName
 from synthgen.run import Run
 from synthgen.runner import EngineLike, Progress, Summary, check_engine, run_stage
 from synthgen.stages import STAGES, Stage, make_stage
+from synthgen.stages.evaluate import Evaluate
+from synthgen.stages.pretrain import Pretrain
 from synthgen.stores import parse_location
-from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file
 
-__all__ = ["Override", "Pipeline", "read_pipeline"]
-
-Override = tuple[str, Any]  # dotted path, value: ("stages.masks.min_area", 0.01)
+__all__ = ["Pipeline", "read_pipeline"]
 
 _KEYS = ("run", "seed", "engine", "stages")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -59,31 +55,44 @@ class Pipeline:
             raise PipelineError(f"{self.path}: {first!r} comes after {last!r}; swap --from and --to")
         return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
 
-    def engine_with(self, given: Mapping[str, Any]) -> Choice:
-        """The engine of the file with the options that are ``given``; where they name another, that with them alone."""
+    def resolve_engine(self, given: EngineLike | Mapping[str, Any] = None) -> Engine | Choice:
+        """The engine to run on: that of the file where none is ``given``.
+
+        A name or a mapping of options keeps the options that the file has for that engine. A :class:`Choice` or an
+        engine is taken as it is.
+
+        Raises:
+            ConfigError: the mapping has a ``name`` that is no text.
+        """
+        if not given:
+            return self.engine
+        if isinstance(given, str):
+            given = {"name": given}
+        if not isinstance(given, Mapping):
+            return given
         same = given.get("name", self.engine.name) == self.engine.name
         return Choice.of({**(self.engine.dump() if same else {}), **given})
 
-    def rehearsed(self, engine: EngineLike = None) -> list[str]:
-        """What would run, a line each, once all that the stages are given is found to be there. Nothing is written.
+    def dry_run(self, engine: EngineLike | Mapping[str, Any] = None) -> list[str]:
+        """What would run, a line each, after a check that all sources of the stages are there. Nothing is written.
 
         What lies in the run's own folder may be made by a stage before; an encoder may be on the hub, which is not
         asked.
 
         Raises:
-            MissingArtifact, PromptError, CorruptFile, ConfigError: what the run would be refused for.
+            MissingArtifact, PromptError, CorruptFile, ConfigError: the run would be refused for it.
         """
         run, made = Run(parse_location(self.run), self.seed), set[str]()
-        there = run.is_there
+        there, engine = run.is_there, self.resolve_engine(engine)
         for stage in self.stages:
-            check_engine(stage, engine or self.engine)
+            check_engine(stage, engine)
         for stage in self.stages:
             for name in stage.reads:
                 if name not in made and not there:
                     raise run.missing_artifact(name)
                 if name not in made:
                     run.artifact(name)
-            _check_given(stage, run)
+            stage.check_sources(run)
             made.update(stage.artifacts())
         named = [
             (stage, ", ".join(stage.source_names()), ", ".join(stage.artifacts() or stage.writes))
@@ -91,20 +100,45 @@ class Pipeline:
         ]
         return [f"run: {self.run}", *(f"{stage.name}: {given} -> {made}" for stage, given, made in named)]
 
-    def execute(self, *, engine: EngineLike = None, progress: Progress | None = None) -> Iterator[Summary]:
-        """Run each stage; yields its summary when it has ended.
+    def execute(
+        self, *, engine: EngineLike | Mapping[str, Any] = None, progress: Progress | None = None
+    ) -> Iterator[Summary]:
+        """Run each stage; yields its summary when it has ended. For ``engine`` see :meth:`resolve_engine`.
 
         Raises:
             ConfigError: the engine cannot run one of the stages; nothing has run.
         """
-        engines = [check_engine(stage, engine or self.engine) for stage in self.stages]
+        engine = self.resolve_engine(engine)
+        engines = [check_engine(stage, engine) for stage in self.stages]
         with Run.create_or_roll_back(self.run, seed=self.seed) as run:
             for stage, made in zip(self.stages, engines, strict=True):
                 yield run_stage(stage, run, made, progress)
 
+    def unevaluated(self, stage: Stage) -> str:
+        """A note on the trainings that ``stage``, an evaluation that names no encoder, left out; empty without any."""
+        if not isinstance(stage, Evaluate) or stage.encoder:
+            return ""
+        run = Run.open(self.run)
+        if not stage.judges_images(run) or (chosen := stage.encoder_folder(run)) is None:
+            return ""
+        named = {parse_location(one.encoder).absolute() for one in self.stages if isinstance(one, Evaluate)}
+        trainings = [run.folder(*one.artifacts()) for one in self.stages if isinstance(one, Pretrain)]
+        left = [one for one in trainings if one.absolute() not in {*named, chosen.absolute()}]
+        if not left:
+            return ""
+        every = ", ".join(f"{{encoder: {folder}}}" for folder in trainings)
+        return (
+            f"evaluate: of the trainings of {self.path} this is {chosen.name}, which ended last, and not "
+            f"{', '.join(one.name for one in left)}; for all of them write evaluate: [{every}]"
+        )
 
-def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipeline:
+
+def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
     """Read a pipeline file, put ``overrides`` in, and check all of it before anything runs.
+
+    Args:
+        path: of the file.
+        overrides: values by their dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
 
     Raises:
         MissingArtifact: there is no such file.
@@ -113,7 +147,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     """
     path = Path(path)
     content = _load(path)
-    for dotted, value in overrides:
+    for dotted, value in (overrides or {}).items():
         _put(content, dotted, value)
     content = expand_home(content)
     for key in content:
@@ -131,48 +165,6 @@ def read_pipeline(path: str | Path, overrides: Sequence[Override] = ()) -> Pipel
     if isinstance(engine, dict):  # options alone are those of the engine that is there by default
         engine = {"name": default_engine(), **engine}
     return Pipeline(path, run_folder(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
-
-
-def _check_given(stage: Stage, run: Run) -> None:
-    """See that what a stage is given beside its run's artifacts is there, with the words of the stage itself."""
-    from synthgen.datasets.sources import open_dataset, tars_of
-    from synthgen.stages.attend import Attend
-    from synthgen.stages.evaluate import Evaluate
-    from synthgen.stages.generate import Generate
-    from synthgen.stages.pretrain import Pretrain
-
-    sources: tuple[str, ...] = ()
-    encoder = ""
-    if isinstance(stage, Generate):
-        stage.inputs(run)
-        if not stage.prompts:
-            stage.prepare(run)  # sees that the run's copy is whole
-    elif isinstance(stage, Attend):
-        stage.inputs(run)
-        stage.prepare(run)
-    elif isinstance(stage, Pretrain):
-        sources, encoder = stage.data, stage.start
-    elif isinstance(stage, Evaluate):
-        sources, encoder = (stage.train, stage.test, stage.truth, stage.predicted), stage.encoder
-    for source in sources:
-        if source and not _is_within(source, run) and not tars_of(source):
-            open_dataset(source)  # a folder without tars
-    if (
-        encoder
-        and not _is_within(encoder, run)
-        and (parse_location(encoder).exists() or not _HUB_ID.fullmatch(encoder))
-    ):
-        from synthgen.models.tower import encoder_folder
-
-        encoder_folder(encoder)
-
-
-def _is_within(place: str, run: Run) -> bool:
-    """Whether a place lies in the run's folder, however the two are written."""
-    inner, outer = parse_location(place), run.path
-    if not isinstance(inner, RemotePath) and not isinstance(outer, RemotePath):
-        return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))  # noqa: PTH100 - links stay links
-    return str(inner).startswith(f"{outer}/")
 
 
 def _load(path: Path) -> dict[str, Any]:

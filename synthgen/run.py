@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +184,8 @@ class Run:
         for name in stage.artifacts():
             before = self.find_artifact(name)
             if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
-                now = {"settings": settings, "inputs": inputs}
-                raise made_differently(self.folder(name), before, now)
+                hashed = [item.name for item in fields(stage) if not item.metadata.get("unhashed")]
+                raise made_differently(self.folder(name), before, {"settings": settings, "inputs": inputs}, hashed)
         entry = {"stage": stage.name, "seed": self.seed, "settings": stage.recorded_settings(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 

@@ -1,4 +1,4 @@
-"""Run one stage: what is left to do, given to an engine, its reports collected. Only this module resumes."""
+"""Run one stage: give the units that are not done to an engine, and collect its reports."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from synthgen.config import Choice
 from synthgen.engines import ENGINES, Engine, default_engine
 from synthgen.errors import ConfigError, UnitsFailed
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage
@@ -25,55 +26,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Summary:
-    """What a stage did in this call."""
+    """The result of one call of a stage."""
 
     stage: str
-    units: int = 0  # units of the plan
+    units: int = 0  # of the plan
     done_before: int = 0  # units that an earlier call finished
     samples: int = 0  # made in this call
     seconds: float = 0.0
-    notes: dict[str, int] = field(default_factory=dict)
-
-
-class Progress:
-    """What a caller hears while a stage runs. This one says nothing; the command line draws a bar."""
-
-    def start(self, stage: str, total: int, done: int) -> None:
-        """The stage begins: samples in all, and those done before."""
-
-    def advance(self, count: int) -> None:
-        """So many more samples are made."""
-
-    def skip(self, count: int) -> None:
-        """So many samples of a unit were made by an earlier call."""
-
-    def describe(self, text: str) -> None:
-        """A remark beside the bar, such as the loss."""
-
-    def stop(self) -> None:
-        """The stage has ended, well or not."""
+    notes: dict[str, int] = field(default_factory=dict)  # counts by remark, see ``Report``
 
 
 def check_engine(stage: Stage, engine: EngineLike) -> Engine:
-    """The engine, made, if ``stage`` can run on it.
+    """The engine that ``engine`` names, if ``stage`` can run on it.
 
     Raises:
-        UnknownName, MissingDependency, ConfigError: there is no such engine or setting, or it deals out units and the
-            stage's workers share one.
+        UnknownName: there is no such engine or setting.
+        MissingDependency: its library is not installed.
+        ConfigError: a setting is wrong, or the engine distributes units and the stage is collective.
     """
-    made: Engine = (
-        ENGINES.build(engine or default_engine()) if engine is None or isinstance(engine, Choice | str) else engine
-    )
-    if stage.collective and not made.collective:
+    if engine is None or isinstance(engine, Choice | str):
+        engine = ENGINES.build(engine or default_engine())
+    if stage.collective and not engine.collective:
         raise ConfigError(
-            f"{stage.name} is one piece of work, and the engine {type(made).__name__.lower()} deals out many; run it "
+            f"{stage.name} is one piece of work, and the engine {type(engine).__name__.lower()} deals out many; run it "
             f"alone with --engine local, or on several GPUs with: accelerate launch -m synthgen {stage.name}"
         )
-    return made
+    return engine
 
 
 def run_stage(stage: Stage, run: Run, engine: EngineLike = None, progress: Progress | None = None) -> Summary:
-    """Do what is left of ``stage``; what is done stays as it is. Several may do so on one run at the same time.
+    """Make the units of ``stage`` that are not done yet. Several processes may do so on one run at the same time.
 
     Raises:
         MissingArtifact, StaleArtifact: see :meth:`Run.check`.
@@ -83,11 +65,11 @@ def run_stage(stage: Stage, run: Run, engine: EngineLike = None, progress: Progr
     engine = check_engine(stage, engine)
     stage = stage.complete()
     with run.claim(stage) as claimed:
-        return _do(stage, claimed, engine, progress or Progress())
+        return _run_units(stage, claimed, engine, progress or Progress())
 
 
-def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
-    stage.prepare(run)
+def _run_units(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
+    stage = stage.prepare(run)
     plan, todo = stage.plan(run), stage.todo(run)
     sizes = stage.sizes(run, plan)
     summary = Summary(stage.name, units=len(plan), done_before=len(plan) - len(todo))
@@ -108,7 +90,7 @@ def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
             progress.stop()
     summary.seconds = time.perf_counter() - started
     for report in [report for report in failed if stage.done(run, report.unit)]:  # by another command, meanwhile
-        run.forgive(stage, report.unit)
+        run.clear_failure(stage, report.unit)
         failed.remove(report)
     if failed:
         first = failed[0]
@@ -118,8 +100,13 @@ def _do(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Summary:
             f"run the same command again to retry only those, or see: synthgen status {shlex.quote(str(run.path))}"
         )
     stage.finish(run)
-    for name in stage.artifacts():  # what is half written is of processes that were killed, or that come too late
-        for leftover in temporaries(run.folder(name)):
-            if is_abandoned(leftover):
-                leftover.unlink(missing_ok=True)
+    _remove_leftovers(stage, run)
     return summary
+
+
+def _remove_leftovers(stage: Stage, run: Run) -> None:
+    """Remove the files that killed processes left half written."""
+    for name in stage.artifacts():
+        for path in temporaries(run.folder(name)):
+            if is_abandoned(path):
+                path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What settings there are, of stages and of the parts that they name: for people, and as JSON schema for editors."""
+"""The settings of stages and parts: as text for users, and as JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from synthgen.text import WIDTH, columns, table, wrap
 
 __all__ = ["listing", "remarks", "settings_schema"]
 
-#: By the setting that names a part: its family, and which arguments are no options because the stage gives them.
+#: By the setting that names a part: its family, and the arguments that the stage supplies.
 _PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
     "attend.backbone": (Registry("synthgen.backbones"), ("device",)),
     "generate.backbone": (Registry("synthgen.backbones"), ("device",)),
@@ -40,12 +40,12 @@ def listing(path: str = "", *, as_json: bool = False) -> str:
     """The settings at a path, as a text or as JSON schema.
 
     Args:
-        path: a stage (``masks``); a setting of it that names a part (``masks.refine``; ``engine`` is one of all
-            stages), for the parts there are; that with a part (``masks.refine=attentioncut``), for its options; or
-            nothing, for what can be asked.
+        path: a stage (``masks``); a setting that names a part (``masks.refine``; ``engine`` is one of all stages), for
+            the available parts; a setting with a part (``masks.refine=attentioncut``), for its options; or empty, for
+            an overview.
 
     Raises:
-        UnknownName: there is no such stage, setting or part.
+        UnknownName: the stage, setting or part does not exist.
         MissingDependency: the part needs a library that is not installed.
     """
     place, equals, part = path.partition("=")
@@ -66,27 +66,27 @@ def listing(path: str = "", *, as_json: bool = False) -> str:
 
 
 def settings_schema(target: Callable[..., Any], *, given: Sequence[str] = (), stage: str = "") -> dict[str, Any]:
-    """The JSON schema of the arguments of ``target``, without those that the caller gives itself."""
+    """The JSON schema of the arguments of ``target``, without those in ``given``."""
     model = settings_model(target, given=frozenset(given))
     schema = model.model_json_schema()
     schema["description"] = _readable(inspect.getdoc(target) or "")
-    told = remarks(target)
+    comments = remarks(target)
     for name, found in schema["properties"].items():
         if not model.model_fields[name].is_required():
             found["default"] = dump(model.model_fields[name].get_default(call_default_factory=True))
         if names := _names(f"{stage}.{name}"):
             word, mapping = found.get("items", found)["anyOf"]
             word["enum"] = mapping["properties"]["name"]["enum"] = names
-        if name in told:
-            found["description"] = told[name]
+        if name in comments:
+            found["description"] = comments[name]
     return schema
 
 
 def remarks(target: Callable[..., Any]) -> dict[str, str]:
-    """What the source says of each argument of ``target``: the comment behind it.
+    """The comment at the end of the line of each argument of ``target`` in its source.
 
-    Of a class these are the fields of a dataclass or the arguments of its constructor, those of its parents included.
-    Without source (a build that ships none) there are none.
+    For a class, arguments are the fields of a dataclass or the parameters of its constructor, including those of its
+    parents. Without source code (a build that ships none) there are no comments.
     """
     found: dict[str, str] = {}
     for part in reversed(inspect.getmro(target)) if isinstance(target, type) else (target,):
@@ -100,7 +100,7 @@ def remarks(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def _comments(source: str) -> dict[str, str]:
-    """By name of a field or argument the comment that ends its line."""
+    """The comment at the end of the line of each field or argument, by name."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     (top,) = ast.parse(source).body
@@ -110,8 +110,8 @@ def _comments(source: str) -> dict[str, str]:
             ends[node.target.id] = node.end_lineno
         elif isinstance(node, ast.FunctionDef) and (node is top or node.name == "__init__"):
             ends |= {arg.arg: arg.end_lineno for arg in (*node.args.args, *node.args.kwonlyargs)}
-    told = {name: comments.get(line or 0, "") for name, line in ends.items()}
-    return {name: _readable(remark) for name, remark in told.items() if remark and not _NO_REMARK.match(remark)}
+    found = {name: comments.get(line or 0, "") for name, line in ends.items()}
+    return {name: _readable(remark) for name, remark in found.items() if remark and not _NO_REMARK.match(remark)}
 
 
 def _readable(text: str) -> str:
@@ -119,11 +119,11 @@ def _readable(text: str) -> str:
     return re.sub(r":\w+:`~?([^`]+)`|``([^`]+)``", lambda found: found[1] or found[2], text)
 
 
-# -- what there is
+# -- what exists
 
 
 def _names(path: str) -> list[str]:
-    """The parts that a setting may name; none for other settings."""
+    """The parts that a setting accepts; empty for other settings."""
     return _PARTS[path][0].names() if path in _PARTS else []
 
 
@@ -138,7 +138,7 @@ def _choice(family: Registry[Any]) -> dict[str, Any]:
 
 
 def _summary(family: Registry[Any], name: str) -> str:
-    """The first line of a part's module, which is not imported for that."""
+    """The first line of a part's module, without importing it."""
     spec = importlib.util.find_spec(f"{family.package}.{name}")
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         return ""
@@ -146,11 +146,11 @@ def _summary(family: Registry[Any], name: str) -> str:
     return _readable(doc.partition("\n\n")[0].replace("\n", " "))
 
 
-# -- for people
+# -- as text
 
 
 def _tell_everything() -> Iterator[str]:
-    yield from _table(("stage", "what it does"), [(name, _summary(STAGES, name)) for name in STAGES.names()])
+    yield from _table(("stage", "description"), [(name, _summary(STAGES, name)) for name in STAGES.names()])
     yield ""
     yield from _table(("setting that names a part", "parts"), [(path, ", ".join(_names(path))) for path in _PARTS])
     yield ""
@@ -159,7 +159,7 @@ def _tell_everything() -> Iterator[str]:
 
 def _tell_parts(path: str) -> Iterator[str]:
     family = _PARTS[path][0]
-    yield from _table((path, "what it is"), [(name, _summary(family, name)) for name in family.names()])
+    yield from _table((path, "description"), [(name, _summary(family, name)) for name in family.names()])
     yield ""
     yield f"options of one: synthgen schema {path}={family.names()[0]}"
 
@@ -168,16 +168,16 @@ def _tell_settings(path: str, target: Callable[..., Any], given: Sequence[str] =
     summary, _, more = _readable(inspect.getdoc(target) or "").partition("\n\n")
     yield from wrap(f"{path}: {summary}")
     yield ""
-    told, hints = remarks(target), typing.get_type_hints(_signed(target), vars(inspect.getmodule(target) or types))
+    comments, hints = remarks(target), typing.get_type_hints(_signed(target), vars(inspect.getmodule(target) or types))
     rows = []
     for name, field in settings_model(target, given=frozenset(given)).model_fields.items():
-        note = told.get(name, "")
+        note = comments.get(name, "")
         if names := _names(f"{path}.{name}"):
             note = "; ".join([*filter(None, [note]), ", ".join(names)])
         default = "required" if field.is_required() else _value(field.get_default(call_default_factory=True))
         rows.append((name, _kind(hints.get(name, Any)), default, note))
     if rows:
-        yield from _table(("setting" if "=" not in path else "option", "kind", "default", "what it is"), rows)
+        yield from _table(("setting" if "=" not in path else "option", "type", "default", "description"), rows)
     else:
         yield "It has no options."
     for name in (name for name, *_ in rows if _names(f"{path}.{name}")):
@@ -193,14 +193,14 @@ def _signed(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _value(value: Any) -> str:
-    """A default as it would stand in YAML."""
+    """A default as written in YAML."""
     if isinstance(value, Choice):
         return value.name if not value.options else json.dumps(value.dump())
     return value if isinstance(value, str) and value else json.dumps(dump(value))
 
 
 def _kind(hint: Any) -> str:
-    """A type in few words."""
+    """A type in a few words."""
     if hint is Choice:
         return "part"
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
@@ -216,7 +216,7 @@ def _kind(hint: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table whose last column goes on below, where a page is too narrow for it."""
+    """A table whose last column wraps if it is too wide for the page."""
     used = sum(min(28, max(columns(row[index]) for row in (head, *rows))) + 2 for index in range(len(head) - 1))
     lines: list[tuple[str, ...]] = []
     for *cells, last in rows:

@@ -99,7 +99,7 @@ class Drawn(Stage):
                     )
                     images.add(generation.request.key, codecs.encode_image(generation))
                     maps.add(generation.request.key, codecs.encode_maps(generation.maps))
-                    worker.tick(1)
+                    worker.progress.advance(1)
             return Report(unit, self.unit_size)
 
         yield work

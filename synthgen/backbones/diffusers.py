@@ -36,7 +36,7 @@ class Diffusers:
         negative_prompt: str = "",  # what the images should not show
         height: int | None = None,  # pixels; None: what the model was trained at
         width: int | None = None,  # as height
-        dtype: DType = "float32",  # type of the weights and of the computation
+        dtype: DType = "float32",  # number format of the weights and of the computation
         variant: str = "",  # variant of the weight files, such as "fp16"
         scheduler: str = "",  # a class of diffusers instead of the model's own, such as DPMSolverMultistepScheduler
         lora: str = "",  # folder, file or hub id of LoRA weights

@@ -1,4 +1,4 @@
-"""Folders of images as samples, and what is said of these images beside them."""
+"""Folders of images as samples, and the captions beside them."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class FolderDataset(ImageDataset):
 
 
 class CaptionedFolder(FolderDataset):
-    """Images in a folder with what is said of them.
+    """Images in a folder with their captions.
 
-    That is what ``metadata``, a file, lists (see :func:`~synthgen.captions.read_listing`); then only images that it
-    lists count, and those that it lists and are not there do not. Without it: ``metadata.jsonl`` or ``metadata.csv`` in
+    If ``metadata``, a file, is given (see :func:`~synthgen.captions.read_listing`), only images that it lists count,
+    and entries without an image are ignored. Without it: ``metadata.jsonl`` or ``metadata.csv`` in
     the folder or in folders in it, and for an image that these do not name, the ``.txt`` beside it.
 
     Raises:
@@ -92,7 +92,7 @@ class CaptionedFolder(FolderDataset):
         self.said = [listed[name] if name in listed else read_beside(file) for name, file in by_name.items()]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """What is said of an image; the first counts."""
+        """The captions of an image; the first one is used."""
         return self.said[index].texts
 
     def marked(self, index: int) -> tuple[str, ...]:

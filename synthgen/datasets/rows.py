@@ -20,7 +20,7 @@ __all__ = ["Row", "Rows"]
 
 
 class Row(NamedTuple):
-    """A sample as the headers of its tar tell of it."""
+    """A sample as described by the headers of its tar."""
 
     path: Path  # of the tar
     key: str
@@ -45,13 +45,13 @@ class Rows:
         self._tars = [indexed[path] for path in paths]
         self._ends = list(accumulate(map(len, self._tars)))
         self._files = OpenFiles()
-        self._held: tuple[Path, int, bytes] | None = None  # a remote sample: its tar, where it begins, and its bytes
+        self._cached: tuple[Path, int, bytes] | None = None  # a remote sample: its tar, where it begins, and its bytes
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_cached": None}
 
     def __getitem__(self, index: int) -> Row:
         tar, number = place_in(self._ends, index)
@@ -76,13 +76,13 @@ class Rows:
     def _read_remote(self, path: RemotePath, members: dict[str, Member], name: str) -> bytes:
         """A member of a sample; all of the sample comes with it, because the others are mostly asked for next."""
         start = min(member.offset for member in members.values())
-        if self._held is None or self._held[:2] != (path, start):
+        if self._cached is None or self._cached[:2] != (path, start):
             end = max(member.offset + member.size for member in members.values())
             if end - start > MAX_BYTES:
                 raise ValueError(f"it has {end - start:,} bytes; {MAX_BYTES:,} are the most")
-            self._held = path, start, path.read_range(start, end)
+            self._cached = path, start, path.read_range(start, end)
         offset = members[name].offset - start
-        return self._held[2][offset : offset + members[name].size]
+        return self._cached[2][offset : offset + members[name].size]
 
 
 #: The tars that this process has indexed, each as it was last: its size and time, and what stands in it.

@@ -1,4 +1,4 @@
-"""What every kind of source gives: samples by number, and what is said of them without decoding an image."""
+"""The interface of every kind of source: samples by number, and their metadata without decoding an image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ImageDataset(Dataset[Sample], ABC):
         """Whether the first sample comes with masks."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """What is said of a sample: nothing, one text or several; reads no pixels."""
+        """The captions of a sample: none, one or several; reads no pixels."""
         return ()
 
     def marked(self, index: int) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class JoinedDataset(ImageDataset):
         return all(part.has_masks() for part in self.parts)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """What is said of a sample."""
+        """The captions of a sample."""
         part, row = self._place(index)
         return part.captions(row)
 
@@ -135,11 +135,11 @@ def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 @contextmanager
 def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
-    """Say of which sample it is that its content is wrong.
+    """Name the sample in errors about its content.
 
     Raises:
-        CorruptFile: it cannot be decoded, or one of ``also`` came of it.
-        StorageError: the system does not let the file be read, which says nothing of its content.
+        CorruptFile: the sample cannot be decoded, or decoding raised one of ``also``.
+        StorageError: the system cannot read the file, which does not mean that its content is damaged.
     """
     kinds: tuple[type[Exception], ...] = (*UNDECODABLE, *also)
     try:

@@ -91,8 +91,8 @@ class ShardDataset(ImageDataset):
             meta = self._meta(row)
             found = meta.get("captions", ())
             if not found:
-                said = next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
-                found = [self._rows.read(row, "txt").decode() if "txt" in row.members else said]
+                text = next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
+                found = [self._rows.read(row, "txt").decode() if "txt" in row.members else text]
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise ValueError("captions is not a list of texts")
             return tuple(text.strip() for text in found if text.strip())

@@ -1,4 +1,4 @@
-"""What a source is, by its name: a tar, a pattern of tars, a folder of tars or of images."""
+"""Open a source by its name: a tar, a pattern of tars, a folder of tars or of images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_dataset(*sources: str | Path, masks: bool = True) -> ImageDataset:
 
 
 def open_captioned(source: str | Path, metadata: str | Path = "") -> ImageDataset:
-    """The samples of one source with what is said of them; ``metadata`` lists that of the images of a folder.
+    """The samples of one source with their captions; ``metadata`` lists those of the images in a folder.
 
     Raises:
         MissingArtifact, CorruptFile, PromptError: as for :func:`open_dataset` and :class:`CaptionedFolder`.

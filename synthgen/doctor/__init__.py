@@ -1,4 +1,4 @@
-"""Whether this machine will work, and how well. Nothing is downloaded, and nothing is left behind."""
+"""Checks of this machine. Nothing is downloaded, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that ``synthgen doctor`` tells."""
+    """Everything that ``synthgen doctor`` reports."""
 
     versions: dict[str, str]
     platform: str
@@ -43,8 +43,8 @@ class Examination:
     shipped: Shipped | None
     model: Hosted | None
     extras: tuple[Extra, ...]
-    notes: tuple[str, ...]  # what could be better
-    problems: tuple[str, ...]  # what must be put right, a line each
+    notes: tuple[str, ...]  # possible improvements
+    problems: tuple[str, ...]  # what must be fixed, one line each
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -52,23 +52,25 @@ class Examination:
 
 
 def examine(run: Path, model: str = "", describe: Callable[[str], None] = lambda text: None) -> Examination:
-    """Look at this machine; what does not work is named in ``problems`` instead of raised.
+    """Check this machine; what does not work is listed in ``problems`` instead of raised.
 
     Args:
-        run: where runs would be written; it need not be there yet.
-        model: a short name, folder or hub id that should work too.
-        describe: is told what is looked at, before it is.
+        run: where runs would be written; it need not exist yet.
+        model: a short name, folder or hub id to check as well.
+        describe: called before each check with its description.
     """
     problems: list[str] = []
     notes: list[str] = []
     devices: tuple[Device, ...] = ()
     plan, shipped, hosted = None, None, None
     attention: list[Attention] = []
-    describe("looking at the libraries and what can compute")
+    describe("checking libraries and devices")
     if has_libraries(problems):
         devices, plan = machine.devices(problems), machine.plan()
         if len(devices) == 1 and Path("/dev/nvidiactl").exists():
-            notes.append("there is an NVIDIA driver, but this torch sees no GPU; see pytorch.org for one that does")
+            notes.append(
+                "there is an NVIDIA driver, but this torch build finds no GPU; see pytorch.org for one that does"
+            )
         for device in devices:
             describe(f"recording attention on {device.name}")
             attention += attention_on(device, problems)

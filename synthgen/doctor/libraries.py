@@ -1,4 +1,4 @@
-"""Which libraries there are, of those that synthgen needs and of those it does without."""
+"""Which of the required and optional libraries are installed."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ __all__ = ["Extra", "extras", "has_libraries"]
 
 _ADDS = {
     "tensorboard": "training curves: synthgen pretrain --set trackers=[tensorboard]",
-    "fast": "AttentionCut several times as fast, the same masks",
+    "detection": "the evaluator detection",
+    "ray": "the engine ray",
+    "s3": "runs in s3://",
+    "opencv": "the refiner grabcut",
+    "fast": "a faster solver for attentioncut; the same masks",
     "lora": "LoRA weights: --set backbone.lora=...",
+    "report": "figures of benchmarks/learning.py",
     "dev": "tests, lint and types",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """Libraries that synthgen does without."""
+    """A group of optional libraries."""
 
     name: str
     adds: str
-    libraries: dict[str, str]  # version, or empty where it is not there
+    libraries: dict[str, str]  # version, or empty if not installed
     install: str
 
     @property
     def missing(self) -> list[str]:
-        """Its libraries that are not there."""
+        """Its libraries that are not installed."""
         return [name for name, version in self.libraries.items() if not version]
 
 
 def has_libraries(problems: list[str]) -> bool:
-    """Whether what synthgen needs is installed, and torch can be imported; an old version is only named."""
+    """Whether all required libraries are installed and torch can be imported; old versions are only reported."""
     missing = []
     for extra, name, least in _requirements():
         if extra:
@@ -56,7 +61,7 @@ def has_libraries(problems: list[str]) -> bool:
 
 
 def extras() -> tuple[Extra, ...]:
-    """What can be installed beside synthgen, and what of it is there."""
+    """The optional groups, and which of their libraries are installed."""
     groups: dict[str, list[str]] = {}
     for extra, name, _ in _requirements():
         if extra:
@@ -68,13 +73,13 @@ def extras() -> tuple[Extra, ...]:
 
 
 def _requirements() -> list[tuple[str, str, str]]:
-    """What pyproject.toml asks for: extra ("" for what is always needed), library, least version."""
+    """The requirements in pyproject.toml: extra ("" if always required), library, minimum version."""
     found = []
     for line in metadata.requires("synthgen") or ():
         needed, _, marker = line.partition(";")
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", marker)
         if marker and not extra:
-            continue  # of some platforms only
+            continue  # for some platforms only
         name, least = re.match(r"[\w.-]+", needed), re.search(r">=\s*([\w.]+)", needed)
         if name:
             found.append((extra[1] if extra else "", name[0], least[1] if least else "0"))

@@ -1,4 +1,4 @@
-"""What this machine has: devices, disk and memory."""
+"""The devices, disk and memory of this machine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["Device", "Disk", "Memory", "Plan", "devices", "disk", "memory", "pla
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What can compute."""
+    """A device that torch can use."""
 
-    name: str  # as torch calls it
+    name: str  # torch's name
     model: str
     cores: int | None  # of a CPU
-    memory_total: int | None  # bytes of its own; None: it has the machine's
+    memory_total: int | None  # bytes of its own; None: it shares main memory
     memory_free: int | None
     bfloat16: bool
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtypes that a pipeline can be held in."""
+        """The dtypes in which a pipeline can be loaded."""
         return ("float32", "float16", *(["bfloat16"] if self.bfloat16 else []))
 
 
@@ -50,20 +50,20 @@ class Disk:
     """Where runs would be written."""
 
     path: str
-    free: int | None  # bytes; None: not on a disk of this machine
+    free: int | None  # bytes; None: not on a local disk
     writable: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Main memory, in bytes; None where the system does not tell."""
+    """Main memory, in bytes; None if the system does not report it."""
 
     total: int | None
     available: int | None
 
 
 def devices(problems: list[str]) -> tuple[Device, ...]:
-    """What can compute; the CPU comes first."""
+    """The devices of this machine, the CPU first."""
     import torch
 
     found = [Device("cpu", _cpu(), os.cpu_count(), None, None, bfloat16=True)]
@@ -86,10 +86,10 @@ def devices(problems: list[str]) -> tuple[Device, ...]:
 
 def _cpu() -> str:
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        told = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
 
 
@@ -103,7 +103,7 @@ def plan() -> Plan:
 
 
 def disk(run: Path, problems: list[str]) -> Disk:
-    """Where runs would be written; what is written to try it is gone again."""
+    """The place where runs would be written, tested with a temporary file."""
     free: int | None = None
     writable = False
     try:
@@ -120,16 +120,16 @@ def disk(run: Path, problems: list[str]) -> Disk:
         writable = True
     except OSError as error:
         problems.append(f"{run} cannot be written to ({error.strerror or error}); choose another --run folder")
-    except SynthgenError as error:  # of a store: it says what to do
+    except SynthgenError as error:  # from a store: the message says what to do
         problems.append(str(error))
     return Disk(redact(str(run)), free, writable)
 
 
 def _try_store(folder: RemotePath) -> None:
-    """Put an object into a store, and take it away again.
+    """Write an object to a store and delete it again.
 
     Raises:
-        SynthgenError: the store does not take it.
+        SynthgenError: the store refuses it.
     """
     path = folder / f".synthgen-doctor-{uuid.uuid4().hex}"
     create_bytes(path, bytes(4096))
@@ -139,10 +139,10 @@ def _try_store(folder: RemotePath) -> None:
 def memory() -> Memory:
     """Main memory."""
     try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
         return Memory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None, None)
-    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", told, re.MULTILINE)}
+    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     total, available = (kilobytes.get(name) for name in ("MemTotal", "MemAvailable"))
     return Memory(total and total * 1024, available and available * 1024)

@@ -1,4 +1,4 @@
-"""Whether models are on this machine, whole and in safetensors; nothing is downloaded."""
+"""Whether models are on this machine, complete and in safetensors; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Hosted", "Shipped", "hosted_model", "shipped_model"]
 
 _UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")  # classes of a pipeline
-_WEIGHTS = re.compile(  # with the number of a shard, of so many, and a variant on either side of it
+_WEIGHTS = re.compile(  # with shard number and count, and a variant before or after them
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<early>\w+))?(?:-\d{5}-of-(?P<of>\d{5}))?(?:\.(?P<late>\w+))?\.safetensors"
 )
 
@@ -26,18 +26,18 @@ class Shipped:
 
     path: str
     there: bool
-    safetensors: bool  # all of its weights
-    bytes: int  # of weights
+    safetensors: bool  # all weights are safetensors
+    bytes: int  # of its weights
     loads: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A model of ``diffusers`` that was asked for."""
+    """The requested ``diffusers`` model."""
 
     name: str
     model: str  # folder or hub id
-    folder: str = ""  # where it lies on this machine; empty: nowhere
+    folder: str = ""  # its folder on this machine; empty: not found
     pipeline: str = ""  # the class that its index names
     family: str = ""
     bytes: int = 0  # of the weights that would be loaded
@@ -57,7 +57,7 @@ def shipped_model(problems: list[str]) -> Shipped:
     try:
         BACKBONES.build("tiny", device="cpu")
         loads = True
-    except Exception as error:  # whatever is wrong with files and libraries ends up here
+    except Exception as error:  # any fault of files or libraries
         problems.append(f"the shipped model does not load ({one_line(error)}); install synthgen again")
     if loads and not safe:
         problems.append(f"the shipped model has weights that are not safetensors, in {tiny.WEIGHTS}; delete them")
@@ -88,7 +88,7 @@ def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
         problems.append(f"{model!r} is a {pipeline}, whose attention synthgen does not know; known: {known}")
     found = {part: _weights(folder / part) for part in _parts_with_weights(index)}
     common = set.intersection(*(set(variants) for variants in found.values())) if found else set()
-    variant = min(common, default="")  # the plain one is ""
+    variant = min(common, default="")  # "" is the one without a variant
     missing = tuple(part for part, variants in found.items() if variant not in variants)
     if missing:
         problems.append(
@@ -102,30 +102,30 @@ def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
 
 
 def _on_this_machine(model: str) -> Path | None:
-    """The folder of a model: its own, or that of the hub's cache."""
+    """The folder of a model: the given one, or that of the hub's cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError):  # nothing in the cache, no id of the hub
+    except (OSError, ValueError):  # not in the cache, or not a hub id
         return None
 
 
 def _parts_with_weights(index: dict[str, Any]) -> Iterable[str]:
     for part, value in index.items():
-        described = isinstance(value, list) and len(value) == 2 and all(value)  # [None, None]: saved without it
+        described = isinstance(value, list) and len(value) == 2 and all(value)  # [None, None]: saved without this part
         if described and part != "safety_checker" and not _WITHOUT_WEIGHTS.search(str(value[1])):
             yield part
 
 
 def _weights(folder: Path) -> dict[str, int]:
-    """The bytes of each variant of a part's weights that is whole."""
+    """The size in bytes of each complete variant of a part's weights."""
     shards: dict[tuple[str, int], list[int]] = {}
     for path in folder.glob("*.safetensors"):
         name = _WEIGHTS.fullmatch(path.name)
-        if name and path.is_file():  # the cache has links, which may lead nowhere
+        if name and path.is_file():  # links of the cache may be broken
             kind = (name["early"] or name["late"] or "", int(name["of"] or 1))
             shards.setdefault(kind, []).append(path.stat().st_size)
     return {variant: sum(sizes) for (variant, of), sizes in shards.items() if len(sizes) == of}

@@ -1,4 +1,4 @@
-"""Whether what is recorded of attention is exact on this machine, and changes nothing."""
+"""Whether recording attention on this machine is exact and leaves the output unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from synthgen.errors import one_line
 
 __all__ = ["SHAPES", "TOLERANCE", "Attention", "attention_on"]
 
-SHAPES: dict[str, tuple[int, int, int]] = {  # rows, keys and width of a head
+SHAPES: dict[str, tuple[int, int, int]] = {  # queries, keys and head width
     "cross 4096 x 77": (4096, 77, 40),  # Stable Diffusion 1.5 at 512 px
     "joint 1024 + 333": (1357, 1357, 64),  # Stable Diffusion 3 at 512 px
 }
@@ -18,20 +18,20 @@ TOLERANCE = 2**-12  # of a probability: half a step, below 1, of the float16 tha
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """How recording goes on one device, in one dtype, at one shape."""
+    """Recording on one device, in one dtype, at one shape."""
 
     device: str
     dtype: str
     shape: str
-    kernel: str  # that ``scaled_dot_product_attention`` chooses; "math" is not fused
+    kernel: str  # chosen by ``scaled_dot_product_attention``; "math" is not fused
     has_lse: bool
-    same_output: bool  # bit for bit
-    error: float  # the largest of a recorded probability, against softmax in float64
+    same_output: bool  # bit-identical
+    error: float  # largest error of a recorded probability, against softmax in float64
     exact: bool
 
 
 def attention_on(device: Device, problems: list[str]) -> list[Attention]:
-    """How recording goes on a device, in each dtype that it knows."""
+    """Recording on a device, in each dtype that it supports."""
     found = []
     for dtype in device.dtypes:
         try:
@@ -67,11 +67,11 @@ def _attention_at(device: str, dtype: str, shape: str) -> Attention:
     )
     with torch.inference_mode():
         kernel = SDPBackend(chosen_kernel(query, key, value)).name.lower().removesuffix("_attention")
-        output, told = attention_with_lse(query, key, value)
+        output, given = attention_with_lse(query, key, value)
         same = torch.equal(output, F.scaled_dot_product_attention(query, key, value))
-        lse = logsumexp_of(query, key, scale=None) if told is None else told
+        lse = logsumexp_of(query, key, scale=None) if given is None else given
         recorded = (query.float() * scale @ key.float().transpose(-1, -2) - lse[..., None]).exp()
         logits = query.cpu().double() * scale @ key.cpu().double().transpose(-1, -2)  # not every device has float64
         difference = (recorded.cpu().double() - logits.softmax(-1)).abs()
         error = float(difference.nan_to_num(nan=1.0, posinf=1.0).max())
-    return Attention(device, dtype, shape, kernel, told is not None, same, error, same and error <= TOLERANCE)
+    return Attention(device, dtype, shape, kernel, given is not None, same, error, same and error <= TOLERANCE)

@@ -1,4 +1,4 @@
-"""What was found out about this machine as plain text for the console."""
+"""The results of ``synthgen doctor`` as plain text for the console."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _YES_NO = {True: "yes", False: "no"}
 def render(found: Examination, *, whole: bool = False) -> str:
     """An examination as plain text of at most 100 columns, without its problems and without a newline at its end.
 
-    With ``whole`` nothing of a row is cut: for files and pipes.
+    With ``whole`` rows are not truncated: for files and pipes.
     """
     return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
@@ -44,7 +44,7 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
         yield wrap(f"synthgen generate would use: {', '.join(found.generate.devices)}; {workers}")
     if found.attention:
         yield table(
-            ("attention", "dtype", "at", "kernel", "same image", "error", "recorded with"),
+            ("device", "dtype", "attention shape", "kernel", "bit-identical", "max error", "logsumexp"),
             [
                 (
                     item.device,
@@ -53,7 +53,7 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
                     item.kernel,
                     _YES_NO[item.same_output],
                     f"{item.error:.1e}",
-                    "the kernel's logsumexp" if item.has_lse else "a second computation of it",
+                    "from the kernel" if item.has_lse else "recomputed",
                 )
                 for item in found.attention
             ],
@@ -62,7 +62,7 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
         )
     yield list(_places(found))
     yield table(
-        ("extra", "is there", "adds", "install with"),
+        ("extra", "installed", "adds", "install with"),
         [
             (item.name, _there(item.missing, item.libraries), item.adds, item.install if item.missing else "")
             for item in found.extras
@@ -71,20 +71,20 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
     )
     yield [line for note in found.notes for line in wrap(f"note: {note}")]
     count = len(found.problems)
-    yield [f"{counted(count, 'problems')} must be put right" if count else "all of this works"]
+    yield [f"{counted(count, 'problems')} found" if count else "no problems found"]
 
 
 def _places(found: Examination) -> Iterator[str]:
     """One line each: disk, memory, models."""
     disk, memory, shipped = found.disk, found.memory, found.shipped
     kind, free = ("store", "") if disk.free is None else ("disk", f" {size(disk.free)} free,")
-    yield from wrap(f"{kind}: {disk.path}:{free} can{'' if disk.writable else 'not'} be written to")
+    yield from wrap(f"{kind}: {disk.path}:{free} {'' if disk.writable else 'not '}writable")
     if memory.total is not None:
         yield f"memory: {size(memory.total)}" + (
             f", {size(memory.available)} available" if memory.available is not None else ""
         )
     if shipped is not None:
-        state = "loads" if shipped.loads else "does not load" if shipped.there else "is not there"
+        state = "loads" if shipped.loads else "does not load" if shipped.there else "missing"
         kind = "all safetensors" if shipped.safetensors else "not all safetensors"
         yield f"shipped model: {state}; {size(shipped.bytes)}, {kind}"
     if found.model is not None:

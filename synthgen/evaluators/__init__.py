@@ -1,4 +1,4 @@
-"""Evaluators: each turns what an encoder says of images, or masks beside the truth, into named numbers."""
+"""Evaluators: each scores an encoder's features, or masks against the truth, as named numbers."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ __all__ = [
 Need = Literal["features", "patches", "boxes", "maps", "latents", "images", "pairs", "masks"]
 OF_LABELLED: frozenset[Need] = frozenset(
     {"features", "maps", "latents", "images"}
-)  # the needs that are of images with labels
-OF_SCENES: frozenset[Need] = frozenset({"patches", "boxes"})  # of images with masks; of the second, boxes alone will do
+)  # needs that are met by images with labels
+OF_SCENES: frozenset[Need] = frozenset(
+    {"patches", "boxes"}
+)  # met by images with masks; for "boxes", boxes alone suffice
 Baseline = Literal["random", "random generator", "pixels"]
-Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  # of the table
+Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  # rows of the results table
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFeatures:
-    """Features of images whose class is known."""
+    """Features of labelled images."""
 
     features: Float32[Tensor, "n d"]
-    labels: Int[Tensor, " n"]  # a class number, the same in training and test; -1 is a class not seen in training
-    keys: tuple[
-        str, ...
-    ] = ()  # names of the images; without them their order counts where training images are held out
+    labels: Int[Tensor, " n"]  # class number, shared by training and test; -1: a class that training lacks
+    keys: tuple[str, ...] = ()  # image names; without them, the held-out training images depend on the order
 
     def by_key(self) -> LabelledFeatures:
-        """The same in the order of the keys."""
+        """These features sorted by key."""
         if not self.keys:
             return self
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
@@ -68,16 +68,18 @@ class LabelledFeatures:
 
 @dataclass(frozen=True, slots=True)
 class LabelledFeatureMaps:
-    """What blocks of a network make of images whose class is known, each block at its own size (16 x 16 at most)."""
+    """Feature maps of labelled images, one per block of a network, at the block's own size (16 x 16 at most)."""
 
-    maps: tuple[Float16[Tensor, "n t _ _ _"], ...]  # of each block, at each timestep; of an encoder one, once
+    maps: tuple[
+        Float16[Tensor, "n t _ _ _"], ...
+    ]  # per block, at each timestep; an encoder has one block and one timestep
     labels: Int[Tensor, " n"]  # as in LabelledFeatures
     keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """Images whose class is known, as a diffusion model's autoencoder gives them."""
+    """Labelled images as latents of a diffusion model's autoencoder."""
 
     values: Float32[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]  # as in LabelledFeatures
@@ -86,7 +88,7 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class LabelledImages:
-    """Images whose class is known, at the size at which the encoder or the generator sees them."""
+    """Labelled images at the input size of the encoder or the generator."""
 
     pixels: UInt8[Tensor, "n S S 3"]
     labels: Int[Tensor, " n"]  # as in LabelledFeatures
@@ -95,16 +97,16 @@ class LabelledImages:
 
 @dataclass(frozen=True, slots=True)
 class DenseFeatures:
-    """Patch features of square images in which it is known what is where.
+    """Patch features of square images with ground-truth masks or boxes.
 
-    Where boxes alone are asked for there may be images without masks: of those all pixels are background.
-    ``classes`` begins with the background. Those of test images are those of training, and behind them the classes
-    that training lacks: nothing can find them, and they count.
+    If only boxes are needed, images may lack masks; all their pixels are then background. ``classes`` starts with the
+    background. The test set has the training classes in the same order, followed by classes that training lacks:
+    no head can predict these, and they count as missed.
     """
 
     patches: Float16[Tensor, "n d h w"]
-    pixels: Int16[Tensor, "n S S"]  # the class of each pixel
-    boxes: tuple[Float32[Tensor, "_ 4"], ...]  # of each image: left, top, right, bottom in pixels
+    pixels: Int16[Tensor, "n S S"]  # class of each pixel
+    boxes: tuple[Float32[Tensor, "_ 4"], ...]  # per image: left, top, right, bottom in pixels
     box_classes: tuple[Int[Tensor, " _"], ...]
     keys: tuple[str, ...]
     classes: tuple[str, ...]
@@ -115,17 +117,17 @@ class DenseFeatures:
 
 @dataclass(frozen=True, slots=True)
 class ImageTextPairs:
-    """Images and what is said of them, as vectors of one space. A text may be said of several images."""
+    """Embeddings of images and their texts in one space. Several images may share a text."""
 
     images: Float32[Tensor, "n d"]
-    texts: Float32[Tensor, "m d"]  # each text once
+    texts: Float32[Tensor, "m d"]  # unique texts
     of_image: Int[Tensor, " p"]  # pair i: image of_image[i] has text of_text[i]
     of_text: Int[Tensor, " p"]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalData:
-    """What there is to judge; each evaluator takes its part (see its ``needs``)."""
+    """The data to evaluate on; each evaluator uses the part that its ``needs`` names."""
 
     train: LabelledFeatures | None = None
     test: LabelledFeatures | None = None
@@ -138,40 +140,40 @@ class EvalData:
     test_maps: LabelledFeatureMaps | None = None
     train_latents: Latents | None = None
     test_latents: Latents | None = None
-    reader: FeatureReader | None = None  # of the generator, whose latents they are
+    reader: FeatureReader | None = None  # reads the generator that the latents belong to
     train_images: LabelledImages | None = None
     test_images: LabelledImages | None = None
-    encoder: Encoder | None = None  # of the row; its weights are for all, and a training takes a copy
-    pool: str = "mean"  # what of its tokens is a feature: see Encoder.features
+    encoder: Encoder | None = None  # the row's encoder; its weights are shared, so training works on a copy
+    pool: str = "mean"  # how its tokens become a feature: see Encoder.features
     device: str = "cpu"  # where heads are trained
-    describe: Callable[[str], None] = lambda text: None  # how far a long evaluation is
-    random_init: bool = False  # the row is of the generator with random weights
+    describe: Callable[[str], None] = lambda text: None  # receives the progress of a long evaluation
+    random_init: bool = False  # the row is the generator with random weights
 
     def labelled(self) -> tuple[LabelledFeatures, LabelledFeatures]:
-        """Training and test images of known class.
+        """Features of labelled training and test images.
 
         Raises:
-            ConfigError: there are none, or their features are not numbers.
+            ConfigError: there are no labelled images, or their features are not finite.
         """
         train, test = _with_labels(self.train, self.test)
         _finite(train.features, test.features)
         return train, test
 
     def mapped(self) -> tuple[LabelledFeatureMaps, LabelledFeatureMaps]:
-        """Training and test images of known class, as the blocks of a network give them.
+        """Feature maps of labelled training and test images.
 
         Raises:
-            ConfigError: there are none, or what blocks give are not numbers.
+            ConfigError: there are no labelled images, or their feature maps are not finite.
         """
         train, test = _with_labels(self.train_maps, self.test_maps)
         _finite(*train.maps, *test.maps)
         return train, test
 
     def latents(self) -> tuple[Latents, Latents, FeatureReader]:
-        """Training and test images of known class as latents, and the generator that they are of.
+        """Latents of labelled training and test images, and the reader of the generator they belong to.
 
         Raises:
-            ConfigError: there are none, or they are not numbers.
+            ConfigError: there are no labelled images or no generator, or the latents are not finite.
         """
         train, test = _with_labels(self.train_latents, self.test_latents)
         if self.reader is None:
@@ -180,10 +182,10 @@ class EvalData:
         return train, test, self.reader
 
     def images(self) -> tuple[LabelledImages, LabelledImages, Encoder | FeatureReader]:
-        """Training and test images of known class, and the encoder, or where there is none what reads the generator.
+        """Labelled training and test images, and the encoder or, without one, the generator's reader.
 
         Raises:
-            ConfigError: there are none, or the encoder's weights are not numbers.
+            ConfigError: there are no labelled images or no network, or the encoder's weights are not finite.
         """
         train, test = _with_labels(self.train_images, self.test_images)
         network = self.encoder or self.reader
@@ -194,10 +196,10 @@ class EvalData:
         return train, test, network
 
     def scenes(self) -> tuple[DenseFeatures, DenseFeatures]:
-        """Training and test images in which it is known what is where.
+        """Training and test images with ground-truth masks or boxes.
 
         Raises:
-            ConfigError: there are none, no class is in both, or their features are not numbers.
+            ConfigError: there are no such images, training has no class, or the features are not finite.
         """
         train, test = self.train_scenes, self.test_scenes
         if train is None or test is None or not len(train) or not len(test):
@@ -212,10 +214,10 @@ class EvalData:
         return train, test
 
     def image_text_pairs(self) -> ImageTextPairs:
-        """Images with their texts.
+        """Embeddings of images and their texts.
 
         Raises:
-            ConfigError: there are none, or their vectors are not numbers.
+            ConfigError: there are no pairs, or their embeddings are not finite.
         """
         if self.pairs is None or not len(self.pairs.of_image):
             raise ConfigError("there are no images with texts to evaluate on")
@@ -227,10 +229,10 @@ _Labelled = TypeVar("_Labelled", LabelledFeatures, LabelledFeatureMaps, Latents,
 
 
 def _with_labels(train: _Labelled | None, test: _Labelled | None) -> tuple[_Labelled, _Labelled]:
-    """Both, if there are images in them.
+    """The training and the test set, neither of them empty.
 
     Raises:
-        ConfigError: there are none in one of them.
+        ConfigError: one of the sets is missing or empty.
     """
     if train is None or test is None or not len(train.labels) or not len(test.labels):
         raise ConfigError("there are no labelled images to train on, or none to evaluate on")
@@ -241,17 +243,17 @@ class Evaluator(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
     needs: ClassVar[Need]
-    baselines: ClassVar[tuple[Baseline, ...]]  # what stands beside: random ones, the pixels themselves
+    baselines: ClassVar[tuple[Baseline, ...]]  # rows to compare with: random weights, raw pixels
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
-        """Named numbers, the same each time; the order of the images does not matter.
+        """Compute named numbers, deterministically and independent of the order of the images.
 
-        The first one is the score; ``low`` and ``high`` bound it (95 %, bootstrap over test images), NaN where there
-        is one test image. Where a head is trained it is the mean over ``seeds`` trainings, and ``spread`` their
+        The first one is the score; ``low`` and ``high`` are its 95 % bootstrap interval over test images, NaN for a
+        single test image. If a head is trained, the score is the mean over ``seeds`` trainings and ``spread`` their
         standard deviation.
 
         Raises:
-            ConfigError: the data lacks what is needed; says what.
+            ConfigError: the data lacks what the evaluator needs; the message says what.
         """
         ...
 
@@ -260,10 +262,10 @@ EVALUATORS: Registry[Evaluator] = Registry(__name__, "evaluate.evaluators")
 
 
 def named(choices: Sequence[Choice]) -> dict[str, Choice]:
-    """Evaluators by the names of their scores: one that is listed twice is told apart by the options that differ.
+    """Evaluators by the names of their scores; the names of repeated ones include the options that differ.
 
     Raises:
-        ConfigError: two are the same.
+        ConfigError: an evaluator is listed twice with the same options.
     """
     found: dict[str, Choice] = {}
     for choice in choices:
@@ -281,7 +283,7 @@ def named(choices: Sequence[Choice]) -> dict[str, Choice]:
 
 
 def json_safe(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """What an evaluator found as JSON can hold it: bounds that there are none of, those of one image, are None."""
+    """An evaluator's numbers for JSON; undefined bounds (of a single image) become None."""
     return {name: None if name in ("low", "high") and math.isnan(value) else value for name, value in numbers.items()}
 
 

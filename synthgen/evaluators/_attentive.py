@@ -1,8 +1,8 @@
 """The attention head of DifFormer and DifFeed (Mukhopadhyay et al., 2023): maps of blocks to class scores.
 
-A map becomes tokens, a class token is put before them, two transformer blocks mix them, and the class tokens of all
-timesteps, side by side, go to a linear layer. There is no positional embedding: places are told apart by the affine
-weights of the norm in the tokenizer alone.
+Each map becomes tokens, preceded by a class token, and passes through two transformer blocks; the class tokens of all
+timesteps are concatenated and go to a linear layer. There is no positional embedding: only the affine weights of the
+tokenizer's norm distinguish positions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from synthgen.evaluators._heads import fitted
 
 __all__ = ["LARGEST", "AttentiveHead", "AttentiveSettings"]
 
-LARGEST = 16  # rows and columns of a map that is read; larger ones are averaged down to it
-_AT_ONCE = 16  # images that are judged together
+LARGEST = 16  # rows and columns of a map; larger maps are average-pooled to this size
+_AT_ONCE = 16  # test images per batch
 
 
 class Tokenizer(nn.Module):
-    """A block's map to tokens: averaged down, normalised over channels and places together, each place projected."""
+    """Turn a block's map into tokens: average-pool, normalise over channels and positions, project each position."""
 
     def __init__(self, shape: tuple[int, int, int], width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Tokenizer(nn.Module):
         self.project = nn.Conv2d(channels, width, kernel_size=1)
 
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Tokens, row by row."""
+        """Tokens in row-major order."""
         y: Tensor = self.project(self.norm(F.adaptive_avg_pool2d(maps, self.size)))
         return y.flatten(2).mT
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Tokens that have seen each other."""
+        """Tokens after attention and the MLP."""
         b, n, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
@@ -68,10 +68,10 @@ class AttentiveHead(nn.Module):
 
     Args:
         shapes: channels, rows and columns of each block's map; each has a tokenizer of its own.
-        timesteps: how many; all share the weights of tokenizers and transformer.
-        num_classes: scores.
-        width: of the tokens.
-        depth: transformer blocks.
+        timesteps: number of timesteps; all share the weights of tokenizers and transformer.
+        num_classes: number of scores.
+        width: width of the tokens.
+        depth: number of transformer blocks.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class AttentiveHead(nn.Module):
         self.classify = nn.Linear(timesteps * width, num_classes)
 
     def forward(self, maps: Sequence[Float[Tensor, "b t _ _ _"]]) -> Float[Tensor, "b k"]:
-        """Scores; blocks mix within a timestep by attention, timesteps only in the linear layer at the end."""
+        """Class scores; attention mixes the blocks of a timestep, and only the last linear layer mixes timesteps."""
         b, t = maps[0].shape[:2]
         given = zip(self.tokenizers, maps, strict=True)
         tokens = torch.cat([tokenizer(block.flatten(0, 1).float()) for tokenizer, block in given], 1)
@@ -107,15 +107,15 @@ S = TypeVar("S", LabelledFeatureMaps, Latents)
 
 @dataclass(frozen=True, kw_only=True)
 class AttentiveSettings:
-    """The settings of evaluators with this head, how it learns, and what is said of it."""
+    """Settings, training and scoring shared by the evaluators with this head."""
 
-    width: int = 128  # of a token
-    depth: int = 2  # transformer blocks
-    num_heads: int = 8  # of attention, between which the width is divided
-    seeds: int = 3  # trainings, of which the score is the mean
-    steps: int = 300  # of a training
-    batch_size: int = 32  # images a step
-    learning_rate: float = 1e-3  # at its highest
+    width: int = 128  # token width
+    depth: int = 2  # number of transformer blocks
+    num_heads: int = 8  # attention heads, which share the width
+    seeds: int = 3  # number of trainings; the score is their mean
+    steps: int = 300  # training steps
+    batch_size: int = 32  # images per step
+    learning_rate: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # of AdamW
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class AttentiveSettings:
             raise ValueError("learning_rate must be above 0, and weight_decay 0 or more")
 
     def head(self, shapes: Sequence[tuple[int, int, int]], timesteps: int, num_classes: int) -> AttentiveHead:
-        """A head of these settings, untrained."""
+        """An untrained head with these settings."""
         return AttentiveHead(
             shapes, timesteps, num_classes, width=self.width, depth=self.depth, num_heads=self.num_heads
         )
@@ -135,7 +135,7 @@ class AttentiveSettings:
     def learned(
         self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, device: str, seed: int
     ) -> L:
-        """What ``make`` makes, trained by cross-entropy; ``scores`` are those of the images of these numbers."""
+        """A learner from ``make``, trained by cross-entropy on ``scores``, the class scores of the images by number."""
 
         def loss(learner: L, numbers: Int[Tensor, " b"]) -> Tensor:
             return F.cross_entropy(scores(learner, train, numbers), train.labels[numbers].to(device))
@@ -155,7 +155,7 @@ class AttentiveSettings:
     def figures(
         self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, test: S, device: str
     ) -> dict[str, float]:
-        """``accuracy`` with its interval and spread, and ``train_accuracy``, of as many trainings as ``seeds``.
+        """``accuracy`` with its interval and spread, and ``train_accuracy``, over ``seeds`` trainings.
 
         Raises:
             ConfigError: a training diverged.
@@ -177,7 +177,7 @@ class AttentiveSettings:
 
 
 def _right(learner: L, scores: Callable[[L, S, Tensor], Tensor], given: S) -> Tensor:
-    """For each image 1 where its class is named, else 0."""
+    """1 for each image that is classified correctly, else 0."""
     guesses = []
     with torch.inference_mode():
         for numbers in torch.split(torch.arange(len(given.labels)), _AT_ONCE):

@@ -1,4 +1,4 @@
-"""How sure a score is."""
+"""Confidence intervals of scores."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["interval", "mean_with_interval", "spread"]
 
 Score = Callable[[Float64[np.ndarray, "b n"]], Float64[np.ndarray, " b"]]
 
-_DRAWS = 50  # at a time: all at once would take 2000 times the memory of the values
+_DRAWS = 50  # resamples at a time: all at once would take 2000 times the memory of the values
 
 
 def mean_with_interval(
     sums: Float64[np.ndarray, " n"], counts: Float64[np.ndarray, " n"] | None = None
 ) -> tuple[float, float, float]:
-    """The mean with its 95 % bootstrap interval: percentiles of the means of 2000 redrawn sets of images.
+    """The mean with its 95 % bootstrap interval: percentiles of the means of 2000 resampled sets of images.
 
-    An image brings the sum of ``counts`` values (one value, where there are none): they are drawn together, for they
-    share its luck. The interval tells the luck in the choice of test images; another training has luck of its own.
-    Of one image there is none, and its bounds are NaN.
+    An image contributes the sum of ``counts`` values (one value without ``counts``), which are drawn together because
+    they are not independent. The interval covers the choice of test images, not the variation between trainings.
+    For a single image the bounds are NaN.
     """
     counts = np.ones_like(sums) if counts is None else counts
     if len(sums) == 1:
@@ -32,11 +32,11 @@ def mean_with_interval(
 
 
 def interval(score: Score, num_images: int, draws: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of any score in [0, 1]; the same numbers each time.
+    """The 95 % bootstrap interval of any score in [0, 1], deterministic.
 
-    ``score`` is told how often each image was drawn, in each redrawn set, and must give the plain score where every
-    image is there once. Redrawn sets miss rare classes, which moves scores that are means over classes; the interval is
-    put back by as much as their mean lies beside the plain score. Of one image there is none, and its bounds are NaN.
+    ``score`` gets how often each image was drawn in each resample, and must return the plain score if each image was
+    drawn once. Resamples miss rare classes, which biases scores that are means over classes; the interval is shifted
+    by the difference between their mean and the plain score. For a single image the bounds are NaN.
     """
     if num_images == 1:
         return nan, nan
@@ -46,12 +46,12 @@ def interval(score: Score, num_images: int, draws: int = 2000) -> tuple[float, f
 
 
 def spread(scores: Sequence[float]) -> dict[str, float]:
-    """The standard deviation of the scores of several seeds; nothing where there is one seed."""
+    """``spread``, the standard deviation of the scores over seeds; empty for a single seed."""
     return {"spread": float(np.std(scores, ddof=1))} if len(scores) > 1 else {}
 
 
 def _percentiles(score: Score, num_images: int, draws: int) -> tuple[float, float, float]:
-    """The 2.5th percentile of the scores of redrawn sets, their mean, and the 97.5th percentile."""
+    """The 2.5th percentile of the resampled scores, their mean, and the 97.5th percentile."""
     scores = np.concatenate([score(times) for times in _redrawn(num_images, draws)])
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(scores.mean()), float(high)

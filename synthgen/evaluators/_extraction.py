@@ -1,4 +1,4 @@
-"""What evaluators look at, taken from images in one pass: features, patch features with the truth, embeddings."""
+"""Extract what evaluators need from images in one pass: features, patch features with the truth, embeddings."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ __all__ = [
 ]
 
 BACKGROUND = "background"
-_SEEN: frozenset[Need] = OF_SCENES | {"features", "maps"}  # what networks must see the images for
-_PIXEL_CELL = 4  # the colours of a patch, as a baseline, on a grid of so many cells a side
+_NETWORK_NEEDS: frozenset[Need] = OF_SCENES | {"features", "maps"}  # needs that take a forward pass
+_PIXEL_CELL = 4  # cells per side of the grid of a patch's colours, the pixel baseline
 
 
 @dataclass(slots=True)
 class Extracted:
-    """What was taken from the images of one source, in their order."""
+    """What was extracted from the images of one source, in their order."""
 
-    features: dict[str, Float32[Tensor, "n d"]] = field(default_factory=dict)  # by row of the table, of all images
-    patches: dict[str, Float16[Tensor, "m d h w"]] = field(default_factory=dict)  # of those with masks or boxes
+    features: dict[str, Float32[Tensor, "n d"]] = field(default_factory=dict)  # by row of the table, for all images
+    patches: dict[str, Float16[Tensor, "m d h w"]] = field(default_factory=dict)  # for images with masks or boxes
     pixels: Int16[Tensor, "m S S"] | None = None
     boxes: list[Boxes] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # of those with masks or boxes
-    boxed: int = 0  # how many of these have boxes alone
-    names: dict[str, int] = field(default_factory=dict)  # numbers of the classes in pixels, as they came
+    keys: list[str] = field(default_factory=list)  # for images with masks or boxes
+    boxed: int = 0  # how many of these have boxes but no masks
+    names: dict[str, int] = field(default_factory=dict)  # class numbers used in pixels, in order of appearance
     embeddings: Float32[Tensor, "n e"] | None = None
-    maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, of each block
+    maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, one per block
     latents: Float32[Tensor, "l c h w"] | None = None
     images: UInt8[Tensor, "l S S 3"] | None = None  # at the encoder's size
-    drawn: UInt8[Tensor, "l s s 3"] | None = None  # at the generator's
+    drawn: UInt8[Tensor, "l s s 3"] | None = None  # at the generator's size
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How images are looked at: cut to a square of pixels, in square patches, pixels as (pixels - mean) / std."""
+    """How images are preprocessed: square size and patch size in pixels, normalised as (pixels - mean) / std."""
 
     image_size: int
     patch_size: int
@@ -80,44 +80,44 @@ class View:
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """One batch, and what became of it."""
+class _Outputs:
+    """One batch and the networks' outputs for it."""
 
     images: Float[Tensor, "b 3 S S"]
-    tokens: dict[str, Float[Tensor, "b _ _"]]  # of each network, the class token first; none if nobody needs them
+    tokens: dict[str, Float[Tensor, "b _ _"]]  # by network, class token first; empty if no evaluator needs them
     generator: Activations | None
     latents: Float32[Tensor, "b c h w"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """Takes from images what ``needs`` say, each image decoded once and seen once by each network.
+    """Extracts what ``needs`` name; each image is decoded once and passes once through each network.
 
-    The middle square of an image is resized to the encoder's size, and for a generator to that of its own images. Rows
-    of the result are those of ``networks``, ``generator``, and ``pixels``: as features the image at 32 pixels or fewer,
-    as patch features a patch's colours on a grid of 4 x 4. The generator's are its activations averaged over space, and
-    resized to the encoder's grid.
+    The centre square of an image is resized to the encoder's input size, and for a generator to that of its own
+    images. Rows of the result are those of ``networks``, ``generator``, and ``pixels``. Pixel features are the image at
+    32 pixels or fewer, pixel patch features a patch's colours on a 4 x 4 grid. The generator's features are its
+    activations averaged over space, its patch features the activations resized to the encoder's grid.
     """
 
-    networks: Mapping[str, Encoder]  # of one shape; none where a generator stands alone
+    networks: Mapping[str, Encoder]  # all of one shape; empty if only a generator is evaluated
     needs: frozenset[Need]
-    rows: Mapping[Need, Collection[Row]] | None = None  # that are judged, for each of the needs; None: all there are
+    rows: Mapping[Need, Collection[Row]] | None = None  # rows to evaluate, by need; None: all
     generator: FeatureReader | None = None
     dual: DualEncoder | None = None
     pool: str = "mean"
-    by_label: bool = False  # the class of a masked pixel is the image's label, not the word
+    by_label: bool = False  # a masked pixel's class is the image's label, not the word
     batch_size: int = 128
     num_workers: int = 0
     device: str = "cpu"
 
     @cached_property
     def view(self) -> View:
-        """That of the networks; of a generator alone its own size and grid."""
+        """The view of the networks, or without networks that of the generator."""
         for network in self.networks.values():
             config = network.config
             return View(config.image_size, config.patch_size, config.mean, config.std)
@@ -127,7 +127,7 @@ class Extractor:
 
     @property
     def patch_bytes(self) -> int:
-        """What one image's patch features take in memory, with its truth: float16, and int16 for each pixel."""
+        """Bytes of one image's patch features (float16) and its ground truth (int16 per pixel)."""
         view = self.view
         width = sum(one.config.dim for row, one in self.networks.items() if self.keeps(row, *OF_SCENES))
         if self.generator is not None and self.keeps("generator", *OF_SCENES):
@@ -137,7 +137,7 @@ class Extractor:
 
     @property
     def labelled_bytes(self) -> int:
-        """What one image with a label takes in memory: its maps, float16; its latents, float32; its pixels, uint8."""
+        """Bytes of one labelled image: its maps (float16), latents (float32) and pixels (uint8)."""
         total = 0
         if "maps" in self.needs:
             kept = [one.config.dim for row, one in self.networks.items() if self.keeps(row, "maps")]
@@ -154,7 +154,7 @@ class Extractor:
         return total
 
     def keeps(self, row: str, *needs: Need) -> bool:
-        """Whether for any of ``needs`` a row of the table is judged."""
+        """Whether a row of the table is evaluated for any of ``needs``."""
         return self.rows is None or any(row in self.rows.get(need, ()) for need in needs)
 
     def extract(
@@ -165,10 +165,10 @@ class Extractor:
         classed: Sequence[int],
         tick: Callable[[int], None],
     ) -> Extracted:
-        """What the images ``numbers`` give.
+        """Extract from the images ``numbers``.
 
-        Patch features are kept of those that are among ``masked``, which have masks or boxes; maps, latents and pixels
-        of those among ``classed``.
+        Patch features are kept for images in ``masked``, which have masks or boxes; maps, latents and pixels for
+        images in ``classed``.
         """
         view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
         drawn_size = self.generator.image_size if self.generator else 0
@@ -177,20 +177,22 @@ class Extractor:
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
             for images, batch in batches:
-                seen = self._look(images.to(self.device), batch)
+                outputs = self._look(images.to(self.device), batch)
                 if "features" in self.needs:
-                    self._keep_features(found, seen, start, len(numbers))
+                    self._keep_features(found, outputs, start, len(numbers))
                 if self.dual is not None:
-                    found.embeddings = _put(found.embeddings, self.dual.embed_images(seen.images), start, len(numbers))
+                    found.embeddings = _put(
+                        found.embeddings, self.dual.embed_images(outputs.images), start, len(numbers)
+                    )
                 chosen = [
                     row for row, item in enumerate(batch) if numbers[start + row] in wanted and self._classed(item)
                 ]
                 if chosen:
-                    self._keep_patches(found, seen, [batch[row] for row in chosen], chosen, kept, len(wanted))
+                    self._keep_patches(found, outputs, [batch[row] for row in chosen], chosen, kept, len(wanted))
                 held = [row for row in range(len(batch)) if numbers[start + row] in placed]
                 if held:
                     first = placed[numbers[start + held[0]]]
-                    self._keep_maps(found, seen, held, first, len(classed))
+                    self._keep_maps(found, outputs, held, first, len(classed))
                     self._keep_images(found, [batch[row] for row in held], first, len(classed))
                 start, kept = start + len(batch), kept + len(chosen)
                 tick(len(batch))
@@ -198,47 +200,47 @@ class Extractor:
         found.pixels = None if found.pixels is None else found.pixels[:kept]
         return found
 
-    def _look(self, images: Tensor, batch: Sequence[Viewed]) -> _Seen:
+    def _look(self, images: Tensor, batch: Sequence[Viewed]) -> _Outputs:
         activations = latents = None
         if self.generator is not None:
             drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
-            if self.needs & _SEEN:
+            if self.needs & _NETWORK_NEEDS:
                 largest = LARGEST if "maps" in self.needs else 0
                 activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
             if "latents" in self.needs:
                 latents = self.generator.latents(drawn)
-        asked = self.needs & _SEEN
+        asked = self.needs & _NETWORK_NEEDS
         tokens = {
             name: network(images) for name, network in self.networks.items() if asked and self.keeps(name, *asked)
         }
-        return _Seen(images, tokens, activations, latents)
+        return _Outputs(images, tokens, activations, latents)
 
-    def _keep_features(self, found: Extracted, seen: _Seen, start: int, length: int) -> None:
-        tokens = {name: x for name, x in seen.tokens.items() if self.keeps(name, "features")}
+    def _keep_features(self, found: Extracted, outputs: _Outputs, start: int, length: int) -> None:
+        tokens = {name: x for name, x in outputs.tokens.items() if self.keeps(name, "features")}
         pooled = {name: x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1) for name, x in tokens.items()}
-        if seen.generator is not None and self.keeps("generator", "features"):
-            pooled["generator"] = seen.generator.pooled
+        if outputs.generator is not None and self.keeps("generator", "features"):
+            pooled["generator"] = outputs.generator.pooled
         if self.keeps("pixels", "features"):
-            pooled["pixels"] = F.adaptive_avg_pool2d(seen.images, min(32, self.view.image_size)).flatten(1)
+            pooled["pixels"] = F.adaptive_avg_pool2d(outputs.images, min(32, self.view.image_size)).flatten(1)
         for name, features in pooled.items():
             found.features[name] = _put(found.features.get(name), features, start, length)
 
     def _keep_patches(
         self,
         found: Extracted,
-        seen: _Seen,
+        outputs: _Outputs,
         batch: Sequence[Viewed],
         chosen: Sequence[int],
         start: int,
         length: int,
     ) -> None:
         grid = self.view.grid
-        maps = {name: _on_grid(x[chosen], grid) for name, x in seen.tokens.items() if self.keeps(name, *OF_SCENES)}
-        if seen.generator is not None and self.keeps("generator", *OF_SCENES):
-            maps["generator"] = seen.generator.patches[chosen]
+        maps = {name: _on_grid(x[chosen], grid) for name, x in outputs.tokens.items() if self.keeps(name, *OF_SCENES)}
+        if outputs.generator is not None and self.keeps("generator", *OF_SCENES):
+            maps["generator"] = outputs.generator.patches[chosen]
         if self.keeps("pixels", *OF_SCENES):
             cell = min(_PIXEL_CELL, self.view.patch_size)
-            maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(seen.images[chosen], grid * cell), cell)
+            maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(outputs.images[chosen], grid * cell), cell)
         for name, patches in maps.items():
             found.patches[name] = _put(found.patches.get(name), patches.half(), start, length)
         pixels = torch.from_numpy(np.stack([self._pixels(found.names, row.view) for row in batch]))
@@ -251,22 +253,22 @@ class Extractor:
             for name, _ in boxes:
                 found.names.setdefault(name, len(found.names) + 1)
 
-    def _keep_maps(self, found: Extracted, seen: _Seen, chosen: Sequence[int], start: int, length: int) -> None:
+    def _keep_maps(self, found: Extracted, outputs: _Outputs, chosen: Sequence[int], start: int, length: int) -> None:
         if "maps" in self.needs:
             size = min(self.view.grid, LARGEST)
             maps = {
                 name: [F.adaptive_avg_pool2d(_on_grid(x[chosen], self.view.grid), size)[:, None].half()]
-                for name, x in seen.tokens.items()
+                for name, x in outputs.tokens.items()
                 if self.keeps(name, "maps")
             }
-            if seen.generator is not None and self.keeps("generator", "maps"):
-                maps["generator"] = [block[chosen] for block in seen.generator.maps]
+            if outputs.generator is not None and self.keeps("generator", "maps"):
+                maps["generator"] = [block[chosen] for block in outputs.generator.maps]
             for name, blocks in maps.items():
                 before = found.maps.get(name, [None] * len(blocks))
                 pairs = zip(before, blocks, strict=True)
                 found.maps[name] = [_put(whole, block, start, length) for whole, block in pairs]
-        if seen.latents is not None:
-            found.latents = _put(found.latents, seen.latents[chosen], start, length)
+        if outputs.latents is not None:
+            found.latents = _put(found.latents, outputs.latents[chosen], start, length)
 
     def _keep_images(self, found: Extracted, batch: Sequence[Viewed], start: int, length: int) -> None:
         if "images" in self.needs and self.networks:
@@ -277,7 +279,7 @@ class Extractor:
             found.drawn = _put(found.drawn, drawn, start, length)
 
     def _classed(self, row: Viewed) -> bool:
-        """Whether the class of each masked pixel, or box, is known: with ``by_label``, of one word with a label."""
+        """Whether each masked pixel or box has a known class; with ``by_label`` that takes one word and a label."""
         words = {name for name, _ in row.boxes} if row.view.label_map is None else row.view.words
         return not self.by_label or (row.view.label is not None and len(words) == 1)
 
@@ -285,9 +287,9 @@ class Extractor:
         return view.label or "" if self.by_label else word.lower()
 
     def _pixels(self, names: dict[str, int], view: Sample) -> Int16[np.ndarray, "S S"]:
-        if view.label_map is None:  # boxes tell nothing of pixels
+        if view.label_map is None:  # boxes give no pixel classes
             return np.zeros(view.image.shape[:2], np.int16)
-        numbers = np.zeros(256, np.int16)  # numbers behind the last word are of no class
+        numbers = np.zeros(256, np.int16)  # numbers beyond the last word have no class
         present = set(np.unique(view.label_map).tolist())
         for number, word in enumerate(view.words, start=1):
             if number in present:
@@ -297,13 +299,13 @@ class Extractor:
 
 
 def joined_classes(train: Extracted, test: Extracted) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The classes of training images, sorted behind the background, and those with what only test images have."""
+    """The background and the sorted training classes; and the same followed by the classes only test images have."""
     known = (BACKGROUND, *sorted(train.names))
     return known, (*known, *sorted(test.names.keys() - train.names.keys()))
 
 
 def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, DenseFeatures]:
-    """Patch features of each row of the table, with the truth in numbers of ``classes``; to be called once."""
+    """Patch features by row of the table, with the truth as numbers into ``classes``; call it only once."""
     if found.pixels is None:
         return {}
     number = {name: place for place, name in enumerate(classes[1:], start=1)}
@@ -319,23 +321,23 @@ def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, DenseFeature
 
 
 def mapped(found: Extracted, row: str, numbers: Tensor, keys: Sequence[str]) -> LabelledFeatureMaps | None:
-    """The maps of a row of the table, if it has any, of images with the classes ``numbers``."""
+    """The maps of a row of the table, if any, for images with the classes ``numbers``."""
     blocks = found.maps.get(row)
     return LabelledFeatureMaps(tuple(blocks), numbers, tuple(keys)) if blocks else None
 
 
 def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latents | None:
-    """The latents, if there are any, of images with the classes ``numbers``."""
+    """The latents, if any, of images with the classes ``numbers``."""
     return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
 
 
 def pictured(pixels: UInt8[Tensor, "n S S 3"] | None, numbers: Tensor, keys: Sequence[str]) -> LabelledImages | None:
-    """The images themselves, if they were kept, with the classes ``numbers``."""
+    """The images, if they were kept, with the classes ``numbers``."""
     return None if pixels is None else LabelledImages(pixels, numbers, tuple(keys))
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
-    """The number of each label among ``classes``, -1 where it is not one."""
+    """The index of each label in ``classes``, -1 if it is not there."""
     known = {name: number for number, name in enumerate(classes)}
     return torch.tensor([known.get(label, -1) for label in labels])
 
@@ -343,7 +345,7 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, 
 def labelled(
     found: Extracted, row: str, labels: Sequence[str | None], keys: Sequence[str], classes: Sequence[str]
 ) -> LabelledFeatures:
-    """Features of the images that have a label; a class that is not among ``classes`` is -1."""
+    """Features of the labelled images; classes missing from ``classes`` are -1."""
     rows = [index for index, label in enumerate(labels) if label is not None]
     numbers = class_numbers([labels[index] or "" for index in rows], classes)
     features = found.features[row]
@@ -354,7 +356,7 @@ def labelled(
 def paired(
     found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncoder, batch_size: int = 256
 ) -> ImageTextPairs:
-    """Images that have captions beside them, each text once."""
+    """Embeddings of captioned images, and of each distinct caption."""
     assert found.embeddings is not None
     rows = [index for index, texts in enumerate(captions) if texts]
     numbers: dict[str, int] = {}
@@ -374,12 +376,12 @@ def paired(
 
 
 def _on_grid(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:
-    """Patch tokens behind a class token, in their places."""
+    """Patch tokens, without the class token, arranged on their grid."""
     return tokens[:, 1:].mT.reshape(len(tokens), -1, grid, grid)
 
 
 def _put(whole: Tensor | None, part: Tensor, start: int, length: int) -> Tensor:
-    """``part`` at its place in ``whole``, which is made for ``length`` rows at the first part: no second copy later."""
+    """Write ``part`` into ``whole``, allocated with ``length`` rows at the first part to avoid later copies."""
     if whole is None:
         dtype = part.dtype if part.dtype in (torch.float16, torch.int16, torch.uint8) else torch.float32
         whole = torch.empty(length, *part.shape[1:], dtype=dtype)

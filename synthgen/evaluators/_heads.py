@@ -1,4 +1,4 @@
-"""Small heads on frozen patch features: how they are trained, the same way for every task."""
+"""Training of small heads on frozen patch features, the same for every task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ H = TypeVar("H", bound=nn.Module)
 
 
 class Standardize(nn.Module):
-    """Each channel less its mean, over its deviation, both of the training images' patches."""
+    """Standardise each channel by its mean and deviation over the patches of the training images."""
 
     mean: Tensor
     scale: Tensor
@@ -33,18 +33,18 @@ class Standardize(nn.Module):
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.register_buffer("mean", mean.float()[:, None, None])
-        # a channel that never changes says nothing: it becomes 0 and not noise
+        # a constant channel carries no information: it becomes 0 instead of noise
         scale = torch.where(deviation > 1e-4 * (1 + mean.abs()), 1 / deviation.clamp(min=1e-12), 0.0)
         self.register_buffer("scale", scale.float()[:, None, None])
 
     def forward(self, patches: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
-        """The same in float32."""
+        """Standardised patches in float32."""
         y: Tensor = (patches.float() - self.mean) * self.scale
         return y
 
 
 def trunk(num_channels: int, width: int) -> nn.Sequential:
-    """What decoders share: each patch to ``width`` numbers, then two 3 x 3 convolutions over the grid."""
+    """The shared part of decoders: a projection of each patch to ``width``, then two 3 x 3 convolutions."""
     return nn.Sequential(
         nn.Conv2d(num_channels, width, kernel_size=1),
         nn.GELU(),
@@ -67,10 +67,10 @@ def fitted(
     weight_decay: float,
     device: str,
 ) -> H:
-    """The head that ``make`` makes, trained by AdamW: warm-up over a tenth of the steps, then half a cosine to 0.
+    """A head from ``make``, trained by AdamW: warm-up over a tenth of the steps, then half a cosine to 0.
 
-    ``loss`` gets the head and the numbers of a batch's images. Weights and batches are drawn from ``seed`` and the
-    images' keys alone, so the order of the images changes nothing.
+    ``loss`` gets the head and the indices of a batch's images. Weights and batches depend only on ``seed`` and the
+    images' keys, so the order of the images does not matter.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.manual_seed(seed)
@@ -106,9 +106,9 @@ def train_head(
     weight_decay: float,
     device: str,
 ) -> nn.Module:
-    """A head for standardised patches, trained as in :func:`fitted`.
+    """A head on standardised patches, trained as in :func:`fitted`.
 
-    ``loss`` gets the head, the standardised patches of a batch, and which images of ``scenes`` they are of.
+    ``loss`` gets the head, the standardised patches of a batch, and the indices of their images in ``scenes``.
     """
     standardize = Standardize(scenes).to(device)
 

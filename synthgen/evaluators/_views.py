@@ -1,4 +1,4 @@
-"""Images as evaluators look at them: cut to their middle square, with the boxes that the cut leaves."""
+"""Images as evaluators use them: cropped to the centre square, with the boxes that remain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Boxes = tuple[tuple[str, Edges], ...]
 
 @dataclass(frozen=True, slots=True)
 class Viewed:
-    """One image as it is looked at."""
+    """One preprocessed image."""
 
     view: Sample
     boxes: Boxes
@@ -30,13 +30,13 @@ class Viewed:
 
 
 class Views(Dataset[Viewed]):
-    """Samples cut to their middle square, with the boxes that the cut leaves."""
+    """Samples cropped to the centre square, with the boxes that remain."""
 
     def __init__(
         self, samples: ImageDataset, numbers: Sequence[int], size: int, *, boxed: Collection[int], drawn_size: int = 0
     ) -> None:
         self.samples, self.numbers, self.size = samples, numbers, size
-        self.boxed = boxed  # the numbers of samples whose boxes are wanted
+        self.boxed = boxed  # indices of the samples whose boxes are needed
         self.drawn_size = drawn_size  # 0: there is no generator
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Views(Dataset[Viewed]):
 
 
 def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> Boxes:
-    """Boxes in the middle square of an image, scaled to ``size``; those whose middle lies outside of it are dropped."""
+    """Boxes clipped to the centre square of an image and scaled to ``size``; those centred outside it are dropped."""
     side = min(height, width)
     found = []
     for name, x, y, w, h in boxes:
@@ -70,7 +70,7 @@ def cut_boxes(boxes: Sequence[NamedBox], height: int, width: int, size: int) -> 
 
 
 def boxes_of_masks(view: Sample) -> Boxes:
-    """The smallest box round each word's mask that has pixels."""
+    """The bounding box of each non-empty word mask."""
     assert view.label_map is not None
     found = []
     for number, word in enumerate(view.words, start=1):
@@ -83,7 +83,7 @@ def boxes_of_masks(view: Sample) -> Boxes:
 
 @dataclass(frozen=True, slots=True)
 class Collate:
-    """Rows side by side; pixels become (pixels / 255 - mean) / std. A class so that it travels to workers."""
+    """Collate rows; pixels become (pixels / 255 - mean) / std. A class so that it can be pickled for workers."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""What an attention head can read off frozen maps."""
+"""Classification with an attention head on frozen feature maps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["AttentiveProbe"]
 class AttentiveProbe(AttentiveSettings):
     """Classification by a small transformer over the tokens of frozen blocks, trained with cross-entropy.
 
-    Of one block at one timestep that is the attention head of Mukhopadhyay et al. (2023), of several their DifFormer;
-    of an encoder its patch tokens are the one block. Theirs has a ``width`` of 1024 and learns for 28 epochs by plain
-    SGD; ours learns ``steps`` by AdamW, and its images are noised once and not anew each time.
+    With one block at one timestep this is the attention head of Mukhopadhyay et al. (2023), with several their
+    DifFormer; for an encoder, the patch tokens are the only block. Theirs has a ``width`` of 1024 and trains for 28
+    epochs with plain SGD; ours trains for ``steps`` with AdamW, and each image is noised only once.
     """
 
     needs: ClassVar[Need] = "maps"

@@ -1,4 +1,4 @@
-"""Where things are and what they are, read off frozen patch features."""
+"""Object detection on frozen patch features."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ except ModuleNotFoundError:
 
 __all__ = ["Detection"]
 
-_MOST = 100  # detections an image, as COCO counts them
-_NUMBERS = 2**21  # in an array of the bootstrap: 16 MB
-_DRAWS = 400  # of the bootstrap: one of average precision costs more than one of a mean
+_MOST = 100  # detections per image, as in COCO
+_NUMBERS = 2**21  # numbers in an array of the bootstrap: 16 MB
+_DRAWS = 400  # bootstrap resamples: one of average precision costs more than one of a mean
 
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What was found, all images together."""
+    """The detections of all images."""
 
-    images: Int[Tensor, " k"]  # the number of its image
+    images: Int[Tensor, " k"]  # image index
     boxes: Float32[Tensor, "k 4"]  # left, top, right, bottom in pixels
     scores: Float32[Tensor, " k"]
     classes: Int[Tensor, " k"]
@@ -48,24 +48,24 @@ class Detections:
 class Detection:
     """Object detection by a small head without anchors, scored by COCO's average precision (pycocotools).
 
-    Features are narrowed to ``width`` and looked at with two 3 x 3 convolutions; each cell of the patch grid then gives
-    a score for each class and the distances to the sides of a box, as in FCOS (Tian et al., 2019). A cell learns the
-    smallest box that holds its middle within 1.5 cells of the box's own middle; scores are trained by the focal loss
-    (Lin et al., 2017), distances by generalised IoU. Of the 100 best scores of an image those below ``min_score`` are
-    dropped, and those that overlap a better one of their class by more than ``nms``.
+    Features are projected to ``width`` and pass through two 3 x 3 convolutions; each cell of the patch grid then
+    predicts a score per class and the distances to the sides of a box, as in FCOS (Tian et al., 2019). A cell is
+    assigned the smallest box that contains its centre within 1.5 cells of the box's centre; scores are trained with
+    the focal loss (Lin et al., 2017), distances with generalised IoU. Of the 100 best scores of an image, those below
+    ``min_score`` are dropped, and those that overlap a better one of their class by more than ``nms``.
     """
 
     needs: ClassVar[Need] = "boxes"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
-    width: int = 64  # of the head
-    min_score: float = 0.05  # boxes that score less are dropped
-    nms: float = 0.6  # IoU
-    seeds: int = 3  # trainings, of which the score is the mean
-    steps: int = 300  # of a training
-    batch_size: int = 16  # images a step
-    learning_rate: float = 5e-3  # of the head
-    weight_decay: float = 0.01  # of the head
+    width: int = 64  # channels of the head
+    min_score: float = 0.05  # boxes with a lower score are dropped
+    nms: float = 0.6  # IoU threshold of non-maximum suppression
+    seeds: int = 3  # number of trainings; the score is their mean
+    steps: int = 300  # training steps
+    batch_size: int = 16  # images per step
+    learning_rate: float = 5e-3  # peak learning rate
+    weight_decay: float = 0.01  # of AdamW
 
     def __post_init__(self) -> None:
         if min(self.width, self.seeds, self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
@@ -79,7 +79,7 @@ class Detection:
         """``ap`` (IoU 0.5 to 0.95) with interval and spread, ``ap50``, ``ap75``, and counts.
 
         Raises:
-            ConfigError: there are no images with boxes to learn from or to be judged on.
+            ConfigError: there are no images with boxes to train on, or none to evaluate on.
         """
         train, test = data.scenes()
         if not any(map(len, train.boxes)) or not any(map(len, test.boxes)):
@@ -95,7 +95,7 @@ class Detection:
         ap = float(np.mean(scores))
         return {
             "ap": ap,
-            "low": min(low, ap),  # pycocotools rounds in another order
+            "low": min(low, ap),  # pycocotools rounds in a different order
             "high": max(high, ap),
             **spread(scores),
             "ap50": float(np.mean([score.ap50 for score in judged])),
@@ -107,7 +107,7 @@ class Detection:
         }
 
     def train(self, scenes: DenseFeatures, device: str, seed: int) -> nn.Module:
-        """A head that gives class scores and distances for each cell."""
+        """Train a head that predicts class scores and distances for each cell."""
         num_classes, grid = len(scenes.classes) - 1, scenes.patches.shape[2]
         cell = scenes.pixels.shape[1] / grid
         wanted = [
@@ -137,7 +137,7 @@ class Detection:
         )
 
     def detect(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Detections:
-        """What ``head`` finds in each image, best first."""
+        """Detections of ``head`` in each image, best first."""
         size, grid = scenes.pixels.shape[1], scenes.patches.shape[2]
         found = []
         with torch.inference_mode():
@@ -168,17 +168,17 @@ class _Head(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """COCO's verdict on the detections of one head, and what it takes to judge a redrawn set of images."""
+    """COCO's figures for the detections of one head, and what is needed to recompute them on a resampled set."""
 
     ap: float
     ap50: float
     ap75: float
-    matches: tuple[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, "t _"]], ...]  # of each class, best score first:
-    # the image of each detection, and whether it is right at each threshold of IoU
-    boxes: Float64[np.ndarray, "n c"]  # true ones of each image and class
+    matches: tuple[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, "t _"]], ...]  # per class, best score first:
+    # the image of each detection, and whether it is correct at each IoU threshold
+    boxes: Float64[np.ndarray, "n c"]  # ground-truth boxes per image and class
 
     def resampled(self, times: Float64[np.ndarray, "b n"]) -> Float64[np.ndarray, " b"]:
-        """The average precision where image i is there ``times[:, i]`` times, by COCO's rule of 101 recalls."""
+        """Average precision at COCO's 101 recalls, with image i counted ``times[:, i]`` times."""
         rows = max(1, _NUMBERS // max(1, *(right.size for _, right in self.matches)))
         parts = [self._resampled(times[start : start + rows]) for start in range(0, len(times), rows)]
         return np.concatenate(parts)
@@ -194,7 +194,7 @@ class Judged:
             precision = hits / np.maximum(hits + misses, 1e-12)
             precision = np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
             recall = hits / np.maximum(truth, 1)[:, None, None]
-            reached = np.floor(recall * 100 + 1e-9) + 1  # of the recalls 0, 0.01, ..., 1
+            reached = np.floor(recall * 100 + 1e-9) + 1  # among the recalls 0, 0.01, ..., 1
             steps = np.diff(reached, axis=-1, prepend=0)
             total += (precision * steps).sum(-1).mean(-1) / 101 * (truth > 0)
         mean: Float64[np.ndarray, " b"] = total / np.maximum((there > 0).sum(1), 1)
@@ -202,8 +202,8 @@ class Judged:
 
 
 def average_precision(found: Detections, scenes: DenseFeatures) -> Judged:
-    """What pycocotools says of ``found``: boxes of any size, 100 an image."""
-    truth, told = COCO(), io.StringIO()
+    """Score ``found`` with pycocotools: boxes of any size, 100 per image."""
+    truth, printed = COCO(), io.StringIO()
     annotations: list[dict[str, Any]] = []
     for image, (boxes, classes) in enumerate(zip(scenes.boxes, scenes.box_classes, strict=True)):
         for (left, top, right, bottom), number in zip(boxes.tolist(), classes.tolist(), strict=True):
@@ -229,7 +229,7 @@ def average_precision(found: Detections, scenes: DenseFeatures) -> Judged:
     rows = torch.cat(
         [found.images[:, None], left_top, right_bottom - left_top, found.scores[:, None], found.classes[:, None]], 1
     ).double()
-    with contextlib.redirect_stdout(told):  # it talks
+    with contextlib.redirect_stdout(printed):  # pycocotools prints its progress
         truth.createIndex()
         results = truth.loadRes(rows.numpy()) if len(rows) else COCO()
         if not len(rows):
@@ -267,17 +267,17 @@ def _matches(judge: Any, num_images: int, num_classes: int) -> tuple[Any, Float6
 def assign(
     boxes: Float32[Tensor, "k 4"], classes: Int[Tensor, " k"], grid: int
 ) -> tuple[Int[Tensor, " g"], Float32[Tensor, "g 4"]]:
-    """Which class each cell learns (0: none) and which box; boxes in cells, cells row by row."""
+    """The class (0: none) and the box assigned to each cell; boxes in units of cells, cells in row-major order."""
     middle = torch.arange(grid) + 0.5
     y, x = (axis.flatten() for axis in torch.meshgrid(middle, middle, indexing="ij"))
     learned, sides = torch.zeros(grid * grid, dtype=torch.long), torch.zeros(grid * grid, 4)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for number in areas.argsort(descending=True, stable=True).tolist():  # the smallest comes last and stays
+    for number in areas.argsort(descending=True, stable=True).tolist():  # the smallest comes last and wins
         left, top, right, bottom = boxes[number]
         across, down = x - (left + right) / 2, y - (top + bottom) / 2
         inside = (x > left) & (x < right) & (y > top) & (y < bottom)
         taken = inside & (across.abs() <= 1.5) & (down.abs() <= 1.5)
-        taken[(across.square() + down.square()).argmin()] = True  # a box smaller than a cell has one as well
+        taken[(across.square() + down.square()).argmin()] = True  # a box smaller than a cell gets one as well
         learned[taken], sides[taken] = classes[number], boxes[number]
     return learned, sides
 
@@ -285,7 +285,7 @@ def assign(
 def _boxes(
     output: Float[Tensor, "b c4 h w"], num_classes: int
 ) -> tuple[Float[Tensor, "b cells c"], Float[Tensor, "b cells 4"]]:
-    """Class scores (logits) and boxes in cells, from a head's output."""
+    """Class scores (logits), and boxes in units of cells, from a head's output."""
     grid = output.shape[-1]
     flat = output.flatten(2).transpose(1, 2)
     middle = torch.arange(grid, device=output.device) + 0.5
@@ -303,7 +303,7 @@ def focal_loss(logits: Float[Tensor, "*n"], right: Float[Tensor, "*n"]) -> Float
 
 
 def generalised_iou_loss(found: Float[Tensor, "k 4"], true: Float[Tensor, "k 4"]) -> Float[Tensor, " k"]:
-    """1 - GIoU (Rezatofighi et al., 2019); each box's right and bottom are not less than its left and top."""
+    """1 - GIoU (Rezatofighi et al., 2019); right and bottom of a box must not be less than its left and top."""
     shared = _area(torch.cat([torch.maximum(found[:, :2], true[:, :2]), torch.minimum(found[:, 2:], true[:, 2:])], 1))
     hull = _area(torch.cat([torch.minimum(found[:, :2], true[:, :2]), torch.maximum(found[:, 2:], true[:, 2:])], 1))
     union = _area(found) + _area(true) - shared
@@ -315,7 +315,7 @@ def _area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
 
 
 def _suppressed(boxes: Float[Tensor, "b k 4"], classes: Int[Tensor, "b k"], overlap: float) -> Bool[Tensor, "b k"]:
-    """Which boxes stay: those that overlap no better one that stays of their class. Best first; all images at once."""
+    """Which boxes non-maximum suppression keeps, per class and over all images at once; boxes come best first."""
     left_top = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     right_bottom = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     shared, areas = _area(torch.cat([left_top, right_bottom], -1)), _area(boxes)

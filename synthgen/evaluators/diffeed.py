@@ -1,4 +1,4 @@
-"""What a frozen U-Net can tell of an image that it sees twice."""
+"""Classification with a frozen U-Net that makes two passes over each image."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ __all__ = ["Diffeed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Diffeed(AttentiveSettings):
-    """Classification by the attention head on one block of a U-Net that gets feedback: DifFeed (Mukhopadhyay et al.).
+    """Classification by the attention head on one block of a U-Net with feedback: DifFeed (Mukhopadhyay et al.).
 
-    The network sees each noised image twice. Maps of the decoder go through feedback layers, which learn with the head,
-    and into the encoder of the second pass. Theirs has a ``width`` of 1024 and learns for 28 epochs by plain SGD; ours
-    learns ``steps`` by AdamW, and its images are noised once and not anew each time.
+    The network makes two passes over each noised image. Decoder maps of the first pass go through feedback layers,
+    trained together with the head, into the encoder of the second. Theirs has a ``width`` of 1024 and trains for 28
+    epochs with plain SGD; ours trains for ``steps`` with AdamW, and each image is noised only once.
     """
 
     needs: ClassVar[Need] = "latents"
     baselines: ClassVar[tuple[Baseline, ...]] = ()
 
     feedback: bool = True  # false: the same head on the same block of a single pass, for comparison
-    batch_size: int = 16  # images a step; the feedback layers are normalised over them
-    learning_rate: float = 5e-4  # at its highest
+    batch_size: int = 16  # images per step; the feedback layers' batch norm is over them
+    learning_rate: float = 5e-4  # peak learning rate
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``.
 
         Raises:
-            ConfigError: also where the generator is no U-Net, or is read at several timesteps or blocks.
+            ConfigError: the data lacks what is needed, a training diverged, the generator is not a U-Net, or it is read
+                at several timesteps or blocks.
             SynthgenError: the device has too little memory for a batch.
         """
         train, test, reader = data.latents()
@@ -65,9 +66,9 @@ class Diffeed(AttentiveSettings):
 
 
 class Learner(nn.Module):
-    """All that learns, feedback layers and head; the network between them is frozen, and no part of it.
+    """The trainable parts, feedback layers and head; the frozen network between them is not a submodule.
 
-    A feedback layer is a 1 x 1 convolution without bias, a norm over the batch, and what is above 0.
+    A feedback layer is a 1 x 1 convolution without bias, batch norm, and ReLU.
     """
 
     def __init__(self, network: FeedbackNetwork, head: AttentiveHead, *, feedback: bool = True) -> None:

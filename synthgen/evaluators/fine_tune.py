@@ -1,4 +1,4 @@
-"""What an encoder, or a generator, becomes when all of it learns the classes."""
+"""Classification by fine-tuning a whole encoder or generator."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from synthgen.models.vit import Encoder, EncoderConfig
 
 __all__ = ["FineTune"]
 
-_TOLD = 10  # steps between two remarks
-_AT_ONCE = {"encoder": 64, "generator": 16}  # images that are judged together
-_RATES = {"encoder": "learning_rate", "generator": "generator_learning_rate"}  # the setting of each
-_WORSE = 2.0  # times the loss of a guess, of which a sound training has less at any time
-_GUESS = 0.9  # of the loss of a guess: with more at the end nothing was learned
+_REPORT_EVERY = 10  # steps between two progress reports
+_AT_ONCE = {"encoder": 64, "generator": 16}  # test images per batch
+_RATES = {"encoder": "learning_rate", "generator": "generator_learning_rate"}  # the setting that applies to each
+_WORSE = 2.0  # times the loss of a uniform guess, which a sound training never reaches
+_GUESS = 0.9  # share of the loss of a guess: a training that ends above it learned nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Classification by the encoder or generator itself, all of it trained further with a linear layer behind it.
+    """Classification by fine-tuning all weights of the encoder or generator, with a linear layer on top.
 
     The end-to-end fine-tuning of He et al. (2022, appendix A), scaled down: mean of the patch tokens, norm, linear
-    layer; AdamW (0.9, 0.999), a learning rate that falls from layer to layer by ``layer_decay``, warm-up and half a
-    cosine. Theirs learns for 100 epochs, 1024 images a step, at 2e-3 with a ``layer_decay`` of 0.65 (base), and has
-    RandAugment, erasing, mixup, cutmix and drop path; ours has crops and mirror images of the middle square.
+    layer; AdamW (0.9, 0.999), layer-wise learning-rate decay by ``layer_decay``, warm-up and half a cosine. Theirs
+    trains for 100 epochs with 1024 images per step, at 2e-3 with a ``layer_decay`` of 0.65 (base), and uses
+    RandAugment, erasing, mixup, cutmix and drop path; ours uses crops and mirror images of the centre square.
 
-    Of a generator it is the fine-tuning of DDAE (Xiang et al., 2023): the network up to the block that is read, the
-    mean over space of what that gives, and the same head. The recipe is not known; ours is the encoder's, at a
-    rate of its own. The noise is another draw at each step, and one draw an image where it is judged.
+    For a generator it is the fine-tuning of DDAE (Xiang et al., 2023): the network up to the block that is read, the
+    spatial mean of its output, and the same head. DDAE's recipe is not known; ours is the encoder's, with its own
+    learning rate. Each training step draws new noise; evaluation uses one draw per image.
     """
 
     needs: ClassVar[Need] = "images"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "random generator")
 
-    seeds: int = 3  # trainings, of which the score is the mean
-    steps: int = 300  # of a training
-    batch_size: int = 32  # images a step
-    learning_rate: float = 1e-3  # at its highest, of the last layers
-    generator_learning_rate: float = 1e-4  # the same, where it is a generator that learns
-    layer_decay: float = 0.75  # the rate of a layer, as a share of that of the one behind it; 1: all the same
-    weight_decay: float = 0.05  # of matrices, by AdamW; biases, norms and tokens have none
-    warmup_ratio: float = 0.05  # share of the steps in which the rate rises from 0
-    label_smoothing: float = 0.0  # share of the target that all classes have alike
-    max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
-    crop: float = 0.2  # the least share of an image's area that a crop shows; 1: the most that its shape allows
+    seeds: int = 3  # number of trainings; the score is their mean
+    steps: int = 300  # training steps
+    batch_size: int = 32  # images per step
+    learning_rate: float = 1e-3  # peak learning rate of the last layers
+    generator_learning_rate: float = 1e-4  # the same for a generator
+    layer_decay: float = 0.75  # a layer's learning rate as a share of the next layer's; 1: all the same
+    weight_decay: float = 0.05  # AdamW's, on matrices only: not on biases, norms and tokens
+    warmup_ratio: float = 0.05  # share of the steps that warm up the learning rate from 0
+    label_smoothing: float = 0.0  # share of the target spread evenly over all classes
+    max_norm: float = 1.0  # gradient clipping; 0: none
+    crop: float = 0.2  # smallest share of an image's area in a crop; 1: as large as the crop's shape allows
     flip: float = 0.5  # probability of a mirror image
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class FineTune:
         """``accuracy`` with its interval and spread, and ``train_accuracy``.
 
         Raises:
-            ConfigError: also where a training diverged.
+            ConfigError: the data lacks what is needed, or a training diverged.
             SynthgenError: the device has too little memory for a batch.
         """
         train, test, _ = data.images()
@@ -88,7 +88,7 @@ class FineTune:
                 learner = self.learned(data, seed)
                 right.append(_right(learner, test, data.device))
                 fit.append(float(_right(learner, train, data.device).mean()))
-                del learner  # or two would be held while the next one is made
+                del learner  # or two would be in memory while the next one is made
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,10 +108,10 @@ class FineTune:
         }
 
     def learned(self, data: EvalData, seed: int) -> Learner:
-        """A copy of the encoder or generator with a linear layer, trained on images in the order of their keys.
+        """A copy of the encoder or generator with a linear layer, trained on the images sorted by key.
 
         Raises:
-            ConfigError: there is nothing to learn from, or the training diverged.
+            ConfigError: there are no labelled images, or the training diverged.
         """
         train, _, _ = data.images()
         num_classes, losses = int(train.labels.max()) + 1, list[Tensor]()
@@ -131,14 +131,14 @@ class FineTune:
                     nn.utils.clip_grad_norm_(learner.parameters(), self.max_norm)
                 optimizer.step()
                 losses.append(loss.detach())
-                if step % _TOLD == 0:
+                if step % _REPORT_EVERY == 0:
                     done = f"training {seed + 1} of {self.seeds}, step {step} of {self.steps}"
                     data.describe(f"{done}, loss {float(losses[-1]):.3f}")
-        _see_that_it_learned(torch.stack(losses), num_classes, learner.what)
+        _check_learned(torch.stack(losses), num_classes, learner.what)
         return learner.eval()
 
     def rate(self, step: int, *, generator: bool = False) -> float:
-        """The learning rate of the last layers: up in a line over the warm-up, then down half a cosine to 0."""
+        """The learning rate of the last layers: a linear warm-up, then half a cosine to 0."""
         highest = self.generator_learning_rate if generator else self.learning_rate
         warmup = self.warmup_ratio * self.steps
         if step < warmup:
@@ -148,7 +148,7 @@ class FineTune:
     def batches(
         self, train: LabelledImages, config: EncoderConfig | Shape, seed: int
     ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
-        """Normalised views of the images of each step, and their numbers; all is drawn from the seed."""
+        """Normalised views of the images of each step, and their indices; everything is drawn from the seed."""
         by_key, size = _by_key(train), min(self.batch_size, len(train.keys))
         epochs = -(-self.steps // (len(train.keys) // size))
         order = Order(length=len(train.keys), batch_size=size, epochs=epochs, seed=seed, limit=self.steps)
@@ -159,7 +159,7 @@ class FineTune:
 
 
 class Held(ImageDataset):
-    """Images in memory as samples, of which nothing is said, in the order of ``numbers``."""
+    """Images in memory as samples without labels or captions, in the order of ``numbers``."""
 
     def __init__(self, images: LabelledImages, numbers: Int[Tensor, " n"]) -> None:
         self.images = images
@@ -185,9 +185,9 @@ class Held(ImageDataset):
 
 
 class Learner(nn.Module):
-    """An encoder or a generator, and behind its features a norm and a linear layer that starts as good as silent.
+    """An encoder or a generator with a norm and a linear layer on top, the latter initialised close to 0.
 
-    All of it learns, and nothing is dropped meanwhile: no dropout, no drop path, whatever it was pretrained with.
+    All weights are trained, without dropout and drop path even if it was pretrained with them.
     """
 
     def __init__(self, encoder: Encoder | TruncatedGenerator, num_classes: int, pool: str = "mean") -> None:
@@ -200,18 +200,18 @@ class Learner(nn.Module):
 
     @property
     def what(self) -> str:
-        """What learns: an encoder, or a generator."""
+        """What is trained: "encoder" or "generator"."""
         return "generator" if isinstance(self.encoder, TruncatedGenerator) else "encoder"
 
     def forward(self, images: Float[Tensor, "b 3 H W"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
-        """Class scores of normalised images; a generator's noise for each is that of its key."""
+        """Class scores of normalised images; a generator's noise depends on each image's key."""
         encoder = self.encoder
         seen = encoder(images, keys) if isinstance(encoder, TruncatedGenerator) else encoder.features(images, self.pool)
         scores: Tensor = self.classify(self.norm(seen))
         return scores
 
     def scores(self, pixels: UInt8[Tensor, "b S S 3"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
-        """Class scores of images as they are."""
+        """Class scores of images that are not yet normalised."""
         config = self.encoder.config
         mean, std = (torch.tensor(value, device=pixels.device) for value in (config.mean, config.std))
         scores: Tensor = self(((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2), keys)
@@ -219,18 +219,18 @@ class Learner(nn.Module):
 
 
 def share(name: str, encoder: Encoder | TruncatedGenerator, layer_decay: float) -> float:
-    """The learning rate of a weight of :class:`Learner`, as a share of the highest.
+    """The learning rate of a weight of :class:`Learner`, as a share of the peak.
 
-    As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms behind
-    them have the rate of the linear layer: layer_decay ^ (depth + 1 - layer). Of a generator layer 0 is whatever lies
-    before its blocks.
+    As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms after
+    the blocks have the rate of the linear layer: layer_decay ^ (depth + 1 - layer). In a generator, layer 0 is
+    everything before its blocks.
     """
     inside = name.removeprefix("encoder.")
     return layer_decay ** (encoder.config.depth + 1 - encoder.layer(inside)) if inside != name else 1.0
 
 
 def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
-    """The weights in groups that learn alike, each with its ``share`` of the learning rate."""
+    """Parameter groups with equal settings, each with its ``share`` of the learning rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in learner.named_parameters():
         plain = weight.ndim <= 1 or name.endswith("_token")
@@ -240,18 +240,18 @@ def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[di
 
 
 def _copied(data: EvalData) -> Encoder | TruncatedGenerator:
-    """What will learn: a copy, so that the encoder or the generator stays as it is."""
+    """A copy to train, so that the encoder or the generator stays unchanged."""
     _, _, network = data.images()
     if isinstance(network, Encoder):
         return copy.deepcopy(network)
     return TruncatedGenerator(network, fresh=data.random_init, device=data.device)
 
 
-def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
-    """Refuse a training whose loss, in the mean of a tenth of the steps, rose far above a guess's and never came down.
+def _check_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
+    """Check that the loss, averaged over a tenth of the steps, did not rise far above a guess's and stay high.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: the training diverged.
     """
     tenths = torch.stack([part.mean() for part in torch.split(losses, max(1, len(losses) // 10))]).tolist()
     worst, last, guess = (
@@ -267,12 +267,12 @@ def _see_that_it_learned(losses: Float[Tensor, " steps"], num_classes: int, what
 
 
 def _by_key(given: LabelledImages) -> Int[Tensor, " n"]:
-    """The numbers of the images in the order of their keys."""
+    """The indices of the images, sorted by key."""
     return torch.tensor(sorted(range(len(given.keys)), key=given.keys.__getitem__))
 
 
 def _right(learner: Learner, given: LabelledImages, device: str) -> Tensor:
-    """For each image, in the order of the keys, 1 where its class is named, else 0."""
+    """1 for each image, in the order of the keys, that is classified correctly, else 0."""
     by_key = _by_key(given)
     what, parts = learner.what, list[Tensor]()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The class of the nearest training images."""
+"""Classification by nearest neighbours on frozen features."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from synthgen.evaluators._bootstrap import mean_with_interval
 
 __all__ = ["KNN"]
 
-_EQUAL = 1e-6  # cosines that differ by no more than rounding does
+_EQUAL = 1e-6  # cosines closer than this count as equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class KNN:
     """The ``k`` training images with the highest cosine vote, each with exp(cosine / temperature) (Wu et al., 2018).
 
-    ``accuracy`` is the share of test images whose most voted class is right. Nothing is learned. All training images as
-    near as the ``k``-th (cosines within 1e-6) vote like it, so their order decides nothing where some are equal; of an
-    encoder that says the same of everything the class with the most training images wins.
+    ``accuracy`` is the share of test images whose winning class is right. Nothing is trained. All training images as
+    near as the ``k``-th (cosines within 1e-6) have the same vote, so their order does not matter in a tie; for an
+    encoder with constant features, the class with the most training images wins.
     """
 
     needs: ClassVar[Need] = "features"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
-    k: int = 20  # neighbours that vote
-    temperature: float = 0.07  # of the votes: lower counts the nearest more
+    k: int = 20  # number of neighbours
+    temperature: float = 0.07  # of the votes: a lower value gives the nearest ones more weight
 
     def __post_init__(self) -> None:
         if self.k < 1 or not self.temperature > 0:
@@ -45,7 +45,7 @@ class KNN:
         return {"accuracy": accuracy, "low": low, "high": high}
 
     def predict(self, train: LabelledFeatures, features: Float32[Tensor, "m d"]) -> Int[Tensor, " m"]:
-        """The class of each row of ``features``; of classes with equal votes the one of lowest number."""
+        """The class of each row of ``features``; a tie goes to the lowest class number."""
         train = train.by_key()
         known = F.normalize(train.features, dim=1)
         k, num_classes = min(self.k, len(known)), int(train.labels.max()) + 1
@@ -54,7 +54,7 @@ class KNN:
             similarity = rows @ known.T
             highest, nearest = similarity.topk(min(k + 1, len(known)), dim=1)
             votes = torch.zeros(len(rows), num_classes)
-            # less the highest: the same winner, and no overflow
+            # subtract the highest: the same winner without overflow
             weights = ((highest[:, :k] - highest[:, :1]) / self.temperature).exp()
             best = votes.scatter_add(1, train.labels[nearest[:, :k]], weights).argmax(1)
             tied = highest[:, k - 1] - highest[:, -1] <= _EQUAL
@@ -66,7 +66,7 @@ class KNN:
     def _with_equals(
         self, similarity: Float32[Tensor, "t n"], last: Float32[Tensor, " t"], labels: Int[Tensor, " n"], classes: int
     ) -> Int[Tensor, " t"]:
-        """The class of each row where all that are as near as the ``last`` that votes have its vote."""
+        """The class of each row, if all training images as near as the ``last`` neighbour share its vote."""
         equal = (similarity - last[:, None]).abs() <= _EQUAL
         similarity = torch.where(equal, last[:, None], similarity).double()
         weights = ((similarity - similarity.amax(1, keepdim=True)) / self.temperature).exp()

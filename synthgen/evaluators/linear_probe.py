@@ -1,4 +1,4 @@
-"""What a linear layer can read off frozen features."""
+"""Classification with a linear layer on frozen features."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ __all__ = ["LinearProbe"]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """Multinomial logistic regression on frozen, standardised features, solved to the end instead of by some epochs.
+    """Multinomial logistic regression on frozen, standardised features, solved to convergence.
 
     minimise  mean_i -log softmax(W z_i + b)[y_i] + l2 / 2 |W|^2,    z = (features - mean) / deviation of training
 
-    The problem is convex, so neither seed nor learning rate matters. ``l2`` of 0 picks the strength out of
-    ``strengths`` that is best on every fifth training image of a class, held out for that; test images choose nothing.
+    The problem is convex, so neither seed nor learning rate matters. An ``l2`` of 0 selects the
+    strength among ``strengths`` that is best on every fifth training image of a class, held out for this purpose;
+    test images are never used for it.
     """
 
     needs: ClassVar[Need] = "features"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random",)
 
-    l2: float = 0.0  # strength of the penalty; 0: the best of strengths
-    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # that are tried
-    max_steps: int = 200  # of LBFGS
+    l2: float = 0.0  # penalty strength; 0: the best of strengths
+    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for l2
+    max_steps: int = 200  # LBFGS iterations
 
     def __post_init__(self) -> None:
         if self.l2 < 0 or not self.strengths or min(self.strengths) <= 0:
             raise ValueError("l2 must be 0 or more, and strengths one or more numbers above 0")
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
-        """``accuracy`` with its interval, ``train_accuracy``, and the ``l2`` that was taken."""
+        """``accuracy`` with its interval, ``train_accuracy``, and the selected ``l2``."""
         train, test = data.labelled()
         train = train.by_key()
         features = train.features.double()
@@ -53,7 +54,7 @@ class LinearProbe:
         return {"accuracy": accuracy, "low": low, "high": high, "train_accuracy": float(fitted), "l2": l2}
 
     def choose(self, features: Float64[Tensor, "n d"], labels: Int[Tensor, " n"], num_classes: int) -> float:
-        """The strength that is best on the held-out fifth; the strongest of equals."""
+        """The strength that is best on the held-out fifth; a tie goes to the strongest."""
         held = _every_fifth(labels)
         if not held.any():
             return sorted(self.strengths)[len(self.strengths) // 2]
@@ -67,7 +68,7 @@ class LinearProbe:
     def solve(
         self, features: Float64[Tensor, "n d"], labels: Int[Tensor, " n"], num_classes: int, l2: float
     ) -> tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]]:
-        """Weights and biases at the minimum."""
+        """Solve for the weights and biases at the minimum."""
         weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS(

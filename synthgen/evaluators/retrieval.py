@@ -1,4 +1,4 @@
-"""Whether images find their texts, and texts their images."""
+"""Retrieval of texts by images, and of images by texts."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ __all__ = ["Retrieval"]
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Recall at K, both ways, by cosine between all images and all texts; nothing is learned.
+    """Recall at K in both directions, by cosine between all images and all texts; nothing is trained.
 
-    R@K of images is the share of them that have one of their own texts among the K nearest; R@K of texts the share
-    that have an image of theirs among the K nearest. Equal texts are one text with several images. What is as near as
-    the right answer stands before it, so that an encoder which says the same of everything finds nothing.
+    R@K of images is the share that have one of their own texts among the K nearest; R@K of texts is the share that
+    have one of their images among the K nearest. Equal texts are one text with several images. Wrong answers as near
+    as the right one rank before it, so an encoder with constant embeddings retrieves nothing.
     """
 
     needs: ClassVar[Need] = "pairs"
     baselines: ClassVar[tuple[Baseline, ...]] = ()
 
-    ranks: tuple[int, ...] = (1, 5, 10)  # K of recall at K
+    ranks: tuple[int, ...] = (1, 5, 10)  # the K of recall at K
 
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"ranks must be whole numbers of 1 or more, not {list(self.ranks)}")
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
-        """``mean_recall``, of both ways and all ranks, with its interval; each recall, its ``chance``, and counts."""
+        """``mean_recall`` over both directions and all ranks, its interval, each recall, its ``chance``, and counts."""
         pairs = data.image_text_pairs()
         of_images, of_texts = self.found(pairs)
         num_images, num_texts = len(pairs.images), len(pairs.texts)
         recalls = {f"image_to_text_r{k}": float((of_images <= k).double().mean()) for k in self.ranks}
         recalls |= {f"text_to_image_r{k}": float((of_texts <= k).double().mean()) for k in self.ranks}
-        # an image brings its own share of the mean, and that of its texts: one said of three images is a third of each
+        # an image contributes its own share of the mean and that of its texts: a text of three images is split in three
         levels = torch.tensor(self.ranks)
         texts = (of_texts[:, None] <= levels).double().mean(1)
         share = 1 / torch.bincount(pairs.of_text, minlength=num_texts).double()
@@ -55,7 +55,7 @@ class Retrieval:
         return {"mean_recall": mean, "low": low, "high": high, **recalls, **chance, **counts}
 
     def found(self, pairs: ImageTextPairs) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
-        """At which place, from 1, each image has its first right text, and each text its first right image."""
+        """The rank, from 1, of each image's first right text, and of each text's first right image."""
         images, texts = F.normalize(pairs.images, dim=1), F.normalize(pairs.texts, dim=1)
         return (
             _places(images, texts, pairs.of_image, pairs.of_text),
@@ -63,7 +63,7 @@ class Retrieval:
         )
 
     def chance(self, pairs: ImageTextPairs, k: int) -> float:
-        """The expected recall of images at ``k`` in a random order of the texts."""
+        """The expected recall of images at ``k`` for a random ranking of the texts."""
         m = len(pairs.texts)
         right = torch.bincount(pairs.of_image, minlength=len(pairs.images)).double()
         missed = torch.ones_like(right)
@@ -78,7 +78,7 @@ def _places(
     of_asked: Int[Tensor, " p"],
     of_known: Int[Tensor, " p"],
 ) -> Int[Tensor, " a"]:
-    """The place of the nearest right answer of each row of ``asked``; wrong ones that are as near come first."""
+    """The rank of the nearest right answer for each row of ``asked``; equally near wrong ones rank first."""
     by_row = torch.argsort(of_asked, stable=True)
     of_asked, of_known = of_asked[by_row], of_known[by_row]
     found = []
@@ -89,6 +89,6 @@ def _places(
         right = torch.zeros_like(similarity, dtype=torch.bool)
         right[rows, columns] = True
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        before = (similarity >= best - 1e-6) & ~right  # rounding must not tell equal vectors apart
+        before = (similarity >= best - 1e-6) & ~right  # rounding must not separate equal vectors
         found.append(1 + before.sum(1))
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""What of an image is foreground, read off frozen patch features."""
+"""Foreground segmentation on frozen patch features."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from synthgen.mask_shape import box
 
 __all__ = ["Saliency"]
 
-_DOUBLINGS = 2  # of the patches' grid, at most
-_GROUP = 4  # channels that are normalised together
-_THRESHOLDS = 255  # of the F-measure: 0, 1/255, ..., 254/255
-_BETA_SQUARED = 0.3  # precision weighs more than recall, as in all of the field
-_EIGHT = np.ones((3, 3), bool)  # pixels are neighbours over sides and corners
+_DOUBLINGS = 2  # times that the patch grid is doubled, at most
+_GROUP = 4  # channels per group of the group norm
+_THRESHOLDS = 255  # number of thresholds of the F-measure: 0, 1/255, ..., 254/255
+_BETA_SQUARED = 0.3  # weights precision more than recall, as usual for saliency
+_EIGHT = np.ones((3, 3), bool)  # 8-connectivity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency:
-    """Foreground or not, whatever its class, by a small decoder; scored by the mean IoU over images.
+    """Foreground or background of any class, by a small decoder; scored by the mean IoU over images.
 
-    The second half of DiffusionSeg (Ma et al., 2023), where the features are a frozen generator's and the training
-    masks its own. That paper's decoder, loss and schedule are not known; these are ours. A layer narrows a patch to
-    ``width`` numbers, two 3 x 3 convolutions look round, the grid is doubled twice (never past the pixels) with a
-    3 x 3 convolution of half the width behind each, and one logit a cell remains. Loss is cross-entropy, for which
-    cells near a mask's border do not count, for there generated masks are expected to err, and Dice, for which they do.
+    The second half of DiffusionSeg (Ma et al., 2023), where features and training masks come from a frozen generator.
+    That paper's decoder, loss and schedule are not known; these are ours. A 1 x 1 convolution projects patches to
+    ``width``, two 3 x 3 convolutions follow, then the grid is doubled twice (never beyond the pixels), each time
+    followed by a 3 x 3 convolution of half the width, and a last layer gives one logit per cell. The loss is
+    cross-entropy, without the cells near a mask's border, where generated masks are least reliable, plus Dice over
+    all cells.
     """
 
     needs: ClassVar[Need] = "patches"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
-    width: int = 64  # of the decoder; a multiple of 16
-    border: int = 1  # cells on either side of a mask's border that cross-entropy leaves out
-    seeds: int = 3  # trainings, of which the score is the mean
-    steps: int = 300  # of a training
-    batch_size: int = 16  # images a step
-    learning_rate: float = 2e-3  # at its highest
+    width: int = 64  # channels of the decoder; a multiple of 16
+    border: int = 1  # cells on either side of a mask's border that cross-entropy ignores
+    seeds: int = 3  # number of trainings; the score is their mean
+    steps: int = 300  # training steps
+    batch_size: int = 16  # images per step
+    learning_rate: float = 2e-3  # peak learning rate
     weight_decay: float = 1e-4  # of AdamW
 
     def __post_init__(self) -> None:
@@ -62,8 +63,8 @@ class Saliency:
         """``iou`` with interval and spread, ``max_f``, ``accuracy``, ``corloc``, and counts.
 
         Raises:
-            ConfigError: there are no images with masks to learn from or to be judged on, or no mask has a pixel; or
-                the training of the decoder diverged.
+            ConfigError: there are no images with masks to train or evaluate on, no mask has a pixel, or the training of
+                the decoder diverged.
         """
         train, test = data.scenes()
         for name, scenes in (("training", train), ("test", test)):
@@ -84,7 +85,7 @@ class Saliency:
         }
 
     def train(self, scenes: DenseFeatures, device: str, seed: int) -> nn.Module:
-        """A decoder that gives a logit for each cell of its grid, for patches as they are in ``scenes``."""
+        """Train a decoder that gives a logit for each cell of its grid, on the patches of ``scenes``."""
         (num_channels, grid), size = scenes.patches.shape[1:3], scenes.pixels.shape[1]
         doublings = min(_DOUBLINGS, max(1, size // grid).bit_length() - 1)
 
@@ -106,13 +107,13 @@ class Saliency:
         )
 
     def judge(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Judged:
-        """How well a decoder finds the foreground of images."""
+        """Evaluate a decoder on images."""
         return compared(self.probabilities(head, scenes, device), scenes)
 
     def probabilities(
         self, head: nn.Module, scenes: DenseFeatures, device: str
     ) -> Iterator[Float32[np.ndarray, "S S"]]:
-        """That a pixel is foreground, image by image; as many are computed together as the decoder learned from.
+        """The foreground probability of each pixel, image by image, computed in batches of the training's size.
 
         Raises:
             ConfigError: the training of the decoder diverged.
@@ -128,21 +129,21 @@ class Saliency:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What was found beside what is true."""
+    """Figures of the predictions per image."""
 
     ious: Float64[np.ndarray, " n"]  # of each image
-    accuracies: Float64[np.ndarray, " n"]  # the share of its pixels that are right
-    curves: Float64[np.ndarray, "f k"]  # the F-measure at each threshold, of each image that has foreground
-    located: Bool[np.ndarray, " l"]  # whether the box is right, of each image that has one
+    accuracies: Float64[np.ndarray, " n"]  # share of correct pixels of each image
+    curves: Float64[np.ndarray, "f k"]  # F-measure at each threshold, for each image with foreground
+    located: Bool[np.ndarray, " l"]  # whether the box is right, for each image with a ground-truth box
 
     @property
     def max_f(self) -> float:
-        """The best of the mean curve: one threshold for all images."""
+        """The maximum of the mean curve: one threshold for all images."""
         return float(self.curves.mean(0).max())
 
 
 def compared(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseFeatures) -> Judged:
-    """The numbers of each image. Foreground is all that is not the background, classes that nobody knows as well."""
+    """Compare predictions with the truth, image by image; foreground is any class, also one that training lacks."""
     ious, accuracies, curves, located = [], [], [], []
     for probability, pixels, boxes in zip(probabilities, scenes.pixels.numpy(), scenes.boxes, strict=True):
         found, true = probability > 0.5, pixels > 0
@@ -157,28 +158,28 @@ def compared(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseF
 
 
 def iou(found: Bool[np.ndarray, "S S"], true: Bool[np.ndarray, "S S"]) -> float:
-    """Pixels that are found and true, over those that are either; 1 where both are empty."""
+    """Intersection over union of two masks; 1 if both are empty."""
     either = int((found | true).sum())
     return int((found & true).sum()) / either if either else 1.0
 
 
 def f_curve(probability: Float32[np.ndarray, "S S"], true: Bool[np.ndarray, "S S"]) -> Float64[np.ndarray, " k"]:
-    """(1 + 0.3) P R / (0.3 P + R) of the pixels above k / 255, for k from 0 to 254; 0 where none of them is true.
+    """(1 + 0.3) P R / (0.3 P + R) of the pixels above k / 255, for k from 0 to 254; 0 if none of them is true.
 
     ``true`` must have a pixel, or recall would be undefined.
     """
-    passed = np.ceil(probability * np.float32(_THRESHOLDS)).astype(np.int64)  # thresholds that lie below a pixel
+    passed = np.ceil(probability * np.float32(_THRESHOLDS)).astype(np.int64)  # number of thresholds below each pixel
     above, right = (
         np.bincount(values, minlength=_THRESHOLDS + 1)[:0:-1].cumsum()[::-1]
         for values in (passed.ravel(), passed[true])
     )
-    # P = right / above, R = right / true; multiplied out, nothing is divided by what may be 0
+    # P = right / above, R = right / true; multiplied out to avoid a division by 0
     curve: Float64[np.ndarray, " k"] = (1 + _BETA_SQUARED) * right / (_BETA_SQUARED * true.sum() + above)
     return curve
 
 
 def main_box(found: Bool[np.ndarray, "S S"]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the largest connected part; the whole image where nothing is found."""
+    """Left, top, right and bottom of the largest connected component; the whole image if the mask is empty."""
     labels, num = ndimage.label(found, structure=_EIGHT)
     if not num:
         return 0, 0, found.shape[1], found.shape[0]
@@ -186,7 +187,7 @@ def main_box(found: Bool[np.ndarray, "S S"]) -> tuple[int, int, int, int]:
 
 
 def box_ious(one: tuple[int, int, int, int], others: Float64[np.ndarray, "k 4"]) -> Float64[np.ndarray, " k"]:
-    """The IoU of a box with others: left, top, right, bottom in pixels, the last two not included."""
+    """The IoU of a box with others: left, top, right, bottom in pixels, the last two exclusive."""
     edges = np.array(one, np.float64)
     sides = np.minimum(edges[2:], others[:, 2:]) - np.maximum(edges[:2], others[:, :2])
     shared = sides.clip(min=0).prod(1)
@@ -196,7 +197,7 @@ def box_ious(one: tuple[int, int, int, int], others: Float64[np.ndarray, "k 4"])
 
 
 def decoder(num_channels: int, width: int, doublings: int) -> nn.Sequential:
-    """Patch features to one logit a cell, on a grid that is doubled so many times."""
+    """A decoder from patch features to one logit per cell, on a grid doubled ``doublings`` times."""
     layers = [*_layer(num_channels, width, 1), *_layer(width, width, 3), *_layer(width, width, 3)]
     for _ in range(doublings):
         layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_layer(width, width // 2, 3)]
@@ -210,25 +211,25 @@ def _layer(num_inputs: int, width: int, kernel_size: int) -> tuple[nn.Module, ..
 
 
 def foreground(pixels: Int16[Tensor, "b S S"], side: int) -> Float32[Tensor, "b s s"]:
-    """1 for the cells of a coarser grid of which half or more is foreground, else 0."""
+    """1 for cells of a coarser grid that are at least half foreground, else 0."""
     share = F.adaptive_avg_pool2d((pixels > 0).float(), side)
     return (share >= 0.5).float()
 
 
 def saliency_loss(logits: Float[Tensor, "b s s"], true: Float[Tensor, "b s s"], border: int) -> Float[Tensor, ""]:
-    """The mean cross-entropy of the cells that are not near a border, plus Dice of all cells."""
+    """Mean cross-entropy of the cells away from a border, plus Dice over all cells."""
     counts = ~near_border(true, border)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, true, reduction="none")
     return (cross_entropy * counts).sum() / counts.sum().clamp(min=1) + dice_loss(logits.sigmoid(), true)
 
 
 def dice_loss(probability: Float[Tensor, "b s s"], true: Float[Tensor, "b s s"]) -> Float[Tensor, ""]:
-    """1 - (2 sum p y + 1) / (sum p + sum y + 1), the mean over images."""
+    """1 - (2 sum p y + 1) / (sum p + sum y + 1), averaged over images."""
     shared, both = (probability * true).sum((1, 2)), (probability + true).sum((1, 2))
     return (1 - (2 * shared + 1) / (both + 1)).mean()
 
 
 def near_border(true: Float[Tensor, "b s s"], cells: int) -> Bool[Tensor, "b s s"]:
-    """Where there is both foreground and background within so many cells, over sides and corners."""
+    """Where foreground and background both lie within ``cells`` cells, diagonals included."""
     inside, outside = (F.max_pool2d(part, 2 * cells + 1, stride=1, padding=cells) for part in (true, 1 - true))
     return (inside > 0) & (outside > 0)

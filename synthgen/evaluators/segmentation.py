@@ -1,4 +1,4 @@
-"""Which class each pixel is of, read off frozen patch features."""
+"""Semantic segmentation on frozen patch features."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from synthgen.evaluators._heads import train_head, trunk
 
 __all__ = ["Segmentation"]
 
-_FINER = 4  # heads are trained on a grid so many times as fine as that of the patches
-_LOGITS = 2**24  # numbers at a time where they are enlarged to pixels: 64 MB
+_FINER = 4  # heads are trained on a grid this many times finer than the patch grid
+_LOGITS = 2**24  # logits upsampled to pixels at a time: 64 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
     """Semantic segmentation by a linear head and by a small decoder, scored by mean IoU over classes.
 
-    The linear head is one layer from a patch's features to its class scores, enlarged bilinearly; the decoder narrows
-    them to ``width``, looks round with two 3 x 3 convolutions and gives 4 x 4 scores a patch. Both learn by
-    cross-entropy and are scored at the size of the encoder's input. A class's IoU counts the pixels of all test images
-    together; ``miou`` is the mean over the classes that test images show, the background among them.
+    The linear head is one layer from a patch's features to its class scores, upsampled bilinearly; the decoder
+    projects features to ``width``, applies two 3 x 3 convolutions and gives 4 x 4 scores per patch. Both are trained
+    with cross-entropy and scored at the encoder's input size. A class's IoU pools the pixels of all test images;
+    ``miou`` is the mean over the classes present in the test images, background included.
     """
 
     needs: ClassVar[Need] = "patches"
     baselines: ClassVar[tuple[Baseline, ...]] = ("random", "pixels")
 
-    decoder: bool = True  # train the decoder as well
-    width: int = 64  # of the decoder
-    seeds: int = 3  # trainings, of which the score is the mean
-    steps: int = 400  # of a training
-    batch_size: int = 16  # images a step
+    decoder: bool = True  # also train the decoder
+    width: int = 64  # channels of the decoder
+    seeds: int = 3  # number of trainings; the score is their mean
+    steps: int = 400  # training steps
+    batch_size: int = 16  # images per step
     learning_rate: float = 0.1  # of the linear head, whose problem is convex
     decoder_learning_rate: float = 5e-3  # of the decoder
     weight_decay: float = 0.01  # of both
@@ -52,7 +52,7 @@ class Segmentation:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
-        """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, the same of the decoder.
+        """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, and the same of the decoder.
 
         Raises:
             ConfigError: there are no images with masks, or no mask has a pixel.
@@ -63,12 +63,17 @@ class Segmentation:
             of_decoder = self.score(train, test, data.device, decoder=True)
             named = {f"decoder_{name}": value for name, value in of_decoder.items()}
             first = {name: numbers[name] for name in ("miou", "low", "high")}
-            numbers = {**first, "decoder_miou": named["decoder_miou"], **numbers, **named}  # a console cuts off the end
+            numbers = {
+                **first,
+                "decoder_miou": named["decoder_miou"],
+                **numbers,
+                **named,
+            }  # first, as a console truncates the line
         shown = float(len(torch.unique(test.pixels)))
         return {**numbers, "classes": shown, "images": float(len(test)), "seeds": float(self.seeds)}
 
     def score(self, train: DenseFeatures, test: DenseFeatures, device: str, *, decoder: bool) -> dict[str, float]:
-        """The numbers of one kind of head."""
+        """Train and score one kind of head."""
         counts = []
         for seed in range(self.seeds):
             head = self.train(train, device, seed=seed, decoder=decoder)
@@ -76,12 +81,12 @@ class Segmentation:
         once = np.ones((1, len(test)))
         scores = [float(mean_iou(*count, once)[0]) for count in counts]
         low, high = interval(lambda times: np.mean([mean_iou(*count, times) for count in counts], axis=0), len(test))
-        # what is predicted and true, over what is true, of all classes
+        # correctly classified pixels over all pixels
         right = float(np.mean([shared.sum() / true.sum() for shared, _, true in counts]))
         return {"miou": float(np.mean(scores)), "low": low, "high": high, **spread(scores), "pixel_accuracy": right}
 
     def train(self, scenes: DenseFeatures, device: str, *, seed: int, decoder: bool) -> nn.Module:
-        """A head that gives class scores on a grid, for patches as they are in ``scenes``."""
+        """Train a head that gives class scores on a grid, on the patches of ``scenes``."""
         num_channels, grid = scenes.patches.shape[1:3]
         num_classes = len(scenes.classes)
         finer = min(_FINER, max(1, scenes.pixels.shape[1] // grid))
@@ -117,7 +122,7 @@ Counts = tuple[Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"], Float64[n
 
 
 def count_pixels(head: nn.Module, scenes: DenseFeatures, device: str) -> Counts:
-    """For each image and class the pixels that are predicted and true, that are predicted, and that are true."""
+    """Per image and class, the pixels that are correct, that are predicted, and that are true."""
     num_classes, size = len(scenes.classes), scenes.pixels.shape[1]
     known = 0
     counts = np.zeros((3, len(scenes), num_classes))
@@ -143,7 +148,7 @@ def mean_iou(
     true: Float64[np.ndarray, "n c"],
     times: Float64[np.ndarray, "b n"],
 ) -> Float64[np.ndarray, " b"]:
-    """The mean IoU over the classes with true pixels, where image i is there ``times[:, i]`` times."""
+    """Mean IoU over the classes with true pixels, with image i counted ``times[:, i]`` times."""
     both, found, there = times @ shared, times @ predicted, times @ true
     iou = both / np.maximum(found + there - both, 1)
     shown = there > 0
@@ -158,6 +163,6 @@ def _enlarged(scores: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c
 
 
 def _sampled(pixels: Int16[Tensor, "n S S"], side: int) -> Int16[Tensor, "n s s"]:
-    """The class at the middle of each cell of a coarser grid."""
+    """The class at the centre of each cell of a coarser grid."""
     places = ((torch.arange(side) + 0.5) * pixels.shape[1] / side).long()
     return pixels[:, places][:, :, places]

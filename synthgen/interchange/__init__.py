@@ -12,12 +12,13 @@ from typing import Any
 
 from synthgen import __version__, codecs
 from synthgen.config import dump
-from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
+from synthgen.errors import ConfigError, CorruptFile, StaleArtifact
 from synthgen.interchange.formats import WRITERS, Export, Sample
 from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
-from synthgen.stages.shards import content_of, source_of
+from synthgen.stages._units import content_of, need_masks
+from synthgen.stages.shards import source_of
 from synthgen.stores import parse_location, temporaries
 from synthgen.stores.tar import is_abandoned, read_tar, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
@@ -87,12 +88,7 @@ def export_dataset(
 
 def _masked_units(run: Run) -> list[int]:
     units = run.units("images")
-    missing = sorted(set(units) - set(run.units("masks")))
-    if missing:
-        raise MissingArtifact(
-            f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
-            f"run: {run.remedy('masks')}"
-        )
+    need_masks(run, units)
     return units
 
 

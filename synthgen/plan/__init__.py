@@ -62,10 +62,10 @@ class StagePlan:
     images: int  # that it makes, packs or looks at; of a training those that it sees, each as often as it does
     images_left: int
     basis: str  # of these numbers
-    seconds: Estimate | None = None  # of one worker for what is left; None: not measured
+    seconds: Estimate | None = None  # of one worker for what is left, with its start; None: not measured
     start_seconds: float | None = None  # of every worker, before its first image
     workers: int | None = None  # that there will be; None: as many as the engine finds
-    at_best_seconds: Estimate | None = None  # for what is left with these workers, if none slows another down
+    at_best_seconds: Estimate | None = None  # with these workers, and the start, if none slows another down
     memory: Estimate | None = None  # bytes, of each worker
     sample: str = ""  # what was measured, such as "48 images in 3 rounds"
     bytes: dict[str, Estimate] = field(default_factory=dict)  # of each artifact, whole
@@ -115,17 +115,17 @@ def plan(
     engine: EngineLike = None,
     workers: int = 0,
     measure: bool = True,
-    images: int = 0,
+    sample: int = 0,
     describe: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Count what a pipeline will make, and measure a sample of it. Nothing is written to its run.
 
     Args:
         pipeline: with the stage ``generate`` or ``attend``.
-        engine: instead of the pipeline's.
+        engine: instead of the pipeline's; see :meth:`~synthgen.pipeline.Pipeline.resolve_engine`.
         workers: that will share the work; 0: as many as the engine would take here.
         measure: make a sample; without it there are counts alone, and no model is loaded.
-        images: of the sample, at most; 0: three batches, or what can be drawn in about a minute.
+        sample: images of it, at most; 0: three batches, or what can be drawn in about a minute.
         describe: is told what is counted or made, before it is.
 
     Raises:
@@ -133,8 +133,9 @@ def plan(
         MissingArtifact, PromptError, StaleArtifact, ConfigError, MissingWeights: what the run would be refused for.
     """
     first = first_of(pipeline)
-    engines = [check_engine(stage, engine or pipeline.engine) for stage in pipeline.stages]
-    most = images or ROUNDS * first.batch_size * getattr(first, "window", 1)
+    engine = pipeline.resolve_engine(engine)
+    engines = [check_engine(stage, engine) for stage in pipeline.stages]
+    most = sample or ROUNDS * first.batch_size * getattr(first, "window", 1)
     describe(f"counting {', '.join(first.source_names())}")
     survey = _survey(first, most, Run(parse_location(pipeline.run), pipeline.seed))
     notes: list[str] = []
@@ -145,9 +146,9 @@ def plan(
     total = counts[lines.index(first)].images
     device = ""
     if measure and any(counted.units_left for counted in counts):
-        seconds = inf if images else SECONDS
-        with sampled(survey, seed=pipeline.seed, most=min(most, total), seconds=seconds) as sample:
-            device = _measure(lines, counts, engines, sample, workers, plans, describe)
+        seconds = inf if sample else SECONDS
+        with sampled(survey, seed=pipeline.seed, most=min(most, total), seconds=seconds) as made:
+            device = _measure(lines, counts, engines, made, workers, plans, describe)
     notes += [f"{plan.stage}: {plan.unknown}" for plan in plans if plan.unknown]
     whole = _sum(made for plan in plans for made in plan.bytes.values())
     free = _free(pipeline.run)
@@ -240,7 +241,7 @@ def _estimated(plan: StagePlan, stage: Stage, counted: Counts, took: Took, engin
         memory += f", in batches of {took.batch}; those of the pipeline are of {asked} and will take more"
     return replace(
         plan,
-        seconds=_scaled(took.rounds, counted.images_left, basis),
+        seconds=_scaled(took.rounds, counted.images_left, basis, once),
         start_seconds=took.start_seconds,
         workers=there,
         at_best_seconds=_scaled(took.rounds, slowest, basis, once) if there else None,

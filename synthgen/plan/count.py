@@ -171,7 +171,7 @@ class _Line:
             self._compare_settings(stage)
         else:
             self.run.check(stage)
-        done = [self.run.made(name, self.run.artifact(name)["fingerprint"]) for name in stage.artifacts()]
+        done = [self.run.finished_units(name, self.run.artifact(name)["fingerprint"]) for name in stage.artifacts()]
         return sorted(set.intersection(*done))
 
     def _compare_settings(self, stage: Stage) -> None:

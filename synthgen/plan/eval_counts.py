@@ -156,7 +156,10 @@ def _side(stage: Evaluate, run: Run, name: str, needs: Collection[Need], own: Lo
     if not given and own is not None:
         if not own.captioned:
             split = "train" if name == "train" else "val"
-            raise ConfigError(f"{run.path} will have no shards/{split}: give shards a val_ratio above 0, or --{name}")
+            raise ConfigError(
+                f"{run.path} will have no image in shards/{split}; plan more images, change the val_ratio of "
+                f"stages.shards, or give --{name}"
+            )
         masked = own.masked if OF_SCENES & set(needs) else 0
         captioned = own.captioned if "pairs" in needs and name == "test" else 0
         return replace(own, images=max(masked, captioned, own.labelled if OF_LABELLED & set(needs) else 0))

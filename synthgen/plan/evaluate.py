@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from synthgen.config import Choice
 from synthgen.devices import devices_for
 from synthgen.errors import MissingArtifact
-from synthgen.models.tower import encoder_folder
+from synthgen.models.transformers_encoder import encoder_folder
 from synthgen.plan.eval_counts import Judged, Looked
 from synthgen.plan.files import repeated
 from synthgen.plan.meter import Meter, Took

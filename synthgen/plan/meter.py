@@ -13,6 +13,7 @@ from typing import Any
 
 from synthgen.devices import devices_for
 from synthgen.errors import SynthgenError
+from synthgen.progress import Progress
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
 from synthgen.text import counted
@@ -91,13 +92,13 @@ class Meter:
         self._spawned, self._before = spawned, _resident()["VmRSS"]
         self.start_seconds = 0.0
 
-    def work(self, stage: Stage, run: Run, tick: Callable[[int], None] = lambda count: None) -> list[float]:
+    def work(self, stage: Stage, run: Run, progress: Progress | None = None) -> list[float]:
         """Do ``stage``; the seconds of each unit."""
         stage = stage.complete()
         taken = []
         with run.claim(stage) as claimed:
-            stage.prepare(claimed)
-            worker = Worker(device=devices_for(stage)[0], tick=tick)
+            stage = stage.prepare(claimed)
+            worker = Worker(device=devices_for(stage)[0], progress=progress or Progress())
             with stage.open(claimed, worker) as work:
                 self.start_seconds = self.start_seconds or time.time() - self._spawned
                 for unit in stage.plan(claimed):

@@ -19,6 +19,7 @@ from synthgen.plan.evaluate import measure_evaluation
 from synthgen.plan.files import TarFiles, TrainingFiles, repeated, tar_files, training_files
 from synthgen.plan.meter import Meter, Took, in_a_process
 from synthgen.plan.source import Pictures
+from synthgen.progress import Progress
 from synthgen.prompts import Survey
 from synthgen.run import Run
 from synthgen.stages import Stage
@@ -184,9 +185,19 @@ def _steps(stage: Pretrain, batch: int, count: int, run: Run, meter: Meter) -> l
         snapshots=0,
         trackers=(),
     )
-    ends: list[float] = []
-    meter.work(stage, run, lambda images: ends.append(time.perf_counter()))
-    return [(after - before) / batch for before, after in pairwise(ends)]
+    steps = _StepTimes()
+    meter.work(stage, run, steps)
+    return [(after - before) / batch for before, after in pairwise(steps.ends)]
+
+
+class _StepTimes(Progress):
+    """When each training step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def advance(self, count: int) -> None:
+        self.ends.append(time.perf_counter())
 
 
 def _evaluate(stage: Evaluate, sample: Sample, counted: Counts, meter: Meter) -> Took:

@@ -22,7 +22,7 @@ from synthgen.errors import ConfigError, MissingArtifact, PromptError
 from synthgen.prompt_copy import PromptCopy
 from synthgen.prompts import Survey, find_words
 from synthgen.records import Prompt
-from synthgen.stores import open_here, parse_location
+from synthgen.stores import open_here, parse_location, walk_files
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import Member, TarWriter, iter_samples, read_member
 from synthgen.untrusted import read_file
@@ -172,7 +172,8 @@ def _beside(folder: Path, most: int) -> tuple[int, list[Loose]]:
     tables = list[str]()
 
     def images() -> Iterator[tuple[str, Caption]]:
-        for name in _names(folder):
+        for path in walk_files(folder, hidden=False):
+            name = path.relative_to(folder).as_posix()
             if name.rpartition("/")[2] in TABLES:
                 tables.append(name)
             elif _is_image(name):
@@ -215,21 +216,6 @@ def _drawn(items: Iterable[tuple[str, Caption]], most: int) -> tuple[int, list[t
 
 def _lot(name: str) -> bytes:
     return blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-
-
-def _names(folder: Path, under: str = "") -> Iterator[str]:
-    """The names of all files in a folder that no dot hides, each with the way to it."""
-    if isinstance(folder, RemotePath):
-        yield from (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-        return
-    with os.scandir(folder / under) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _names(folder, f"{under}{entry.name}/")
-            else:
-                yield under + entry.name
 
 
 def _is_image(name: str) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["render"]
 def render(found: Plan, *, whole: bool = False) -> str:
     """A plan as plain text of at most 100 columns, without a newline at its end.
 
-    With ``whole`` nothing of a row is cut: for files and pipes.
+    With ``whole`` rows are not truncated: for files and pipes.
     """
     return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
@@ -23,7 +23,7 @@ def _blocks(found: Plan, whole: bool) -> Iterator[list[str]]:
     prompts = f"{counted(found.prompts, 'prompts')}, " if found.prompts else ""
     yield wrap(f"{found.file}: {prompts}{counted(found.images, 'images')} for {found.run} (seed {found.seed})")
     yield table(
-        ("stage", "units", "left", "images", "left", ""),
+        ("stage", "units", "units left", "images", "images left", ""),
         [(stage.stage, *_numbers(stage), stage.unknown or stage.basis) for stage in found.stages],
         right=(1, 2, 3, 4),
         whole=whole,
@@ -31,15 +31,15 @@ def _blocks(found: Plan, whole: bool) -> Iterator[list[str]]:
     measured = [stage for stage in found.stages if stage.seconds]
     if measured:
         rows = [_row(stage) for stage in measured]
-        rows.append(("sum", *_range(found.seconds, duration), "", _value(found.at_best_seconds, duration), "", ""))
-        head = ("what is left", "one worker", "between", "workers", "at best", "memory", "measured")
+        rows.append(("total", *_range(found.seconds, duration), "", _value(found.at_best_seconds, duration), "", ""))
+        head = ("remaining", "1 worker", "range", "N", "N workers (lower bound)", "memory", "sample")
         yield table(head, rows, right=(1, 2, 3, 4, 5), whole=whole)
         disk = [(name, made) for stage in measured for name, made in stage.bytes.items()]
         rows = [(name, *_range(made, _size), made.basis) for name, made in disk]
         rows.append(
-            ("sum", *_range(found.bytes, _size), "" if found.disk_free is None else f"{size(found.disk_free)} are free")
+            ("total", *_range(found.bytes, _size), "" if found.disk_free is None else f"{size(found.disk_free)} free")
         )
-        yield table(("when all is done", "bytes", "between", ""), rows, right=(1, 2), whole=whole)
+        yield table(("finished run", "bytes", "range", ""), rows, right=(1, 2), whole=whole)
         yield list(_remarks(found, measured))
     yield [line for note in found.notes for line in wrap(f"note: {note}")]
 
@@ -61,15 +61,15 @@ def _row(stage: StagePlan) -> tuple[str, ...]:
 
 
 def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
-    """What the figures stand on, and how far they go."""
+    """The basis of the figures and their limits."""
     yield from wrap(
-        f"Extrapolated from a sample that was made on {found.device} and deleted. The bounds are those of its cheapest "
-        "and dearest rounds: what varies later, or elsewhere, is not in them."
+        f"Extrapolated from a sample that was generated on {found.device} and deleted. Ranges span its fastest and "
+        "slowest rounds; variation later in the run or on other machines is not included."
     )
     starts = ", ".join(f"{stage.stage} {duration(stage.start_seconds)}" for stage in measured if stage.start_seconds)
     yield from wrap(
-        f"At best: with so many workers of the engine {found.engine}, if none slows another down; the start of each is "
-        f"in it ({starts})."
+        f"The lower bound is for N workers of the engine {found.engine} that do not slow each other down. All times "
+        f"include the start of a worker ({starts})."
     )
     for stage in measured:
         if stage.seconds and ";" in stage.seconds.basis:
@@ -79,7 +79,7 @@ def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
         if stage.memory is not None:
             of.setdefault(stage.memory.basis, []).append(stage.stage)
     for basis, stages in of.items():
-        yield from wrap(f"Memory of each worker of {', '.join(stages)}: {basis}.")
+        yield from wrap(f"Memory per worker of {', '.join(stages)}: {basis}.")
 
 
 def _range(estimate: Estimate | None, shown: Callable[[float], str]) -> tuple[str, str]:

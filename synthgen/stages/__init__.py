@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import build, dump
+from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.redact import redacted
 from synthgen.registry import Registry
@@ -17,26 +19,29 @@ from synthgen.registry import Registry
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["STAGES", "Stage", "Work", "Worker", "make_stage", "unhashed"]
+__all__ = ["STAGES", "Stage", "Work", "Worker", "make_stage", "runtime_field", "unhashed"]
 
 Work = Callable[[int], Report]
 
 
 @dataclass(frozen=True)
 class Worker:
-    """The process that a unit is worked on in."""
+    """The process that works on a unit."""
 
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
-    tick: Callable[[int], None] = lambda count: None  # say that ``count`` more samples are made, for the progress bar
-    skip: Callable[[int], None] = lambda count: None  # say that an earlier call made ``count`` samples of this unit
-    describe: Callable[[str], None] = lambda text: None  # a remark beside the bar, such as the loss
+    progress: Progress = dataclasses.field(default_factory=Progress)  # for ``advance``, ``skip`` and ``describe``
 
 
 def unhashed(default: Any) -> Any:
     """A setting that may differ between two calls on one run, because it changes no result (only speed or display)."""
     return dataclasses.field(default=default, metadata={"unhashed": True})
+
+
+def runtime_field() -> Any:
+    """A field that :meth:`Stage.prepare` fills and ``dataclasses.replace`` resets to None; it is not a setting."""
+    return dataclasses.field(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,23 @@ class Stage(ABC):
         """
         return self
 
-    def prepare(self, run: Run) -> None:
-        """Called once before the units, when inputs and settings have been checked."""
+    def check_sources(self, run: Run) -> None:
+        """Check that what the stage reads beside the artifacts of ``run`` is there. Nothing is written.
+
+        Raises:
+            SynthgenError: something is missing or cannot be read.
+        """
+
+    def prepare(self, run: Run) -> Self:
+        """Called once before the units, when inputs and settings have been checked; the stage to work with."""
+        return self
+
+    def with_runtime(self, **values: Any) -> Self:
+        """A copy whose fields declared by :func:`runtime_field` have these values."""
+        stage = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(stage, name, value)
+        return stage
 
     def source_names(self) -> tuple[str, ...]:
         """What the stage works from, for people: artifacts of its run, and what it was given beside them."""
@@ -85,7 +105,7 @@ class Stage(ABC):
         names = self.artifacts()
         if not names or type(self).done is not Stage.done:
             return [unit for unit in self.plan(run) if not self.done(run, unit)]
-        done = [run.made(name, run.artifact(name)["fingerprint"]) for name in names]
+        done = [run.finished_units(name, run.artifact(name)["fingerprint"]) for name in names]
         return [unit for unit in self.plan(run) if not all(unit in units for units in done)]
 
     def done(self, run: Run, unit: int) -> bool:

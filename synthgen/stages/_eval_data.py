@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from synthgen.evaluators import OF_LABELLED, OF_SCENES, EvalData, Need, Row
+from synthgen.evaluators import OF_LABELLED, OF_SCENES, EvalData, Evaluator, Need, Row, json_safe
 from synthgen.evaluators._extraction import (
     Extracted,
     Extractor,
@@ -19,10 +19,15 @@ from synthgen.evaluators._extraction import (
     pictured,
     scenes,
 )
-from synthgen.stages._eval_sources import Source, looked_at, placed, thinned
-from synthgen.stages._eval_warnings import doubts, doubts_of_masks
+from synthgen.records import WordMasks
+from synthgen.run import Run
+from synthgen.stages._eval_sources import Source, looked_at, masks_to_judge, placed, thinned
+from synthgen.stages._eval_warnings import doubts, doubts_of_masks, doubts_of_words
 
-__all__ = ["gathered", "telling"]
+if TYPE_CHECKING:
+    from synthgen.stages.evaluate import Evaluate
+
+__all__ = ["ReadMasks", "gathered", "scores_of_masks", "telling"]
 
 Parts = dict[Row, dict[str, Any]]  # of the data of each kind of row
 
@@ -90,6 +95,42 @@ def gathered(
     return {kind: EvalData(**part) for kind, part in parts.items()}
 
 
+class ReadMasks(Mapping[str, WordMasks]):
+    """Masks by key; ``words`` are those of the masks that were read, in lower case, and whether any has pixels."""
+
+    def __init__(self, masks: Mapping[str, WordMasks]) -> None:
+        self._masks = masks
+        self.words: dict[str, bool] = {}
+
+    def __getitem__(self, key: str) -> WordMasks:
+        masks = self._masks[key]
+        for word, mask in zip(masks.words, masks.values, strict=True):
+            self.words[word.lower()] = self.words.get(word.lower(), False) or bool(mask.any())
+        return masks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+
+def scores_of_masks(
+    stage: Evaluate, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
+) -> dict[str, Any]:
+    """The scores of masks by those of the evaluators that judge them; what is doubtful goes into ``result``.
+
+    Raises:
+        ConfigError: see :func:`~synthgen.stages._eval_sources.masks_to_judge`.
+    """
+    predicted, truth = map(ReadMasks, masks_to_judge(stage, run, result))
+    data = EvalData(predicted=predicted, truth=truth)
+    judges = {name: one for name, one in evaluators.items() if one.needs == "masks"}
+    found = {name: json_safe(evaluator.evaluate(data)) for name, evaluator in judges.items()}
+    result["warnings"] += doubts_of_words(predicted.words, truth.words)
+    return found
+
+
 def telling(data: EvalData, describe: Callable[[str], None], what: str) -> EvalData:
     """The data for the evaluation ``what``, which is described now and, if it is a long one, on its way."""
     describe(what)
@@ -134,7 +175,7 @@ def _add_mapped(
                 part |= {
                     f"{name}_images": pictured(found[name].drawn, numbers, keys),
                     "reader": extractor.generator,
-                    "fresh": kind == "random generator",
+                    "random_init": kind == "random generator",
                 }
         if "generator" in parts:
             parts["generator"][f"{name}_latents"] = as_latents(found[name], numbers, keys)

@@ -77,7 +77,7 @@ def extractor_of(
     from synthgen.evaluators._extraction import Extractor
     from synthgen.loader import workers_for
     from synthgen.models.dual import load_dual_encoder
-    from synthgen.models.tower import open_encoder
+    from synthgen.models.transformers_encoder import open_encoder
     from synthgen.train.loop import seed_everything
 
     needs, kinds = frozenset(one.needs for one in evaluators), rows_of(stage, folder, evaluators).values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthgen.codecs import decode_masks, decode_meta
-from synthgen.errors import ConfigError
+from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.records import WordMasks
 from synthgen.run import Run, digest
 from synthgen.stages._integrity import check_there
-from synthgen.stores import parse_location
+from synthgen.stages._layout import split_again
+from synthgen.stores import parse_location, walk_files
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import read_tar
+from synthgen.text import counted
+from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
@@ -28,6 +32,7 @@ __all__ = [
     "Source",
     "looked_at",
     "masks_to_judge",
+    "missing_split",
     "open_source",
     "placed",
     "spread_out",
@@ -94,14 +99,23 @@ class Source:
                 "or a folder with a subfolder for each class"
             )
 
-    def need_classes_of(self, train: Source) -> None:
+    def need_classes_of(self, train: Source, *, same_run: bool) -> None:
         """See that some class of these is known from training images.
 
         Raises:
-            MissingInput: none is.
+            MissingInput: none is; in shards of the same run names agree, and classes have too few images.
         """
-        known, asked = (set(source.labels.values()) for source in (train, self))
+        known, asked = (Counter(source.labels.values()) for source in (train, self))
         if not known & asked:
+            most = max((known + asked).values())
+            if same_run or most == 1:
+                each = (
+                    f"each of the {len(known + asked)} classes has {'at most ' * (most > 1)}{counted(most, 'images')}"
+                )
+                raise MissingInput(
+                    f"training and test images share no class, for {each}; make more of each in another run "
+                    "(generate takes --images-per-prompt), or give --train and --test"
+                )
             few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
             raise MissingInput(
                 f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
@@ -162,6 +176,27 @@ def _opened(name: str, path: str, stamp: str) -> Source:
     return Source(name, path)
 
 
+def missing_split(run: Run, split: str, option: str) -> MissingArtifact:
+    """The error that the run's shards have no such split: why, and what helps."""
+    entry, samples = run.find_artifact("shards"), _samples_of_splits(run)
+    if entry is None or not samples or split in samples:
+        return MissingArtifact(
+            f"{run.path} has no shards/{split}; first run: {run.remedy('shards')}, or give --{option}"
+        )
+    ratio, count = entry["settings"].get("val_ratio", 0), counted(sum(samples.values()), "images")
+    why = f"got none of the {count} (val_ratio {ratio:g}); make more images" if ratio else "is empty (val_ratio 0)"
+    return MissingArtifact(f"the {split} split of {run.path} {why}, or {split_again(run)}, or give --{option}")
+
+
+def _samples_of_splits(run: Run) -> dict[str, int]:
+    """The samples of each split, by ``dataset.json``; empty where it is not there or cannot be read."""
+    try:
+        splits = read_json(read_file(run.folder("shards") / "dataset.json"), MAX_BYTES)["splits"]
+        return {name: int(split["samples"]) for name, split in splits.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 def stamps(stage: Evaluate, run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     """What tells the images and masks of an evaluation from others, without reading any.
 
@@ -193,11 +228,11 @@ def stamp_of(source: str) -> str:
     if isinstance(place, RemotePath):
         return digest(list(source_inputs(source).values()))
     # with their folders, which are the labels where images lie in them
-    files = tars_of(source) or sorted(file for file in place.rglob("*") if file.is_file())
-    return digest([_told(file) for file in files])
+    files = tars_of(source) or sorted(file for file in walk_files(place) if file.is_file())
+    return digest([_file_state(file) for file in files])
 
 
-def _told(file: Path) -> list[str | int]:
+def _file_state(file: Path) -> list[str | int]:
     about = file.stat()
     return [file.as_posix(), about.st_size, about.st_mtime_ns]
 
@@ -289,6 +324,7 @@ def masks_to_judge(
         raise ConfigError(f"no key of the predicted masks is among those of {stage.truth}")
     if shared < len(truth):
         result["warnings"].append(f"{len(truth) - shared} of {len(truth)} true masks have no prediction beside them")
+    result["masks"] = {"images": shared}
     return predicted, truth
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from synthgen.evaluators._extraction import Extracted
     from synthgen.stages._eval_sources import Source
 
-__all__ = ["doubts", "doubts_of_masks"]
+__all__ = ["doubts", "doubts_of_masks", "doubts_of_words"]
 
 
 def doubts(sources: Mapping[str, Source], kept: Mapping[str, Sequence[str]]) -> list[str]:
@@ -50,6 +50,21 @@ def doubts_of_masks(found: Mapping[str, Extracted], masked: Mapping[str, Sequenc
             f"their masks in test images ({boxes}) count as not found where classes are told apart"
         )
     return told
+
+
+def doubts_of_words(predicted: Mapping[str, bool], truth: Mapping[str, bool]) -> list[str]:
+    """What makes scores of masks doubtful: true words that have pixels and are not among the predicted words.
+
+    Args:
+        predicted: words, and whether any mask of them has pixels.
+        truth: the same of the true masks.
+    """
+    true = [word for word, has_pixels in truth.items() if has_pixels]
+    unknown = sorted(set(true) - predicted.keys())
+    if not unknown:
+        return []
+    are = "are not among the predicted words and count" if len(unknown) > 1 else "is not a predicted word and counts"
+    return [f"{len(unknown)} of the {counted(len(true), 'true words')} {are} 0 (names must agree): {_list(unknown)}"]
 
 
 def _with(found: Extracted) -> str:

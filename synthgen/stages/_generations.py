@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -40,7 +41,8 @@ def write_unit(
         for batch in batches:
             if writing is not None:
                 writing.result()
-            writing = pool.submit(_write, batch, images, maps, tick)
+            writing = pool.submit(_write, deque(batch), images, maps, tick)
+            del batch  # each image is freed when it is written, while the next ones are drawn
         if writing is not None:
             writing.result()
         to_try = [reason for key, reason in images.failed.items() if key not in unreadable]
@@ -49,8 +51,10 @@ def write_unit(
     return Report(unit, images.count, notes=images.notes)
 
 
-def _write(batch: Sequence[Generation], images: UnitWriter, maps: UnitWriter, tick: Callable[[int], None]) -> None:
-    for generation in batch:
+def _write(batch: deque[Generation], images: UnitWriter, maps: UnitWriter, tick: Callable[[int], None]) -> None:
+    count = len(batch)
+    while batch:
+        generation = batch.popleft()
         key = generation.request.key
         if generation.failed:
             images.fail(key, generation.failed)
@@ -59,4 +63,4 @@ def _write(batch: Sequence[Generation], images: UnitWriter, maps: UnitWriter, ti
         maps.add(key, codecs.encode_maps(generation.maps))
         if generation.warnings:
             images.note("samples with warnings")
-    tick(len(batch))
+    tick(count)

@@ -51,7 +51,7 @@ def find_start(name: str, method: str) -> Start:
         MissingWeights: the model cannot be fetched.
         CorruptFile: what describes the training cannot be read.
     """
-    from synthgen.models.tower import encoder_folder
+    from synthgen.models.transformers_encoder import encoder_folder
 
     folder = parse_location(name)
     of_training = any((folder / part).exists() for part in ("settings.yaml", "metrics.jsonl", "checkpoints"))
@@ -75,7 +75,7 @@ def find_start(name: str, method: str) -> Start:
 def option_inputs(method: Choice) -> dict[str, str]:
     """Hashes of the encoders that options of a method name, and of the ``tokenizer.json`` of one that reads texts."""
     from synthgen.methods import METHODS
-    from synthgen.models.tower import is_tower
+    from synthgen.models.transformers_encoder import is_tower
 
     reads_texts, found = METHODS.load(method.name).reads_texts, {}
     for option, value in method.options.items():
@@ -163,11 +163,11 @@ def begin(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) 
 
 
 def _encoder(folder: Path) -> VisionTransformer:
-    from synthgen.models.adopted import adopt
-    from synthgen.models.tower import is_tower
+    from synthgen.models.transformers_encoder import is_tower
+    from synthgen.models.transformers_vit import from_transformers
     from synthgen.models.vit import load_encoder
 
-    return adopt(folder) if is_tower(folder) else load_encoder(folder)
+    return from_transformers(folder) if is_tower(folder) else load_encoder(folder)
 
 
 def _check_shape(name: str, theirs: EncoderConfig, ours: EncoderConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.records import sample_key
 from synthgen.run import Run, digest
 
-__all__ = ["Shard", "lay_out", "split_of"]
+__all__ = ["Shard", "lay_out", "split_again", "split_of"]
 
 _MOST = 10_000  # samples of a unit: a key has four digits for them
 
@@ -51,7 +52,7 @@ def lay_out(
     """Every shard, those of train first. The done marks of the image units are read, and no tar.
 
     Of ``units`` alone, where they are given; with ``content``, which is what
-    :func:`~synthgen.stages.shards.content_of` said of them, no other images are laid out for them.
+    :func:`~synthgen.stages._units.content_of` said of them, no other images are laid out for them.
 
     Raises:
         MissingArtifact: there is no image.
@@ -104,6 +105,12 @@ def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> array[int]:
 def split_of(run: Run, key: str, val_ratio: float) -> str:
     """The split of a sample: "val" for a share of ``val_ratio`` of all, else "train"."""
     return "val" if _draw(run, "split", key) < val_ratio * 2**64 else "train"
+
+
+def split_again(run: Run) -> str:
+    """What gives a few images a val split, in words: packed shards keep the split that they have."""
+    path, folder = shlex.quote(str(run.path)), shlex.quote(str(run.folder("shards")))
+    return f"delete {folder} and run: synthgen shards --val-ratio 0.3 --run {path}"
 
 
 def _draw(run: Run, purpose: str, name: str | int) -> int:

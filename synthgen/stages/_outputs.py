@@ -38,13 +38,13 @@ def save_outputs(
     Raises:
         StorageError: it cannot be written.
     """
-    from synthgen.export import export_encoder
+    from synthgen.models.transformers_vit import save_transformers
     from synthgen.models.vit import save_encoder
 
     method.export(folder)
     save_encoder(method.encoder, folder, **about)
     if export:
-        export_encoder(method.encoder, folder / _EXPORTED)
+        save_transformers(method.encoder, folder / _EXPORTED)
     hashes = {"sha256": sha256_of(folder / "encoder.safetensors"), "beside": weights_beside(folder)}
     write_json(folder / "done.json", {**done, **hashes, "versions": versions()})
 
@@ -66,9 +66,9 @@ def export_missing(folder: Path) -> None:
         CorruptFile: the encoder cannot be read.
         StorageError: it cannot be written.
     """
-    from synthgen.export import export_encoder
+    from synthgen.models.transformers_vit import save_transformers
     from synthgen.models.vit import load_encoder
 
     if not (folder / _EXPORTED / "preprocessor_config.json").is_file():  # the last one that is written
-        export_encoder(load_encoder(folder), folder / _EXPORTED)
+        save_transformers(load_encoder(folder), folder / _EXPORTED)
         logger.info("%s is written, of a training that was finished before", folder / _EXPORTED)

@@ -1,4 +1,4 @@
-"""Where each word of a caption looks in an image that exists already."""
+"""Record cross-attention maps for existing images, from their captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,40 +28,53 @@ if TYPE_CHECKING:
 
 __all__ = ["Attend"]
 
-_MAX_WORDS = 255  # what an image of labels can tell apart
-_LONGEST = 2.0  # the longest side against the shortest at which the network sees an image
-_ADVICE = re.compile(r"; (?:delete|get|give|name) .*", re.DOTALL)  # to mend a sample: its run would refuse the new one
+_MAX_WORDS = 255  # the most values of a label image
+_LONGEST = 2.0  # the largest aspect ratio at which the network processes an image
+_ADVICE = re.compile(r"; (?:delete|get|give|name) .*", re.DOTALL)  # how to repair a sample: the run would refuse it
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """An image in the two sizes that are needed of it, so that a photo is not kept at its own."""
+
+    request: Request
+    seen: UInt8[np.ndarray, "h w 3"]  # what the network sees
+    stored: UInt8[np.ndarray, "H W 3"]
+    failed: str = ""  # why there is no image; empty: there is one
 
 
 @dataclass(frozen=True)
 class Attend(Stage):
-    """Make the record of ``generate`` for images that exist, from their captions.
+    """Record the maps of ``generate`` for existing images, from their captions.
 
-    ``images`` is a WebDataset tar, a pattern of tars, a folder of them, or a folder of images. A caption is a member
-    ``txt`` or stands in ``json``; in a folder it is listed in ``metadata.jsonl`` or ``metadata.csv``, or in a ``.txt``
-    beside its image. ``words`` to look for may be listed with it; else it is read as a line of a prompt file. Each
-    image is noised to every one of ``timesteps`` and seen by the network once at each. With ``inversion_steps`` it is
-    carried to noise without chance instead, as DiffusionSeg reportedly does, and recorded on the way.
+    ``images`` is a WebDataset tar, a pattern of tars, a folder of tars, or a folder of images. In a tar, the caption is
+    the member ``txt`` or a field of ``json``; in a folder, it is listed in ``metadata.jsonl`` or ``metadata.csv``, or
+    in a ``.txt`` next to the image. ``words`` to mask may be listed with it; otherwise the caption is parsed as a line
+    of a prompt file. Each image is noised to every one of ``timesteps``, with one network call each. With
+    ``inversion_steps`` it is inverted to noise deterministically instead, as DiffusionSeg reportedly does, and
+    attention is recorded on the way.
 
-    The network sees the whole image, and so maps and masks are of the whole image. What cannot be read, the image or in
-    a tar its caption, is left out with its reason; a unit may be left empty. ``source`` in the image's json is its own
-    name, so that masks can be held against true ones.
+    The network processes the whole image, so maps and masks cover all of it. Unreadable images, and in tars unreadable
+    captions, are left out with the reason; a unit may end up empty. ``source`` in the image's json is its original
+    name, so that masks can be compared with ground truth.
     """
 
     name: ClassVar = "attend"
     reads: ClassVar = ()
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
-    window: ClassVar[int] = 4  # batches that are held at once, to see images of one shape together
+    window: ClassVar[int] = 4  # batches held at once, to group images of one shape
 
-    images: str = field(metadata={"unhashed": True})  # their names and sizes count, not where they lie
-    metadata: str = unhashed("")  # a file that lists captions, and which images of the folder count; its content counts
-    caption: str = ""  # for images without one, such as "a photo of a {label}"; the label is the word to look for
-    limit: int = 0  # at most so many images; 0: all
-    fit: Literal["aspect", "stretch"] = "aspect"  # keep proportions (up to 2 : 1), or see all at the model's own size
-    max_side: int = 1024  # pixels; a larger image is stored smaller, and has its masks at that size; 0: as it is
+    images: str = field(metadata={"unhashed": True})  # their names and sizes count, not their location
+    metadata: str = unhashed("")  # file that lists captions and selects images of the folder; its content counts
+    caption: str = ""  # for images without one, such as "a photo of a {label}"; the label is the word to mask
+    limit: int = 0  # maximum number of images; 0: all
+    fit: Literal["aspect", "stretch"] = (
+        "aspect"  # aspect: keep proportions (up to 2 : 1); stretch: the model's own size
+    )
+    max_side: int = 1024  # pixels; larger images, and their masks, are stored at this size; 0: no limit
     timesteps: tuple[int, ...] = (50, 100, 200)
-    inversion_steps: int = 0  # more than 0: no noise, but a deterministic inversion in so many steps
+    inversion_steps: int = 0  # above 0: deterministic inversion in this many steps instead of noise
     unit_size: int = 64
     batch_size: int = unhashed(16)
     backbone: Choice = Choice("tiny")
@@ -88,30 +101,39 @@ class Attend(Stage):
             raise ValueError(f"caption {self.caption!r} cannot be read: {error}") from None
 
     def source_names(self) -> tuple[str, ...]:
-        """The images."""
+        """The source of the images."""
         return (self.images,)
 
     def complete(self) -> Attend:
-        """With every option of the backbone."""
+        """The same with every option of the backbone spelled out."""
         return replace(self, backbone=BACKBONES.complete(self.backbone, "device"))
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Names and sizes of the files; of a folder of images the captions too."""
+        """Names and sizes of the files; for a folder of images also the captions."""
         from synthgen.datasets import CaptionedFolder, source_inputs
 
         found = {"images": digest(list(source_inputs(self.images).values()))}
-        _dataset.cache_clear()  # a caption may have been mended since an earlier call of this process
+        _dataset.cache_clear()  # captions may have changed since an earlier call in this process
         samples = self._samples()
         if isinstance(samples, CaptionedFolder):
-            said = [[one.texts, one.words, samples.label(number)] for number, one in enumerate(samples.said)]
-            found["captions"] = digest(said)
+            captions = [[one.texts, one.words, samples.label(number)] for number, one in enumerate(samples.said)]
+            found["captions"] = digest(captions)
         return found
 
-    def prepare(self, run: Run) -> None:
-        """See that every image of a folder has a caption, and in tars at least one; the others are read unit by unit.
+    def check_sources(self, run: Run) -> None:
+        """Check the images and their captions.
 
         Raises:
-            PromptError: of a folder one has none, or a listed word does not stand in it; of tars not one can be used.
+            MissingArtifact, PromptError, ConfigError: they are not there, or :meth:`prepare` would refuse them.
+        """
+        self.inputs(run)
+        self.prepare(run)
+
+    def prepare(self, run: Run) -> Self:
+        """Check that every image of a folder has a caption, and in tars at least one; other captions are read per unit.
+
+        Raises:
+            PromptError: in a folder a caption is missing or lacks a listed word; in tars no caption can be used.
         """
         from synthgen.datasets import CaptionedFolder
 
@@ -121,15 +143,16 @@ class Attend(Stage):
             try:
                 prompt_of(samples, number, self.caption)
                 if not is_folder:
-                    return
+                    return self
             except PromptError as error:
                 if is_folder:
                     raise
                 first = first or error
             except CorruptFile:
-                continue  # it is left out, as an image that cannot be read
+                continue  # it will be left out, like an unreadable image
         if first is not None:
             raise PromptError(f"no caption in {self.images} can be used: {first}")
+        return self
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
@@ -141,28 +164,30 @@ class Attend(Stage):
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Load the backbone; then a unit is its images, a few batches at a time."""
+        """Load the backbone once; a unit is then processed a few batches at a time."""
         from synthgen.diffusion import one_thread
 
         backbone = BACKBONES.build(self.backbone, device=worker.device)
 
+        def window(unit: int, rows: range, unreadable: set[str]) -> list[Generation]:
+            pictures = [self.read(run, unit, row, backbone) for row in rows]
+            unreadable |= {one.request.key for one in pictures if one.failed}
+            return self.look(backbone, pictures)
+
         def batches(unit: int, unreadable: set[str]) -> Iterator[list[Generation]]:
-            held = self.window * self.batch_size
-            for start in range(0, self.size(run, unit), held):
-                rows = range(start, min(start + held, self.size(run, unit)))
-                given = [self.read(run, unit, row) for row in rows]
-                unreadable |= {one.request.key for one in given if one.failed}
-                yield self.look(backbone, given)
+            total, step = self.size(run, unit), self.window * self.batch_size
+            for start in range(0, total, step):
+                yield window(unit, range(start, min(start + step, total)), unreadable)
 
         def work(unit: int) -> Report:
             unreadable: set[str] = set()
-            return write_unit(run, unit, batches(unit, unreadable), worker.tick, unreadable)
+            return write_unit(run, unit, batches(unit, unreadable), worker.progress.advance, unreadable)
 
         with one_thread(worker.device):
             yield work
 
-    def read(self, run: Run, unit: int, row: int) -> Generation:
-        """An image with its request and no maps yet; one that cannot be read, or its caption, has failed."""
+    def read(self, run: Run, unit: int, row: int, backbone: Backbone) -> _Picture:
+        """An image with its request; ``failed`` is set if the image or its caption cannot be read."""
         samples, number, key = self._samples(), unit * self.unit_size + row, sample_key(unit, row)
         request = Request(key, Prompt(""), sample_seed(run.seed, key), samples.key(number))
         try:
@@ -170,28 +195,29 @@ class Attend(Stage):
             request = replace(request, prompt=prompt_of(samples, number, self.caption))
         except (CorruptFile, PromptError) as error:
             reason = _ADVICE.sub("", str(error))
-            return Generation(request, np.zeros((1, 1, 3), np.uint8), _nothing(), failed=reason)
-        return Generation(request, image, _nothing())
+            nothing = np.zeros((1, 1, 3), np.uint8)
+            return _Picture(request, nothing, nothing, failed=reason)
+        return _Picture(request, resize(image, self.seen_size(image, backbone)), shrunk(image, self.max_side))
 
-    def look(self, backbone: Backbone, given: Sequence[Generation]) -> list[Generation]:
-        """The same in the same order, with maps; images of one shape are seen together."""
-        made = list(given)
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for place, one in enumerate(given):
+    def look(self, backbone: Backbone, pictures: Sequence[_Picture]) -> list[Generation]:
+        """The same generations in the same order, with maps; images of one shape share batches."""
+        made = [Generation(one.request, one.stored, _nothing(), failed=one.failed) for one in pictures]
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for place, one in enumerate(pictures):
             if not one.failed:
-                shapes.setdefault(self.seen_size(one.image, backbone), []).append(place)
-        for size, places in shapes.items():
+                shapes.setdefault(one.seen.shape, []).append(place)
+        for places in shapes.values():
             for start in range(0, len(places), self.batch_size):
                 few = places[start : start + self.batch_size]
-                pixels = np.stack([resize(given[place].image, size) for place in few])
-                requests = [given[place].request for place in few]
+                pixels = np.stack([pictures[place].seen for place in few])
+                requests = [pictures[place].request for place in few]
                 records = backbone.attend(pixels, requests, self.timesteps, self.inversion_steps)
                 for place, record in zip(few, records, strict=True):
-                    made[place] = replace(record, image=shrunk(given[place].image, self.max_side))
+                    made[place] = replace(record, image=pictures[place].stored)
         return made
 
     def seen_size(self, image: UInt8[np.ndarray, "H W 3"], backbone: Backbone) -> tuple[int, int]:
-        """Height and width, in pixels, at which the network sees an image."""
+        """Height and width, in pixels, at which the network processes an image."""
         if self.fit == "stretch":
             return backbone.size
         return fitted_size((image.shape[0], image.shape[1]), backbone.size, backbone.multiple)
@@ -205,10 +231,10 @@ class Attend(Stage):
 
 
 def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
-    """The prompt of an image that exists: its caption, and the words that are listed or that a prompt line would mark.
+    """The prompt of an existing image: its caption, and the listed words or those that a prompt line would mark.
 
     Raises:
-        PromptError: it has no caption and ``template`` gives none, or a listed word does not stand in it.
+        PromptError: there is neither a caption nor a ``template``, or the caption lacks a listed word.
     """
     from synthgen.captions import LONGEST
 
@@ -235,7 +261,7 @@ def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
 def _from_template(template: str, label: str | None) -> Prompt:
     if not template:
         raise ValueError(
-            "it has no caption; give it a txt (a member of its tar, or a file beside it), or a row in metadata.jsonl, "
+            "it has no caption; give it a txt (a member of its tar, or a file next to it), or a row in metadata.jsonl, "
             "or one to all that have none with --caption 'a photo of a {label}'"
         )
     if "{label}" not in template:
@@ -251,7 +277,7 @@ def _from_template(template: str, label: str | None) -> Prompt:
 def fitted_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width with about the proportions of ``shape`` and the area of ``size``, multiples of ``multiple``.
 
-    Beyond 2 : 1 the proportions are those of 2 : 1. What has the proportions of ``size`` gets ``size`` itself.
+    Proportions beyond 2 : 1 become 2 : 1. An image with the proportions of ``size`` gets exactly ``size``.
     """
     ratio = min(max(shape[1] / shape[0], 1 / _LONGEST), _LONGEST)
     if math.isclose(ratio, size[1] / size[0]):
@@ -262,7 +288,7 @@ def fitted_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) ->
 
 
 def shrunk(image: UInt8[np.ndarray, "H W 3"], max_side: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The image, no side of it longer than ``max_side`` pixels (0: however long)."""
+    """The image with no side longer than ``max_side`` pixels (0: no limit)."""
     longest = max(image.shape[:2])
     if not max_side or longest <= max_side:
         return image
@@ -276,7 +302,7 @@ def _nothing() -> Maps:
 
 @lru_cache(maxsize=2)
 def _dataset(source: str, metadata: str) -> ImageDataset:
-    """Opened once; every unit asks for its size."""
+    """The dataset, opened once for all units."""
     from synthgen.datasets import open_captioned
 
     return open_captioned(source, metadata)

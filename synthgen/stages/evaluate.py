@@ -14,12 +14,13 @@ from synthgen.config import Choice
 from synthgen.errors import MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
-from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
 from synthgen.stages._eval_rows import backbone_of, encoder_name, extractor_of, judges, rows_of
-from synthgen.stages._eval_sources import MissingInput, Source, looked_at, masks_to_judge, open_source, stamp_of, stamps
+from synthgen.stages._eval_sources import MissingInput, Source, looked_at, missing_split, open_source, stamp_of, stamps
 from synthgen.stages._integrity import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stages._loader_errors import explaining_lost_workers
 from synthgen.stages._scores import changed, newest, read_scores, text_tower_hash
+from synthgen.stages._sources import find_dataset, find_encoder
 from synthgen.stores.tar import write_json
 from synthgen.untrusted import visible
 
@@ -47,7 +48,6 @@ class Evaluate(Stage):
     writes: ClassVar = ("evaluate",)
     collective: ClassVar = True
     accelerated: ClassVar = True
-    _known: ClassVar[dict[tuple[str, str], str] | None] = None  # what ``once`` found, from ``prepare`` on
 
     encoder: str = ""  # folder of a training, folder or hub id of a vision transformer; the run's newest training
     train: str = ""  # tar, pattern or folder to learn from; the run's shards/train
@@ -69,6 +69,7 @@ class Evaluate(Stage):
     batch_size: int = unhashed(128)
     verify: bool = unhashed(True)  # read the run's shards once before, and see that they are as they were written
     num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
+    _known: dict[tuple[str, str], str] | None = runtime_field()  # what :meth:`once` found
 
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "cls"):
@@ -182,7 +183,7 @@ class Evaluate(Stage):
         else:
             for source in sources.values():
                 source.need_labels()
-            sources["test"].need_classes_of(sources["train"])
+            sources["test"].need_classes_of(sources["train"], same_run=not (self.train or self.test))
 
     def judges_images(self, run: Run) -> bool:
         """Whether it is asked what images give, and not only how good masks are."""
@@ -195,7 +196,7 @@ class Evaluate(Stage):
             MissingArtifact: there is none.
             MissingInput: an evaluator judges generators alone, and none is named.
         """
-        from synthgen.models.tower import encoder_folder
+        from synthgen.models.transformers_encoder import encoder_folder
 
         if not self.judges_images(run):
             return None
@@ -226,9 +227,7 @@ class Evaluate(Stage):
         for name, split in self.splits(run).items():
             given, own = getattr(self, name), run.folder("shards") / split
             if not given and not any(own.glob("*.tar")):
-                raise MissingArtifact(
-                    f"{run.path} has no shards/{split}; make shards with a val_ratio above 0, or give --{name}"
-                )
+                raise missing_split(run, split, name)
             path = given or str(own)
             found[name] = open_source(name, path, self.stamp(path))
         return found
@@ -245,26 +244,17 @@ class Evaluate(Stage):
             self._known[name] = look()
         return self._known[name]
 
-    @contextmanager
-    def looking_once(self) -> Iterator[None]:
-        """Within it :meth:`once` keeps what it found, also before :meth:`prepare`."""
-        before = self._known
-        object.__setattr__(self, "_known", {} if before is None else before)
-        try:
-            yield
-        finally:
-            object.__setattr__(self, "_known", before)
-
     def inputs(self, run: Run) -> dict[str, str]:
         """The encoder's hash, that of its text tower, and what tells the images and masks from others."""
+        if self._known is None:
+            return self.with_runtime(_known={}).inputs(run)
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
-        with self.looking_once():
-            if folder is not None:
-                found["encoder"] = self.once(("encoder", str(folder)), lambda: encoder_hash(folder))
-                if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
-                    found["text tower"] = self.once(("text tower", str(folder)), lambda: text_tower_hash(folder))
-            return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
+        if folder is not None:
+            found["encoder"] = self.once(("encoder", str(folder)), lambda: encoder_hash(folder))
+            if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
+                found["text tower"] = self.once(("text tower", str(folder)), lambda: text_tower_hash(folder))
+        return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
 
     def path(self, run: Run) -> Path:
         """The file that gets the scores."""
@@ -293,23 +283,30 @@ class Evaluate(Stage):
         before = read_scores(self.path(run))
         return bool(before) and before.get("fingerprint") == self.fingerprint(run)
 
-    def prepare(self, run: Run) -> None:
+    def check_sources(self, run: Run) -> None:
+        """Check the images, the masks and the encoder that are given."""
+        for source in (self.train, self.test, self.truth, self.predicted):
+            find_dataset(source, run)
+        find_encoder(self.encoder, run)
+
+    def prepare(self, run: Run) -> Self:
         """See that nothing is overwritten and that there is what the evaluators need.
 
         Raises:
             StaleArtifact: the file holds other scores.
             ConfigError: see :meth:`chosen`.
         """
-        object.__setattr__(self, "_known", {})  # what others change from here on is seen when this is done
-        self.chosen(run)
-        path = self.path(run)
+        stage = self.with_runtime(_known={})  # what others change from here on is seen when this is done
+        stage.chosen(run)
+        path = stage.path(run)
         before = read_scores(path)
-        if before and before.get("fingerprint") != self.fingerprint(run):
-            told = changed(before, self.fingerprinted(), self.inputs(run))
+        if before and before.get("fingerprint") != stage.fingerprint(run):
+            told = changed(before, stage.fingerprinted(), stage.inputs(run))
             raise StaleArtifact(
                 f"{path} holds scores made differently (changed: {told}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
             )
+        return stage
 
     def size(self, run: Run, unit: int) -> int:
         """Images to look at."""
@@ -347,7 +344,8 @@ class Evaluate(Stage):
             }
             write_json(self.path(run), result)
             notes = {f"evaluators left out ({', '.join(skipped)})": len(skipped)} if skipped else {}
-            return Report(unit, self.size(run, unit), time.perf_counter() - started, notes=notes)
+            count = self.size(run, unit) if of_images else result["masks"]["images"]
+            return Report(unit, count, time.perf_counter() - started, notes=notes)
 
         yield work
 
@@ -374,25 +372,20 @@ class Evaluate(Stage):
         extractor = extractor_of(self, run, folder, worker, evaluators.values())
         if self.generator and extractor.generator is None:
             result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
-        data = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.tick, result)
+        data = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.progress.advance, result)
         if extractor.generator is not None:
             result["generator"] = extractor.generator.describe()
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
                 if judges(evaluator, kind):
-                    given = telling(data[kind], worker.describe, f"{name} of {row}")
+                    given = telling(data[kind], worker.progress.describe, f"{name} of {row}")
                     result["scores"][row][name] = json_safe(evaluator.evaluate(given))
         if folder is not None:
             result["encoder"] = self.encoder or str(folder)
 
     def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
         """Scores of the masks."""
-        from synthgen.evaluators import EvalData, json_safe
+        from synthgen.stages._eval_data import scores_of_masks
 
-        predicted, truth = masks_to_judge(self, run, result)
-        result["scores"]["masks"] = {
-            name: json_safe(evaluator.evaluate(EvalData(predicted=predicted, truth=truth)))
-            for name, evaluator in evaluators.items()
-            if evaluator.needs == "masks"
-        }
+        result["scores"]["masks"] = scores_of_masks(self, run, evaluators, result)

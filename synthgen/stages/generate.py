@@ -1,4 +1,4 @@
-"""Ask a backbone for images and keep where each word looked."""
+"""Generate images and record the cross-attention map of each marked word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice
@@ -91,7 +91,17 @@ class Generate(Stage):
         """
         return None if self.prompts else open_copy(run.path, _begun(run)["inputs"]["prompts"])
 
-    def prepare(self, run: Run) -> None:
+    def check_sources(self, run: Run) -> None:
+        """Check the prompt file, or the run's own copy.
+
+        Raises:
+            MissingArtifact, PromptError, CorruptFile: it is not there, or cannot be read.
+        """
+        self.inputs(run)
+        if not self.prompts:
+            self.prepare(run)
+
+    def prepare(self, run: Run) -> Self:
         """Put the run's own copy of its prompts down, which is what workers read; or see that it is whole.
 
         Raises:
@@ -101,6 +111,7 @@ class Generate(Stage):
             keep_copy(run.path, iter_prompts(*self._files()), self._content())
         else:
             check_copy(run.path, run.artifact("images")["inputs"]["prompts"])
+        return self
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
@@ -140,7 +151,7 @@ class Generate(Stage):
                 yield backbone.generate(requests[start : start + self.batch_size])
 
         with one_thread(worker.device):
-            yield lambda unit: write_unit(run, unit, batches(unit), worker.tick)
+            yield lambda unit: write_unit(run, unit, batches(unit), worker.progress.advance)
 
     def _files(self) -> list[str]:
         return [name for name in (self.prompts, self.template) if name]

@@ -1,38 +1,43 @@
-"""Turn where each word looked into masks the size of the image, from stored maps alone."""
+"""Turn stored attention maps into full-resolution masks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, UInt8
 
 from synthgen import codecs
 from synthgen.attention.words import words_cut_off
 from synthgen.config import Choice
-from synthgen.errors import CorruptFile, MissingArtifact
+from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.mask_quality import attention_figures, disagreement, sharpness
 from synthgen.records import Generation, Maps, Report, WordMasks
 from synthgen.refiners import REFINERS, Refiner
+from synthgen.refiners.threshold import Threshold
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
+from synthgen.stages._units import units_without_maps
 from synthgen.tallies import CUT_OFF, Tallies
 
 __all__ = ["Masks"]
 
-COMPARED = 256  # pixels of the long side, at most, on which refined masks are compared with plain ones
+logger = logging.getLogger(__name__)
+
+COMPARED = 256  # maximum long side, in pixels, at which refined masks are compared with thresholded ones
 
 
 @dataclass(frozen=True)
 class Masks(Stage):
-    """One mask for every marked word, with figures of how far it can be trusted (see :mod:`synthgen.mask_quality`).
+    """One mask for every marked word, with its quality figures (see :mod:`synthgen.mask_quality`).
 
-    Words compete: a pixel belongs to one word at most. A mask is dropped where the word's map cannot tell where the
-    word is, where it covers less than ``min_area`` or more than ``max_area`` of the image, or where its confidence is
-    below ``min_confidence``: it is stored empty, with the reason. The sample stays.
+    Words compete: a pixel belongs to at most one word. A mask is dropped if the word's map does not localise the word,
+    if the mask covers less than ``min_area`` or more than ``max_area`` of the image, or if its confidence is below
+    ``min_confidence``. A dropped mask is stored empty with the reason; the sample stays.
     """
 
     name: ClassVar = "masks"
@@ -40,11 +45,11 @@ class Masks(Stage):
     writes: ClassVar = ("masks",)
 
     refine: Choice = Choice("threshold")
-    min_area: float = 0.005  # share of the image
-    max_area: float = 0.8  # what covers more is hardly an object; where attention is turned round, this catches it
-    min_contrast: float = 0.05  # of a map: its highest cell less its lowest, as a share of the highest
-    max_peak: float = 0.5  # of a map: the share of its attention, above that of the lowest cell, that one cell may hold
-    min_confidence: float = 0.0  # 0 drops none; what is worth dropping depends on the model
+    min_area: float = 0.005  # drop masks smaller than this fraction of the image
+    max_area: float = 0.8  # drop masks larger than this fraction; also catches inverted attention
+    min_contrast: float = 0.05  # least contrast of a map: (highest cell - lowest) / highest
+    max_peak: float = 0.5  # largest share of a map that one cell may hold, after subtracting the lowest cell
+    min_confidence: float = 0.0  # drop masks of lower confidence; 0: none; the right value depends on the model
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_area < self.max_area <= 1:
@@ -59,8 +64,19 @@ class Masks(Stage):
             raise ValueError(f"min_confidence must be at least 0 and below 1, not {self.min_confidence}")
 
     def complete(self) -> Masks:
-        """With every option of the refiner."""
+        """The same with every option of the refiner spelled out."""
         return replace(self, refine=REFINERS.complete(self.refine))
+
+    def prepare(self, run: Run) -> Self:
+        """Warn of units that have images and no maps: they get no masks."""
+        without = units_without_maps(run)
+        if without:
+            logger.warning(
+                "%d of %d units of %s have images and no maps, and get no masks (first: %06d); "
+                "run: %s and then this command again",
+                len(without), len(run.units("images")), run.path, without[0], run.remedy("images"),
+            )  # fmt: skip
+        return self
 
     def plan(self, run: Run) -> list[int]:
         """The units that have both images and maps."""
@@ -75,14 +91,14 @@ class Masks(Stage):
         return int(mark["count"]) if mark else 0
 
     def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
-        """Images of each unit, from marks that are read together."""
+        """Images of each unit, from done marks read in one pass."""
         counts = {unit: int(mark["count"]) for unit, mark in run.iter_marks("images")}
         return {unit: counts.get(unit, 0) for unit in units}
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Build the refiner; then a unit is its samples one by one."""
-        refiner, plain = REFINERS.build(self.refine), REFINERS.build(Choice("threshold"))
+        """Build the refiner once; a unit is then processed sample by sample."""
+        refiner, plain = REFINERS.build(self.refine), Threshold()
 
         def work(unit: int) -> Report:
             tallies = Tallies()
@@ -96,37 +112,38 @@ class Masks(Stage):
                     masks.note("words cut off", len(lost))
                     reasons = [*found.dropped, *[CUT_OFF] * len(lost)]
                     tallies.count(prompt.label or "", [*found.words, *lost], reasons)
-                    worker.tick(1)
+                    worker.progress.advance(1)
+                    del found  # before the next image's masks are made
                 masks.about["tallies"] = tallies.plain()
                 count = masks.count
             return Report(unit, count, notes=masks.notes)
 
         yield work
 
-    def mask(self, refiner: Refiner, plain: Refiner, generation: Generation) -> WordMasks:
-        """The masks of one sample, measured; ``plain`` makes those that the refined ones are compared with.
+    def mask(self, refiner: Refiner, plain: Threshold, generation: Generation) -> WordMasks:
+        """The masks of one sample with their figures; ``plain`` makes the masks that they are compared with.
 
         Raises:
-            ConfigError: they would be too many, or too large, for anyone to read again.
+            ConfigError: the masks would be too many, or too large, to be read back.
         """
         codecs.check_masks(len(generation.maps.words), generation.image.shape[:2], generation.request.key)
         image, maps, faults = generation.image, generation.maps, self.faults(generation.maps)
-        step = -(-max(image.shape[:2]) // COMPARED)
-        few = image[::step, ::step]
-        values = np.zeros((len(maps.words), *image.shape[:2]), bool)
-        others = np.zeros((len(maps.words), *few.shape[:2]), bool)
+        size, step = image.shape[:2], -(-max(image.shape[:2]) // COMPARED)
+        some_pixels = slice(step // 2, None, step)
+        values = np.zeros((len(maps.words), *size), bool)
+        others = np.zeros_like(values[:, some_pixels, some_pixels])
         told = [index for index, fault in enumerate(faults) if not fault]
-        if told:  # the other maps say nothing, and refiners may refuse them
+        if told:  # the other maps are unusable, and refiners may refuse them
             some = Maps(tuple(maps.words[index] for index in told), maps.weights[told], maps.affinity)
-            values[told], others[told] = refiner.refine(image, some), plain.refine(few, some)
+            values[told], others[told] = refined(refiner, image, some), plain.sample(size, some, step)
         kept = self.keep(values, maps, faults)
-        apart = disagreement(kept.values[:, ::step, ::step], others)
+        apart = disagreement(kept.values[:, some_pixels, some_pixels], others)
         return replace(kept, sharpness=sharpness(image, kept.values), disagreement=apart)
 
     def keep(self, values: Bool[np.ndarray, "words H W"], maps: Maps, faults: Sequence[str] | None = None) -> WordMasks:
-        """Empty the masks that are not worth keeping, each with its reason, and measure the attention of the others.
+        """Drop unusable masks, each with its reason, and measure the attention of the others.
 
-        ``faults`` is what :meth:`faults` says of the maps, for those who know it already.
+        ``faults`` is the result of :meth:`faults` if it is known already.
         """
         reasons = list(self.faults(maps) if faults is None else faults)
         kept = values.copy()
@@ -140,13 +157,13 @@ class Masks(Stage):
         return WordMasks(maps.words, kept, scores, tuple(reasons), confidence)
 
     def faults(self, maps: Maps) -> list[str]:
-        """For each word why its map cannot tell where the word is, or ""."""
+        """For each word why its map does not localise it, or ""."""
         if not np.isfinite(maps.affinity).all():
             return ["broken map: the self-attention holds NaN or infinity"] * len(maps.words)
         return [self.fault_of_map(weights.astype(np.float64)) for weights in maps.weights]
 
     def fault_of_map(self, weights: Float64[np.ndarray, "h w"]) -> str:
-        """Why a map cannot tell where its word is, or ""."""
+        """Why a map does not localise its word, or ""."""
         if not weights.size:
             return "broken map: it has no cells"
         if not np.isfinite(weights).all():
@@ -162,7 +179,7 @@ class Masks(Stage):
         return ""
 
     def fault_of_mask(self, area: float, confidence: float) -> str:
-        """Why a mask that covers so much is not worth keeping, or ""."""
+        """Why a mask of this area and confidence is dropped, or ""."""
         if not area:
             return "empty: no pixel is the word's"
         if area < self.min_area:
@@ -178,7 +195,7 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
     """The samples of a unit, images and maps joined by key.
 
     Raises:
-        CorruptFile: a tar is unreadable, or the two do not hold the same keys.
+        CorruptFile: a tar is unreadable, or the two tars hold different keys.
     """
     for (key, image), (other, maps) in zip(run.read("images", unit), run.read("maps", unit), strict=True):
         if key != other:
@@ -190,3 +207,18 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
             yield codecs.decode_generation(key, image, maps)
         except CorruptFile as error:
             raise CorruptFile(f"{run.tar('images', unit)} or {run.tar('maps', unit)}: {error}") from None
+
+
+def refined(refiner: Refiner, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
+    """What a refiner makes of one image, checked, as it may be another package's.
+
+    Raises:
+        ConfigError: it is not one boolean mask per word of the image's size, or words share a pixel.
+    """
+    found, wanted = refiner.refine(image, maps), (len(maps.words), *image.shape[:2])
+    if not isinstance(found, np.ndarray) or found.shape != wanted or found.dtype != bool:
+        given = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+        raise ConfigError(f"the refiner {type(refiner).__name__} returned {given}; its contract is bool {wanted}")
+    if len(found) > 1 and (found.sum(axis=0, dtype=np.uint8) > 1).any():
+        raise ConfigError(f"the refiner {type(refiner).__name__} gave a pixel to two words; it may go to one")
+    return found

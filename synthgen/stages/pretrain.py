@@ -8,19 +8,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from synthgen.config import Choice, build
 from synthgen.devices import devices_for, place
 from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
 from synthgen.stages._data_check import looked_at_first, side_of, tell_sizes
 from synthgen.stages._init_weights import begin, option_inputs, start_inputs
 from synthgen.stages._integrity import check_shards, check_there
 from synthgen.stages._loader_errors import explaining_lost_workers
 from synthgen.stages._outputs import export_missing, is_complete, save_outputs
+from synthgen.stages._sources import find_dataset, find_encoder
 from synthgen.stores import filled
 from synthgen.untrusted import visible
 
@@ -59,7 +60,6 @@ class Pretrain(Stage):
     writes: ClassVar = ("pretrain",)
     collective: ClassVar = True
     accelerated: ClassVar = True
-    _seen: ClassVar[tuple[ImageDataset, int] | None] = None  # by ``prepare``: samples, and their size; once is enough
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
@@ -87,6 +87,7 @@ class Pretrain(Stage):
     num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
     trackers: tuple[str, ...] = unhashed(())  # such as tensorboard, wandb; metrics.jsonl is always written
     export: bool = unhashed(True)  # write transformers/ too
+    _samples_and_size: tuple[ImageDataset, int] | None = runtime_field()  # what :meth:`dataset_and_size` says
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -112,14 +113,9 @@ class Pretrain(Stage):
 
     # -- what there is to do
 
-    @property
-    def folder_name(self) -> str:
-        """The folder under ``pretrain/``."""
-        return self.label or self.method.name
-
     def artifacts(self) -> tuple[str, ...]:
         """One folder a training."""
-        return (f"pretrain/{self.folder_name}",)
+        return (f"pretrain/{self.label or self.method.name}",)
 
     @classmethod
     def folder_of(cls, settings: Mapping[str, Any]) -> str:
@@ -190,7 +186,13 @@ class Pretrain(Stage):
         order = self.order(run, len(self.dataset(run)))
         return order.steps * order.batch_size
 
-    def prepare(self, run: Run) -> None:
+    def check_sources(self, run: Run) -> None:
+        """Check ``data`` and ``start``."""
+        for source in self.data:
+            find_dataset(source, run)
+        find_encoder(self.start, run)
+
+    def prepare(self, run: Run) -> Self:
         """See that the method can be built and the data fit it, before anything heavy begins.
 
         Raises:
@@ -204,12 +206,11 @@ class Pretrain(Stage):
         samples = self.dataset(run)
         part = self.order(run, len(samples)).batch_size // self.accumulate  # first: processes meet in it
         looked = looked_at_first(samples)
-        object.__setattr__(self, "_seen", (samples, side_of(looked)))
         method = self.build_method(run, samples, side_of(looked))
         try:
             method.check(looked)
         except ConfigError as error:
-            raise ConfigError(f"{self.folder_name}, {', '.join(self.sources(run))}: {error}") from None
+            raise ConfigError(f"{self.label or self.method.name}, {', '.join(self.sources(run))}: {error}") from None
         if part < method.min_images:
             raise ConfigError(
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
@@ -223,6 +224,7 @@ class Pretrain(Stage):
         check_trackers(self.trackers)
         if self.compile:
             check_compiler()
+        return self.with_runtime(_samples_and_size=(samples, side_of(looked)))
 
     def load_start_weights(self, run: Run, method: Method) -> dict[str, Any]:
         """Put the weights of ``start`` into ``method``; what ``done.json`` says of it."""
@@ -246,7 +248,7 @@ class Pretrain(Stage):
         """Which samples come when. A batch is never larger than the set.
 
         Raises:
-            ConfigError: a step's images cannot be dealt out evenly.
+            ConfigError: a step's images do not divide into equal parts.
         """
         from synthgen.loader import Order
         from synthgen.train.launch import num_processes
@@ -254,10 +256,10 @@ class Pretrain(Stage):
         shares = self.accumulate * num_processes()
         batch_size = min(self.batch_size, length // shares * shares)
         if not batch_size or batch_size % shares:
-            raise ConfigError(
-                f"a step of {self.batch_size} of {length} images cannot be dealt out evenly to {shares} parts "
-                f"(processes times accumulate); choose a batch_size that is a multiple of {shares}"
-            )
+            few = "there are fewer images than parts: lower accumulate, or use fewer processes"
+            remedy = f"choose a batch_size that is a multiple of {shares}" if batch_size else few
+            step = f"a step of {self.batch_size} of {length} images"
+            raise ConfigError(f"{step} does not divide into {shares} parts (processes times accumulate); {remedy}")
         steps = math.ceil(self.samples_seen / batch_size)
         return Order(
             length=length,
@@ -329,7 +331,7 @@ class Pretrain(Stage):
         folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
-        samples, side = self._seen or self.dataset_and_size(run)
+        samples, side = self._samples_and_size or self.dataset_and_size(run)
         method = self.build_method(run, samples, side)
         begun = self.load_start_weights(run, method)
         order = self.order(run, len(samples))
@@ -354,7 +356,7 @@ class Pretrain(Stage):
             compile=self.compile,
         )
         before = training.step * order.batch_size
-        worker.skip(before)
+        worker.progress.skip(before)
         about = {"size": self.encoder.name, "method": self.method.dump()}
         wanted = {order.steps * number // self.snapshots for number in range(1, self.snapshots + 1)} - {0}
 
@@ -367,11 +369,11 @@ class Pretrain(Stage):
         count, loss = 0, float("nan")
         for record in training.run():
             count += record.samples
-            worker.tick(record.samples)
+            worker.progress.advance(record.samples)
             snapshot(record.step)
             if record.figures:
                 loss = record.figures["loss"]
-                worker.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")
+                worker.progress.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if not count:  # killed between the last checkpoint and here: the loss stands in the metrics

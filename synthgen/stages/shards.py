@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,7 +19,15 @@ from PIL import Image
 
 from synthgen import __version__, codecs
 from synthgen.backbones import BACKBONES
-from synthgen.card import MASK_COLUMNS, SCHEMA_VERSION, count_split, dataset_card, parquet_bytes, wids_index
+from synthgen.card import (
+    MASK_COLUMNS,
+    SCHEMA_VERSION,
+    count_split,
+    dataset_card,
+    parquet_bytes,
+    prompt_figures,
+    wids_index,
+)
 from synthgen.columns import Column, unit_of
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
@@ -26,14 +35,17 @@ from synthgen.mask_shape import describe_masks
 from synthgen.prompt_copy import iter_lines
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
-from synthgen.stages import Stage, Work, Worker
-from synthgen.stages._layout import Shard, lay_out
+from synthgen.stages import Stage, Work, Worker, runtime_field
+from synthgen.stages._layout import Shard, lay_out, split_again
+from synthgen.stages._units import content_of, need_masks
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, read_tar, storage_error, write_bytes, write_json
 from synthgen.units import checked_mark
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Shards"]
+
+logger = logging.getLogger(__name__)
 
 _FOREIGN = "The images were not made here: the licence of where they come from holds for them."
 _INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wids index
@@ -50,8 +62,6 @@ class Shards(Stage):
     name: ClassVar = "shards"
     reads: ClassVar[tuple[str, ...]] = ("images", "masks")
     writes: ClassVar = ("shards",)
-    _units: ClassVar[Collection[int] | None] = None  # of images, that ``inputs`` found; it goes to the workers
-    _labels: ClassVar[list[str] | None] = None  # that ``prepare`` found; they too
 
     samples_per_shard: int = 1000
     val_ratio: float = 0.05  # share of the samples that go to val; 0: no val split
@@ -60,6 +70,8 @@ class Shards(Stage):
     quality: int = 95  # of jpg and webp, 1 to 100; png is without loss
     masks: bool = True  # False: no mask.png, and the masks stage need not have run
     instances: bool = True  # the json tells the separate objects of a mask apart; False: each mask is one
+    _units: frozenset[int] | None = runtime_field()  # the image units to pack; later ones go into no shard of this call
+    _labels: list[str] | None = runtime_field()  # the classes, so that workers need not read every json
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -76,31 +88,28 @@ class Shards(Stage):
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the units that are there, so that shards of fewer units are not taken for these.
 
-        It is remembered which they are: what comes later goes into no shard of this call.
-
         Raises:
             MissingArtifact: some images have no masks yet.
+            StaleArtifact: a unit was made with other settings than its artifact.
+            CorruptFile: see :func:`~synthgen.stages._units.content_of`.
         """
         units = run.units("images")
-        object.__setattr__(self, "_units", frozenset(units))
         found = {"units of images": content_of(run, "images", units)}
         if self.masks:
-            missing = sorted(set(units) - set(run.units("masks")))
-            if missing:
-                raise MissingArtifact(
-                    f"{len(missing)} of {len(units)} units of {run.path} have no masks yet (first: {missing[0]:06d}); "
-                    f"run: {run.remedy('masks')}, or leave masks out with --set masks=false"
-                )
+            need_masks(run, units, otherwise=", or leave masks out with --set masks=false")
             found["units of masks"] = content_of(run, "masks", units)
         return found
 
-    def prepare(self, run: Run) -> None:
-        """Find the classes, so that workers need not: for attended images that is one reading of every json.
+    def prepare(self, run: Run) -> Self:
+        """Fix which units are packed, and find the classes: for attended images that is one reading of every json.
 
         Raises:
             CorruptFile: a label cannot be read.
+            StaleArtifact: the units are no longer those that :meth:`inputs` found.
         """
-        object.__setattr__(self, "_labels", _classes(run, self._units))
+        stage = self.with_runtime(_units=frozenset(run.units("images")))
+        stage.layout(run)
+        return stage.with_runtime(_labels=_classes(run, stage._units))
 
     def classes(self, run: Run) -> list[str]:
         """The labels in the order of their numbers; none where a sample may be without."""
@@ -150,7 +159,7 @@ class Shards(Stage):
 
         def work(unit: int) -> Report:
             started = time.perf_counter()
-            packer.pack(shards[unit], worker.tick)
+            packer.pack(shards[unit], worker.progress.advance)
             run.tar("shards", unit).with_suffix(".failed.json").unlink(missing_ok=True)
             return Report(unit, len(shards[unit]), time.perf_counter() - started)
 
@@ -167,6 +176,12 @@ class Shards(Stage):
                 write_json(folder / index, wids_index(run.path.resolve().name, mine))
         description = self.describe(run, rows)
         write_json(folder / "dataset.json", description)
+        if self.val_ratio and "val" not in description["splits"]:
+            logger.warning(
+                "none of the %d samples of %s is in the val split (val_ratio %g), so evaluate has no test images; "
+                "make more images, or %s",
+                sum(row["samples"] for row in rows), run.path, self.val_ratio, split_again(run),
+            )  # fmt: skip
         write_bytes(folder / "README.md", dataset_card(description).encode())
         for note in folder.glob("*.failed.json"):  # of a shard that was made since, by a worker that was killed then
             note.unlink(missing_ok=True)
@@ -174,10 +189,9 @@ class Shards(Stage):
     def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What ``dataset.json`` holds."""
         folder = run.folder("shards")
-        splits = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
-        in_train, in_val = (counts.pop("prompts") for counts in splits.values())
-        prompts = in_train | in_val
-        shared = {"val": len(in_val), "val_in_train": len(in_train & in_val)} if in_train and in_val else {}
+        counted = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
+        splits = {split: counts for split, (counts, _) in counted.items() if counts["samples"]}
+        prompts = prompt_figures(*(prompts for _, prompts in counted.values()))
         classes = self.classes(run)
         members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
         return {
@@ -191,8 +205,8 @@ class Shards(Stage):
             "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
             "made_with": {name: run.artifact(name).get("versions", {}) for name in self.reads},
             "classes": classes,
-            "splits": {split: counts for split, counts in splits.items() if counts["samples"]},
-            "prompts": {"distinct": len(prompts), "examples": sorted(prompts)[:10], **shared},
+            "splits": splits,
+            "prompts": prompts,
             "shards": rows,
             "versions": versions(),
         }
@@ -209,22 +223,6 @@ def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
         units=stage._units if claimed else None,
         content=claimed["inputs"]["units of images"] if claimed else "",
     )
-
-
-def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
-    """A hash of the content of these units, from their done marks.
-
-    Raises:
-        CorruptFile: a unit is not there, or not as long as its mark says.
-    """
-    found = {unit: mark["sha256"] for unit, mark in run.iter_marks(artifact)}
-    for unit in units:
-        if unit not in found:
-            raise CorruptFile(
-                f"{run.tar(artifact, unit)} is missing, cut off, or not the one that was made; "
-                f"delete it and run: {run.remedy(artifact)}"
-            )
-    return digest([[unit, found[unit]] for unit in units])
 
 
 # -- one shard

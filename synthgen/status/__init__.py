@@ -1,4 +1,4 @@
-"""What is done in a run, what failed and why, and what to do next."""
+"""What is done in a run, what failed and why, and what to run next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
 from synthgen.status.samples import Counted, Dropped, Shards, finished_shards
-from synthgen.tallies import Tally
+from synthgen.tallies import CUT_OFF, Tally, kind_of
 
 __all__ = [
     "ArtifactStatus",
@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 _UNIT = re.compile(r"\b(images|maps|masks)/(\d{6})\.tar\b")
-_ORDER = ("generate", "masks", "shards", "pretrain", "evaluate")
+_ORDER = ("generate", "masks", "shards", "pretrain")  # and evaluate, of which there is no artifact
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """All that ``synthgen status`` tells."""
+    """Everything that ``synthgen status`` reports."""
 
     path: Path
     seed: int
@@ -49,32 +49,39 @@ class RunStatus:
     shards: Shards | None = None
     training: tuple[Training, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
-    problems: tuple[str, ...] = ()  # files that should be readable and are not
-    advice: str = ""  # what to do next
+    problems: tuple[str, ...] = ()  # unreadable files
+    advice: str = ""  # what to run next
 
     @property
     def num_failed(self) -> int:
-        """Failed units; those that fill two artifacts count once."""
+        """Failed units; a unit of two artifacts counts once."""
         return len({(artifact.stage, unit) for artifact in self.artifacts for unit in artifact.failures})
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many masks were dropped for which kind of reason, most first."""
+        """Dropped masks by kind of reason, most frequent first; words that were cut off never had one."""
         counts = Counter[str]()
         for tally in self.words:
             counts.update(tally.dropped)
+        del counts[kind_of(CUT_OFF)]
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
+    @property
+    def words_cut_off(self) -> int:
+        """Words without a mask because no text encoder reads as far as they stand."""
+        return sum(tally.dropped.get(kind_of(CUT_OFF), 0) for tally in self.words)
+
     def plain(self) -> dict[str, Any]:
-        """All of it as JSON can hold it: no number is NaN or infinite, those are None."""
-        value: dict[str, Any] = finite(asdict(self) | {"path": str(self.path), "dropped": self.dropped})
+        """All of it as plain data for JSON; NaN and infinity become None."""
+        more = {"path": str(self.path), "dropped": self.dropped, "words_cut_off": self.words_cut_off}
+        value: dict[str, Any] = finite(asdict(self) | more)
         return value
 
 
 def status(run: Run, *, counts: bool = True) -> RunStatus:
-    """Look at a run; nothing is changed, and what cannot be read is named instead of raised.
+    """The status of a run; nothing is changed, and unreadable files are listed in ``problems`` instead of raised.
 
-    Done marks are read; with ``counts`` the tars of masks too, where their marks do not tell them by class and word.
+    Only done marks are read; with ``counts`` also the tars of masks whose marks have no tallies by class and word.
     """
     problems: list[str] = []
     artifacts: dict[str, ArtifactStatus] = {}
@@ -83,14 +90,14 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     for name, entry in entries.items():
         hear = (counted.hear,) if counts and name == "masks" else ()
         artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *hear)
-    looked = counts and "masks" in artifacts
-    labels, words = counted.ranked(run, problems) if looked else ((), ())
-    first = counted.first_dropped(run, problems) if looked else ()
+    has_masks = counts and "masks" in artifacts
+    labels, words = counted.ranked(run, problems) if has_masks else ((), ())
+    first = counted.first_dropped(run, problems) if has_masks else ()
     training = tuple(
         training_in(folder, artifacts.get(f"pretrain/{folder.name}"))
         for folder in sorted(run.folder("pretrain").glob("*/"))
     )
-    judged = evaluations(run, problems)
+    found_scores = evaluations(run, problems)
     found = tuple(artifacts.values())
     return RunStatus(
         run.path,
@@ -101,44 +108,46 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
         first,
         finished_shards(run, problems),
         training,
-        judged,
+        found_scores,
         tuple(problems),
-        _advice(run, found, judged),
+        _advice(run, found, any(one.done for one in training), found_scores),
     )
 
 
-def _advice(run: Run, artifacts: Sequence[ArtifactStatus], evaluations: Sequence[Evaluation]) -> str:
+def _advice(run: Run, artifacts: Sequence[ArtifactStatus], has_encoder: bool, evaluations: Sequence[Evaluation]) -> str:
     where = f"--run {shlex.quote(str(run.path))}"
     for artifact in artifacts:
         if artifact.failures or artifact.done < artifact.planned:
             left = len(artifact.failures) or artifact.planned - artifact.done
-            what = f"does the {left} unit{'s' if left > 1 else ''} that {'are' if left > 1 else 'is'} left"
+            what = f"processes the {f'{left} remaining units' if left > 1 else 'remaining unit'}"
             if artifact.name.startswith("pretrain/"):
-                what = "goes on from its last checkpoint"
+                what = "resumes from its last checkpoint"
             elif artifact.failures:
-                what = f"retries the {f'{left} units' if left > 1 else 'unit'} that failed"
+                what = f"retries the {f'{left} failed units' if left > 1 else 'failed unit'}"
             again = run.remedy(artifact.name)
             if found := _damaged(run, artifact):
                 name, path = found
-                return f"{path} is damaged: delete it, make it again with {run.remedy(name)}, then run {again}"
-            return f"{again}, with the settings that it was begun with: it {what}"
+                return f"{path} is damaged: delete it, regenerate it with {run.remedy(name)}, then run {again}"
+            return f"{again}, with the same settings as before: it {what}"
     made = {artifact.stage for artifact in artifacts if artifact.done}
-    done = {"generate" if stage == "attend" else stage for stage in made} | ({"evaluate"} if evaluations else set())
+    done = {"generate" if stage == "attend" else stage for stage in made} | ({"pretrain"} if has_encoder else set())
     last = max((_ORDER.index(stage) for stage in done if stage in _ORDER), default=-1)
-    if last + 1 == len(_ORDER):
-        return f"all stages are done; look at them: synthgen view {shlex.quote(str(run.path))}"
-    options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(_ORDER[last + 1], "")
-    return f"synthgen {_ORDER[last + 1]} {options}{where}"
+    of_models = any(score.of != "masks" for evaluation in evaluations for score in evaluation.scores)
+    if (has_encoder and of_models) or (not done and evaluations):
+        return f"all stages are done; to see the results: synthgen view {shlex.quote(str(run.path))}"
+    stage = (*_ORDER, "evaluate")[last + 1]
+    options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(stage, "")
+    return f"synthgen {stage} {options}{where}"
 
 
 def _damaged(run: Run, artifact: ArtifactStatus) -> tuple[str, Path] | None:
-    """What a unit failed on, if it is a damaged file that another stage made, and nobody has mended it since."""
+    """The damaged file of an earlier stage that a unit failed on, if it is still damaged."""
     for reason in artifact.failures.values():
         for name, unit in _UNIT.findall(reason) if reason.startswith(CorruptFile.__name__) else ():
             try:
                 run.verify(name, int(unit))
             except CorruptFile:
                 return name, run.tar(name, int(unit))
-            except (SynthgenError, OSError):  # it is gone, which the advice for its own stage is about
+            except (SynthgenError, OSError):  # it is missing: the advice for its own stage covers that
                 continue
     return None

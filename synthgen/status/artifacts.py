@@ -1,4 +1,4 @@
-"""How far each artifact of a run is, from its done marks and what the manifest says of it."""
+"""The progress of each artifact of a run, from its done marks and the run's manifest."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from synthgen.stores import listing
 
 __all__ = ["FEW", "ArtifactStatus", "artifact_status"]
 
-FEW = 3  # samples that are named of all that something happened to
+FEW = 3  # samples that are named as examples
 _SPLITS = ("train", "val")  # folders of shards
 
 
 @dataclass(frozen=True, slots=True)
 class ArtifactStatus:
-    """How far one artifact is, in units and samples."""
+    """The progress of one artifact, in units and samples."""
 
     name: str
-    stage: str  # what makes it
+    stage: str  # that writes it
     done: int  # units
-    planned: int  # units; as many as are known of where the stage cannot say
+    planned: int  # units; the known ones if the stage cannot say
     samples: int = 0
-    seconds: float = 0.0  # of work, summed over workers
+    seconds: float = 0.0  # summed over workers
     bytes: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)  # unit → reason
-    left_out: dict[str, str] = field(default_factory=dict)  # key → reason, of the first few samples that are not in it
+    left_out: dict[str, str] = field(default_factory=dict)  # key → reason, of the first few samples that were left out
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
-        """Samples per second of one worker; 0 where no time was taken."""
+        """Samples per second of one worker; 0 without a measured time."""
         return self.samples / self.seconds if self.seconds else 0.0
 
 
-Hear = Callable[[str, Mapping[str, Any]], None]  # takes what is done, as "000012", and its mark
+Hear = Callable[[str, Mapping[str, Any]], None]  # called with the stem of a done file, such as "000012", and its mark
 
 
 def artifact_status(
@@ -55,13 +55,13 @@ def artifact_status(
     problems: list[str],
     hear: Hear = lambda stem, mark: None,
 ) -> ArtifactStatus:
-    """How far an artifact is. ``hear`` is told of each done mark, of which one at a time is held: there may be many."""
+    """The progress of an artifact. ``hear`` is called with each done mark; only one is held at a time."""
     folder = run.folder(name)
     files = listing(folder)
     failures = {}
     for file in sorted(files):
         if (unit := file.removesuffix(".failed.json")).isdecimal() and unit != file:
-            failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was written down"))
+            failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was recorded"))
     sums = _Sums()
     known = {f"{unit:06d}" for unit in failures}
     for stem, length, mark in _marks(folder, files, problems):
@@ -69,10 +69,10 @@ def artifact_status(
         if length is not None and _is_done(length, mark, entry):
             sums.add(mark)
             if stem.isdecimal():
-                failures.pop(int(stem), None)  # done after all
+                failures.pop(int(stem), None)  # done by a later attempt
             hear(stem, mark)
     planned = _planned(run, entry)
-    if planned is None:  # a stage is mostly as long as what it reads
+    if planned is None:  # a stage mostly has as many units as its inputs
         inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
         planned = max([len(known), *inputs])
     return ArtifactStatus(
@@ -93,7 +93,7 @@ def artifact_status(
 
 @dataclass(slots=True)
 class _Sums:
-    """Of done marks."""
+    """Sums over done marks."""
 
     done: int = 0
     samples: int = 0
@@ -110,7 +110,7 @@ class _Sums:
         for remark, count in (mark.get("notes") or {}).items():
             if count:
                 self.notes[remark] = self.notes.get(remark, 0) + int(count)
-        failed = mark.get("failed")  # of shards it is a count
+        failed = mark.get("failed")  # in shards it is a count
         for key, reason in islice(failed.items(), FEW - len(self.left_out)) if isinstance(failed, dict) else ():
             self.left_out[str(key)] = str(reason)
 
@@ -118,7 +118,7 @@ class _Sums:
 def _marks(
     folder: Path, files: Mapping[str, int], problems: list[str]
 ) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
-    """Each done mark of an artifact: which unit it speaks of, how long the file is that it stands for, what it says.
+    """Each done mark of an artifact: its unit, the length of the file that it marks, and its content.
 
     ``000012.json`` marks a unit, ``train/000012_stats.json`` a shard and ``done.json`` a training.
     """
@@ -134,7 +134,7 @@ def _marks(
 
 
 def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether the file is as long as its mark says, and made with the present settings."""
+    """Whether the file has the length in its mark, and was written with the present settings."""
     counts = [mark.get(name, 0) for name in ("count", "bytes", "seconds", "duration")]
     notes = mark.get("notes") or {}
     sane = isinstance(notes, dict) and all(is_number(one) and math.isfinite(one) for one in (*counts, *notes.values()))
@@ -142,7 +142,7 @@ def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> 
 
 
 def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
-    """How many units the stage plans, or None where it cannot be made again from what the manifest says."""
+    """How many units the stage plans, or None if it cannot be rebuilt from the manifest."""
     try:
         name = str(entry["stage"])
         return build(STAGES.load(name), entry["settings"], where=name).planned(run)

@@ -1,10 +1,10 @@
-"""What was learned in a run: its trainings, and what evaluations found."""
+"""The trainings and evaluations of a run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one evaluator says of one thing."""
+    """The scores of one model by one evaluator."""
 
-    of: str  # such as "mae", or "random encoder" beside it
+    of: str  # the model, such as "mae" or its baseline "random encoder"
     evaluator: str
-    values: dict[str, float]  # the score comes first; ``low`` and ``high`` bound it, NaN where nothing does
+    values: dict[str, float]  # the main metric comes first; ``low`` and ``high`` are its interval, NaN without one
+    test: str = ""  # images or true masks that it is of; empty where the file does not say
 
     @property
     def main(self) -> tuple[str, float]:
-        """The score itself, with its name."""
+        """Name and value of the main metric."""
         return next((item for item in self.values.items() if item[0] not in ("low", "high")), ("", float("nan")))
 
 
@@ -48,12 +49,12 @@ class Evaluation:
 
     name: str
     scores: tuple[Score, ...]
-    warnings: tuple[str, ...] = ()  # what makes the scores doubtful
+    warnings: tuple[str, ...] = ()  # why the scores are doubtful
     seconds: float = 0.0
 
 
 def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
-    """The training of a folder; ``artifact`` is what the manifest says of it, if anything."""
+    """The training in a folder; ``artifact`` is its entry in the manifest, if there is one."""
     rows: list[dict[str, float]] = []
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -62,7 +63,7 @@ def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
     for line in lines:
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # the line that is being written just now
+        except (ValueError, RecursionError):  # a line that is still being written
             continue
         if isinstance(row, dict):
             rows.append({str(key): float(value) for key, value in row.items() if is_number(value)})
@@ -72,18 +73,18 @@ def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
 
 
 def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
-    """What each evaluation of a run found; files that cannot be read are named in ``problems``."""
+    """The evaluations of a run; unreadable files are listed in ``problems``."""
     found = []
     for path in sorted(run.folder("evaluate").glob("*.json")):
         value = read_object(path, problems)
         scores = value.get("scores")
         if not isinstance(scores, dict):
             scores = {key: item for key, item in value.items() if key not in _NOT_SCORES}
-        warnings = value.get("warnings")
+        warnings, tests = value.get("warnings"), _test_sets(value)
         found.append(
             Evaluation(
                 path.stem,
-                tuple(_score_rows(scores)),
+                tuple(replace(row, test=tests[row.of == "masks"]) for row in _score_rows(scores)),
                 tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
                 float(value["seconds"]) if is_number(value.get("seconds")) else 0.0,
             )
@@ -91,13 +92,19 @@ def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
     return tuple(found)
 
 
+def _test_sets(value: Mapping[str, Any]) -> tuple[str, str]:
+    """What the scores of models are of, and what those of masks are, by the settings of an evaluation."""
+    settings = value.get("settings")
+    if not isinstance(settings, dict) or not {"test", "truth"} <= settings.keys():
+        return "", ""
+    return str(settings["test"] or "shards/val"), str(settings["truth"])
+
+
 def _score_rows(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Score]:
-    """The innermost mappings that hold numbers; the keys on the way say of what and by whom."""
+    """The innermost mappings that hold numbers; the keys above them are the model and the evaluator."""
     numbers = {key: float(item) for key, item in value.items() if is_number(item)}
     if numbers:
-        numbers |= {
-            key: nan for key in ("low", "high") if value.get(key, 0) is None
-        }  # an interval that there is none of
+        numbers |= {key: nan for key in ("low", "high") if value.get(key, 0) is None}  # no interval
         yield Score(" ".join(path[:-1]), path[-1] if path else "", numbers)
     for key, item in value.items():
         if isinstance(item, Mapping):

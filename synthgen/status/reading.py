@@ -1,4 +1,4 @@
-"""JSON that may be damaged or wrong, and must not keep a run from being looked at."""
+"""Tolerant reading of JSON: a damaged file must not prevent the status of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["finite", "is_number", "read_object", "read_objects"]
 
 
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The object that a file holds. One that cannot be read is named in ``problems``, and counts as empty."""
+    """The JSON object in a file. An unreadable one is listed in ``problems`` and counts as empty."""
     return _object(path, lambda: read_file(path), problems)
 
 
 def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same of several files of a folder, read together and held one at a time; any that are gone come last."""
+    """The same for several files of a folder, read in batches and held one at a time; missing ones come last."""
     left = dict.fromkeys(names)
     for name, data in read_many(folder, names, MAX_JSON):
         del left[name]
@@ -30,7 +30,7 @@ def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Ite
 
 
 def _gone() -> bytes:
-    raise ValueError("it is gone, or may not be read")
+    raise ValueError("it is missing or may not be read")
 
 
 def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:
@@ -43,12 +43,12 @@ def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> di
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold; NaN and infinity are."""
+    """Whether it is a number that fits a float; NaN and infinity count."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def finite(value: Any) -> Any:
-    """Plain data in which None stands for NaN and infinity: JSON has no word for them."""
+    """Plain data with None for NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

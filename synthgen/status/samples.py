@@ -1,4 +1,4 @@
-"""What a run holds: its masks by class and by word, and its shards."""
+"""The masks of a run by class and by word, and its shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Counted", "Dropped", "Shards", "finished_shards"]
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """What ``shards/dataset.json`` says."""
+    """The content of ``shards/dataset.json``."""
 
     splits: dict[str, int]  # samples
     num_shards: int
@@ -33,7 +33,7 @@ class Shards:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A word of a sample that has no mask, and why."""
+    """A word of a sample without a mask, and the reason."""
 
     key: str
     word: str
@@ -41,39 +41,39 @@ class Dropped:
 
 
 class Counted:
-    """Masks by class and by word: from the done marks as they are read; of units whose marks tell none, from tars."""
+    """Masks by class and by word: from the done marks, or from the tars of units whose marks have no tallies."""
 
     def __init__(self) -> None:
         self._tallies = Tallies()
-        self._told: set[str] = set()  # names of tars
+        self._tallied: set[str] = set()  # names of tars
         self._first: list[Dropped] = []
-        self._named, self._look = 0, dict[str, bool]()  # tars that a few can be named from; whether words were cut off
+        self._named, self._sources = 0, dict[str, bool]()  # tars to take examples from; whether words were cut off
 
     def hear(self, unit: str, mark: Mapping[str, Any]) -> None:
-        """Count what the mark of a unit tells."""
+        """Count the tallies in the mark of a unit."""
         with suppress(ValueError):
             self._tallies.add(mark.get("tallies"))
-            self._told.add(f"{unit}.tar")
+            self._tallied.add(f"{unit}.tar")
             notes = mark.get("notes") or {}
             if (lost := notes.get("dropped", 0) + notes.get("words cut off", 0)) and self._named < FEW:
                 self._named += lost
-                self._look[f"{unit}.tar"] = bool(notes.get("words cut off"))
+                self._sources[f"{unit}.tar"] = bool(notes.get("words cut off"))
 
     def ranked(self, run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
-        """Classes and words, those of most samples first, once all marks have been heard."""
+        """Classes and words, most samples first, once all marks have been counted."""
         folder = run.folder("masks")
-        for name in sorted(listing(folder).keys() - self._told):
+        for name in sorted(listing(folder).keys() - self._tallied):
             if name.endswith(".tar") and name[:1].isdigit():
-                with _telling(problems):
+                with _reporting(problems):
                     for sample in _samples(folder / name, run.folder("images") / name):
                         self._tallies.count(*sample[1:])
                         self._name(*sample)
         return self._tallies.ranked()
 
     def first_dropped(self, run: Run, problems: list[str]) -> tuple[Dropped, ...]:
-        """The first few words without a mask, once all have been counted; they are read from a tar or two."""
-        for name, cut_off in self._look.items():
-            with _telling(problems):
+        """The first few words without a mask, once all marks have been counted; read from one or two tars."""
+        for name, cut_off in self._sources.items():
+            with _reporting(problems):
                 for sample in _samples(run.folder("masks") / name, run.folder("images") / name if cut_off else None):
                     self._name(*sample)
         return tuple(sorted(self._first, key=lambda one: one.key)[:FEW])
@@ -84,7 +84,7 @@ class Counted:
 
 
 @contextmanager
-def _telling(problems: list[str]) -> Iterator[None]:
+def _reporting(problems: list[str]) -> Iterator[None]:
     try:
         yield
     except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
@@ -92,9 +92,9 @@ def _telling(problems: list[str]) -> Iterator[None]:
 
 
 def _samples(masks: Path, images: Path | None) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """Of each sample of a unit its key, its class, its words, and for each of them why there is no mask, or "".
+    """For each sample of a unit its key, class, words, and for each word why it has no mask, or "".
 
-    Without ``images`` no class is known, and no word that was cut off.
+    Without ``images`` neither the class nor words that were cut off are known.
     """
     about = {key: _about(members) for key, members in read_tar(images, ("json",))} if images else {}
     for key, record in [(key, decode_meta(key, members)) for key, members in read_tar(masks, ("json",))]:
@@ -107,13 +107,13 @@ def _samples(masks: Path, images: Path | None) -> Iterator[tuple[str, str, list[
 
 
 def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:
-    """The class of a sample, and the words that it lost before it had maps."""
+    """The class of a sample, and the words that the text encoder cut off."""
     meta = decode_meta("", members)
     return str(meta.get("label") or ""), words_cut_off(str(one) for one in meta.get("warnings") or ())
 
 
 def finished_shards(run: Run, problems: list[str]) -> Shards | None:
-    """What the manifest of the shards says; None where there is none yet."""
+    """The content of the shards' manifest; None if there is none yet."""
     path = run.folder("shards") / "dataset.json"
     if not path.is_file():
         return None

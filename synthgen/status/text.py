@@ -10,7 +10,7 @@ from synthgen.status import Evaluation, RunStatus, Tally, evaluations
 from synthgen.tallies import CUT_OFF, kind_of
 from synthgen.text import counted, duration, plain, size, table, wrap
 
-__all__ = ["render", "scores"]
+__all__ = ["render", "scores", "short_names"]
 
 _MAX_ROWS = 12  # of classes and words each
 
@@ -18,14 +18,17 @@ _MAX_ROWS = 12  # of classes and words each
 def render(state: RunStatus, *, whole: bool = False) -> str:
     """A status as plain text of at most 100 columns, without a newline at its end.
 
-    With ``whole`` rows of tables are as long as they must be, and nothing of them is cut: for files and pipes.
+    With ``whole`` table rows are not truncated: for files and pipes.
     """
     return "\n\n".join("\n".join(block) for block in _blocks(state, whole) if block)
 
 
-def scores(run: Run, *, whole: bool = False) -> list[str]:
-    """The scores of a run's evaluations as lines of a table, ``whole`` as for :func:`render`; none where none are."""
-    return _score_block(evaluations(run, []), whole)
+def scores(run: Run, name: str = "", *, whole: bool = False) -> list[str]:
+    """The scores of a run's evaluations, or of the one called ``name``, as lines of a table; empty without scores.
+
+    ``whole`` as for :func:`render`.
+    """
+    return _score_block([one for one in evaluations(run, []) if name in ("", one.name)], whole)
 
 
 def _blocks(state: RunStatus, whole: bool) -> Iterator[list[str]]:
@@ -34,15 +37,17 @@ def _blocks(state: RunStatus, whole: bool) -> Iterator[list[str]]:
     yield wrap(f"{state.path}  seed {state.seed}{f'  ({made})' if made else ''}")
     if state.artifacts:
         yield table(
-            ("artifact", "made by", "units", "samples", "time", "samples/s", "size", "notes"),
+            ("artifact", "stage", "units", "samples", "time", "samples/s", "size", "notes"),
             [
                 (
                     item.name,
                     item.stage,
                     f"{item.done}/{item.planned}" + (f", {len(item.failures)} failed" if item.failures else ""),
-                    f"{item.samples:,}" if item.samples or not item.done else "",  # a training has none of its own
-                    duration(item.seconds),
-                    f"{item.rate:.3g}" if item.rate else "",
+                    f"{item.samples:,}"
+                    if item.samples or not item.done
+                    else "",  # a training has no samples of its own
+                    "" if item.name == "maps" else duration(item.seconds),  # measured with images
+                    f"{item.rate:.3g}" if item.rate and item.name != "maps" else "",
                     size(item.bytes) if item.bytes else "",
                     ", ".join(counted(count, remark) for remark, count in item.notes.items()),
                 )
@@ -93,20 +98,20 @@ def _failure_block(state: RunStatus) -> Iterator[list[str]]:
 
 
 def _left_out(state: RunStatus) -> Iterator[str]:
-    """The first samples that a stage left out, and where all of them stand."""
+    """The first samples that a stage left out, and where all of them are listed."""
     for artifact in state.artifacts:
         if artifact.left_out:
             for key, reason in artifact.left_out.items():
                 yield from wrap(f"left out: {artifact.stage} {key}: {reason}")
             all_of = counted(artifact.notes.get("failed samples", len(artifact.left_out)), "samples")
             yield from wrap(
-                f"left out in all: {all_of}; each is listed with its reason under failed in "
-                f"{state.path}/{artifact.name}/NNNNNN.json, where NNNNNN is how its key begins"
+                f"left out in total: {all_of}; the reasons are under failed in "
+                f"{state.path}/{artifact.name}/NNNNNN.json, where NNNNNN are the first six digits of the key"
             )
 
 
 def _score_block(evaluations: Sequence[Evaluation], whole: bool) -> list[str]:
-    rows = []
+    rows, tests = [], short_names([score.test for evaluation in evaluations for score in evaluation.scores])
     for evaluation in evaluations:
         for score in evaluation.scores:
             name, value = score.main
@@ -115,31 +120,48 @@ def _score_block(evaluations: Sequence[Evaluation], whole: bool) -> list[str]:
             if score.values.keys() >= {"low", "high"}:
                 low, high = score.values["low"], score.values["high"]
                 bounds = "-" if math.isnan(low) or math.isnan(high) else f"{low:.3f} to {high:.3f}"
-            rows.append((evaluation.name, score.of, score.evaluator, name, f"{value:.4g}", bounds, ", ".join(rest)))
-    told: dict[str, list[str]] = {}  # by warning, the evaluations that have it
+            test = (tests[score.test],) if len(tests) > 1 else ()
+            numbers = (name, f"{value:.4g}", bounds, ", ".join(rest))
+            rows.append((evaluation.name, score.of, score.evaluator, *test, *numbers))
+    by_warning: dict[str, list[str]] = {}  # warning → evaluations
     for evaluation in evaluations:
         for warning in evaluation.warnings:
-            told.setdefault(warning, []).append(evaluation.name)
-    doubts = [line for warning, names in told.items() for line in wrap(f"note on {', '.join(names)}: {warning}")]
-    head = ("evaluate", "of", "by", "score", "value", "95 %", "also")
-    return table(head, rows, right=(4,), whole=whole) + doubts if rows else doubts
+            by_warning.setdefault(warning, []).append(evaluation.name)
+    notes = [line for warning, names in by_warning.items() for line in wrap(f"note on {', '.join(names)}: {warning}")]
+    test = ("test set",) if len(tests) > 1 else ()
+    head = ("evaluation", "model", "evaluator", *test, "metric", "value", "95% CI", "other metrics")
+    return table(head, rows, right=(head.index("value"),), whole=whole) + notes if rows else notes
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Each path by as few of its last parts as tell all of them apart."""
+    parts = {path: path.split("/") for path in paths}
+    for count in range(1, max(map(len, parts.values()), default=0)):
+        short = {path: "/".join(part[-count:]) for path, part in parts.items()}
+        if len(set(short.values())) == len(parts):
+            return short
+    return {path: path for path in parts}
 
 
 def _mask_block(state: RunStatus) -> Iterator[str]:
     if not state.words:
         return
-    kept = f"masks: {sum(tally.masks for tally in state.words):,} kept, {sum(state.dropped.values()):,} dropped"
-    yield from wrap(f"{kept} ({_reasons(state.dropped)})" if state.dropped else kept)
+    dropped, cut_off = sum(state.dropped.values()), counted(state.words_cut_off, "words")
+    kept = f"masks: {sum(tally.masks for tally in state.words):,} kept, {dropped:,} dropped"
+    kept += f" ({_reasons(state.dropped)})" if dropped else ""
+    yield from wrap(f"{kept}, {cut_off} cut off" if state.words_cut_off else kept)
     for one in state.first_dropped:
-        yield from wrap(f"dropped: {one.key} {one.word}: {one.reason}")
-    if state.first_dropped:
-        cut_off = f", words that were cut off under warnings in {state.path}/images" * (
-            kind_of(CUT_OFF) in state.dropped
-        )
+        lost = one.reason == CUT_OFF
         yield from wrap(
-            f"dropped in all: {counted(sum(state.dropped.values()), 'masks')}; each stands with its reason under "
-            f"dropped in the json of its sample, in {state.path}/masks/NNNNNN.tar{cut_off}"
+            f"{one.key} {one.word}: {one.reason}" if lost else f"dropped: {one.key} {one.word}: {one.reason}"
         )
+    if dropped:
+        yield from wrap(
+            f"dropped in total: {counted(dropped, 'masks')}; the reasons are under dropped in the json of each sample, "
+            f"in {state.path}/masks/NNNNNN.tar"
+        )
+    if state.words_cut_off:
+        yield from wrap(f"cut off in total: {cut_off}; they are under warnings in {state.path}/images")
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:
@@ -154,11 +176,11 @@ def _tally_block(kind: str, tallies: Sequence[Tally], whole: bool) -> list[str]:
             tally.name,
             f"{tally.samples:,}",
             f"{tally.masks:,}",
-            f"{sum(tally.dropped.values()):,}",
+            f"{sum(count for kind, count in tally.dropped.items() if kind != kind_of(CUT_OFF)):,}",
             _reasons(tally.dropped),
         )
         for tally in tallies[:_MAX_ROWS]
     ]
     more = len(tallies) - len(rows)
     rest = [f"... and {more:,} more; synthgen status --json has all"] if more > 0 else []
-    return table((kind, "samples", "masks", "dropped", "why"), rows, right=(1, 2, 3), whole=whole) + rest
+    return table((kind, "samples", "masks", "dropped", "reasons"), rows, right=(1, 2, 3), whole=whole) + rest

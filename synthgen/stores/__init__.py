@@ -128,21 +128,21 @@ def walk_files(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
             current = folders.pop()
             try:
                 status = current.stat()
-                entries = list(os.scandir(current))
+                if (status.st_dev, status.st_ino) in visited:
+                    if current == start:
+                        logger.warning("%s leads to a folder that was read already; its files count once", start)
+                    continue
+                visited.add((status.st_dev, status.st_ino))
+                with os.scandir(current) as entries:  # which may be millions: none is held
+                    for entry in entries:
+                        if entry.name.startswith(".") and not hidden:
+                            continue
+                        if not _is_folder(entry):
+                            yield current / entry.name
+                        else:
+                            (linked if entry.is_symlink() else folders).append(current / entry.name)
             except OSError as error:
                 raise unreadable(current, error) from None
-            if (status.st_dev, status.st_ino) in visited:
-                if current == start:
-                    logger.warning("%s leads to a folder that was read already; its files count once", start)
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            for entry in entries:
-                if entry.name.startswith(".") and not hidden:
-                    continue
-                if not _is_folder(entry):
-                    yield current / entry.name
-                else:
-                    (linked if entry.is_symlink() else folders).append(current / entry.name)
         links.extend(sorted(linked))
 
 
@@ -202,7 +202,7 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._held: bytes | None = None  # all of a remote file, once something was added to it
+        self._content: bytes | None = None  # the whole remote file, once something was added to it
         self._flushed = True
 
     def add(self, line: str) -> None:
@@ -217,19 +217,19 @@ class AppendFile:
             with open(self.path, "ab", buffering=0) as file:
                 file.write(data)
             return
-        if self._held is None:
-            self._held = self.path.read_bytes() if self.path.is_file() else b""
-        self._held += data
+        if self._content is None:
+            self._content = self.path.read_bytes() if self.path.is_file() else b""
+        self._content += data
         self._flushed = False
 
     def flush(self) -> None:
         """Send what was added.
 
         Raises:
-            StorageError: the store does not answer.
+            StorageError: the store cannot be reached.
         """
-        if isinstance(self.path, RemotePath) and self._held is not None and not self._flushed:
-            self.path.put(self._held)
+        if isinstance(self.path, RemotePath) and self._content is not None and not self._flushed:
+            self.path.put(self._content)
             self._flushed = True
 
 

@@ -55,7 +55,7 @@ def unreadable(path: Path, error: OSError) -> StorageError:
 
 
 def says_no_bucket(error: Exception) -> bool:
-    """Whether it is the bucket that is not there, and not only the object."""
+    """Whether the bucket is missing, and not only the object."""
     return bool(re.search(r"bucket does not exist|NoSuchBucket|container does not exist", str(error)))
 
 
@@ -103,9 +103,9 @@ def explained(error: Exception, place: RemotePath) -> StorageError:
 
 
 def _is_bad_request(error: Exception) -> bool:
-    """Whether the answer was 400 for the credentials or the region; one to a HEAD has no body, and so no reason.
+    """Whether the answer was 400 for the credentials or the region; to a HEAD it has no body and so no reason.
 
-    s3fs makes an OSError with EINVAL of it, as of a body that arrived incomplete, which may pass.
+    s3fs turns it into an OSError with EINVAL, as it does an incomplete body, which may be transient.
     """
     answer = getattr(error.__cause__, "response", None) or {}
     codes = {"AuthorizationHeaderMalformed", "InvalidToken", "TokenRefreshRequired"}

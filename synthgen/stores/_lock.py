@@ -15,7 +15,7 @@ __all__ = ["Lock", "locked", "note_of"]
 
 
 class Lock:
-    """A lock that this thread has; without a ``descriptor`` the file system knows none, and nobody is kept out."""
+    """A lock that this thread has; no ``descriptor`` means a file system without locks, which excludes nobody."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor

@@ -1,4 +1,4 @@
-"""Whether a file still holds the bytes that were written: what a wrong byte decodes to may look right."""
+"""Check that a file still holds the bytes that were written: a damaged file may decode without an error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def verify_sha256(path: Path, sha256: str, again: str) -> None:
 
     Raises:
         MissingArtifact: there is no such file.
-        CorruptFile: it is not, or it is no file.
-        StorageError: the system does not let it be read, which says nothing of its content.
+        CorruptFile: the sha256 differs, or the path is not a file.
+        StorageError: the system cannot read the file, which does not mean that its content is damaged.
     """
     try:
         found = sha256_of(path)

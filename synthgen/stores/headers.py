@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["iter_files"]
 
 _RENAMING = (b" path=", b" size=", b" GNU.sparse", b" hdrcharset=")  # PAX records that change what a header says
-_MAX_SPOKEN = 2**16  # bytes of a header that only says more of the next one
+_MAX_EXTENSION = 2**16  # bytes of a header that only extends the next one
 _DIGITS = re.compile(rb"\d{256}")
 
 
@@ -33,7 +33,7 @@ def iter_files(file: BufferedReader) -> Iterator[tuple[str, int, int]]:
     size, place = os.fstat(file.fileno()).st_size, 0
     if hasattr(os, "posix_fadvise"):  # what lies between the headers need not be read
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    begun = 0  # where the headers of a file begin, of which all but the last only say more of it
+    first_header = 0  # where the headers of a file start; all but the last only extend it
     while (found := _plain(file, place)) is not None:
         name, start, length = found
         place = _after(start, length)
@@ -43,11 +43,11 @@ def iter_files(file: BufferedReader) -> Iterator[tuple[str, int, int]]:
             raise ValueError("it is cut off")
         if name:
             yield name, start, length
-        begun = place
-    file.seek(begun)
-    end = begun
-    if begun == 0 or any(file.read(BLOCKSIZE)):
-        end = yield from _others(file, begun, size)
+        first_header = place
+    file.seek(first_header)
+    end = first_header
+    if first_header == 0 or any(file.read(BLOCKSIZE)):
+        end = yield from _others(file, first_header, size)
     file.seek(end)  # a whole tar ends with blocks of zeros; a damaged header ends it as well
     if size % BLOCKSIZE or any(block := file.read(BLOCKSIZE)) or not block:
         raise ValueError("it is cut off, or a header in it is damaged")
@@ -82,7 +82,7 @@ def _plain(file: BufferedReader, place: int) -> tuple[str | None, int, int] | No
         # of the older GNU format other things stand where a name's beginning would
         plain = bool(name) and not name.endswith("/") and (header[262] == 0 or not header[345])
     elif kind in b"xg":
-        name, records = None, file.read(min(length, _MAX_SPOKEN + 1))
+        name, records = None, file.read(min(length, _MAX_EXTENSION + 1))
         plain = len(records) == length and not _speaks_too_much(records)
         plain = plain and not any(word in records for word in _RENAMING)
     else:
@@ -123,7 +123,7 @@ class _Header(tarfile.TarInfo):
         if self.type in _SPOKEN_OF:
             file: Any = archive.fileobj
             place = file.tell()
-            data = file.read(min(self.size, _MAX_SPOKEN + 1))
+            data = file.read(min(self.size, _MAX_EXTENSION + 1))
             file.seek(place)
             if _speaks_too_much(data):
                 raise tarfile.ReadError("a header in it is larger than any name")
@@ -131,7 +131,9 @@ class _Header(tarfile.TarInfo):
 
 
 def _speaks_too_much(data: bytes) -> bool:
-    return len(data) > _MAX_SPOKEN or bool(_DIGITS.search(data))  # a pattern of tarfile's takes quadratic time on these
+    return len(data) > _MAX_EXTENSION or bool(
+        _DIGITS.search(data)
+    )  # a pattern of tarfile's takes quadratic time on these
 
 
 #: Headers that only say more of the next one: long names, and PAX records.

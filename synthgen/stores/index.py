@@ -1,4 +1,4 @@
-"""What stands where in a tar, in few bytes: that of millions of samples is kept while they are read."""
+"""A compact index of a tar's members, since those of millions of samples stay in memory while they are read."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class Indexing:
         self._offsets, self._sizes = array("Q"), array("Q")
 
     def add(self, key: str, members: Mapping[str, Member]) -> None:
-        """Take a sample.
+        """Add a sample.
 
         Raises:
-            ValueError: its key stands farther up already.
+            ValueError: the key was added before.
         """
         if key in self._keys:
             raise ValueError(f"the key {key!r} stands in it twice")

@@ -1,4 +1,4 @@
-"""Files that stay open between two readings."""
+"""Files that stay open between reads."""
 
 from __future__ import annotations
 

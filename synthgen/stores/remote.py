@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 PART = 2**24  # bytes of each part of a multipart upload; up to two of them go as one PUT
 ATTEMPTS = 4  # of a request, beside those that the client makes itself
-PATIENCE = 120.0  # seconds after which a request is not begun again
+PATIENCE = 120.0  # seconds after which a request is not retried
 _FIRST_WAIT = 0.25  # seconds; each wait is up to twice as long as the one before it
 _AT_ONCE = 256  # small objects that are asked for together
 
@@ -60,7 +60,7 @@ class RemotePath(_Path):
     file name is that of its copy in the local cache. For writing there is :func:`synthgen.stores.tar.write_bytes`.
     """
 
-    _told: os.stat_result | None = None  # by the listing that it comes from
+    _listed: os.stat_result | None = None  # its status in the listing that it comes from
 
     def __str__(self) -> str:
         protocol, *rest = self.parts or ("",)
@@ -82,11 +82,11 @@ class RemotePath(_Path):
         return self.parts[1] if len(self.parts) > 1 else ""
 
     def check(self) -> None:
-        """See that there is a client for this kind of store.
+        """Check that there is a client for this kind of store.
 
         Raises:
-            ConfigError: fsspec knows none, or a password stands in the URL.
-            MissingDependency: its library is not installed.
+            ConfigError: fsspec has no client for it, or the URL contains a password.
+            MissingDependency: the client's library is not installed.
         """
         if re.match(r"[^@]*:[^@]*@", self.bucket):
             raise ConfigError(
@@ -109,10 +109,10 @@ class RemotePath(_Path):
                 "fsspec knows"
             ) from None
 
-    # -- asking
+    # -- requests
 
     def ask(self, call: Callable[[Any, str], Any]) -> Any:
-        """What ``call`` makes of the file system and the object's name in it; again where it fails in passing.
+        """Call ``call`` with the file system and the object's name in it; retry transient failures.
 
         Raises:
             FileNotFoundError, FileExistsError: there is nothing, or something, at this place.
@@ -158,11 +158,11 @@ class RemotePath(_Path):
     def _name(self) -> tuple[int, str, str]:
         return os.getpid(), self.protocol, self.bucket
 
-    # -- what a path tells
+    # -- metadata
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Kind, size and date. Of a folder there is only the kind."""
-        return self._told or status_of(self.ask(lambda system, key: system.info(key)))
+        return self._listed or status_of(self.ask(lambda system, key: system.info(key)))
 
     def version(self) -> tuple[str, int]:
         """What changes with the content, and the size in bytes.
@@ -199,7 +199,7 @@ class RemotePath(_Path):
             return False
 
     def iterdir(self) -> Generator[RemotePath]:
-        """What lies right below; each knows its kind and size already."""
+        """The direct children, with kind and size already known."""
         try:
             entries = self.ask(lambda system, key: system.ls(key, detail=True))
         except FileNotFoundError:
@@ -210,7 +210,7 @@ class RemotePath(_Path):
             if name in (own, own.rpartition("/")[2]) or not name.rpartition("/")[2]:  # the mark of an empty folder
                 continue
             path = self / name.rpartition("/")[2]
-            path._told = status_of(entry)
+            path._listed = status_of(entry)
             yield path
 
     def glob(self, pattern: str, **options: Any) -> Generator[RemotePath]:
@@ -228,7 +228,7 @@ class RemotePath(_Path):
                     yield child
         else:
             for child in self._matching(first):
-                if child._told is None or child.is_dir():
+                if child._listed is None or child.is_dir():
                     yield from child.glob(rest)
 
     def _matching(self, name: str) -> Iterator[RemotePath]:
@@ -281,7 +281,7 @@ class RemotePath(_Path):
             found = self._cat(system, list(keys.values()))
             for name in few:
                 data = found.get(keys[name])
-                if not isinstance(data, bytes):  # asked for once more, alone, with patience
+                if not isinstance(data, bytes):  # retry it alone
                     try:
                         data = (self / name).read_bytes()
                     except FileNotFoundError:
@@ -316,7 +316,7 @@ class RemotePath(_Path):
         """Put the content of a local file here, in parts where it is large.
 
         Raises:
-            StorageError: the store says that something else has come of it.
+            StorageError: the store reports other content than was sent.
         """
         self._write(lambda system, key: system.put_file(str(file), key, **self._in_parts()))
         if self.version()[1] != file.stat().st_size:
@@ -347,7 +347,7 @@ class RemotePath(_Path):
         self.ask(lambda system, key: system.get_file(key, str(file)))
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Take the object away."""
+        """Delete the object."""
         try:
             self.ask(lambda system, key: system.rm_file(key))
         except FileNotFoundError:

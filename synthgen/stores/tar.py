@@ -214,7 +214,7 @@ class TarWriter:
                 if kind is None:
                     raise storage_error(self.path, failed) from failed
             finally:
-                with contextlib.suppress(OSError), self._stack:  # what went wrong before it says more
+                with contextlib.suppress(OSError), self._stack:  # the earlier error is more informative
                     self._temporary.unlink(missing_ok=True)
 
 
@@ -285,7 +285,7 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     """The bytes of one member of an open tar.
 
     Raises:
-        ValueError: it is larger than anything that synthgen reads whole.
+        ValueError: the member is larger than anything that synthgen reads whole.
     """
     if member.size > MAX_BYTES:
         raise ValueError(f"a member has {member.size:,} bytes; {MAX_BYTES:,} are the most")

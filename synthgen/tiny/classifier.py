@@ -1,4 +1,4 @@
-"""Tell which object an image shows, to judge what the model draws: ``python -m synthgen.tiny.classifier`` trains it.
+"""Classify the object in an image, to evaluate what the model draws: ``python -m synthgen.tiny.classifier`` trains it.
 
 It learns from composites of training alone, never from an image that a model made: half from whole ones of one object,
 half from squares around any object. Prints its accuracy on held-out composites.
@@ -22,13 +22,13 @@ from synthgen.tiny.truth import SEED as HELD_OUT_SEED
 __all__ = ["MARGIN", "SIZE", "Classifier", "accuracy", "boxes", "crop", "train", "whole"]
 
 SIZE = 64  # pixels a side of what it looks at
-MARGIN = 0.15  # of a judged crop around its box; training's are up to twice that
+MARGIN = 0.15  # around the box of an evaluated crop; in training up to twice that
 MIN_AREA = 0.01  # share of the image that an object must cover to be learned from
 SEED = 4_000_000
 SETTINGS = Settings(3e-3, 64, warmup_steps=200, steady=0.2, weight_decay=0.05, ema=0.998, show_every=300)
 CHUNK = 64  # composites that are composed together
 EVERY = 4  # steps between two chunks, so each object is looked at a few times
-CHUNKS = 32  # kept in memory, the newest
+CHUNKS = 32  # number of newest chunks in memory
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "Classifier":
-        """Read what :meth:`save` wrote, ready to judge."""
+        """Read what :meth:`save` wrote, in evaluation mode."""
         with safe_open(path, framework="pt") as file:
             names = json.loads(file.metadata()["names"])
         classifier = cls(tuple(names))

@@ -1,4 +1,4 @@
-"""What the parts of the tiny model are trained for: the loss of the autoencoder, and that of U-Net and text tower."""
+"""The losses of the tiny model: that of the autoencoder, and that of U-Net and text tower."""
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel

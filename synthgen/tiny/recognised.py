@@ -1,6 +1,6 @@
 """Count which objects the model draws so that they are recognised: ``python -m synthgen.tiny.recognised``.
 
-What is recognised least is what a training that goes on should see most: see ``--recognised`` of
+Continued training should see the least recognised objects most often: see ``--recognised`` of
 :mod:`synthgen.tiny.train`. The images are of other seeds than those of any reported figure.
 """
 

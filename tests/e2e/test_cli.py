@@ -103,7 +103,7 @@ def test_every_command_and_part_appears_in_the_docs():
         (["status", "absent"], "there is no run at absent"),
         (["view", "absent"], "there is no run at absent"),
         (["view", "empty", "--limit", "0"], "--limit"),
-        (["masks", "--min-area", "0.1", "--set", "min_area.x=1", "--run", "empty"], "no part with options"),
+        (["masks", "--min-area", "0.1", "--set", "min_area.x=1", "--run", "empty"], "is not a part with options"),
         (["generate", "--prompts", "p.txt", "--template", "t.txt", "--run", "r"], "there is no template file t.txt"),
         (["run", "absent.yaml"], "there is no pipeline file"),
         (["schema", "mask"], "did you mean 'masks'"),
@@ -146,8 +146,15 @@ def test_what_lies_elsewhere_is_judged_without_a_run_before(typed, tmp_path):
     assert told.returncode == 0, told.stderr
     (scores,) = (tmp_path / "new" / "evaluate").glob("*.json")
     assert json.loads(scores.read_text())["scores"]["masks"]["mask_iou"]["mean_iou"] == 1
+    assert told.stdout.splitlines()[0].startswith("evaluate: 5 samples in")  # images, not the one unit
     told = typed("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
     assert "nothing to do" in told.stdout
+    assert told.stdout.endswith(f"\nscores: {scores}\n")
+    again = ["evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}", "--label", "mine"]
+    told = typed(*again)  # it prints its own scores alone
+    assert [line.split()[0] for line in told.stdout.splitlines()[2:3]] == ["mine"]
+    assert "masks-val" not in told.stdout
+    assert told.stdout.endswith(f"\nscores: {scores.with_name('mine.json')}\n")
 
 
 def test_a_dry_run_says_what_each_stage_reads_and_makes(typed, tmp_path):
@@ -184,14 +191,14 @@ def test_a_wrong_byte_is_mended_as_the_messages_say(tmp_path):
     assert f"delete it and run: {again}" in told
     advice = status(run).advice
     assert advice == (
-        f"{path} is damaged: delete it, make it again with {again}, then run synthgen masks --run '{run.path}'"
+        f"{path} is damaged: delete it, regenerate it with {again}, then run synthgen masks --run '{run.path}'"
     )
     path.unlink()
     told = one_line(synthgen("masks", "--run", run.path, "--workers", "1"), code=3)
     assert f"there is no file {path}; run: {again}" in told
-    assert status(run).advice.startswith(f"{again}, with the settings that it was begun with")
+    assert status(run).advice.startswith(f"{again}, with the same settings as before")
     path.write_bytes(whole)
-    assert "it retries the unit that failed" in status(run).advice
+    assert "it retries the failed unit" in status(run).advice
     assert synthgen("masks", "--run", run.path, "--workers", "1").returncode == 0
 
 
@@ -210,6 +217,13 @@ def test_one_unit_is_told_as_one():
     assert tell(Summary("masks", units=1, samples=1, seconds=2.0)).startswith("masks: 1 sample in ")
 
 
+def test_the_version_is_printed_without_a_command(typed):
+    from synthgen import __version__
+
+    told = typed("--version")
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"synthgen {__version__}\n", "")
+
+
 def test_the_bare_command_shows_its_help():
     told = synthgen()
     assert told.returncode == 0
@@ -218,9 +232,10 @@ def test_the_bare_command_shows_its_help():
 
 
 def test_schema_lists_settings_and_options(typed):
-    assert "\nmin_area        number  0.005      share of the image\n" in typed("schema", "masks").stdout
-    assert "\nthreshold     Attention above a level.\n" in typed("schema", "masks.refine").stdout
-    assert "\nmethod  otsu, fixed  otsu     otsu: the level" in typed("schema", "masks.refine=threshold").stdout
+    line = "\nmin_area        number  0.005      drop masks smaller than this fraction of the image\n"
+    assert line in typed("schema", "masks").stdout
+    assert "\nthreshold     Cross-attention above a threshold.\n" in typed("schema", "masks.refine").stdout
+    assert "\nmethod  otsu, fixed  otsu     otsu: Otsu's threshold" in typed("schema", "masks.refine=threshold").stdout
 
 
 def test_schema_is_json(typed):

@@ -28,11 +28,37 @@ def test_the_four_commands(tmp_path):
         told = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path)
         assert told.returncode == 0, f"{command}: {told.stderr}"
         assert "Traceback" not in told.stderr
+        if "pretrain" in command:
+            assert told.stdout.endswith("\nencoder: runs/latest/pretrain/mae\n")
     assert "nothing to do" in told.stdout  # pretrain had made the shards
+    assert told.stdout.endswith("\nshards: runs/latest/shards\n")
     run = tmp_path / "runs" / "latest"
     assert (run / "pretrain" / "mae" / "encoder.safetensors").is_file()
     assert (run / "shards" / "train" / "000000.tar").is_file()
     assert (run / "shards" / "README.md").is_file()
+
+
+def test_make_needs_no_environment_where_synthgen_is_installed(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    installed = tmp_path / "bin" / "synthgen"
+    installed.parent.mkdir()
+    installed.write_text('#!/bin/sh\necho "with $@"\n')
+    installed.chmod(0o755)
+
+    def make(*arguments):
+        path = f"{installed.parent}:/usr/bin:/bin"
+        return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=tmp_path, env={"PATH": path})
+
+    assert make("shards").stdout == "with shards --run runs/latest\n"
+    assert make("demo").stdout.startswith("with run pipelines/tiny.yaml\n")
+    assert "-m venv .venv" in make("-n", "test").stdout  # pytest and its plugins may not be there
+    (tmp_path / ".venv").mkdir()
+    assert ".venv/bin/synthgen shards" in make("-n", "shards").stdout
+    (tmp_path / ".venv").rmdir()
+    installed.unlink()
+    assert "-m venv .venv" in make("-n", "shards").stdout
 
 
 def test_pretrain_goes_on_with_shards_that_were_begun(tmp_path):

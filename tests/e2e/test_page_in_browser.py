@@ -154,7 +154,7 @@ def test_pointing_at_a_word_shows_its_attention_and_its_mask(page: Page, run: Ru
         assert np.array_equal(after[..., 3] > 0, mask)  # this word's pixels and no other
         before = page.pixels(page.shown("before", word.text, card))
         brightness = before[..., :3].sum(-1)
-        assert brightness[mask].mean() > 2 * brightness[~mask].mean()  # heat where the word looked
+        assert brightness[mask].mean() > 2 * brightness[~mask].mean()  # heat where the word's attention is
         assert not np.array_equal(before, after)
         assert [caption.text for caption in page.all(".caption.on", card)] == ["before: attention", "after: mask"]
         seen.append(after)

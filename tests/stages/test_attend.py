@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from synthgen.backbones.diffusers import Diffusers
 from synthgen.backbones.tiny import Tiny
 from synthgen.codecs import masks_to_labels
 from synthgen.config import Choice
-from synthgen.datasets import open_masks
+from synthgen.datasets import FolderDataset, open_masks
 from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PromptError, StaleArtifact, UnitsFailed
@@ -28,6 +29,7 @@ from synthgen.image import encode_png
 from synthgen.prompts import parse_line, sample_seed
 from synthgen.records import Request
 from synthgen.run import Run
+from synthgen.stages import make_stage
 from synthgen.stages.attend import Attend, fitted_size, shrunk
 from synthgen.status import status
 from synthgen.stores.tar import TarWriter, read_tar
@@ -145,6 +147,27 @@ def test_stretched_images_are_seen_at_the_models_size(settings, tmp_path):
 )
 def test_the_size_at_which_an_image_is_seen(shape, size, multiple, expected):
     assert fitted_size(shape, size, multiple) == expected
+
+
+def test_photos_are_not_kept_at_their_own_size(settings, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in range(6):
+        Image.new("RGB", (90 - row, 60)).save(folder / f"{row}.png")
+        (folder / f"{row}.txt").write_text("a [dog]")
+    read, decoded, alive = FolderDataset.__getitem__, [], []
+
+    def reads(self, index):
+        alive.append(sum(image() is not None for image in decoded))
+        sample = read(self, index)
+        decoded.append(weakref.ref(sample.image))
+        return sample
+
+    monkeypatch.setattr(FolderDataset, "__getitem__", reads)
+    run = Run.create(tmp_path / "r")
+    api.attend(run, engine=HERE, max_side=48, batch_size=1, **settings | {"images": str(folder), "unit_size": 6})
+    assert alive == [0] * 6
+    assert [one.image.shape for one, _ in api.samples(run)] == [(round(60 * 48 / (90 - n)), 48, 3) for n in range(6)]
 
 
 def test_large_images_are_stored_smaller():
@@ -380,7 +403,7 @@ def test_an_image_that_cannot_be_read_is_left_out_with_its_reason(photos, settin
 )
 def test_settings_that_make_no_sense_are_refused(wrong, said):
     with pytest.raises(ConfigError, match=said):
-        api.make_stage("attend", {"images": "x.tar", **wrong})
+        make_stage("attend", {"images": "x.tar", **wrong})
     assert Attend("x.tar", caption="a {label}").caption == "a {label}"
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from synthgen import codecs
-from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import open_dataset
 from synthgen.engines.local import Local
@@ -25,8 +24,10 @@ from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages import Worker
+from synthgen.stages import Worker, make_stage
 from synthgen.stages._eval_rows import extractor_of, rows_of
+from synthgen.stages._eval_sources import Source
+from synthgen.stages._eval_warnings import doubts_of_words
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
@@ -339,11 +340,62 @@ def test_what_is_missing_is_told(run, tmp_path):
     with pytest.raises(MissingArtifact, match="there is no nowhere"):
         run_stage(Evaluate(test="nowhere.tar"), run, ONE)
     shutil.rmtree(run.path / "shards" / "val")
-    with pytest.raises(MissingArtifact, match="val_ratio above 0, or give --test"):
+    with pytest.raises(
+        MissingArtifact, match=r"has no shards/val; first run: synthgen shards --run .*, or give --test"
+    ):
         run_stage(Evaluate(), run, ONE)
     shutil.rmtree(run.folder("pretrain"))
     with pytest.raises(MissingArtifact, match="first run: synthgen pretrain"):
         run_stage(Evaluate(), run, ONE)
+
+
+def test_an_empty_val_split_is_told_with_what_helps(run, caplog):
+    again = f"delete {run.path}/shards and run: synthgen shards --val-ratio 0.3 --run {run.path}"
+    for ratio, why in (
+        (0.001, "got none of the 40 images (val_ratio 0.001); make more images, or "),
+        (0.0, "is empty (val_ratio 0), or "),
+    ):
+        shutil.rmtree(run.folder("shards"))
+        caplog.clear()
+        run_stage(Shards(val_ratio=ratio), run, ONE)
+        warned = f"none of the 40 samples of {run.path} is in the val split (val_ratio 0.001), so evaluate has no test "
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            f"{warned}images; make more images, or {again}"
+        ] * bool(ratio)
+        with pytest.raises(MissingArtifact) as told:
+            run_stage(Evaluate(), run, ONE)
+        assert str(told.value) == f"the val split of {run.path} {why}{again}, or give --test"
+
+
+def test_classes_of_one_image_are_told_apart_from_names_that_differ(run, tmp_path):
+    for name, classes in (("first", {"cat": 1, "dog": 1}), ("second", {"cow": 1})):
+        write_images(tmp_path / name, classes)
+    with pytest.raises(ConfigError, match=r"for each of the 3 classes has 1 image; .*--images-per-prompt"):
+        run_stage(Evaluate(train=str(tmp_path / "first"), test=str(tmp_path / "second")), run, ONE)
+    found = {split: Source(split, str(tmp_path / split)) for split in ("first", "second")}
+    write_images(tmp_path / "third", {"cat": 2, "dog": 1})
+    with pytest.raises(ConfigError, match=r"each of the 3 classes has at most 2 images; "):
+        found["second"].need_classes_of(Source("train", str(tmp_path / "third")), same_run=True)
+    with pytest.raises(ConfigError, match="their names must agree"):
+        found["second"].need_classes_of(Source("train", str(tmp_path / "third")), same_run=False)
+
+
+def test_true_words_of_another_vocabulary_are_told(run, tmp_path):
+    truth = tmp_path / "truth.tar"
+    with TarWriter(truth) as tar:
+        for number, (key, members) in enumerate(run.read("masks", 0)):
+            masks = codecs.decode_masks(key, members)
+            words = ["circle" if word == "disc" and number else word.upper() for word in masks.words]
+            labels = codecs.masks_to_labels(masks.values)
+            tar.add(key, {"mask.png": encode_png(labels), "json": json.dumps({"words": words}).encode()})
+    evaluated = run_stage(Evaluate(truth=str(truth), evaluators=(Choice("mask_iou"),)), run, ONE)
+    found = result(run, "masks")
+    assert "1 of the 3 true words is not a predicted word and counts 0 (names must agree): circle" in found["warnings"]
+    assert (evaluated.samples, found["masks"]) == (20, {"images": 20})
+    assert doubts_of_words({"a": False}, {"a": True, "b": True, "c": True, "d": False}) == [
+        "2 of the 3 true words are not among the predicted words and count 0 (names must agree): b, c"
+    ]
+    assert doubts_of_words({"a": True}, {"a": True, "b": False}) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from synthgen.augment import CenterCrop
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.evaluators import EVALUATORS
+from synthgen.progress import Progress
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
 from synthgen.stages._eval_data import gathered
@@ -99,8 +100,13 @@ def test_images_that_do_not_fit_are_fewer(run):  # noqa: F811
 
 def test_how_far_it_is_is_told_by_name(run):  # noqa: F811
     told = []
+
+    class Remarks(Progress):
+        def describe(self, text):
+            told.append(text)
+
     stage = Evaluate(evaluators=(QUICK, Choice("knn")), baselines=False).complete()
-    with stage.open(run, Worker(describe=told.append)) as work:
+    with stage.open(run, Worker(progress=Remarks())) as work:
         work(0)
     assert told[0] == "fine_tune of mae"
     assert told[1].startswith("fine_tune of mae: training 1 of 2, step 0 of 3, loss ")
@@ -152,7 +158,7 @@ def test_a_generator_is_seen_at_its_own_size(run, stable_diffusion):  # noqa: F8
     data = gathered(sources, extractor, kinds, 1.0, lambda count: None, told)
     train, _, reader = data["generator"].images()
     assert reader is extractor.generator
-    assert (data["generator"].fresh, data["random generator"].fresh) == (False, True)
+    assert (data["generator"].random_init, data["random generator"].random_init) == (False, True)
     assert data["random generator"].train_images.pixels is train.pixels
     assert data["encoder"].train_images.pixels.shape[1:] == (32, 32, 3)
     assert train.keys == data["encoder"].train_images.keys

@@ -16,7 +16,7 @@ from synthgen.evaluators import EVALUATORS
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages import Worker, _judged
+from synthgen.stages import Worker, _eval_sources
 from synthgen.stages._eval_rows import extractor_of
 from synthgen.stages.evaluate import Evaluate
 from tests.stages.test_evaluate import ONE, add_text_tower, result
@@ -66,8 +66,8 @@ def write_folder(folder: Path, each: int) -> str:
 
 def test_each_file_is_looked_at_once_for_a_command(encoder, tmp_path, monkeypatch):
     """And once before, to see whether anything has changed since the scores were made."""
-    looks, told = Counter(), _judged._told
-    monkeypatch.setattr(_judged, "_told", lambda file: looks.update([file]) or told(file))
+    looks, state = Counter(), _eval_sources._file_state
+    monkeypatch.setattr(_eval_sources, "_file_state", lambda file: looks.update([file]) or state(file))
     train, test = write_folder(tmp_path / "train", 4), write_folder(tmp_path / "test", 3)
     stage = Evaluate(encoder=str(encoder), train=train, test=test, **QUICK)
     run = Run.create(tmp_path / "run")

@@ -13,7 +13,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, StaleArtifact, SynthgenError
-from synthgen.export import export_encoder
+from synthgen.models.transformers_vit import save_transformers
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     encoder = VisionTransformer(EncoderConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=4)).eval()
     save_encoder(encoder, path / "own")
-    export_encoder(encoder, path / "tower")
+    save_transformers(encoder, path / "tower")
     return path
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from synthgen import api
-from synthgen.api import settings_to_go_on
 from synthgen.config import Choice
 from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
@@ -25,6 +24,7 @@ from synthgen.errors import (
     UnitsFailed,
     UnknownName,
 )
+from synthgen.options import resume_settings
 from synthgen.prompts import read_prompts, request_for
 from synthgen.run import Run
 from synthgen.stages.generate import Generate
@@ -139,7 +139,7 @@ def test_nothing_but_the_run_goes_on_with_its_own_prompts_and_settings(finished,
 
 
 def test_what_differs_is_refused_without_prompts_too(kept):
-    given = settings_to_go_on(kept, "generate", {"prompts": "", "template": "", "backbone": {"num_steps": 3}})
+    given = resume_settings(kept, "generate", {"prompts": "", "template": "", "backbone": {"num_steps": 3}})
     with pytest.raises(StaleArtifact, match=r"made differently: backbone.num_steps is 3 and was 2; use"):
         api.generate(kept, engine=Local(workers=1), **given)
 
@@ -153,9 +153,9 @@ def test_a_copy_that_is_not_whole_is_not_gone_on_with(kept, tmp_path, damage):
     else:
         (path if damage == "gone" else path.with_suffix(".json")).unlink()
     with pytest.raises((CorruptFile, MissingArtifact), match="synthgen generate --prompts FILE --run"):
-        api.generate(kept, engine=Local(workers=1), **settings_to_go_on(kept, "generate", {"prompts": ""}))
+        api.generate(kept, engine=Local(workers=1), **resume_settings(kept, "generate", {"prompts": ""}))
     (tmp_path / "p.txt").write_text(PROMPTS)
-    given = settings_to_go_on(kept, "generate", {"prompts": str(tmp_path / "p.txt")})
+    given = resume_settings(kept, "generate", {"prompts": str(tmp_path / "p.txt")})
     assert api.generate(kept, engine=Local(workers=1), **given).samples == 0
     assert path.read_bytes() == data
 
@@ -165,7 +165,7 @@ def test_a_run_in_a_store_goes_on_with_its_own_prompts(settings, tmp_path):
     api.generate(run, engine=Local(workers=1), **settings | {"limit": 2, "unit_size": 1})
     before = sums(run, "images", "maps")
     run.tar("images", 1).unlink()
-    given = settings_to_go_on(run, "generate", {"prompts": ""})
+    given = resume_settings(run, "generate", {"prompts": ""})
     assert api.generate(run, engine=Local(workers=1), **given).samples == 1
     assert sums(run, "images", "maps") == before
 
@@ -261,7 +261,7 @@ def test_missing_weights_are_one_line(settings, tmp_path):
     run = Run.create(tmp_path / "r")
     from synthgen.errors import MissingWeights
 
-    with pytest.raises(MissingWeights, match="download it first") as caught:
+    with pytest.raises(MissingWeights, match=r"has no model_index\.json; give the folder of a diffusers") as caught:
         api.generate(
             run,
             engine=Local(workers=1),

@@ -13,17 +13,17 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.datasets import ShardDataset
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.methods import METHODS
-from synthgen.models.adopted import adopt
-from synthgen.models.tower import load_tower
+from synthgen.models.transformers_encoder import load_tower
+from synthgen.models.transformers_vit import from_transformers
 from synthgen.models.vit import VisionTransformer, load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, Summary, run_stage
+from synthgen.stages import make_stage
 from synthgen.stages._init_weights import option_inputs
 from synthgen.stores.checksum import sha256_of
 from synthgen.tiny import WEIGHTS
@@ -376,7 +376,7 @@ def test_a_vit_of_transformers_is_ours_with_the_same_features(tmp_path, kind):
     small = {"decoder_num_hidden_layers": 1, "decoder_hidden_size": 32, "decoder_num_attention_heads": 2}
     same = {"layer_norm_eps": 1e-6}  # what transformers adds to a variance unless it is told; no weight tells it
     folder = of_transformers(tmp_path / kind, kind, **same, **(small if kind == "mae" else {}))
-    encoder, tower = adopt(folder), load_tower(folder)
+    encoder, tower = from_transformers(folder), load_tower(folder)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.allclose(encoder(images), tower(images), atol=1e-5)
@@ -385,7 +385,7 @@ def test_a_vit_of_transformers_is_ours_with_the_same_features(tmp_path, kind):
 
 def test_a_training_begins_from_transformers(run, tmp_path):
     folder = train(run, "mae", "begun", start=str(of_transformers(tmp_path / "vit")), **STILL)
-    assert equal(load_encoder(folder).state_dict(), adopt(tmp_path / "vit").state_dict(), atol=1e-6)
+    assert equal(load_encoder(folder).state_dict(), from_transformers(tmp_path / "vit").state_dict(), atol=1e-6)
     assert told(folder)["taken"] == len(load_encoder(folder).state_dict())
     exported = train(run, "mae", "exported", export=True) / "transformers"
     again = train(run, "mae", "again", start=str(exported), **STILL)
@@ -460,13 +460,13 @@ def test_weights_that_are_missing_or_left_over_are_told(tmp_path):
     extra = {name.replace(".1.", ".2."): tensor for name, tensor in tensors.items() if ".layer.1." in name}
     save_file(tensors | {name: tensor.clone() for name, tensor in extra.items()}, path)
     with pytest.raises(CorruptFile, match=r"16 of its tensors have no place in our ViT, such as encoder\.layer\.2"):
-        adopt(folder)
+        from_transformers(folder)
     save_file({name: tensor for name, tensor in tensors.items() if name not in extra and ".1." not in name}, path)
     with pytest.raises(CorruptFile, match=r"it lacks encoder\.layer\.1\."):
-        adopt(folder)
+        from_transformers(folder)
     save_file(tensors | {"vit.layernorm.bias": torch.zeros(31)}, path)
     with pytest.raises(CorruptFile, match=r"norm\.bias has the shape \(31,\) instead of \(32,\)"):
-        adopt(folder)
+        from_transformers(folder)
     path.unlink()
     with pytest.raises(CorruptFile, match="or not there"):
-        adopt(folder)
+        from_transformers(folder)

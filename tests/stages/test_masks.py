@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +60,27 @@ def test_another_refiner_over_old_masks_is_refused(tmp_path):
     with pytest.raises(StaleArtifact, match="refine is"):
         api.masks(run, engine=Local(workers=1), refine=Choice("attentioncut"))
     assert sums(run) == before
+
+
+def test_units_without_maps_are_named(tmp_path, caplog):
+    run = make_run(tmp_path / "r", masks=False)
+    run.tar("maps", 1).with_suffix(".json").unlink()  # killed between the two marks
+    assert api.masks(run, engine=Local(workers=1)).units == 1
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == (
+        f"1 of 2 units of {run.path} have images and no maps, and get no masks (first: 000001); "
+        f"run: {run.remedy('images')} and then this command again"
+    )
+
+
+@pytest.mark.parametrize("artifact", ["images", "maps"])
+def test_no_masks_are_made_of_units_with_different_settings(tmp_path, artifact):
+    run = make_run(tmp_path / "r", masks=False)
+    path = run.tar(artifact, 1).with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0" * 64}))
+    with pytest.raises(StaleArtifact, match=f"1 of 2 units of {run.folder(artifact)} were made with other settings"):
+        api.masks(run, engine=Local(workers=1))
+    assert not run.folder("masks").exists()
 
 
 def test_masks_that_nobody_would_read_again_are_refused_before_the_work():
@@ -203,20 +225,45 @@ def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_pa
     summary = api.masks(run, engine=Local(workers=1), refine=Choice("attentioncut"))
     assert summary.samples == 12
     state = status(run)
-    kinds = {"broken map": 2, "flat map": 2, "no attention": 1, "single cell": 1, "cut off": 6}
-    assert state.dropped == kinds
+    kinds = {"broken map": 2, "flat map": 2, "no attention": 1, "single cell": 1}
+    assert (state.dropped, state.words_cut_off) == (kinds, 6)
     by_word = {tally.name: tally for tally in state.words}
     assert (by_word["hat"].samples, by_word["hat"].masks, by_word["hat"].dropped) == (6, 0, {"cut off": 6})
     assert sum(tally.masks for tally in state.words) == 16 - 6
     notes = next(one.notes for one in state.artifacts if one.name == "masks")
     assert notes == {"masks": 10, "dropped": 6, "words cut off": 6}
-    assert state.plain()["dropped"] == kinds
+    assert (state.plain()["dropped"], state.plain()["words_cut_off"]) == (kinds, 6)
     json.dumps(state.plain(), allow_nan=False)
 
 
 def rewritten(run, artifact):
     run.tar(artifact, 0).with_suffix(".json").unlink()
     return run.write(artifact, 0)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (512, 512), (1000, 333)])
+def test_masks_of_large_images_do_not_disagree_with_themselves(size):
+    """They are compared at some of their pixels, which have to be the same ones."""
+    generation, _ = make_generation(seed=1)
+    large = replace(generation, image=np.zeros((*size, 3), np.uint8))
+    found = Masks(min_area=0.0).mask(Threshold(), Threshold(), large)
+    assert found.values.any()
+    assert found.disagreement == [0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (np.zeros((1, 8, 8), bool), r"returned bool \(1, 8, 8\); its contract is bool \(2, 64, 64\)"),
+        (np.zeros((2, 64, 64), np.uint8), r"returned uint8 \(2, 64, 64\)"),
+        ([], "returned list"),
+        (np.ones((2, 64, 64), bool), "gave a pixel to two words"),
+    ],
+)
+def test_a_refiner_of_another_package_is_held_to_its_contract(returned, says):
+    generation, _ = make_generation(size=64, words=("disc", "square"))
+    with pytest.raises(ConfigError, match=f"^the refiner SimpleNamespace {says}"):
+        Masks().mask(SimpleNamespace(refine=lambda image, maps: returned), Threshold(), generation)
 
 
 def test_masks_by_the_threshold_do_not_disagree_with_it_and_cut_ones_do():

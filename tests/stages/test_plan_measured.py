@@ -177,10 +177,10 @@ def write_truth_of(folder: Path, count: int) -> Path:
 
 
 def test_what_cannot_be_drawn_is_told_and_nothing_stays(line, temporary):
-    options = (
-        ("stages.generate.backbone", {"name": "diffusers", "model": "no/such-model"}),
-        ("run", str(line.parent / "x")),
-    )
+    options = {
+        "stages.generate.backbone": {"name": "diffusers", "model": "no/such-model"},
+        "run": str(line.parent / "x"),
+    }
     with pytest.raises(SynthgenError, match="no/such-model") as caught:
         plan_pipeline(line, overrides=options)
     assert "\n" not in str(caught.value)

@@ -20,13 +20,13 @@ import torch
 import transformers
 from PIL import Image
 
-from synthgen.api import make_stage
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, SynthgenError, UnknownName
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
+from synthgen.stages import make_stage
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.train.checkpoint import Checkpoints
@@ -152,7 +152,7 @@ def test_killed_process(run, whole):
     """SIGKILL from outside, wherever it hits; then the same command."""
     code = f"""
         import sys
-        from synthgen.api import make_stage
+        from synthgen.stages import make_stage
         from synthgen.engines.local import Local
         from synthgen.run import Run
         from synthgen.runner import run_stage
@@ -231,6 +231,10 @@ def test_parts_of_a_step_add_up(run, whole):
     assert abs(losses(folder)[-1][1] - losses(whole)[-1][1]) < 0.2
     with pytest.raises(ConfigError, match="multiple of 5"):
         run_stage(Pretrain(**SMALL | {"accumulate": 5, "label": "fifths"}), run, ONE)
+    with pytest.raises(
+        ConfigError, match=r"8 of 3 images .* 4 parts .*fewer images than parts: lower accumulate, or use"
+    ):
+        Pretrain(batch_size=8, accumulate=4).order(run, 3)
 
 
 def test_settings_that_change_no_result_may_change(run, whole):
@@ -404,8 +408,8 @@ def test_an_encoder_is_as_large_as_most_images(tmp_path, caplog, sides, size, op
     stage = Pretrain(**SMALL | {"encoder": encoder, "batch_size": 2}, data=(data,)).complete()
     run = Run.create(tmp_path / "run")
     with run.claim(stage) as claimed:
-        stage.prepare(claimed)
-    samples, side = stage._seen
+        stage = stage.prepare(claimed)
+    samples, side = stage._samples_and_size
     assert stage.dataset_and_size(run)[1] == side
     assert stage.build_method(run, samples, side).encoder.config.image_size == size
     unlike = min(max(sides), 224) >= 2 * min(sides) and not options

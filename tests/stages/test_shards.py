@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from synthgen import codecs
-from synthgen.card import MASK_COLUMNS, count_split, parquet_bytes
+from synthgen.card import MASK_COLUMNS, PromptCount, count_split, parquet_bytes, prompt_figures
 from synthgen.config import Choice
-from synthgen.engines import Listener
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact, UnitsFailed
@@ -300,7 +300,7 @@ def test_the_labels_of_images_are_read_once_for_all_workers(run: Run, monkeypatc
     monkeypatch.setattr("synthgen.stages.shards.read_tar", lambda tar, names: read.append(tar) or read_tar(tar, names))
 
     class Elsewhere(Accelerate):
-        def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+        def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:
             for unit in units:
                 yield from Local(workers=1).map(pickle.loads(pickle.dumps(stage)), run, [unit], Progress())
 
@@ -365,8 +365,26 @@ def test_a_word_that_an_image_marks_twice_counts_once(tmp_path: Path) -> None:
     row = {"prompt": "p", "label": "", "width": 8, "height": 8}
     rows = [row | {"words": ["dog", "cat", "dog"]}, row | {"words": ["dog"]}, row | {"words": []}]
     (tmp_path / "000000.parquet").write_bytes(parquet_bytes(rows, masks=False))
-    counts = count_split(tmp_path, [{"file": "000000.tar", "samples": 3, "bytes": 1}])
+    counts, _ = count_split(tmp_path, [{"file": "000000.tar", "samples": 3, "bytes": 1}])
     assert counts["words"] == {"cat": 1, "dog": 2}
+
+
+def test_prompts_are_counted_in_little_memory():
+    """Of millions of prompts no process holds all; a text of these takes 90 bytes by itself."""
+    count = PromptCount()
+    tracemalloc.start()
+    for shard in range(50):
+        count.add([f"a photo of the {number % 30_000:012d}" for number in range(1000 * shard, 1000 * shard + 1000)])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 16 * 50_000
+    other = PromptCount()
+    other.add(["a photo of the 000000000007", "something else"])
+    assert prompt_figures(count, other) == {
+        "distinct": 30_001, "examples": [f"a photo of the {number:012d}" for number in range(10)],
+        "val": 2, "val_in_train": 1,
+    }  # fmt: skip
+    assert prompt_figures(PromptCount(), PromptCount()) == {"distinct": 0, "examples": []}
 
 
 @pytest.mark.parametrize(
@@ -432,6 +450,43 @@ def test_masks_of_one_unit_are_missing(run: Run) -> None:
     assert not run.folder("shards").exists()
 
 
+def test_a_unit_without_maps_is_for_the_stage_that_makes_them(run: Run) -> None:
+    for name, unit in (("masks", 1), ("masks", 2), ("maps", 2)):
+        run.tar(name, unit).with_suffix(".json").unlink()
+    with pytest.raises(MissingArtifact) as caught:
+        pack(run)
+    assert str(caught.value) == (
+        f"1 of 3 units of {run.path} have neither masks nor maps yet (first: 000002); run: {run.remedy('images')} and "
+        f"then: {run.remedy('masks')}, or leave masks out with --set masks=false"
+    )
+    assert run.remedy("images") != run.remedy("masks")
+
+
+@pytest.mark.parametrize("artifact", ["images", "masks"])
+def test_a_unit_with_other_settings_is_never_packed_with_the_others(run: Run, artifact: str) -> None:
+    path = run.tar(artifact, 1).with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0" * 64}))
+    told = rf"1 of 3 units of {run.folder(artifact)} were made with other settings .*000001.*: {run.remedy(artifact)}$"
+    with pytest.raises(StaleArtifact, match=told) as caught:
+        pack(run)
+    assert "\n" not in str(caught.value)
+    assert not run.folder("shards").exists()
+
+
+def test_what_a_stage_finds_is_no_setting_and_questions_change_nothing(run: Run) -> None:
+    stage = Shards(**SETTINGS)
+    fields, settings = dict(vars(stage)), stage.settings()
+    stage.inputs(run)
+    with run.claim(stage) as claimed:
+        prepared = stage.prepare(claimed)
+        assert vars(stage) == fields
+        assert (prepared._units, prepared._labels) == ({0, 1, 2}, ["disc", "square"])
+        assert prepared == stage
+        assert prepared.settings() == settings
+        assert not any(name.startswith("_") for name in settings)
+        assert replace(prepared, quality=80)._units is None  # what was found was found for other settings
+
+
 def test_a_sample_without_masks_is_named(run: Run) -> None:
     run.tar("masks", 1).with_suffix(".json").unlink()  # what is done is not written again
     with run.write("masks", 1) as masks:
@@ -483,6 +538,7 @@ def test_the_layout_of_a_claimed_run_goes_with_the_stage(source: Path, run: Run)
     mark = run.tar("images", 1).with_suffix(".json")
     mark.unlink()
     with run.claim(stage) as claimed:
+        stage = stage.prepare(claimed)
         before = [shard.keys for shard in stage.layout(claimed)]
         shutil.copy(source / "images" / mark.name, mark)
         _layout.cache_clear()  # as in another process
@@ -498,11 +554,11 @@ def test_the_layout_of_a_claimed_run_goes_with_the_stage(source: Path, run: Run)
 
 def test_a_shard_that_another_process_has_made_is_not_made_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rival(Accelerate):
-        def map(self, stage: Stage, run: Run, units: Sequence[int], listener: Listener) -> Iterator[Report]:
+        def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:
             for _ in Local(workers=1).map(stage, run, [1, 3], Progress()):
                 pass
             made.update({path: path.stat().st_mtime_ns for path in run.folder("shards").glob("*/*.tar")})
-            yield from super().map(stage, run, units, listener)
+            yield from super().map(stage, run, units, progress)
 
     made: dict[Path, int] = {}
     monkeypatch.setenv("RANK", "0")

@@ -23,7 +23,7 @@ from synthgen.stages import Work, Worker
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.status import Evaluation, RunStatus, Score, Tally, status
-from synthgen.status.text import render, scores
+from synthgen.status.text import render, scores, short_names
 from synthgen.tallies import CUT_OFF, Tallies, kind_of
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
@@ -101,7 +101,7 @@ def test_a_failed_unit_is_named_with_its_reason_and_how_to_retry(run):
     assert "1/2, 1 failed" in text
     assert "failed: masks 000001:" in text
     assert "the disc is not round" in text
-    assert "retries the unit that failed" in " ".join(text.split())
+    assert "retries the failed unit" in " ".join(text.split())
 
 
 def test_a_unit_whose_tar_is_gone_or_cut_off_is_not_done(run):
@@ -110,7 +110,7 @@ def test_a_unit_whose_tar_is_gone_or_cut_off_is_not_done(run):
         file.write(b"more")
     artifacts = by_name(status(run))
     assert (artifacts["images"].done, artifacts["maps"].done) == (1, 1)
-    assert "1 unit that is left" in " ".join(render(status(run)).split())
+    assert "processes the remaining unit" in " ".join(render(status(run)).split())
 
 
 def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
@@ -139,10 +139,7 @@ def test_the_first_masks_that_were_dropped_are_named_and_where_all_of_them_stand
     text = " ".join(render(state).split())
     assert "dropped: 0000000001 square: covers 0.21% of the image, less than 0.50%" in text
     assert text.count("dropped: 0") == 3
-    assert (
-        f"dropped in all: 4 masks; each stands with its reason under dropped in the json of its sample, in {run.path}"
-        in text
-    )
+    assert f"dropped in total: 4 masks; the reasons are under dropped in the json of each sample, in {run.path}" in text
     assert state.plain()["first_dropped"][0]["word"] == "square"
     assert status(run, counts=False).first_dropped == ()
 
@@ -160,8 +157,11 @@ def test_words_that_were_cut_off_are_named_too(tmp_path):
     state = status(run)
     assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [("0000010002", "lamp", CUT_OFF)]
     text = " ".join(render(state).split())
-    assert "dropped in all: 1 mask; each stands" in text
-    assert f"under warnings in {run.path}/images" in text
+    assert f"cut off in total: 1 word; they are under warnings in {run.path}/images" in text
+    assert "dropped in total" not in text
+    kept = by_name(state)["masks"].notes["masks"]
+    assert f"{kept} masks, 1 word cut off" in text  # of the stage, and of all masks: the same words
+    assert f"masks: {kept} kept, 0 dropped, 1 word cut off" in text
 
 
 def test_a_few_are_named_in_the_order_of_their_keys(tmp_path):
@@ -195,7 +195,7 @@ def test_samples_that_a_stage_left_out_are_named_and_where_all_of_them_are_liste
     }
     text = " ".join(render(state).split())
     assert "left out: generate 0000000003: photo 03.jpg cannot be read" in text
-    assert "left out in all: 4 samples; each is listed with its reason under failed in" in text
+    assert "left out in total: 4 samples; the reasons are under failed in" in text
     assert f"{run.path}/images/NNNNNN.json" in text
     assert json.loads((run.folder("images") / "000001.json").read_text())["failed"].keys() == {
         "0000010000",
@@ -278,14 +278,58 @@ def test_shards_training_and_scores_are_included(tmp_path):
         ("mae", "knn", ("accuracy", 0.5)),
         ("pixels", "knn", ("accuracy", 0.5)),
     ]
-    assert state.advice.startswith("all stages are done")
+    assert state.advice == f"synthgen pretrain --method mae --run {run.path}"  # that encoder is not finished
+    (folder / "done.json").write_text("{}")
+    assert status(run).advice.startswith("all stages are done")
     text = render(state)
     assert "0.400 to 0.600" in text
     assert "note on mae: few images" in text
     (run.path / "evaluate" / "other.json").write_text(json.dumps(evaluation | {"warnings": ["few images", "no mask"]}))
     assert scores(run)[-2:] == ["note on mae, other: few images", "note on other: no mask"]
-    assert scores(run)[0].split()[:3] == ["evaluate", "of", "by"]
+    assert scores(run)[0].split()[:3] == ["evaluation", "model", "evaluator"]
     assert scores(Run.create(tmp_path / "other")) == []
+
+
+def test_masks_alone_are_no_evaluation_of_an_encoder(tmp_path):
+    run = make_run(tmp_path / "demo")
+    run_stage(Shards(val_ratio=0.25), run, Local(workers=1))
+    run.folder("evaluate").mkdir()
+    write_scores(run, "masks", "masks", truth="truth.tar")
+    assert status(run).advice == f"synthgen pretrain --method mae --run {run.path}"
+    run.folder("pretrain/mae").mkdir(parents=True)
+    (run.folder("pretrain/mae") / "done.json").write_text("{}")
+    assert status(run).advice == f"synthgen evaluate --run {run.path}"
+    write_scores(run, "mae", "mae")
+    assert status(run).advice.startswith("all stages are done")
+    alone = Run.create(tmp_path / "alone")
+    alone.folder("evaluate").mkdir()
+    write_scores(alone, "masks", "masks", truth="truth.tar")  # of masks that lie elsewhere
+    assert status(alone).advice.startswith("all stages are done")
+
+
+def write_scores(run, name, of, **settings):
+    told = {"scores": {of: {"knn": {"accuracy": 0.5}}}, "settings": {"test": "", "truth": "", **settings}}
+    (run.folder("evaluate") / f"{name}.json").write_text(json.dumps(told))
+
+
+def test_scores_of_several_test_sets_name_them(tmp_path):
+    run = Run.create(tmp_path / "demo")
+    run.folder("evaluate").mkdir()
+    write_scores(run, "first", "mae")
+    write_scores(run, "second", "mae")
+    assert "test set" not in scores(run)[0]  # they are of one
+    write_scores(run, "third", "mae", test="data/photos/val")
+    write_scores(run, "masks", "masks", truth="truth.tar")
+    head, *rows = scores(run)
+    assert head.split()[:5] == ["evaluation", "model", "evaluator", "test", "set"]
+    assert [row.split()[3] for row in rows] == ["shards/val", "truth.tar", "shards/val", "photos/val"]
+    assert [row.split()[0] for row in scores(run, "third")] == ["evaluation", "third"]  # one has one
+
+
+def test_paths_are_as_short_as_tells_them_apart():
+    assert short_names(["a/b/c", "a/b/d"]) == {"a/b/c": "c", "a/b/d": "d"}
+    assert short_names(["c", "a/c"]) == {"c": "c", "a/c": "a/c"}
+    assert short_names([]) == {}
 
 
 @pytest.mark.parametrize("name", ["test", "train", "seed", "settings"])
@@ -325,7 +369,7 @@ def test_a_training_is_one_unit_and_may_fail(run):
     (folder / "000000.failed.json").write_text('{"unit": 0, "error": "the loss is not finite"}')
     state = status(run)
     assert by_name(state)["pretrain/mae"].failures == {0: "the loss is not finite"}
-    assert "goes on from its last checkpoint" in state.advice
+    assert "resumes from its last checkpoint" in state.advice
     (folder / "000000.failed.json").unlink()
     (folder / "encoder.safetensors").write_bytes(b"weights")
     (folder / "done.json").write_text('{"fingerprint": "f", "seconds": 3.5}')

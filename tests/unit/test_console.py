@@ -78,7 +78,7 @@ def test_rows_of_scores_are_whole_where_there_is_no_terminal(tmp_path, monkeypat
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     say_scores(run)
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split()[0] == "evaluate"
+    assert head.split()[0] == "evaluation"
     assert "0.250 to 0.750" in first
     assert "knn" in second
     assert ("…" in first) == terminal

@@ -102,13 +102,13 @@ def test_another_error_is_raised_after_the_model_was_put_back(broken: bool) -> N
     def compute(some: slice) -> None:
         raise BROKEN
 
-    def put_back() -> None:
+    def restore() -> None:
         happened.append("put back")
         if broken:
             raise RuntimeError("CUDA error: another one")
 
     with pytest.raises(RuntimeError) as caught:
-        AdaptiveBatches().work("images", 4, compute, put_back, 4)
+        AdaptiveBatches().work("images", 4, compute, restore, 4)
     assert caught.value is BROKEN
     assert happened == ["put back"]
 

@@ -13,7 +13,16 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError
-from synthgen.evaluators import EVALUATORS, DenseFeatures, EvalData, ImageTextPairs, LabelledFeatures, json_safe
+from synthgen.evaluators import (
+    EVALUATORS,
+    DenseFeatures,
+    EvalData,
+    ImageTextPairs,
+    LabelledFeatures,
+    LabelledImages,
+    Latents,
+    json_safe,
+)
 from synthgen.evaluators._bootstrap import interval, mean_with_interval, spread
 from synthgen.evaluators._heads import Standardize
 from synthgen.evaluators.detection import (
@@ -432,3 +441,20 @@ def test_a_missing_library_is_named_with_its_extra():
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "pip install pycocotools" in told.stdout
+
+
+@pytest.mark.parametrize("accessor", ["labelled", "mapped", "latents", "images"])
+def test_images_without_labels_are_an_error(accessor):
+    with pytest.raises(ConfigError, match="no labelled images to train on, or none to evaluate on"):
+        getattr(EvalData(), accessor)()
+
+
+def test_what_else_an_evaluator_lacks_is_named():
+    latents = Latents(torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), ("a", "b"))
+    with pytest.raises(ConfigError, match="no generator that the latents are of"):
+        EvalData(train_latents=latents, test_latents=latents).latents()
+    images = LabelledImages(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ("a", "b"))
+    with pytest.raises(ConfigError, match="neither an encoder nor a generator"):
+        EvalData(train_images=images, test_images=images).images()
+    with pytest.raises(ConfigError, match="no images with texts"):
+        EvalData().image_text_pairs()

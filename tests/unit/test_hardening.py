@@ -20,7 +20,6 @@ import yaml
 from PIL import Image
 
 from synthgen import codecs, prompts
-from synthgen.api import make_stage
 from synthgen.captions import read_listing
 from synthgen.card import dataset_card
 from synthgen.cli import main
@@ -38,6 +37,7 @@ from synthgen.records import Report
 from synthgen.redact import redact, redacted
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages import make_stage
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.status import status

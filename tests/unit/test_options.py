@@ -12,7 +12,9 @@ from synthgen import api
 from synthgen.errors import ConfigError
 from synthgen.methods import METHODS
 from synthgen.options import agree, backbone_of, chosen_of, export_of, method_of, with_set
+from synthgen.pipeline import Pipeline
 from synthgen.run import Run
+from synthgen.runner import Summary
 from synthgen.stages import make_stage
 
 
@@ -125,23 +127,64 @@ def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(monkeypatch, capsy
 
     monkeypatch.setattr(import_module("synthgen.status"), "status", look)
     err = told_by(monkeypatch, capsys, "status", begun.path)[1]
-    assert err == f"synthgen: {begun.path}/x: Permission denied; put that right, or give another path\n"
+    assert err == f"synthgen: {begun.path}/x: Permission denied; fix this, or give another path\n"
     for refused[0] in (FileNotFoundError(2, "No such file or directory", "x"), OSError("bug"), ValueError("bug")):
         with pytest.raises(AssertionError, match="Traceback"):
             told_by(monkeypatch, capsys, "status", begun.path)
 
 
-def test_a_plan_of_a_file_is_for_the_run_of_the_file(monkeypatch, capsys, begun):
+def test_a_plan_of_a_file_is_for_its_run_or_for_the_one_that_is_given(monkeypatch, capsys, begun):
     line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
     (begun.path.parent / "line.yaml").write_text(line)
     given = ["plan", "line.yaml", "--no-measure", "--json"]
-    for run in (begun.path, "runs/latest"):
-        _, err = told_by(monkeypatch, capsys, *given, "--run", run)
-        says = f"line.yaml names the run that it is for; leave --run out, or give --set run={run}"
-        assert err == f"synthgen: {says}\n"
-    for run, left in (("elsewhere", 2), (begun.path, 1)):
-        (generate,) = json.loads(told_by(monkeypatch, capsys, *given, "--set", f"run={run}")[0])["stages"]
+    for options, left in (
+        ([], 2),
+        (["--run", begun.path], 1),
+        (["--set", f"run={begun.path}"], 1),
+        (["--run", begun.path, "--set", f"run={begun.path}"], 1),
+    ):
+        (generate,) = json.loads(told_by(monkeypatch, capsys, *given, *options)[0])["stages"]
         assert generate["units_left"] == left
+    for command in (given, ["run", "line.yaml"]):
+        _, err = told_by(monkeypatch, capsys, *command, "--run", "a", "--set", "run=b")
+        assert err == "synthgen: --run a and --set run=b ask for two values of run; give one of them\n"
+
+
+def test_a_pipeline_runs_on_the_run_that_is_given(monkeypatch, capsys, begun):
+    line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
+    (begun.path.parent / "line.yaml").write_text(line)
+    out, _ = told_by(monkeypatch, capsys, "run", "line.yaml", "--dry-run", "--run", begun.path)
+    assert out.startswith(f"run: {begun.path}\n")
+    out, _ = told_by(monkeypatch, capsys, "run", "line.yaml", "--dry-run")
+    assert out.startswith("run: elsewhere\n")
+
+
+def test_a_note_on_a_stage_follows_its_line(monkeypatch, capsys, begun):
+    line = f"run: {begun.path}\nstages: {{generate: {{prompts: p.txt}}, masks: {{}}}}"
+    (begun.path.parent / "line.yaml").write_text(line)
+    done = [Summary("generate", units=1, done_before=1), Summary("masks", units=1, done_before=1)]
+    monkeypatch.setattr(Pipeline, "execute", lambda self, **given: iter(done))
+    monkeypatch.setattr(Pipeline, "unevaluated", lambda self, stage: "only\x1b some" if stage.name == "masks" else "")
+    out, _ = told_by(monkeypatch, capsys, "run", "line.yaml")
+    lines = [f"{name}: nothing to do, the one unit was done" for name in ("generate", "masks")]
+    assert out.splitlines() == [*lines, "note: only  some"]
+
+
+def test_a_plan_without_a_run_is_of_the_default_one_or_of_a_new_one(monkeypatch, capsys, begun):
+    """It writes nothing, so that other settings than those of runs/latest are no reason to refuse it."""
+    (begun.path.parent / "runs").mkdir()
+    begun.path.rename(begun.path.parent / "runs" / "latest")
+    plan = json.loads(told_by(monkeypatch, capsys, *PLAN, "--json")[0])
+    assert (plan["run"], plan["stages"][0]["units_left"], plan["notes"]) == ("runs/latest", 1, [])
+    (begun.path.parent / "other.txt").write_text("a [horse]\n")
+    (begun.path.parent / "runs" / "new-1").mkdir()
+    for prompts, options, images in (("other.txt", [], 1), ("p.txt", ["--set", "unit_size=3"], 2)):
+        given = ["plan", "--no-measure", "--prompts", prompts, *options]
+        plan = json.loads(told_by(monkeypatch, capsys, *given, "--json")[0])
+        assert (plan["run"], plan["images"], plan["stages"][0]["units_left"]) == ("runs/new-2", images, 1)
+        assert plan["notes"][0].startswith("runs/latest was made with other settings or inputs, so this plan is for a")
+        assert "made differently" in told_by(monkeypatch, capsys, *given, "--run", "runs/latest")[1]
+    assert not (begun.path.parent / "runs" / "new-2").exists()
 
 
 def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
@@ -184,9 +227,11 @@ def test_the_engine_of_a_plan_is_that_of_the_run(monkeypatch, capsys, begun):
         f"run: {begun.path}\nengine: {{name: local, workers: 3}}\n"
         "stages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
     )
-    monkeypatch.setattr("synthgen.plan.plan", lambda *given, **options: seen.append(options["engine"]))
-    api.plan_pipeline("line.yaml", engine="local")
-    api.plan_pipeline("line.yaml", engine="accelerate")
+    planned = import_module("synthgen.plan")
+    check = planned.check_engine
+    monkeypatch.setattr(planned, "check_engine", lambda stage, engine: seen.append(engine) or check(stage, engine))
+    api.plan_pipeline("line.yaml", engine="local", measure=False)
+    api.plan_pipeline("line.yaml", engine="accelerate", measure=False)
     assert [engine.dump() for engine in seen] == [{"name": "local", "workers": 3}, {"name": "accelerate"}]
 
 

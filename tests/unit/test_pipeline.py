@@ -1,6 +1,9 @@
 import pytest
 from PIL import Image
 
+from synthgen import api
+from synthgen.config import Choice
+from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, SynthgenError, UnknownName
 from synthgen.pipeline import read_pipeline
 
@@ -20,7 +23,7 @@ def write(tmp_path, text):
 
 def test_stages_and_overrides(tmp_path):
     path = write(tmp_path, GOOD)
-    pipeline = read_pipeline(path, [("stages.masks.min_area", 0.01), ("seed", 3), ("stages.masks.refine.level", 0.4)])
+    pipeline = read_pipeline(path, {"stages.masks.min_area": 0.01, "seed": 3, "stages.masks.refine.level": 0.4})
     assert [stage.name for stage in pipeline.stages] == ["generate", "masks"]
     assert pipeline.stages[1].min_area == 0.01
     assert pipeline.stages[1].refine.options == {"level": 0.4}
@@ -69,7 +72,7 @@ def test_files_and_stages_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="--only generate and --to masks ask for different stages"):
         pipeline.select(only="generate", last="masks")
     with pytest.raises(PipelineError, match="is a name"):
-        read_pipeline(write(tmp_path, "stages: {masks: {refine: threshold}}"), [("stages.masks.refine.level", 1.0)])
+        read_pipeline(write(tmp_path, "stages: {masks: {refine: threshold}}"), {"stages.masks.refine.level": 1.0})
 
 
 SEVERAL = """
@@ -83,7 +86,7 @@ stages:
 
 def test_a_stage_may_come_several_times(tmp_path):
     path = write(tmp_path, SEVERAL)
-    pipeline = read_pipeline(path, [("stages.pretrain.epochs", 5), ("stages.pretrain.method.mask_ratio", 0.5)])
+    pipeline = read_pipeline(path, {"stages.pretrain.epochs": 5, "stages.pretrain.method.mask_ratio": 0.5})
     assert [stage.name for stage in pipeline.stages] == ["shards", "pretrain", "pretrain"]
     assert [stage.label for stage in pipeline.stages[1:]] == ["a", "b"]
     assert [stage.epochs for stage in pipeline.stages[1:]] == [5, 5]
@@ -128,20 +131,48 @@ def test_several_of_a_stage_that_cannot_be(tmp_path, text, says):
         "engine: {{name: local, bogus: 1}}\nstages: {{generate: {{prompts: {at}/good.txt}}}}",
     ],
 )
-def test_a_rehearsal_is_refused_as_the_run_would_be(tmp_path, line):
+def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path, line):
     (tmp_path / "good.txt").write_text("a [dog]\n")
     (tmp_path / "bad.txt").write_text("a [dog]\na [cat\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "photos" / "dog").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "dog" / "a.png")
     pipeline = read_pipeline(write(tmp_path, f"run: {tmp_path}/r\n{line.format(at=tmp_path)}"))
-    with pytest.raises(SynthgenError) as rehearsed:
-        pipeline.rehearsed()
+    with pytest.raises(SynthgenError) as checked:
+        pipeline.dry_run()
     assert not (tmp_path / "r").exists()
     with pytest.raises(SynthgenError) as refused:
         list(pipeline.execute())
-    assert (type(rehearsed.value), str(rehearsed.value)) == (type(refused.value), str(refused.value))
-    assert "\n" not in str(rehearsed.value)
+    assert (type(checked.value), str(checked.value)) == (type(refused.value), str(refused.value))
+    assert "\n" not in str(checked.value)
+
+
+def test_trainings_that_are_not_evaluated_are_named(tmp_path):
+    import os
+
+    from tests.factories import make_run
+
+    run, line = make_run(tmp_path / "run"), tmp_path / "line.yaml"
+    for number, name in enumerate(("a", "b", "c")):
+        run.folder(f"pretrain/{name}").mkdir(parents=True)
+        (run.folder(f"pretrain/{name}") / "done.json").write_text("{}")
+        (run.folder(f"pretrain/{name}") / "encoder.safetensors").write_bytes(b"x")
+        (run.folder(f"pretrain/{name}") / "config.json").write_text("{}")
+        os.utime(run.folder(f"pretrain/{name}") / "done.json", (number, number))
+
+    def notes(evaluate, trainings="[{label: a}, {label: b}]"):
+        line.write_text(f"run: {run.path}\nstages: {{shards: {{}}, pretrain: {trainings}, evaluate: {evaluate}}}")
+        pipeline = read_pipeline(line)
+        return [note for stage in pipeline.stages if (note := pipeline.unevaluated(stage))]
+
+    (note,) = notes("{}", "[{label: c}, {label: a}, {label: b}]")
+    assert note.startswith(f"evaluate: of the trainings of {line} this is c, which ended last, and not a, b; for all")
+    assert f"evaluate: [{{encoder: {run.path}/pretrain/c}}, {{encoder: {run.path}/pretrain/a}}, " in note
+    assert notes("{}", "{label: c}") == []
+    each = ", ".join(f"{{encoder: {run.path}/pretrain/{name}}}" for name in ("a", "b"))
+    assert notes(f"[{each}]") == []
+    assert notes(f"[{each}, {{}}]") == []
+    assert notes("{truth: t.tar, evaluators: [mask_iou]}") == []
 
 
 def test_a_file_that_cannot_be_read_is_not_told_to_be_no_yaml(tmp_path):
@@ -153,11 +184,11 @@ def test_a_file_that_cannot_be_read_is_not_told_to_be_no_yaml(tmp_path):
 def test_a_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a [dog]\n")
-    pipeline = read_pipeline(write(tmp_path, "run: ~/r\nstages: {generate: {prompts: ~/p.txt}}"), [("seed", 1)])
+    pipeline = read_pipeline(write(tmp_path, "run: ~/r\nstages: {generate: {prompts: ~/p.txt}}"), {"seed": 1})
     assert pipeline.run == tmp_path / "r"
     assert pipeline.stages[0].prompts == str(tmp_path / "p.txt")
-    assert len(pipeline.rehearsed()) == 2
-    assert read_pipeline(pipeline.path, [("run", "~/other")]).run == tmp_path / "other"
+    assert len(pipeline.dry_run()) == 2
+    assert read_pipeline(pipeline.path, {"run": "~/other"}).run == tmp_path / "other"
 
 
 @pytest.mark.parametrize(("run", "data"), [("r", "{at}/r/shards"), ("{at}/r", "r/shards"), ("x/../r", "r/shards")])
@@ -168,10 +199,10 @@ def test_what_the_run_makes_is_known_however_it_is_written(tmp_path, monkeypatch
         f"run: {run.format(at=tmp_path)}\nstages:\n  generate: {{prompts: good.txt}}\n  masks: {{}}\n  shards: {{}}\n"
         f"  pretrain: {{data: [{data.format(at=tmp_path)}]}}\n"
     )
-    assert len(read_pipeline(tmp_path / "line.yaml").rehearsed()) == 5
+    assert len(read_pipeline(tmp_path / "line.yaml").dry_run()) == 5
 
 
-def test_a_rehearsal_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_on_the_hub(tmp_path):
+def test_a_dry_run_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_on_the_hub(tmp_path):
     (tmp_path / "good.txt").write_text("a [dog]\n")
     run = tmp_path / "r"
     (tmp_path / "line.yaml").write_text(
@@ -179,9 +210,47 @@ def test_a_rehearsal_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_
         f"  pretrain: {{start: some/vit}}\n"
         f"  evaluate: {{encoder: {run}/pretrain/mae, train: {run}/shards/train, test: {run}/shards/val}}\n"
     )
-    assert read_pipeline(tmp_path / "line.yaml").rehearsed()[:3] == [
+    assert read_pipeline(tmp_path / "line.yaml").dry_run()[:3] == [
         f"run: {run}",
         f"generate: {tmp_path}/good.txt -> images, maps",
         "masks: images, maps -> masks",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.txt", "line.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"name": "local", "workers": 3}),
+        ({}, {"name": "local", "workers": 3}),
+        ("local", {"name": "local", "workers": 3}),
+        ({"workers": 2}, {"name": "local", "workers": 2}),
+        ({"name": "local", "workers": 2}, {"name": "local", "workers": 2}),
+        ("accelerate", {"name": "accelerate"}),
+        ({"name": "ray", "workers": 2}, {"name": "ray", "workers": 2}),
+        (Choice("local"), {"name": "local"}),
+    ],
+)
+def test_an_engine_keeps_the_options_of_the_file(tmp_path, given, expected):
+    pipeline = read_pipeline(write(tmp_path, "engine: {name: local, workers: 3}\n" + GOOD.format(run=tmp_path / "r")))
+    assert pipeline.resolve_engine(given).dump() == expected
+    engine = Local(workers=1)
+    assert pipeline.resolve_engine(engine) is engine
+
+
+def test_a_run_and_a_dry_run_have_the_engine_of_the_file_with_its_options(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a [dog]\n")
+    path = write(
+        tmp_path,
+        f"run: {tmp_path}/r\nengine: {{name: local, workers: 1}}\nstages:\n"
+        f"  generate: {{prompts: {tmp_path}/p.txt, backbone: {{num_steps: 1}}}}\n",
+    )
+    engines, units = [], Local.map
+    monkeypatch.setattr(Local, "map", lambda self, *given: engines.append(self) or units(self, *given))
+    api.run_pipeline(path, engine="local")
+    assert engines == [Local(workers=1)]
+    with pytest.raises(ConfigError, match="workers"):
+        read_pipeline(path, {"engine.workers": -1}).dry_run("local")
+    with pytest.raises(ConfigError, match="workers"):
+        list(read_pipeline(path, {"engine.workers": -1}).execute(engine="local"))
+    assert len(read_pipeline(path, {"engine.workers": -1}).dry_run(Choice("local"))) == 2

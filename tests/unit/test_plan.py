@@ -96,13 +96,13 @@ def test_the_copy_of_a_run_is_surveyed_as_its_file_was(tmp_path):
 def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     stages = {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}, "shards": {}, "pretrain": {}}
     line = pipeline(tmp_path, {**stages, "evaluate": {}})
-    own = (("stages.generate.prompts", ""),)
+    own = {"stages.generate.prompts": ""}
     with pytest.raises(MissingArtifact, match="has no prompts yet; give some with: synthgen generate --prompts FILE"):
         plan_pipeline(line, overrides=own, measure=False)
     stage, run = read_pipeline(line).stages[0].complete(), Run.create(tmp_path / "run")
     run.record_settings(stage)
     stage.prepare(run)
-    found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ((), own))
+    found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ({}, own))
     assert replace(again, disk_free=found.disk_free) == found  # others write to this disk as well
     stage = replace(stage, prompts="")
     sample = Sample(tmp_path, survey_copy(stage.own_prompts(run)), seed=0, most=4, seconds=1)
@@ -180,9 +180,9 @@ def test_what_a_run_holds_is_not_left(tmp_path):
     assert (generate.units, generate.units_left, generate.images, generate.images_left) == (3, 1, 12, 5)
     assert (masks.units, masks.units_left, masks.images_left) == (3, 3, 12)
     with pytest.raises(StaleArtifact, match="unit_size"):
-        plan_pipeline(line, overrides=(("stages.generate.unit_size", 6),), measure=False)
+        plan_pipeline(line, overrides={"stages.generate.unit_size": 6}, measure=False)
     with pytest.raises(StaleArtifact, match="seed 0, not 1"):
-        plan_pipeline(line, overrides=(("seed", 1),), measure=False)
+        plan_pipeline(line, overrides={"seed": 1}, measure=False)
     write(tmp_path / "p.txt", "a [horse]\n" * 4)
     with pytest.raises(StaleArtifact, match="prompts"):
         plan_pipeline(line, measure=False)
@@ -273,7 +273,7 @@ def test_hours_are_of_what_is_left_and_workers_share_whole_units(monkeypatch):
     monkeypatch.setattr("synthgen.plan.devices_for", lambda stage: ["cpu"] * 4)
     counts = Counts(11, 10, 350, 320, {32: 10, 30: 1})
     found = estimated(make_stage("masks", {}), counts, Local())
-    assert (found.seconds.value, found.seconds.low, found.seconds.high) == (320 * 3, 320 * 1, 320 * 6)
+    assert (found.seconds.value, found.seconds.low, found.seconds.high) == (320 * 3 + 5, 320 + 5, 320 * 6 + 5)
     assert found.workers == 4
     assert found.at_best_seconds.value == 3 * 32 * 3 + 5  # ten units among four: one has three
     assert found.seconds.basis == "extrapolated from 12 images in 3 rounds"
@@ -306,8 +306,9 @@ def test_a_plan_is_told_as_text_and_as_json(tmp_path, monkeypatch):
     found = replace(found, stages=(replace(whole, basis=reason),), device="cpu")
     found = replace(found, seconds=whole.seconds, at_best_seconds=whole.at_best_seconds)
     text = render(found)
-    assert "36 s" in text
-    assert "none slows another down" in text
+    assert "41 s" in text
+    assert "All times include the start of a worker (masks 5.0 s)" in " ".join(text.split())
+    assert "do not slow each other down" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 100
     assert reason.strip() not in text
     assert reason.strip() in render(found, whole=True), "a pipe has no edge"

@@ -138,6 +138,7 @@ def test_what_attend_would_refuse_a_plan_refuses(tmp_path):
 def test_counting_a_folder_holds_no_names(tmp_path):
     for number in range(5_000):
         (tmp_path / f"{number}.jpg").touch()
+    survey_pictures(str(tmp_path), most=4)  # imports what it needs
     tracemalloc.start()
     found = survey_pictures(str(tmp_path), most=4)
     peak = tracemalloc.get_traced_memory()[1]
@@ -224,7 +225,7 @@ def test_of_large_sources_and_of_captions_the_number_is_expected(tmp_path, monke
     ("evaluate", "stages", "error", "says"),
     [
         ({"test": "absent.tar"}, {}, MissingArtifact, "absent.tar"),
-        ({}, {"shards": {"val_ratio": 0.0}}, ConfigError, "will have no shards/val"),
+        ({}, {"shards": {"val_ratio": 0.0}}, ConfigError, "will have no image in shards/val"),
         ({"truth": "absent"}, {}, MissingArtifact, "absent"),
     ],
 )

@@ -104,7 +104,7 @@ def test_every_stage_and_part_is_listed_with_all_of_its_settings(path):
 
 
 def test_an_option_of_a_part_has_its_default_and_what_it_is():
-    remark = "otsu: the level that best divides the word's cells in two"
+    remark = "otsu: Otsu's threshold of each word's map; fixed: level"
     assert f"\nmethod  otsu, fixed  otsu     {remark}\n" in listing("masks.refine=threshold")
     found = json.loads(listing("masks.refine=threshold", as_json=True))["properties"]["method"]
     assert found == {
@@ -116,10 +116,10 @@ def test_without_a_name_the_parts_there_are():
     names = REFINERS.names()
     listed = json.loads(listing("masks.refine", as_json=True))["oneOf"]
     assert [part["const"] for part in listed] == names
-    assert {"const": "threshold", "description": "Attention above a level."} in listed
+    assert {"const": "threshold", "description": "Cross-attention above a threshold."} in listed
     told = listing("masks.refine").splitlines()
     assert told[-1] == f"options of one: synthgen schema masks.refine={names[0]}"
-    assert any(line.split() == ["threshold", "Attention", "above", "a", "level."] for line in told)
+    assert any(line.split() == ["threshold", "Cross-attention", "above", "a", "threshold."] for line in told)
     assert json.loads(listing("masks", as_json=True))["properties"]["refine"]["anyOf"][0]["enum"] == names
     evaluators = json.loads(listing("evaluate", as_json=True))["properties"]["evaluators"]["items"]
     assert "knn" in evaluators["anyOf"][1]["properties"]["name"]["enum"]
