@@ -31,14 +31,14 @@ def test_the_four_commands(tmp_path):
         if "pretrain" in command:
             assert told.stdout.endswith("\nencoder: runs/latest/pretrain/mae\n")
     assert "nothing to do" in told.stdout  # pretrain had made the shards
-    assert told.stdout.endswith("\nshards: runs/latest/shards\n")
+    assert "\nshards: runs/latest/shards\n" in told.stdout
     run = tmp_path / "runs" / "latest"
     assert (run / "pretrain" / "mae" / "encoder.safetensors").is_file()
     assert (run / "shards" / "train" / "000000.tar").is_file()
     assert (run / "shards" / "README.md").is_file()
 
 
-def test_make_needs_no_environment_where_synthgen_is_installed(tmp_path):
+def test_make_shards_needs_no_environment_where_synthgen_is_installed(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
@@ -52,8 +52,7 @@ def test_make_needs_no_environment_where_synthgen_is_installed(tmp_path):
         return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=tmp_path, env={"PATH": path})
 
     assert make("shards").stdout == "with shards --run runs/latest\n"
-    assert make("demo").stdout.startswith("with run pipelines/tiny.yaml\n")
-    assert "-m venv .venv" in make("-n", "test").stdout  # pytest and its plugins may not be there
+    assert "-m venv .venv" in make("-n", "demo").stdout  # another project's program has this name
     (tmp_path / ".venv").mkdir()
     assert ".venv/bin/synthgen shards" in make("-n", "shards").stdout
     (tmp_path / ".venv").rmdir()

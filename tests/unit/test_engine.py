@@ -19,7 +19,7 @@ from synthgen.errors import ConfigError, MissingWeights, SynthgenError, UnitsFai
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.runner import run_stage
+from synthgen.runner import Summary, run_stage
 from synthgen.stages import Stage
 
 
@@ -146,7 +146,7 @@ from pathlib import Path
 from synthgen.engines.local import Local
 from synthgen.errors import UnitsFailed
 from synthgen.run import Run
-from synthgen.runner import run_stage
+from synthgen.runner import Summary, run_stage
 from tests.unit.test_engine import Numbers
 run = Run.create(Path(sys.argv[1]))
 run_stage(Numbers(units=2), run, Local(workers=1))
@@ -282,7 +282,7 @@ def test_processes_that_are_killed_leave_their_share_to_the_others(tmp_path):
 import sys
 from pathlib import Path
 from synthgen.run import Run
-from synthgen.runner import run_stage
+from synthgen.runner import Summary, run_stage
 from tests.unit.test_engine import Numbers
 run_stage(Numbers(units=12, trouble="die once"), Run.create(Path(sys.argv[1])))
 """
@@ -388,7 +388,7 @@ def test_options_of_the_command_line_go_to_the_engine_of_the_file(monkeypatch, t
 
     def execute(self, engine, progress):
         seen.append(self.resolve_engine(engine))
-        return iter(())
+        return iter([Summary("masks")])
 
     monkeypatch.setattr(pipeline.Pipeline, "execute", execute)
     Run.create(tmp_path / "r")

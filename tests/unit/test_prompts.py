@@ -266,7 +266,7 @@ def test_objects_are_read_under_their_ending_in_either_case(tmp_path, name):
     assert (prompt.text, prompt.words) == ("a dog and a cat", ("cat",))
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.ndjson", "rows.txt", "rows"])
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.txt", "rows"])
 @pytest.mark.parametrize("row", [ROW, "{}", '{"score": NaN}', '{"prompt": "\\ud800"}'])
 def test_objects_under_another_ending_are_not_drawn_as_text(tmp_path, name, row):
     path = tmp_path / name
