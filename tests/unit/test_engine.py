@@ -146,7 +146,7 @@ from pathlib import Path
 from synthgen.engines.local import Local
 from synthgen.errors import UnitsFailed
 from synthgen.run import Run
-from synthgen.runner import Summary, run_stage
+from synthgen.runner import run_stage
 from tests.unit.test_engine import Numbers
 run = Run.create(Path(sys.argv[1]))
 run_stage(Numbers(units=2), run, Local(workers=1))
@@ -282,7 +282,7 @@ def test_processes_that_are_killed_leave_their_share_to_the_others(tmp_path):
 import sys
 from pathlib import Path
 from synthgen.run import Run
-from synthgen.runner import Summary, run_stage
+from synthgen.runner import run_stage
 from tests.unit.test_engine import Numbers
 run_stage(Numbers(units=12, trouble="die once"), Run.create(Path(sys.argv[1])))
 """
