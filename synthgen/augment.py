@@ -1,4 +1,4 @@
-"""Crop, flip and colour. Image and masks always move together: one box and one flip for both."""
+"""Random crops, flips and colour changes; image and masks share one crop box and one flip."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ __all__ = ["Augment", "CenterCrop"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # how bright red, green and blue are
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma weights of red, green and blue
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """A random resized crop to ``size`` pixels, a mirror image half of the time, and changes of colour if asked for.
+    """A random resized crop to ``size`` pixels, a horizontal flip with probability ``flip``, and colour changes.
 
-    The crop is MAE's: its area is ``scale`` of the image's, its width over height ``ratio`` (log-uniform); images are
-    resampled bicubically, labels take the nearest pixel. Colour jitter, grey and blur are those of MoCo v2 without the
-    change of hue, and touch the image alone; the blur is Gaussian, 0.1 to 2 pixels of 224.
+    The crop is MAE's: its area is ``scale`` of the image's and its aspect ratio (width / height) log-uniform in
+    ``ratio``; images are resampled bicubically, labels with nearest neighbour. Colour jitter, grey and blur are those
+    of MoCo v2 without the change of hue, and apply to the image only; the blur is Gaussian, 0.1 to 2 pixels of 224.
     """
 
     size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5  # probability
-    keep_sides: bool = False  # never mirror a sample whose text says left or right
-    jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
+    keep_sides: bool = False  # never flip a sample whose text contains left or right
+    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
     jitter_probability: float = 1.0
-    grey: float = 0.0  # probability of an image without colour
+    grey: float = 0.0  # probability of conversion to grey
     blur: float = 0.0  # probability
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """One view of ``sample``; ``rng`` alone decides which."""
+        """One random view of ``sample``, drawn from ``rng``."""
         box = self.box(sample.image.shape[0], sample.image.shape[1], rng)
         mirror = rng.random() < self.flip and not (self.keep_sides and _SIDES.search(sample.text))
         view = _cut(sample, box, self.size, mirror)
@@ -55,7 +55,7 @@ class Augment:
         return replace(view, image=image)
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        """Where to cut; after ten misses the largest middle box whose shape is within ``ratio``."""
+        """The crop box; after ten failed draws the largest centred box with an aspect ratio within ``ratio``."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
@@ -71,7 +71,7 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """The largest middle square, resized to ``size`` pixels: nothing random, for evaluation."""
+    """The largest centred square, resized to ``size`` pixels: deterministic, for evaluation."""
 
     size: int
 
@@ -100,7 +100,7 @@ def _resample(
 
 
 def _jitter(image: UInt8[np.ndarray, "H W 3"], factors: Float64[np.ndarray, " 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Scale brightness, then contrast round the mean grey, then saturation round each pixel's grey."""
+    """Scale brightness, then contrast around the mean grey, then saturation around each pixel's grey."""
     brightness, contrast, saturation = factors
     x = image.astype(np.float32) * np.float32(brightness)
     middle = (x @ _GREY).mean()

@@ -1,4 +1,4 @@
-"""What is said of the images of a folder: texts beside them, a table as for Hugging Face, or COCO's captions."""
+"""Read captions of the images in a folder: text files beside them, a Hugging Face metadata table, or COCO captions."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from synthgen.untrusted import read_file, read_json, read_lines, shortened, visi
 
 __all__ = ["LONGEST", "TABLES", "TEXT_KEYS", "Caption", "iter_listing", "read_beside", "read_listing"]
 
-TABLES = ("metadata.jsonl", "metadata.csv")  # looked for in a folder of images, and in the folders in it
-TEXT_KEYS = ("text", "caption", "prompt")  # what tables and json members call the caption; the first that is there
+TABLES = ("metadata.jsonl", "metadata.csv")  # file names expected in a folder of images and its subfolders
+TEXT_KEYS = ("text", "caption", "prompt")  # names of the caption in tables and json members; the first that exists
 LONGEST = 10_000  # characters of a caption; text encoders read a few hundred
-_MAX_COCO = 2**29  # bytes of a file of COCO's captions; the largest, of 2017, has 92 million
+_MAX_COCO = 2**29  # bytes of a COCO captions file; the largest, of 2017, has 92 million
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What is said of one image."""
+    """The captions and the label of one image."""
 
-    texts: tuple[str, ...] = ()  # none, one, or several of one image
-    words: tuple[str, ...] = ()  # the words to look for, where they are listed
+    texts: tuple[str, ...] = ()  # none, one or several
+    words: tuple[str, ...] = ()  # the words to mask, if they are listed
     label: str | None = None
 
 
 def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
-    """The captions that a file lists, by the path of each image under ``folder`` (by default the file's own).
+    """The captions in a file, by the path of each image under ``folder`` (by default the file's own).
 
-    ``.jsonl`` has an object a line and ``.csv`` a header and a row an image, both with ``file_name`` and ``text`` (or
-    ``caption``, or ``prompt``), and where wanted ``words`` (a list; in a csv parted by semicolons) and ``label``. A csv
-    may name its columns in either case and have spaces behind its commas.
+    ``.jsonl`` has an object per line and ``.csv`` a header and a row per image, both with ``file_name`` and ``text``
+    (or ``caption``, or ``prompt``), and optionally ``words`` (a list; in a csv separated by semicolons) and ``label``.
+    Column names of a csv may be in any case, and spaces may follow its commas.
     ``.json`` is COCO's captions file, with ``images`` and ``annotations``; its names are always relative to ``folder``.
 
     Raises:
         MissingArtifact: there is no such file.
-        PromptError: it cannot be read, or names a file twice or one outside the folder; says in which line.
+        PromptError: it cannot be read, or names a file twice or one outside the folder; names the line.
     """
     found: dict[str, Caption] = {}
     for where, name, caption in iter_listing(path, folder):
@@ -49,10 +49,10 @@ def read_listing(path: Path, folder: Path | None = None) -> dict[str, Caption]:
 
 
 def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, str, Caption]]:
-    """The rows that :func:`read_listing` reads, one after another: where a row stands, its image and its caption.
+    """The rows of :func:`read_listing`, one at a time: the row's place in the file, its image and its caption.
 
     Raises:
-        MissingArtifact, PromptError: as there, when the row is come to; that a file is listed twice is not seen.
+        MissingArtifact, PromptError: as for :func:`read_listing`, when the row is reached; duplicates are not detected.
     """
     readers, kind = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}, path.suffix.lower()
     if kind not in readers:
@@ -76,10 +76,10 @@ def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, 
 
 
 def read_beside(image: Path) -> Caption:
-    """The first line of the ``.txt`` beside an image that is not empty; no caption where there is no such file.
+    """The first non-empty line of the ``.txt`` beside an image; an empty caption if there is no such file.
 
     Raises:
-        PromptError: it cannot be read.
+        PromptError: the file cannot be read.
     """
     path = image.with_suffix(".txt")
     if path.exists() and not path.is_file():  # a pipe may never end
@@ -98,10 +98,10 @@ def read_beside(image: Path) -> Caption:
 
 
 def inside(name: Any) -> PurePosixPath:
-    """A file name as a path that stays in its folder.
+    """A file name as a path that stays inside its folder.
 
     Raises:
-        ValueError: it is none, or leads out.
+        ValueError: ``name`` is not a file name, or leads outside the folder.
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError("there is no text under 'file_name'")
@@ -133,7 +133,7 @@ def _caption(row: Mapping[str, Any]) -> Caption:
     return Caption(tuple(text for text in stripped if text), tuple(visible(word) for word in words), shown)
 
 
-# -- the forms of a list: where each row stands, and the row
+# -- readers of each format: the place of each row, and the row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -152,7 +152,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     rows = csv.DictReader(read_lines(path), strict=True, skipinitialspace=True)
     columns = [name.strip().lower() for name in rows.fieldnames or ()]
-    while columns and not columns[-1]:  # what stands under no name at the end is more than there are columns
+    while columns and not columns[-1]:  # values in unnamed last columns count as too many fields
         columns.pop()
     rows.fieldnames = columns
     if "file_name" not in columns:
@@ -160,7 +160,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if twice := next((name for name in ("file_name", *TEXT_KEYS, "words", "label") if columns.count(name) > 1), None):
         raise PromptError(f"{path} has two columns {twice!r}; keep one")
     others = [name for name in columns if name and name != "file_name"]
-    if others and not {*TEXT_KEYS, "label"} & {*others}:  # without others the names say which images count
+    if others and not {*TEXT_KEYS, "label"} & {*others}:  # file_name alone just selects the images
         raise PromptError(
             f"{path} has no column 'text', 'caption', 'prompt' or 'label', but {shortened(', '.join(others))}; name "
             "that of the captions 'text', or leave 'file_name' alone where there are none"

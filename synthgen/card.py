@@ -1,4 +1,4 @@
-"""What shards say of themselves: table, counts, wids index, and the dataset card (``README.md``)."""
+"""Metadata of shards: parquet table, counts, wids index, and the dataset card (``README.md``)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 
 SCHEMA_VERSION = 1  # of dataset.json and of the json of samples
 
-#: What the parquet tells of each mask: keys of the json's ``masks``.
+#: Columns of the parquet for each mask: keys of the json's ``masks``.
 MASK_COLUMNS = (
     *("score", "confidence", "area", "box", "touches_border", "components", "instances"),
     *("sharpness", "disagreement", "dropped"),
 )
 
-_SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → what Hugging Face calls it
+_SPLIT_NAMES = {"train": "train", "val": "validation"}  # folder → name at Hugging Face
 _MEMBERS = {
     "txt": "the prompt, UTF-8",
     "json": "key, prompt, words and where they stand, label, seed, source, size, backbone, model, licence, warnings",
@@ -124,7 +124,7 @@ drew or checked them: they are good to train with and no ground truth to measure
 
 
 def wids_index(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The index that ``wids`` reads, for the shards in ``rows``; their urls are relative to the index."""
+    """The ``wids`` index of the shards in ``rows``, with urls relative to the index."""
     shards = [{"url": row["file"], "nsamples": row["samples"], "filesize": row["bytes"]} for row in rows]
     return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}
 
@@ -184,7 +184,7 @@ def prompt_figures(train: PromptCount, val: PromptCount) -> dict[str, Any]:
 
 
 def parquet_bytes(rows: Sequence[Mapping[str, Any]], *, masks: bool) -> bytes:
-    """The rows of a shard as a parquet file, its types given and not inferred."""
+    """The rows of a shard as a parquet file, with explicit types."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -212,10 +212,10 @@ def parquet_bytes(rows: Sequence[Mapping[str, Any]], *, masks: bool) -> bytes:
 
 
 def dataset_card(description: Mapping[str, Any]) -> str:
-    """The README.md of a set of shards, from what ``dataset.json`` says of it.
+    """The README.md of a set of shards, from the contents of its ``dataset.json``.
 
-    Its YAML head tells Hugging Face which files are the data (it would take the side files, without images) and
-    their types (it would infer them from five samples, and fail where those have no words).
+    Its YAML header tells Hugging Face which files are the data (by default the side files, without images) and their
+    types (by default inferred from five samples, which fails if those have no words).
     """
     head = yaml.safe_dump(_head(description), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{_CARD.format(**_facts(description))}"
@@ -234,14 +234,14 @@ def _head(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _features(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The types of the members in the words of Hugging Face's YAML."""
+    """The types of the members in the notation of Hugging Face's YAML."""
     labels = {str(number): label for number, label in enumerate(description["classes"])}
     types: dict[str, dict[str, Any]] = {
         "txt": {"dtype": "string"},
         "json": {"struct": _json_features(masks="mask.png" in description["members"])},
         "cls": {"dtype": {"class_label": {"names": labels}}},
     }
-    types |= {"__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # the loader's own
+    types |= {"__key__": {"dtype": "string"}, "__url__": {"dtype": "string"}}  # added by the loader
     names = [*description["members"], "__key__", "__url__"]
     return [{"name": name, **types.get(name, {"dtype": "image"})} for name in names]
 
@@ -258,14 +258,14 @@ def _json_features(*, masks: bool) -> list[dict[str, Any]]:
         box, area = {"name": "box", "list": "int64"}, {"name": "area", "dtype": "float64"}
         mask = plain("string", "word") + plain("int64", "value") + plain("float64", "score", "confidence")
         mask += [area, box, *plain("bool", "touches_border"), *plain("int64", "components")]
-        mask += [{"name": "instances", "list": [dict(area), dict(box)]}]  # copies: YAML would refer to the same
+        mask += [{"name": "instances", "list": [dict(area), dict(box)]}]  # copies: YAML would write an alias
         mask += plain("float64", "sharpness", "disagreement") + plain("string", "dropped")
         fields.append({"name": "masks", "list": mask})
     return fields
 
 
 def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in the gaps of the card."""
+    """The values of the card's placeholders."""
     splits, versions = description["splits"], description["versions"]
     masks, attended = "mask.png" in description["members"], _attended(description)
     refine = (description["made_from"].get("masks", {}).get("refine") or {}).get("name", "the masks stage")
@@ -298,7 +298,7 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "mask_note": _MASK_NOTE.format(
             looked="looked at" if attended else "made",
-            refine="synthgen's own attentioncut" if refine == "attentioncut" else refine,  # no other has that energy
+            refine="synthgen's own attentioncut" if refine == "attentioncut" else refine,  # its energy is not a paper's
         )
         if masks
         else "",
@@ -308,16 +308,16 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions(artifacts: Mapping[str, Mapping[str, str]]) -> str:
-    """The versions that each artifact was made with, a line for those that share them."""
+    """The versions that each artifact was made with; artifacts with the same versions share a line."""
     names: dict[str, list[str]] = {}
     for name, versions in artifacts.items():
-        told = ", ".join(f"{library} {version}" for library, version in versions.items()) or "nobody noted them"
-        names.setdefault(told, []).append(name)
-    return "\n".join(f"- {', '.join(alike)}: {told}" for told, alike in names.items())
+        listed = ", ".join(f"{library} {version}" for library, version in versions.items()) or "nobody noted them"
+        names.setdefault(listed, []).append(name)
+    return "\n".join(f"- {', '.join(alike)}: {listed}" for listed, alike in names.items())
 
 
 def _loading(description: Mapping[str, Any]) -> dict[str, str]:
-    """What stands in the gaps of the card's snippets, which read the first split."""
+    """The values of the placeholders in the card's snippets, which read the first split."""
     members = description["members"]
     masks = "mask.png" in members
     image = next(name for name in ("jpg", "png", "webp") if name in members)
@@ -335,7 +335,7 @@ def _loading(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _attended(description: Mapping[str, Any]) -> bool:
-    """Whether the images existed before a model looked at them."""
+    """Whether the images are existing ones, from the stage attend."""
     return bool(description.get("made_by") == "attend")
 
 

@@ -1,15 +1,15 @@
-"""Records to tar members and back: one pair of functions for each artifact.
+"""Encode records as tar members and decode them: one pair of functions for each artifact.
 
 =========  ==============================  ==============================================================
-artifact   members of a sample             what is in them
+artifact   members of a sample             content
 =========  ==============================  ==============================================================
 images     ``png``, ``json``               the image; prompt, words and their spans, label, seed, warnings, source
 maps       ``maps.npz``                    ``weights`` (words h w) and ``affinity`` (edges h w), float16
 masks      ``masks.npz``, ``json``         ``labels`` (H W) uint8: 0 background, k the k-th word; ``scores``; words,
-                                           reasons, and what is known of each mask
+                                           reasons, and a description of each mask
 =========  ==============================  ==============================================================
 
-Nothing is pickled, and nothing that is read is believed: types, shapes and sizes are checked before arrays are made.
+Nothing is pickled, and no input is trusted: types, shapes and sizes are checked before arrays are allocated.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ __all__ = [
 
 Members = Mapping[str, bytes]
 
-#: What numpy, zipfile, zlib, json and Pillow raise on bytes that are damaged or missing.
+#: The errors of numpy, zipfile, zlib, json and Pillow on damaged or missing bytes.
 _UNREADABLE = (LookupError, ValueError, TypeError, OSError, EOFError, SyntaxError, OverflowError, zlib.error,
                zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error)  # fmt: skip
 _MEASURED = ("confidence", "sharpness", "disagreement")
-_MAX_ARRAY = 2**27  # bytes; 255 maps on a grid of 512 x 512 are a little less
-_MAX_MASKS = 2**30  # pixels of all masks of one image together
+_MAX_ARRAY = 2**27  # bytes; 255 maps on a grid of 512 x 512 are slightly fewer
+_MAX_MASKS = 2**30  # pixels, over all masks of an image
 
 
 def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def prompt_from_json(value: Mapping[str, Any]) -> Prompt:
     """The inverse of :func:`prompt_to_json`.
 
     Raises:
-        KeyError, ValueError, TypeError: ``value`` is not what that makes.
+        KeyError, ValueError, TypeError: ``value`` is not a mapping made by that function.
     """
     text, words, label = value["prompt"], _texts(value["words"], "words"), value["label"] or None
     spans = tuple((operator.index(start), operator.index(stop)) for start, stop in value["spans"])
@@ -84,7 +84,7 @@ def prompt_from_json(value: Mapping[str, Any]) -> Prompt:
 
 
 def encode_image(generation: Generation) -> dict[str, bytes]:
-    """The image and what it was made from."""
+    """The image as PNG, and its prompt, seed, warnings and source as JSON."""
     request = generation.request
     meta = {**prompt_to_json(request.prompt), "seed": request.seed, "warnings": list(generation.warnings)}
     if request.source:
@@ -93,7 +93,7 @@ def encode_image(generation: Generation) -> dict[str, bytes]:
 
 
 def decode_image(key: str, members: Members) -> tuple[Request, UInt8[np.ndarray, "H W 3"], tuple[str, ...]]:
-    """The request that an image answers, the image, and its warnings.
+    """The request that an image was generated for, the image, and its warnings.
 
     Raises:
         CorruptFile: a member is missing or unreadable.
@@ -109,7 +109,7 @@ def decode_image(key: str, members: Members) -> tuple[Request, UInt8[np.ndarray,
 
 
 def encode_maps(maps: Maps) -> dict[str, bytes]:
-    """Weights and affinity; the words stand in the image's json."""
+    """Weights and affinity; the words are in the image's json."""
     return {"maps.npz": _npz(weights=maps.weights, affinity=maps.affinity)}
 
 
@@ -117,7 +117,7 @@ def decode_maps(key: str, members: Members, words: tuple[str, ...]) -> Maps:
     """The inverse of :func:`encode_maps`.
 
     Raises:
-        CorruptFile: the member is missing, unreadable, or holds another number of words.
+        CorruptFile: the member is missing, unreadable, or has another number of words.
     """
     try:
         arrays = read_npz(members["maps.npz"], weights=(np.float16, 3), affinity=(np.float16, 3))
@@ -133,16 +133,20 @@ def decode_maps(key: str, members: Members, words: tuple[str, ...]) -> Maps:
 
 
 def decode_generation(key: str, image: Members, maps: Members) -> Generation:
-    """Image and maps of one sample together."""
+    """The image and the maps of one sample as a ``Generation``.
+
+    Raises:
+        CorruptFile: a member is missing or unreadable.
+    """
     request, pixels, warnings = decode_image(key, image)
     return Generation(request, pixels, decode_maps(key, maps, request.prompt.words), warnings)
 
 
 def encode_masks(masks: WordMasks) -> dict[str, bytes]:
-    """Masks as one label image with scores; the json holds their words, their reasons and all that is known of them.
+    """Masks as one label image with scores; the json holds their words, reasons and descriptions.
 
     Raises:
-        ConfigError: nobody would read so many again (see :func:`check_masks`).
+        ConfigError: the masks are too many or too large to be read again (see :func:`check_masks`).
     """
     check_masks(len(masks.values), masks.values.shape[1:])
     meta = {"words": list(masks.words), "dropped": list(masks.dropped), "masks": describe_masks(masks)}
@@ -150,7 +154,7 @@ def encode_masks(masks: WordMasks) -> dict[str, bytes]:
 
 
 def decode_masks(key: str, members: Members) -> WordMasks:
-    """The inverse of :func:`encode_masks`; figures that nobody measured, as in older runs, are None.
+    """The inverse of :func:`encode_masks`; measures that are absent, as in older runs, are None.
 
     Raises:
         CorruptFile: a member is missing or unreadable.
@@ -169,27 +173,27 @@ def decode_masks(key: str, members: Members) -> WordMasks:
 
 
 def check_masks(num_words: int, size: tuple[int, ...], key: str = "") -> None:
-    """See that so many masks of ``size`` (height, width) can be read again once they are written.
+    """Check that ``num_words`` masks of ``size`` (height, width) can be read again once they are written.
 
     Raises:
-        ConfigError: there are more words than 8 bits can tell apart, or more pixels of them than memory should hold.
+        ConfigError: there are more words than 8 bits can number, or more than ``_MAX_MASKS`` pixels in all masks.
     """
-    if told := _too_many(num_words, size):
+    if problem := _too_many(num_words, size):
         where = f"sample {key}: " if key else ""
         raise ConfigError(
-            f"{where}{told}; in a new run keep images smaller (of attend with a lower max_side), or mark fewer words"
+            f"{where}{problem}; in a new run keep images smaller (of attend with a lower max_side), or mark fewer words"
         )
 
 
 def _too_many(num_words: int, size: tuple[int, ...]) -> str:
-    """Why so many masks are not read, or ""."""
+    """Why the masks exceed the limits, or an empty text if they do not."""
     if num_words <= MAX_WORDS and num_words * math.prod(size) <= _MAX_MASKS:
         return ""
     return f"{num_words} masks of {size[1]} x {size[0]} pixels are more than are read"
 
 
 def masks_to_labels(values: Bool[np.ndarray, "words H W"]) -> UInt8[np.ndarray, "H W"]:
-    """One image of word numbers: 0 where no word is, k where the k-th is (from 1)."""
+    """One image of word numbers: 0 where there is no mask, k in the mask of the k-th word (from 1)."""
     labels = np.zeros(values.shape[1:], np.uint8)
     for number, mask in enumerate(values, start=1):
         labels[mask] = number
@@ -200,22 +204,22 @@ def labels_to_masks(labels: UInt8[np.ndarray, "H W"], num_words: int) -> Bool[np
     """The inverse of :func:`masks_to_labels`.
 
     Raises:
-        ValueError: there are more words than 8 bits can tell apart, or more pixels of them than memory should hold.
+        ValueError: there are more words than 8 bits can number, or more than ``_MAX_MASKS`` pixels in all masks.
     """
-    if told := _too_many(num_words, labels.shape):
-        raise ValueError(told)
+    if problem := _too_many(num_words, labels.shape):
+        raise ValueError(problem)
     masks: Bool[np.ndarray, "words H W"] = labels[None] == np.arange(1, num_words + 1, dtype=np.uint8)[:, None, None]
     return masks
 
 
 def read_npz(data: bytes, **wanted: tuple[type[np.generic], int]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Arrays of an npz by name, each of the type and the number of axes that are wanted.
+    """Arrays of an npz by name, each with the type and the number of axes given in ``wanted``.
 
-    A header's shape is held against the bytes that are there before an array is made, so that no header can ask for
-    more memory than ``_MAX_ARRAY``; ``numpy.load`` believes it.
+    A header's shape is compared with the length of the data before an array is allocated, so that no header can ask
+    for more memory than ``_MAX_ARRAY``; ``numpy.load`` trusts it.
 
     Raises:
-        ValueError, KeyError, or what ``zipfile`` and ``zlib`` raise: it is damaged, or holds something else.
+        ValueError, KeyError, or an error of ``zipfile`` or ``zlib``: the file is damaged, or has other arrays.
     """
     found = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -233,20 +237,18 @@ def read_npz(data: bytes, **wanted: tuple[type[np.generic], int]) -> dict[str, S
             if math.prod(shape) * dtype.itemsize != len(body):
                 raise ValueError(f"{name} says that it is of shape {shape}, and has {len(body)} bytes")
             array = np.frombuffer(body, dtype)
-            found[name] = np.array(
-                array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-            )  # may be written to
+            found[name] = np.array(array.reshape(shape[::-1]).T if fortran else array.reshape(shape))  # a writable copy
     return found
 
 
 def _npz(**arrays: Shaped[np.ndarray, "..."]) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # members carry a fixed date: the same bytes each time
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # members have a fixed date: the same bytes each time
     return buffer.getvalue()
 
 
 def _measured(described: Any, name: str, num_words: int) -> Float32[np.ndarray, " words"] | None:
-    """A figure of each mask from its description."""
+    """A measure of each mask from its description; None if it was not measured."""
     if described is None:
         return None
     if not isinstance(described, list) or len(described) != num_words:
@@ -256,10 +258,10 @@ def _measured(described: Any, name: str, num_words: int) -> Float32[np.ndarray, 
 
 
 def decode_meta(key: str, members: Members) -> dict[str, Any]:
-    """The json of a sample as it is, for those who want nothing but a word of it.
+    """The json of a sample as plain data, for callers that need only a few of its values.
 
     Raises:
-        CorruptFile: it is missing, or no JSON object; or its ``words``, where it has any, are no list of texts.
+        CorruptFile: it is missing or not a JSON object, or it has ``words`` that are not a list of texts.
     """
     try:
         meta = _object(members["json"])

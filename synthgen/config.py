@@ -1,4 +1,4 @@
-"""Settings: arguments of parts and stages, checked by pydantic in strict mode with unknown keys forbidden."""
+"""Settings: the arguments of parts and stages, validated by pydantic in strict mode with unknown keys forbidden."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Choice:
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML safely; ``1e-3`` is a number, as YAML 1.2 has it (1.1, and so PyYAML, takes it for text).
+    """Parse YAML safely; ``1e-3`` is a number, as in YAML 1.2 (in YAML 1.1, and so in PyYAML, it is text).
 
     Raises:
-        yaml.YAMLError: it is not YAML, or larger than any file of settings is.
+        yaml.YAMLError: the text is not YAML, or too large for a settings file.
     """
     from synthgen.untrusted import SAFE_LOADER, read_yaml
 
@@ -81,12 +81,12 @@ def load_yaml(text: str) -> Any:
 
 
 def run_folder(name: str | Path) -> Path:
-    """The folder of a run as a person writes it: a ``~`` before it is their home, as in a shell.
+    """The path of a run folder given by a user, with a leading ``~`` expanded as in a shell.
 
     Raises:
-        ConfigError: it is empty, or begins with a variable or a home that only a shell would know.
+        ConfigError: the name is empty, or begins with a variable or home directory that only a shell would expand.
     """
-    text = os.path.expanduser(name)  # noqa: PTH111 - a URL is no path yet
+    text = os.path.expanduser(name)  # noqa: PTH111 - it may be a URL
     if not text:
         raise ConfigError("the run folder has no name; give one, such as runs/latest, or . for this very folder")
     if re.match(r"\$\w|\$\{|~", text):
@@ -97,7 +97,7 @@ def run_folder(name: str | Path) -> Path:
 
 
 def expand_home(value: Any) -> Any:
-    """Plain data in which every text that begins with a home, such as ``~/prompts.txt``, says where that is."""
+    """Plain data with the home directory expanded in every text such as ``~/prompts.txt``."""
     if isinstance(value, str):
         return os.path.expanduser(value) if re.match(r"~[\w.-]*/", value) else value  # noqa: PTH111 - as in run_folder
     if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ def expand_home(value: Any) -> Any:
 
 
 def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozenset()) -> type[BaseModel]:
-    """A strict pydantic model of the arguments of ``target``, without those that the caller gives itself."""
+    """A strict pydantic model of the arguments of ``target``, without those in ``given``."""
     from pydantic import ConfigDict, Field, create_model
 
     init = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
@@ -117,7 +117,7 @@ def settings_model(target: Callable[..., Any], *, given: frozenset[str] = frozen
         if name in given or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
-        if repr(default) == "<factory>":  # what the signature of a dataclass shows for a default_factory
+        if repr(default) == "<factory>":  # how the signature of a dataclass shows a default_factory
             default = Field(default_factory=typing.cast("Callable[[], Any]", made[name]))
         fields[name] = (hints.get(name, Any), default)
     name = getattr(target, "__name__", "settings")
@@ -136,17 +136,17 @@ def check(
     given: frozenset[str] = frozenset(),
     listed: str = "",
 ) -> dict[str, Any]:
-    """The arguments of ``target`` with ``options`` put in, each of the right kind.
+    """The arguments of ``target`` from ``options`` and defaults, validated against its signature.
 
     Args:
         target: a class or function.
-        options: by name.
-        where: how an error names ``target``.
-        given: arguments that are no options.
-        listed: where ``synthgen schema`` lists the options, for the error.
+        options: values by name.
+        where: the name of ``target`` in errors.
+        given: arguments that are not options.
+        listed: the path at which ``synthgen schema`` lists the options, for errors.
 
     Raises:
-        ConfigError: an option is unknown, missing or of the wrong kind; says which, and names the nearest known one.
+        ConfigError: an option is unknown, missing or of the wrong type; names it, and the nearest known one.
     """
     from pydantic import ValidationError
 
@@ -156,7 +156,7 @@ def check(
         known = model.model_fields.get(key)
         default = known.get_default(call_default_factory=True) if known else None
         if isinstance(default, Choice) and isinstance(value, Mapping) and "name" not in value:
-            value = {"name": default.name, **value}  # options alone are those of the part that is there by default
+            value = {"name": default.name, **value}  # options without a name are those of the default part
         values[key] = _fitted(value, known.annotation) if known else value
     try:
         checked = model.model_validate(values)
@@ -170,17 +170,17 @@ def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, l
     """Check ``options`` against the signature of ``target`` (see :func:`check`) and call it.
 
     Raises:
-        ConfigError: an option is unknown, missing or of the wrong kind, or ``target`` refuses its value.
+        ConfigError: an option is unknown, missing or of the wrong type, or ``target`` refuses its value.
     """
     values = check(target, options, where=where, given=frozenset(given), listed=listed)
     try:
         return target(**values, **given)
-    except ValueError as error:  # a part refuses values that have the right type
+    except ValueError as error:  # of the right type, but refused by the part
         raise ConfigError(f"{where}: {error}") from None
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """``value`` with its lists as tuples where the hint says tuple: YAML has no other word for both."""
+    """``value`` with lists converted to tuples where the type hint says tuple: YAML has lists only."""
     kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         kinds = {typing.get_origin(one) or one: one for one in inside}
@@ -213,7 +213,7 @@ def _explain(error: Any, where: str, known: list[str]) -> str:
 
 
 def dump(value: Any) -> Any:
-    """Settings as plain values that YAML and JSON can hold."""
+    """Settings as plain values for YAML and JSON."""
     if isinstance(value, Choice):
         return {key: dump(option) for key, option in value.dump().items()}
     if is_dataclass(value) and not isinstance(value, type):

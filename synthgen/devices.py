@@ -1,4 +1,4 @@
-"""What a machine computes on, and which of many processes this one is."""
+"""The devices of this machine, and the rank of this process among those of a launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "devices_for", "place"]
 
-#: What launchers call the same number: accelerate and torchrun, then the common MPIs.
+#: Environment variables that launchers set: accelerate and torchrun, then the common MPIs.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -21,18 +21,18 @@ _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "M
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One process of those that a launcher started."""
+    """The rank of a process among those that a launcher started."""
 
     rank: int
-    size: int  # processes in all, on all machines
-    local_rank: int  # among those of this machine
+    size: int  # number of processes on all machines
+    local_rank: int  # rank among the processes of this machine
 
 
 def place() -> Place:
-    """Where this process stands, by the environment that its launcher gave it; alone where there is no launcher.
+    """The rank of this process, from the environment variables of its launcher; 0 of 1 without a launcher.
 
     Raises:
-        ConfigError: the environment holds no such place.
+        ConfigError: a variable is not a whole number, or the rank is not from 0 to size - 1.
     """
     rank, size, local_rank = (_number(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL_RANK, 0)))
     if not 0 <= rank < size:
@@ -52,7 +52,7 @@ def _number(names: tuple[str, ...], default: int) -> int:
 
 
 def devices_for(stage: Stage) -> list[str]:
-    """The device of each worker, where as many work as fit this machine."""
+    """The device of each worker: one worker per GPU or, without GPUs or for stages that use none, per core."""
     cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if not stage.accelerated:
         return cores

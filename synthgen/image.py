@@ -1,4 +1,4 @@
-"""Images as bytes and arrays: numpy and Pillow only."""
+"""Encode, decode and resize images, with numpy and Pillow only."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from synthgen.errors import one_line
 
 __all__ = ["MAX_PIXELS", "UNDECODABLE", "decode_labels", "decode_rgb", "encode_jpeg", "encode_png", "resize"]
 
-MAX_PIXELS = 2**26  # of an image that is read; a larger one is a bomb, or too large for any network
-#: What readers of images raise on bytes that are damaged, no image, or an image of more than ``MAX_PIXELS``.
+MAX_PIXELS = 2**26  # of an image; a larger one is a decompression bomb, or too large for any network
+#: The errors of image readers on bytes that are damaged, not an image, or an image of more than ``MAX_PIXELS``.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and none whose reader is seldom used, or starts a program
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # no formats whose readers are rarely used, or start a program
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W"]) -> bytes:
-    """Pixels as a PNG: RGB, or 8-bit grey where there is no channel axis."""
+    """Pixels as a PNG: RGB, or 8-bit grey if there is no channel axis."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=4)
     return buffer.getvalue()
 
 
 def encode_jpeg(pixels: UInt8[np.ndarray, "H W 3"], quality: int = 95) -> bytes:
-    """Pixels as a JPEG without chroma subsampling (small images would lose their edges to it)."""
+    """Pixels as a JPEG without chroma subsampling, which would blur the edges of small images."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
 def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB pixels of an image file's bytes (PNG, JPEG, WebP, BMP, GIF); ``upright``: turned as its EXIF says.
+    """Decode an image file (PNG, JPEG, WebP, BMP, GIF) to RGB pixels; ``upright`` applies its EXIF orientation.
 
-    Of 16 bits the upper 8 are taken, of grey (where Pillow alone would make all but the darkest white) as of colour.
+    16-bit values keep their upper 8 bits, also in grey images, where Pillow alone would clip all but the darkest to
+    white.
 
     Raises:
-        OSError: the bytes are no image, it is cut off, has more than ``MAX_PIXELS``, or numbers of 32 bits as pixels;
-            whatever Pillow raises.
+        OSError: the bytes are not an image or are truncated, the image has more than ``MAX_PIXELS``, or its pixels are
+            32-bit numbers; other errors of Pillow are raised as OSError too.
     """
     with _opened(data, _FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # I: before Pillow 11
@@ -54,10 +55,10 @@ def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 
 
 
 def decode_labels(data: bytes) -> UInt8[np.ndarray, "H W"]:
-    """The numbers of a PNG of 8-bit grey, of a palette, or of 1 bit (0 and 255).
+    """The pixel values of a PNG with 8-bit grey, with a palette (its indices), or with 1 bit (0 and 255).
 
     Raises:
-        OSError: it is none, or as for :func:`decode_rgb`.
+        OSError: the image has another mode, or as for :func:`decode_rgb`.
     """
     with _opened(data, ("PNG",)) as image:
         if image.mode not in ("L", "P", "1"):
@@ -67,7 +68,7 @@ def decode_labels(data: bytes) -> UInt8[np.ndarray, "H W"]:
 
 @contextmanager
 def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """A picture by its header; its pixels are decoded in the block."""
+    """Open an image by its header; its pixels are decoded inside the block."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -77,12 +78,12 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         raise OSError("cannot identify image file: it is none, or of a format that is not read") from None
     except OSError:
         raise
-    except Exception as error:  # on hostile bytes Pillow raises whatever went wrong inside
+    except Exception as error:  # on malicious bytes Pillow may raise any type
         raise OSError(one_line(error)) from None
 
 
 def resize(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels at another ``size`` (height, width), with antialiasing; the same pixels where it is theirs."""
+    """Pixels at another ``size`` (height, width), bicubic with antialiasing; unchanged if that is their size."""
     height, width = size
     if pixels.shape[:2] == size:
         return pixels

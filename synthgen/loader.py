@@ -1,4 +1,4 @@
-"""Samples to batches: an order that can be taken up anywhere, views, collating."""
+"""Turn samples into batches: a resumable order, random views, collation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from synthgen.errors import SynthgenError
 
 __all__ = ["Batch", "Order", "Reader", "ahead", "collate", "loader", "workers_for"]
 
-_SEEDS = 2  # the stream of a sample's seed; 0 and 1 are those of its views
+_SEEDS = 2  # the random stream of a sample's seed; streams 0 and 1 are for its views
 
 View = Callable[[Sample, np.random.Generator], Sample]
 
@@ -30,12 +30,12 @@ Rows = TypeVar("Rows")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples side by side."""
+    """A batch of samples."""
 
     images: Float[Tensor, "b 3 H W"]  # normalised with the encoder's mean and standard deviation
-    masks: Bool[Tensor, "b k H W"]  # padded with empty masks to the most words in the batch
+    masks: Bool[Tensor, "b k H W"]  # padded with empty masks to the largest number of words in the batch
     present: Bool[Tensor, "b k"]  # whether there is a k-th word with at least one pixel
-    seeds: Int[Tensor, " b"]  # what is drawn for a sample comes from its own: see synthgen.models.draws
+    seeds: Int[Tensor, " b"]  # seed of all random draws for a sample: see synthgen.models.draws
     keys: tuple[str, ...]
     texts: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]
@@ -54,37 +54,37 @@ class Batch:
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """The same batch where a GPU can fetch it while others compute; loaders that pin ask for it by this name."""
+        """The same batch in pinned memory, for asynchronous copies to a GPU; DataLoader calls it by this name."""
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
         return replace(self, **pinned)
 
     def _tensors(self) -> dict[str, Tensor | Batch]:
-        """By their names, with those of the second view as a batch."""
+        """The tensors by field name; the second view as a batch."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor | Batch)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which samples make up each step: a fresh permutation every epoch, a function of seed and epoch alone.
+    """The samples of each step: a new permutation every epoch, a function of seed and epoch alone.
 
-    Iterating gives, for each step from ``start`` on, this process's tickets (epoch, sample number). An epoch's last
-    samples are left out where they do not fill a batch. With ``limit`` the last epoch may end early.
+    Iterating gives, for each step from ``start`` on, this process's tickets (epoch, sample number). The last samples of
+    an epoch are dropped if they do not fill a batch. With ``limit`` the last epoch may end early.
     """
 
-    length: int  # samples there are
-    batch_size: int  # samples a step, over all processes
+    length: int  # samples in the dataset
+    batch_size: int  # samples per step, over all processes
     epochs: int
     seed: int
-    start: int = 0  # steps done before
+    start: int = 0  # steps already done
     rank: int = 0
     world_size: int = 1
-    parts: int = 1  # each step's share comes in so many batches (gradient accumulation)
-    limit: int = 0  # at most so many steps; 0: all of the epochs
+    parts: int = 1  # batches per step and process (gradient accumulation)
+    limit: int = 0  # most steps; 0: those of all epochs
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in an epoch."""
+        """Steps per epoch."""
         return self.length // self.batch_size
 
     @property
@@ -108,39 +108,39 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A sample in one view or two, with its seed."""
+class _SeededViews:
+    """One or two views of a sample, with its seed."""
 
     views: tuple[Sample, ...]
     seed: int
 
 
-class _Views(Dataset[_Drawn]):
-    """Samples by ticket. All randomness of a sample comes from seed, epoch and number: workers change nothing."""
+class _Views(Dataset[_SeededViews]):
+    """Views of samples by ticket; randomness depends on seed, epoch and sample number only, not on workers."""
 
     def __init__(self, samples: ImageDataset, views: Sequence[View], seed: int) -> None:
         self.samples, self.views, self.seed = samples, views, seed
 
-    def __getitem__(self, ticket: tuple[int, int]) -> _Drawn:
+    def __getitem__(self, ticket: tuple[int, int]) -> _SeededViews:
         epoch, index = ticket
         sample, root = self.samples[index], [self.seed, epoch, index]
         views = [view(sample, np.random.default_rng([*root, number])) for number, view in enumerate(self.views)]
         own = np.random.SeedSequence([*root, _SEEDS]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        return _Drawn(tuple(views), int(own))
+        return _SeededViews(tuple(views), int(own))
 
 
 def collate(
     samples: Sequence[Sample], mean: Sequence[float], std: Sequence[float], seeds: Sequence[int] | None = None
 ) -> Batch:
-    """Samples of one size side by side; pixels become (pixels / 255 - mean) / std. Seeds are 0, 1, ... by default."""
+    """Stack samples of one size; pixels become (pixels / 255 - mean) / std, and seeds are 0, 1, ... by default."""
     pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
     offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
-    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2)  # channels last in memory, as patches are cut
+    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2)  # channels last in memory, which suits patches
     with_masks = [len(sample.words) for sample in samples if sample.label_map is not None]
     masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
     for row, sample in enumerate(samples):
         if sample.label_map is not None and sample.words:
-            numbers = np.arange(1, len(sample.words) + 1)[:, None, None]  # beyond 255 no pixel has them
+            numbers = np.arange(1, len(sample.words) + 1)[:, None, None]  # numbers above 255 match no pixel
             masks[row, : len(sample.words)] = torch.from_numpy(sample.label_map[None] == numbers)
     return Batch(
         images,
@@ -156,30 +156,30 @@ def collate(
 
 @dataclass(frozen=True)
 class _Collate:
-    """:func:`collate` with its numbers filled in; a class so that it travels to workers."""
+    """:func:`collate` with fixed mean and std; a class so that it can be sent to workers."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, drawn: list[_Drawn]) -> Batch:
-        seeds = [sample.seed for sample in drawn]
-        views = zip(*(sample.views for sample in drawn), strict=True)
-        first, *others = (collate(samples, self.mean, self.std, seeds) for samples in views)
+    def __call__(self, samples: list[_SeededViews]) -> Batch:
+        seeds = [sample.seed for sample in samples]
+        views = zip(*(sample.views for sample in samples), strict=True)
+        first, *others = (collate(view, self.mean, self.std, seeds) for view in views)
         return replace(first, second=others[0]) if others else first
 
 
 class Reader(DataLoader[Rows]):
-    """A DataLoader whose processes hand over a :class:`SynthgenError` as it is, to be raised here.
+    """A DataLoader that re-raises a :class:`SynthgenError` of its worker processes unchanged.
 
-    Torch would raise another in its place, whose message is the traceback in the process.
+    Torch would raise an error whose message is the worker's traceback.
     """
 
     def __init__(
         self, rows: Dataset[Row], collate_fn: Callable[[list[Row]], Rows], *, num_workers: int = 0, **settings: Any
     ) -> None:
         super().__init__(
-            _Carrying(rows),  # type: ignore[arg-type]
-            collate_fn=_Carried(collate_fn),
+            _RowsOrErrors(rows),  # type: ignore[arg-type]
+            collate_fn=_CollateOrError(collate_fn),
             num_workers=num_workers,
             **settings,
         )
@@ -191,8 +191,8 @@ class Reader(DataLoader[Rows]):
             yield batch
 
 
-class _Carrying(Dataset[Row | SynthgenError], Generic[Row]):
-    """Rows, or why one cannot be had."""
+class _RowsOrErrors(Dataset[Row | SynthgenError], Generic[Row]):
+    """Rows, or the error of reading one."""
 
     def __init__(self, rows: Dataset[Row]) -> None:
         self.rows = rows
@@ -208,8 +208,8 @@ class _Carrying(Dataset[Row | SynthgenError], Generic[Row]):
 
 
 @dataclass(frozen=True)
-class _Carried(Generic[Row, Rows]):
-    """Rows side by side, or the first error among them."""
+class _CollateOrError(Generic[Row, Rows]):
+    """Collated rows, or the first error among them."""
 
     collate: Callable[[list[Row]], Rows]
 
@@ -223,7 +223,7 @@ class _Carried(Generic[Row, Rows]):
 
 
 def workers_for(setting: int) -> int:
-    """How many loader processes ``num_workers`` means: -1 is none on two cores or fewer, else up to 8."""
+    """The number of loader processes for ``num_workers``: -1 means none on two cores or fewer, else up to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return setting if setting >= 0 else 0 if cores <= 2 else min(8, cores - 1)
 
@@ -240,7 +240,7 @@ def loader(
     pin_memory: bool = False,
     second: View | None = None,
 ) -> Reader[Batch]:
-    """Batches in ``order`` of one view, or two, of each sample; the same bytes with any ``num_workers``."""
+    """Batches in ``order`` with one or two views of each sample; the same bytes for any ``num_workers``."""
     views = [view] if second is None else [view, second]
     return Reader(
         _Views(samples, views, seed),
@@ -252,13 +252,13 @@ def loader(
 
 
 def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same batches, each made by a thread while the one before it is used.
+    """The same batches, each prepared by a thread while the one before it is used.
 
-    For a loader without processes of its own. Decoding, resizing and torch leave the interpreter to others meanwhile.
+    For a loader without worker processes; decoding, resizing and torch release the GIL.
     """
-    left = iter(batches)
+    iterator = iter(batches)
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
-        coming = thread.submit(next, left, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, left, None)
+        pending = thread.submit(next, iterator, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, iterator, None)
             yield batch

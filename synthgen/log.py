@@ -1,4 +1,4 @@
-"""What happened, as lines of JSON: one file for each worker of a stage."""
+"""Log as lines of JSON, in one file for each worker of a stage."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from synthgen.stores.remote import RemotePath
 
 __all__ = ["logged_to"]
 
-_SHARE = 0.05  # of the time, at most, that goes into sending what a store cannot append
+_SHARE = 0.05  # largest share of the time spent on uploading to a store, which cannot append
 _OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class JsonLines(logging.Handler):
-    """Adds a line to a file for each record: time, level, message, host, process, and what was given as ``extra``.
+    """Appends a line for each record: time, level, message, host, process, and the fields passed as ``extra``.
 
-    Each line is one append, so that several processes may share a file. In a store, where nothing can be appended, each
-    process has a file of its own, which is sent now and then, and at the end. A log that cannot be written is no reason
-    to stop work: it is left unwritten.
+    Each line is one append, so several processes may share a file. A store cannot append, so there each process has a
+    file of its own, which is uploaded now and then, and at the end. Errors of writing a log are ignored: they must not
+    stop the work.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +37,11 @@ class JsonLines(logging.Handler):
         if isinstance(path, RemotePath):
             path = path.with_stem("-".join([path.stem, *map(str, self._whose.values())]))
         self._file = AppendFile(path)
-        self._next = 0.0  # when lines may be sent again
+        self._next = 0.0  # time of the next upload
         self._busy = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add one line."""
+        """Append one line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -50,7 +50,7 @@ class JsonLines(logging.Handler):
             **self._whose,
         }
         text = json.dumps(redacted(line), ensure_ascii=False, default=lambda value: redact(str(value)))
-        if self._busy:  # what the store's client logs of the request that is made for a log
+        if self._busy:  # the store's client logs the upload of this log
             return
         self._busy = True
         try:
@@ -63,7 +63,7 @@ class JsonLines(logging.Handler):
             self._busy = False
 
     def flush(self) -> None:
-        """Send what a store has not got yet."""
+        """Upload lines that are not in a store yet."""
         started = time.monotonic()
         with suppress(SynthgenError):
             self._file.flush()
@@ -73,7 +73,7 @@ class JsonLines(logging.Handler):
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """While the block lasts, what synthgen logs from INFO up goes to the end of ``path`` too."""
+    """Inside the block also append synthgen's log records, from INFO up, to ``path``."""
     logger = logging.getLogger("synthgen")
     handler, level = JsonLines(path), logger.level
     logger.addHandler(handler)

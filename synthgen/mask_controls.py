@@ -1,4 +1,4 @@
-"""Masks that tell no true place: the controls that part what masks teach from what hiding, pooling and words teach."""
+"""Masks in wrong places: controls that separate the effect of masks from that of hiding, pooling and words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LabelMap = UInt8[np.ndarray, "H W"]
 
 
 class WithChangedMasks(ImageDataset):
-    """The same samples with other masks: ``change`` makes them of a sample's label map and its key."""
+    """The same samples with other masks: ``change`` gets a sample's label map and key and returns the new label map."""
 
     def __init__(self, samples: ImageDataset, change: Callable[[LabelMap, str], LabelMap]) -> None:
         self.samples, self.change = samples, change
@@ -33,42 +33,41 @@ class WithChangedMasks(ImageDataset):
         )
 
     def key(self, index: int) -> str:
-        """As the samples say."""
+        """The name of a sample; reads nothing."""
         return self.samples.key(index)
 
     def label(self, index: int) -> str | None:
-        """As the samples say."""
+        """The class of a sample; reads no pixels."""
         return self.samples.label(index)
 
     def has_masks(self) -> bool:
-        """As the samples say."""
+        """Whether the first sample comes with masks."""
         return self.samples.has_masks()
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """As the samples say."""
+        """The captions of a sample; reads no pixels."""
         return self.samples.captions(index)
 
 
 def moved(labels: LabelMap, key: str) -> LabelMap:
-    """All masks of an image moved together, by a quarter to three quarters of its height and of its width.
+    """Shift all masks of an image together, by a quarter to three quarters of its height and of its width.
 
-    What leaves at one edge comes in at the other, so that every mask keeps its area and its shape. ``key`` alone
-    decides how far they go.
+    Shifts wrap around at the edges, so every mask keeps its area and its shape. They depend on ``key`` alone.
     """
-    drawn = blake2b(f"elsewhere:{key}".encode(), digest_size=8).digest()
-    shares = (int.from_bytes(half, "big") / 2**32 for half in (drawn[:4], drawn[4:]))
+    digest = blake2b(f"elsewhere:{key}".encode(), digest_size=8).digest()
+    shares = (int.from_bytes(half, "big") / 2**32 for half in (digest[:4], digest[4:]))
     shift = [int(size * (0.25 + share / 2)) for size, share in zip(labels.shape, shares, strict=True)]
     return np.roll(labels, shift, axis=(0, 1))
 
 
 def scattered(labels: LabelMap, key: str) -> LabelMap:
-    """The pixels of all masks of an image thrown over it, one by one.
+    """Shuffle the pixels of an image's label map.
 
-    Every word keeps its area and has no place: what is pooled under its mask is nearly the mean of the whole image.
-    ``key`` alone decides where each pixel goes.
+    Every word keeps its area but has no location: features pooled under its mask are nearly the mean over the whole
+    image. The permutation depends on ``key`` alone.
     """
-    drawn = blake2b(f"scattered:{key}".encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(drawn, "big")).permutation(labels.ravel()).reshape(labels.shape)
+    digest = blake2b(f"scattered:{key}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).permutation(labels.ravel()).reshape(labels.shape)
 
 
 CONTROLS: Mapping[str, Callable[[LabelMap, str], LabelMap]] = MappingProxyType(

@@ -1,6 +1,6 @@
-"""How far a mask can be trusted, from the attention and the image that it came from. No truth is needed.
+"""Mask quality estimated from the attention and the image, without ground truth.
 
-Every figure is one number a word, to six decimals, and 0 where the mask is empty.
+Every measure is one number per word, to six decimals, and 0 if the mask is empty.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from synthgen.refiners._words import otsu_level, scaled
 
 __all__ = ["attention_figures", "disagreement", "sharpness"]
 
-SOFTNESS = 0.1  # difference of scaled attention, from Otsu's level, that is worth one nat
+SOFTNESS = 0.1  # difference of scaled attention from Otsu's level that changes the log-odds by one nat
 _DECIMALS = 6
-GAIN = 6.0  # how much better the odds of overlap are than attention alone says: measured, see docs/masks.md
+GAIN = 6.0  # factor between the odds of overlap and those that attention alone gives: measured, see docs/masks.md
 
 
 def attention_figures(
     values: Bool[np.ndarray, "words H W"], maps: Maps
 ) -> tuple[Float32[np.ndarray, " words"], Float32[np.ndarray, " words"]]:
-    """What the word's own attention says of each mask: scores in [-1, 1], and confidences in [0, 1].
+    """Each mask's score in [-1, 1] and confidence in [0, 1], from the attention of its own word.
 
-    On the maps' grid, with A the attention scaled to [0, 1] over the image and c the share of a cell that is masked:
+    On the maps' grid, with A the attention scaled to [0, 1] over the image and c the masked share of a cell:
 
         score      = sum c A / sum c  -  sum (1 - c) A / sum (1 - c)
         support    = sum c p / (sum c + sum (1 - c) p),    p = 1 / (1 + exp(-(A - Otsu's level) / SOFTNESS))
         confidence = GAIN support / (1 + (GAIN - 1) support)
 
-    The support is the expected intersection over the expected union of the mask and the object, if p were how likely
-    each place is the word's. A refined mask is better than p knows; GAIN makes of the support an expected IoU.
+    The support is the expected intersection over the expected union of mask and object if p is the probability that a
+    cell belongs to the word. A refined mask overlaps better than that; GAIN turns the support into an expected IoU.
 
     Raises:
         ValueError: the map of a word that has a mask holds NaN or infinity.
     """
     score, confidence = np.zeros(len(values), np.float32), np.zeros(len(values), np.float32)
-    told = np.flatnonzero(_areas(values))
-    for index, attention in zip(told, scaled(maps.weights[told]), strict=True):
+    masked = np.flatnonzero(_areas(values))
+    for index, attention in zip(masked, scaled(maps.weights[masked]), strict=True):
         if not attention.any():
             continue
         inside = _cover(values[index], attention.shape)
@@ -56,16 +56,16 @@ def attention_figures(
 def sharpness(
     image: UInt8[np.ndarray, "H W 3"], values: Bool[np.ndarray, "words H W"]
 ) -> Float32[np.ndarray, " words"]:
-    """How much the image changes along a mask's outline against elsewhere, in [0, 1]: edge / (edge + rest).
+    """How much the image changes along a mask's outline relative to elsewhere, in [0, 1]: edge / (edge + rest).
 
     The change at a pixel is the sum, over channels and both axes, of the absolute differences of its two neighbours.
     ``edge`` is its mean over the pixels on both sides of the outline, ``rest`` over all others: at 0.5 the outline
-    follows nothing, at 0.75 the image changes three times as much there. The image's own border is no outline. 0 where
-    the image is of one colour.
+    follows no edge, at 0.75 the image changes three times as much along it. The image border does not count as outline.
+    The result is 0 for an image of one colour.
     """
-    found = np.zeros(len(values), np.float32)
+    ratios = np.zeros(len(values), np.float32)
     if not values.any():
-        return found
+        return ratios
     change = _change(image)
     total = int(change.sum())
     for index, mask in enumerate(values):
@@ -75,32 +75,32 @@ def sharpness(
         count = int(band.sum())
         along = int(change[window][band].sum())
         edge, rest = along / max(count, 1), (total - along) / max(mask.size - count, 1)
-        found[index] = edge / (edge + rest) if edge else 0.0
-    return found.round(_DECIMALS)
+        ratios[index] = edge / (edge + rest) if edge else 0.0
+    return ratios.round(_DECIMALS)
 
 
 def disagreement(
     values: Bool[np.ndarray, "words H W"], others: Bool[np.ndarray, "words H W"]
 ) -> Float32[np.ndarray, " words"]:
-    """1 - IoU of each mask with another one of the same word, in [0, 1]."""
+    """1 - IoU of each mask with another mask of the same word, in [0, 1]."""
     shared, either = _areas(values & others), _areas(values | others)
     apart = 1 - shared / np.maximum(either, 1)
     return np.where(_areas(values) > 0, apart, 0).astype(np.float32).round(_DECIMALS)
 
 
 def _areas(values: Bool[np.ndarray, "words H W"]) -> Int64[np.ndarray, " words"]:
-    """The pixels of each mask."""
+    """The number of pixels of each mask."""
     return np.array([np.count_nonzero(mask) for mask in values], np.int64)
 
 
 def _cover(mask: Bool[np.ndarray, "H W"], grid: tuple[int, ...]) -> Float64[np.ndarray, "h w"]:
-    """The share of each cell of a grid that is masked."""
+    """The masked share of each cell of a grid."""
     picture = Image.fromarray(mask.astype(np.float32))
     return np.asarray(picture.resize((grid[1], grid[0]), Image.Resampling.BOX)).astype(np.float64)
 
 
 def _change(image: UInt8[np.ndarray, "H W 3"]) -> Int16[np.ndarray, "H W"]:
-    """The change at each pixel, 0 to 1530; on the image's border only along it."""
+    """The change at each pixel, 0 to 1530; on the image's border only in the direction of the border."""
     change = np.zeros(image.shape[:2], np.int16)
     for channel in np.moveaxis(image, 2, 0):
         values = channel.astype(np.int16)

@@ -1,4 +1,4 @@
-"""What can be read off a mask alone: share of the image, box, parts, and the objects that it splits into."""
+"""Properties of a mask's shape: share of the image, box, components, and the objects that it splits into."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from synthgen.records import WordMasks
 
 __all__ = ["MIN_OBJECT", "MIN_PART", "UNKNOWN", "box", "describe_masks", "split"]
 
-MIN_PART = 0.0005  # share of the image: what is smaller is a speck, and no component
-MIN_OBJECT = 0.1  # share of the mask's largest part: what is smaller is no object of its own
-UNKNOWN = -1.0  # stands for what was not measured when a mask was made: JSON has no word for that
+MIN_PART = 0.0005  # share of the image; smaller parts do not count as components
+MIN_OBJECT = 0.1  # share of the mask's largest part; smaller parts are not separate objects
+UNKNOWN = -1.0  # in place of a value that was not measured when the mask was made: JSON has no NaN
 
-_EIGHT = np.ones((3, 3), bool)  # pixels are neighbours over sides and corners
+_EIGHT = np.ones((3, 3), bool)  # pixels are neighbours across sides and corners
 
 
 def describe_masks(masks: WordMasks, *, instances: bool = True) -> list[dict[str, Any]]:
-    """What the JSON of a sample says of each word's mask; docs/format.md has the keys. An empty mask has zeros.
+    """The entry of each word's mask in a sample's JSON (keys in docs/format.md); zeros for an empty mask.
 
     Without ``instances`` each mask is one object, however many parts it has.
     """
@@ -42,7 +42,7 @@ def describe_masks(masks: WordMasks, *, instances: bool = True) -> list[dict[str
 
 
 def box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
-    """The first column and row of a mask, and the first column and row after it; zeros where it is empty."""
+    """The first column and row of a mask, and the first column and row after it; zeros if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return 0, 0, 0, 0
@@ -50,18 +50,18 @@ def box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
 
 
 def split(mask: Bool[np.ndarray, "H W"]) -> list[Bool[np.ndarray, "H W"]]:
-    """The separate objects of one word's mask, the largest first; none where it is empty.
+    """The separate objects of one word's mask, the largest first; none if it is empty.
 
-    An object is a part, connected over pixels' sides and corners, of at least ``MIN_OBJECT`` of the largest one's
-    pixels. Smaller parts are of no object. Objects that touch stay one, and one that something hides in the middle
-    becomes two: nothing but the mask is looked at.
+    An object is a part, connected across pixels' sides and corners, with at least ``MIN_OBJECT`` of the largest part's
+    pixels. Smaller parts belong to no object. Only the mask is used: objects that touch stay one, and an object that
+    is occluded in the middle becomes two.
     """
     labels, sizes = _parts(mask)
     return [labels == number for number in _objects(sizes)]
 
 
 def _shape(mask: Bool[np.ndarray, "H W"], instances: bool) -> dict[str, Any]:
-    """All of a description that the pixels tell."""
+    """The part of a description that follows from the pixels."""
     height, width = mask.shape
     left, top, right, bottom = whole = box(mask)
     labels, sizes = _parts(mask[top:bottom, left:right])
@@ -98,6 +98,6 @@ def _offset(mask: Bool[np.ndarray, "h w"], left: int, top: int) -> tuple[int, in
 
 
 def _number(values: Float32[np.ndarray, " words"] | None, index: int, absent: float = UNKNOWN) -> float:
-    """One figure, as JSON can hold it."""
+    """One value rounded to six decimals, or ``absent`` if it is missing or not finite."""
     value = math.nan if values is None else float(values[index])
     return round(value, 6) if math.isfinite(value) else absent

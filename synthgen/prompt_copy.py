@@ -1,8 +1,8 @@
-"""A run's own copy of its prompts: written line by line, read a block of lines at a time, so that any number will do.
+"""A run's own copy of its prompts: written line by line and read in blocks of lines, so that it may have any size.
 
-``prompts.jsonl`` holds a prompt a line, templates applied. ``prompts.json`` beside it comes last and is its done mark:
-count, bytes, sha256, and at which byte each block of ``every`` lines begins. A worker reads that, and then of the copy
-no more than the blocks that its units show; of a copy in a store these bytes alone are asked for.
+``prompts.jsonl`` has a prompt per line, templates applied. ``prompts.json`` beside it is written last, as its done
+mark: count, bytes, sha256, and the byte at which each block of ``every`` lines begins. A worker reads the mark and then
+only the blocks that its units need; from a store only these byte ranges are requested.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Content", "PromptCopy", "check_copy", "content_of", "iter_lines", "keep_copy", "open_copy"]
 
-_EVERY = 256  # lines of a block: what is read for one prompt
+_EVERY = 256  # lines per block, the smallest amount that is read
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a copy holds, without the prompts."""
+    """The contents of the done mark of a copy."""
 
     count: int  # prompts
     bytes: int
     sha256: str
-    every: int  # prompts of a block; the last may have fewer
-    blocks: tuple[int, ...]  # the byte at which each begins
+    every: int  # prompts per block; the last may have fewer
+    blocks: tuple[int, ...]  # the byte at which each block begins
 
 
 def content_of(prompts: Iterable[Prompt]) -> Content:
-    """What a copy of ``prompts`` would hold; none is written, and no more than a block of them held."""
+    """The mark that a copy of ``prompts`` would have; writes nothing and keeps at most one block in memory."""
     lines = _Lines(prompts)
     for _ in lines:
         pass
@@ -52,49 +52,49 @@ def content_of(prompts: Iterable[Prompt]) -> Content:
 
 
 def keep_copy(folder: Path, prompts: Iterable[Prompt], content: Content) -> None:
-    """Write the copy of ``prompts`` into a run's folder; nothing is done where it is there, and whole.
+    """Write the copy of ``prompts`` into a run's folder, unless it is there and complete.
 
     Raises:
-        PromptError: the prompts are not those of ``content``.
-        StorageError: it cannot be written.
+        PromptError: the prompts do not match ``content``.
+        StorageError: the copy cannot be written.
     """
     path, mark = _paths(folder)
-    before = _marked(mark)
+    before = _read_mark(mark)
     if before == content and _is_whole(path, content):
         return
-    if before is not None and before != content:  # it speaks of other prompts
+    if before is not None and before != content:  # a mark of other prompts
         mark.unlink(missing_ok=True)
     write_chunks(path, _lines_of(prompts, content))
     write_json(mark, asdict(content))
 
 
 def check_copy(folder: Path, sha256: str) -> None:
-    """See that the copy in a run's folder is there, whole, and has this sha256.
+    """Check that the copy in a run's folder exists, is complete, and has this sha256.
 
     Raises:
         MissingArtifact, StaleArtifact: as for :func:`open_copy`.
-        CorruptFile: it is cut off, or a byte of it is wrong.
+        CorruptFile: the copy is missing, truncated, or a byte of it is wrong.
     """
-    copy = _found(folder, sha256)
+    copy = _open(folder, sha256)
     if not _is_whole(copy.path, copy.content):
         raise CorruptFile(f"{copy.path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
 
 
 @lru_cache(maxsize=4)
 def open_copy(folder: Path, sha256: str) -> PromptCopy:
-    """The copy in a run's folder that has this sha256; opened once in each process.
+    """Open the copy with this sha256 in a run's folder, once in each process.
 
     Raises:
-        MissingArtifact: there is none, or it is not finished.
-        StaleArtifact: it is of other prompts.
+        MissingArtifact: there is no copy, or it is not finished.
+        StaleArtifact: the copy has other prompts.
     """
-    return _found(folder, sha256)
+    return _open(folder, sha256)
 
 
-def _found(folder: Path, sha256: str) -> PromptCopy:
-    """As :func:`open_copy`, by what its mark says now."""
+def _open(folder: Path, sha256: str) -> PromptCopy:
+    """As :func:`open_copy`, from the current mark."""
     path, mark = _paths(folder)
-    content = _marked(mark)
+    content = _read_mark(mark)
     if content is None:
         raise MissingArtifact(f"{path} is not finished; {_anew(folder)}")
     if content.sha256 != sha256:
@@ -103,12 +103,12 @@ def _found(folder: Path, sha256: str) -> PromptCopy:
 
 
 class PromptCopy:
-    """Prompts by their numbers. One block of lines is held at a time, so prompts in order cost one reading."""
+    """Prompts by number; one block of lines is cached, so reading in order reads each block once."""
 
     def __init__(self, path: Path, content: Content) -> None:
         self.path, self.content = path, content
         self._ends = (*content.blocks[1:], content.bytes)
-        self._number = -1  # of the block that is held
+        self._number = -1  # of the cached block
         self._lines: list[bytes] = []
 
     def __len__(self) -> int:
@@ -118,8 +118,8 @@ class PromptCopy:
         """The prompt of one line.
 
         Raises:
-            IndexError: there are not so many.
-            CorruptFile: the copy is not as it was written.
+            IndexError: there is no prompt with this number.
+            CorruptFile: the copy is missing or damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no prompt {index}: there are {len(self)}")
@@ -130,7 +130,7 @@ class PromptCopy:
         try:
             return codecs.prompt_from_json(read_json(self._lines[row]))
         except (LookupError, ValueError, TypeError):
-            self._number = -1  # the copy may be mended
+            self._number = -1  # read the block again next time: the copy may have been repaired
             raise self._corrupt(f"line {index + 1} cannot be read") from None
 
     def _block(self, number: int) -> list[bytes]:
@@ -150,14 +150,14 @@ def iter_lines(path: Path) -> Iterator[bytes]:
     """The lines of a copy, one after another.
 
     Raises:
-        OSError, SynthgenError: it cannot be read.
+        OSError, SynthgenError: the copy cannot be read.
     """
     with open_here(path) as file:
         yield from (line for line in file if line.strip())
 
 
 class _Lines:
-    """The lines of a copy, a block at a time; knows what has passed."""
+    """Yields the lines of a copy, a block at a time, and collects the contents of its mark."""
 
     def __init__(self, prompts: Iterable[Prompt]) -> None:
         self._prompts = iter(prompts)
@@ -175,7 +175,7 @@ class _Lines:
             yield block
 
     def content(self) -> Content:
-        """What all of them were, once they have passed."""
+        """The contents of the mark, once all lines have been yielded."""
         return Content(self._count, self._bytes, self._hash.hexdigest(), _EVERY, tuple(self._blocks))
 
 
@@ -183,7 +183,7 @@ def _lines_of(prompts: Iterable[Prompt], content: Content) -> Iterator[bytes]:
     """The lines of a copy, a block at a time.
 
     Raises:
-        PromptError: at the end, if they were others than ``content`` says.
+        PromptError: at the end, the lines did not match ``content``.
     """
     lines = _Lines(prompts)
     yield from lines
@@ -203,19 +203,19 @@ def _paths(folder: Path) -> tuple[Path, Path]:
     return folder / "prompts.jsonl", folder / "prompts.json"
 
 
-def _marked(mark: Path) -> Content | None:
-    """What the mark says, or None where there is none, or none that can be."""
+def _read_mark(mark: Path) -> Content | None:
+    """The contents of a mark, or None if it is missing or invalid."""
     try:
-        return _checked(read_json(read_file(mark), most=MAX_BYTES))
+        return _validated(read_json(read_file(mark), most=MAX_BYTES))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _checked(value: Any) -> Content:
-    """What a mark says, if it is one.
+def _validated(value: Any) -> Content:
+    """The contents of a mark, validated.
 
     Raises:
-        ValueError, LookupError, TypeError: it is none of synthgen's.
+        ValueError, LookupError, TypeError: ``value`` is not a mark written by synthgen.
     """
     content = Content(value["count"], value["bytes"], value["sha256"], value["every"], tuple(value["blocks"]))
     numbers = (content.count, content.bytes, content.every, *content.blocks)
@@ -233,7 +233,7 @@ def _checked(value: Any) -> Content:
 
 
 def _is_whole(path: Path, content: Content) -> bool:
-    """Whether the copy has these bytes; that of a store, which has checksums of its own, is known by its length."""
+    """Whether the copy is complete, by length and sha256; in a store, which has its own checksums, by length only."""
     try:
         if path.stat().st_size != content.bytes:
             return False

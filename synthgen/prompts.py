@@ -1,4 +1,4 @@
-"""Read prompt files: one prompt a line, the words to mask in brackets. The notation is in ``prompts/README.md``."""
+"""Read prompt files: one prompt per line, the words to mask in brackets; notation in ``prompts/README.md``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "survey_prompts",
 ]
 
-#: Words that name nothing to mask. A line without brackets asks for masks of all its other words.
+#: Words that name nothing visible. A line without brackets asks for masks of all other words.
 STOP_WORDS = frozenset(
     """a about above across after against along among an and another any are around as at be been before behind being
     below beneath beside between both but by can close cute down during each every few for from front good had has have
@@ -40,24 +40,24 @@ STOP_WORDS = frozenset(
     their them there these they this those through to top toward towards two under up upon very view was we were what
     when where which while who whose will with within without you your""".split()  # noqa: SIM905
 )
-# Vowel letters that do not sound like one, and the silent h.
+# Initial vowels with a consonant sound, and the silent h.
 _SOUNDS_LIKE_CONSONANT = ("uni", "euro", "one", "use", "usu", "ute")
 _SOUNDS_LIKE_VOWEL = ("hour", "honest", "heir")
 _BRACKETS = re.compile(r"([\[\]])")
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
-# Scripts written without spaces: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, Han; and these marks of Han.
+# Scripts written without spaces: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, Han; and Han iteration marks.
 _UNSPACED = (
     "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff\u3040-\u309f\u30a0-\u30ff\u31f0-\u31ff"
     "\uff66-\uff9f\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 )
-_PLAIN_EDGES = re.compile(r"(?<!\w)"), re.compile(r"(?!\w)")  # of ASCII text: where a word may begin, and end
-_BEGIN, _END = "\ud800", "\ud801"  # signs for such places; halves of characters, which no text holds
-_SAME = str.maketrans("ı\u1fd3\u1fe3\ufb06", "i\u0390\u03b0\ufb05")  # same but for case, as patterns have it
+_PLAIN_EDGES = re.compile(r"(?<!\w)"), re.compile(r"(?!\w)")  # in ASCII text: where a word may begin, and end
+_BEGIN, _END = "\ud800", "\ud801"  # markers for such places; lone surrogates, which no valid text contains
+_SAME = str.maketrans("ı\u1fd3\u1fe3\ufb06", "i\u0390\u03b0\ufb05")  # equal under re.IGNORECASE
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)\{\}")
 
 
 class Prompts(Protocol):
-    """What a prompt is looked up in by its number: a list, or a run's copy of its prompts."""
+    """Prompts by number: a list, or a run's copy of its prompts."""
 
     def __len__(self) -> int: ...
 
@@ -69,18 +69,18 @@ def read_prompts(path: str | Path, template: str | Path | None = None) -> list[P
 
     Raises:
         MissingArtifact: there is no such file.
-        PromptError: it is not UTF-8, holds no prompt, or a line cannot be read; names the line.
+        PromptError: it is not UTF-8, contains no prompt, or a line cannot be read; names the line.
     """
     return list(iter_prompts(path, template))
 
 
 def iter_prompts(path: str | Path, template: str | Path | None = None) -> Iterator[Prompt]:
-    """The prompts that :func:`read_prompts` returns, one after another: there may be more than fit into memory.
+    """The prompts of :func:`read_prompts`, one at a time, for files that do not fit into memory.
 
-    With templates the file is read once to see that every line is good, and then once for each template.
+    With templates the file is read once to check every line, and then once for each template.
 
     Raises:
-        MissingArtifact, PromptError: as there, when the line is come to.
+        MissingArtifact, PromptError: as for :func:`read_prompts`, when the line is reached.
     """
     path = Path(path)
     if template is None:
@@ -94,20 +94,20 @@ def iter_prompts(path: str | Path, template: str | Path | None = None) -> Iterat
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a prompt file holds, without reading every prompt."""
+    """An overview of a prompt file, made without parsing every prompt."""
 
     count: int  # prompts, templates applied: as many as ``read_prompts`` would return
-    lines: tuple[str, ...]  # some of the file as they stand there, evenly apart
-    prompts: tuple[Prompt, ...]  # what these lines say
-    templates: tuple[str, ...]  # all; none where there is no template file
+    lines: tuple[str, ...]  # some lines of the file, unchanged and evenly spaced
+    prompts: tuple[Prompt, ...]  # the prompts of these lines
+    templates: tuple[str, ...]  # all templates; empty if there is no template file
 
 
 def survey_prompts(path: str | Path, template: str | Path | None = None, *, most: int = 64) -> Survey:
-    """Count the prompts of a file and read ``most`` of them, evenly apart. Takes no memory for the others.
+    """Count the prompts of a file and parse ``most`` of them, evenly spaced; the others take no memory.
 
     Raises:
         MissingArtifact: there is no such file.
-        PromptError: it is not UTF-8, holds no prompt, or one of the lines that were looked at cannot be read.
+        PromptError: it is not UTF-8, contains no prompt, or one of the parsed lines cannot be read.
     """
     path = Path(path)
     count, step, kept = 0, 1, []
@@ -126,8 +126,8 @@ def survey_prompts(path: str | Path, template: str | Path | None = None, *, most
 
 
 def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold a prompt, with their numbers."""
-    if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):  # each line would be drawn as it stands
+    """The lines that contain a prompt, with their numbers."""
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):  # each line would become a prompt unparsed
         raise PromptError(f"{path}: prompts come from a .txt file (a line each) or a .jsonl file (an object each)")
     found = False
     for number, line in _lines(path, "prompt file", "--prompts"):
@@ -157,7 +157,7 @@ def _is_json(path: Path) -> bool:
 
 
 def read_templates(path: str | Path) -> list[str]:
-    """The templates of a file: lines with one ``{}`` where a marked word goes, and no brackets: that word is the mark.
+    """The templates of a file: lines with one ``{}`` for the marked word, and without brackets.
 
     Raises:
         MissingArtifact, PromptError: as for :func:`read_prompts`.
@@ -181,9 +181,9 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def parse_line(line: str) -> Prompt:
-    """One line of a text file. ``[word]`` marks what to mask; without brackets all but the stop words are marked.
+    """Parse a line of a text file; ``[word]`` marks a word to mask, no brackets mark all but the stop words.
 
-    The label is the marked word where the line marks exactly one.
+    The label is the word in brackets if there is exactly one.
 
     Raises:
         ValueError: a bracket is not closed, or empty, or inside another.
@@ -215,10 +215,10 @@ def parse_line(line: str) -> Prompt:
 
 
 def _parse_json(line: str) -> Prompt:
-    """One line of a ``.jsonl`` file: ``prompt``, and where wanted ``words`` and ``label``.
+    """Parse a line of a ``.jsonl`` file: ``prompt``, and optionally ``words`` and ``label``.
 
-    ``words`` are looked for from left to right, so that a word that stands twice may be listed twice. Without
-    ``words`` the brackets in ``prompt`` count, as in a text file.
+    ``words`` are located from left to right, so a word that occurs twice may be listed twice. Without ``words`` the
+    brackets in ``prompt`` count, as in a text file.
     """
     try:
         row = read_json(line)
@@ -251,13 +251,13 @@ def _within_bounds(prompt: Prompt) -> Prompt:
 
 
 def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each of ``words`` stands in ``text``: whole words, either case, the n-th of equal ones at the n-th place.
+    """The span of each of ``words`` in ``text``: whole words, any case; the n-th of equal words at its n-th place.
 
-    Longer ones are placed first, so that "dog" is not looked for within a "hot dog" that is listed as well. Beside
-    letters of scripts that are written without spaces a word may begin and end anywhere.
+    Longer words are placed first, so that "dog" is not found inside a "hot dog" that is listed as well. Next to letters
+    of scripts written without spaces a word may begin and end anywhere.
 
     Raises:
-        ValueError: a word does not stand there, or not so often; or there are more than ``MAX_WORDS``.
+        ValueError: a word does not occur in the text, or not often enough; or there are more than ``MAX_WORDS``.
     """
     if len(words) > MAX_WORDS:
         raise ValueError(f"{len(words)} words are listed; {MAX_WORDS} are the most")
@@ -265,7 +265,7 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
     pieces = _pieces(text, text.isascii())
     marked, starts = "".join(pieces), list(accumulate(map(len, pieces), initial=0))
     longest = sorted(range(len(named)), key=lambda number: -len(named[number]))
-    for order in (longest, range(len(named))):  # the second for words that share a part: "hot dog" and "dog bun"
+    for order in (longest, range(len(named))):  # second try for overlapping words: "hot dog", "dog bun"
         found: dict[int, tuple[int, int]] = {}
         for number in order:
             place = _free_place(marked, starts, named[number], text.isascii(), sorted(found.values()))
@@ -274,14 +274,14 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
             found[number] = place
         else:
             return [found[number] for number in range(len(named))]
-    lost, told = shortened(words[number]), shortened(text)
-    raise ValueError(f"the word {lost!r} does not stand in the prompt {told!r} (or not so often)")
+    word, prompt = shortened(words[number]), shortened(text)
+    raise ValueError(f"the word {word!r} does not stand in the prompt {prompt!r} (or not so often)")
 
 
 def _free_place(
     marked: str, starts: Sequence[int], word: str, plain: bool, taken: Sequence[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """The first place of a word that shares nothing with those that are ``taken``, which are in order."""
+    """The first span of a word that overlaps none of the spans in ``taken``, which are sorted."""
     if not word or len(word) >= len(starts):
         return None
     head, *inner, _ = _pieces(word, plain)
@@ -296,9 +296,9 @@ def _free_place(
 
 
 def _pieces(text: str, plain: bool) -> list[str]:
-    """Each character in one case, behind a sign where a word may end before it and one where a word may begin at it.
+    """Each character case-folded, after the markers for "a word may begin here" and "a word may end before it".
 
-    The last piece is the end of the text. A word with its signs is found by a plain search, however long it is.
+    The last piece is the end of the text. A word between its markers is found by a plain substring search.
     """
     folded = text.lower() if text.isascii() else map(_folded, text)
     pieces = [*folded, ""]
@@ -309,13 +309,13 @@ def _pieces(text: str, plain: bool) -> list[str]:
 
 
 def _folded(character: str) -> str:
-    """The one character for all that a pattern without case takes for the same."""
+    """One representative of all characters that a pattern without case treats as equal."""
     folded = character.lower()[0].casefold()
     return (folded if len(folded) == 1 else character.lower()[0]).translate(_SAME)
 
 
 def _word_of(text: str) -> re.Pattern[str]:
-    """What a word of this text looks like: letters with their marks, hyphens and apostrophes between them."""
+    """The pattern of a word in this text: letters with combining marks, joined by hyphens and apostrophes."""
     return _WORD if text.isascii() else _marked_word()
 
 
@@ -327,9 +327,9 @@ def _marked_word() -> re.Pattern[str]:
 
 @cache
 def _edges() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What is so before and after a whole word: no letter, or the letter on either side is of a script without spaces.
+    """Patterns for the start and end of a whole word: no letter next to it, or a letter of a script without spaces.
 
-    Nothing ends before a combining mark, which belongs to the letter that it follows.
+    No word ends before a combining mark, which belongs to the letter before it.
     """
     marks, joined = _marks(), rf"(?<=[{_UNSPACED}])|(?=[{_UNSPACED}])"
     before = rf"(?<![\w{marks}])|(?![{marks}])(?:{joined})"
@@ -338,15 +338,15 @@ def _edges() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 @cache
 def _marks() -> str:
-    """All combining marks, for within brackets of a pattern; not the selectors that make an emoji of a character."""
+    """All combining marks, for a character class; without the variation selectors, which turn characters into emoji."""
     numbers = chain(range(0x300, 0xFE00), range(0xFE10, 0x20000), range(0xE0100, 0xE01F0))
     return "".join(chr(number) for number in numbers if unicodedata.category(chr(number)) in ("Mn", "Mc"))
 
 
 def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
-    """Put the first marked word of each prompt into every template, template by template.
+    """Put the first marked word of each prompt into every template, one template after another.
 
-    ``a {}`` becomes ``an`` before a vowel sound. The label stays the prompt's, or is its first marked word.
+    ``a {}`` becomes ``an`` before a vowel sound. The label is the prompt's or, if it has none, its first marked word.
 
     Raises:
         PromptError: a prompt marks no word.
@@ -357,8 +357,8 @@ def expand(prompts: Sequence[Prompt], templates: Sequence[str]) -> list[Prompt]:
 def _filled(template: str, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     for prompt in prompts:
         if not prompt.words or not prompt.words[0]:
-            told, into = shortened(prompt.text), shortened(template)
-            raise PromptError(f"the prompt {told!r} marks no word to put into the template {into!r}")
+            text, into = shortened(prompt.text), shortened(template)
+            raise PromptError(f"the prompt {text!r} marks no word to put into the template {into!r}")
         word = prompt.words[0]
         text = _ARTICLE.sub(rf"\1{'n' if _takes_an(word) else ''}\2{{}}", template)
         start = text.index("{}")
@@ -374,19 +374,19 @@ def _takes_an(word: str) -> bool:
 
 
 def sample_seed(run_seed: int, key: str) -> int:
-    """The seed of one image, in [0, 2**53): from the run's seed and the key, nothing else."""
+    """The seed of one image, in [0, 2**53); a function of the run's seed and the key alone."""
     return int.from_bytes(hashlib.blake2b(f"{run_seed}:{key}".encode(), digest_size=8).digest(), "big") >> 11
 
 
 def request_for(prompts: Prompts, run_seed: int, unit: int, row: int, unit_size: int) -> Request:
-    """The image of one row: image ``i = unit * unit_size + row`` shows prompt ``i mod len(prompts)``."""
+    """The request for one row: image ``i = unit * unit_size + row`` shows prompt ``i mod len(prompts)``."""
     key = sample_key(unit, row)
     prompt = prompts[(unit * unit_size + row) % len(prompts)]
     return Request(key, prompt, sample_seed(run_seed, key))
 
 
 def _lines(path: Path, kind: str, option: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers."""
+    """The non-empty lines of a text file, with their numbers."""
     try:
         yield from iter_text(path, MAX_PROMPTS)
     except FileNotFoundError:

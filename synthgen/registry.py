@@ -1,6 +1,6 @@
-"""Finding parts: the folder is the registry, and a part's name is its file's name.
+"""Find parts by name: each folder is a registry, and a part's name is its file's name.
 
-Other packages add parts by entry points: the group is that folder's package, such as ``synthgen.refiners``.
+Other packages add parts with entry points, in the group named after the folder's package: ``synthgen.refiners``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """All parts of one kind: the modules of ``package``, each with the one name of its ``__all__``, and entry points.
+    """All parts of one kind: the modules of ``package``, each with one name in ``__all__``, and entry points.
 
-    ``Registry("synthgen.refiners").build(Choice("threshold"))`` imports that module alone.
+    ``Registry("synthgen.refiners").build(Choice("threshold"))`` imports only that module.
     """
 
     package: str
-    setting: str = ""  # that names a part of it, such as "masks.refine"
+    setting: str = ""  # the setting that names a part of this kind, such as "masks.refine"
 
     @property
     def kind(self) -> str:
-        """What one part is called: "refiner" for ``synthgen.refiners``."""
+        """The singular name of a part: "refiner" for ``synthgen.refiners``."""
         return self.package.rpartition(".")[2].removesuffix("s")
 
     def names(self) -> list[str]:
@@ -42,8 +42,8 @@ class Registry(Generic[T]):
         Raises:
             UnknownName: there is no such part.
             MissingDependency: its module needs a library that is not installed.
-            ConfigError: several packages have one of this name, or it is not where its package says, or imports what
-                its package does not have.
+            ConfigError: several packages provide a part of this name, or its entry point does not resolve, or it
+                imports a module that its own package lacks.
         """
         own, others = name in self._modules(), [*entry_points(group=self.package, name=name)]
         packages = ["synthgen"] * own + [point.dist.name if point.dist else point.value for point in others]
@@ -66,7 +66,7 @@ class Registry(Generic[T]):
             if own and library == "synthgen":
                 raise
             if others and (library in ("", others[0].module.partition(".")[0]) or importlib.util.find_spec(library)):
-                raise self._not_loaded(name, packages[0], error) from None  # it names a module that its library lacks
+                raise self._not_loaded(name, packages[0], error) from None  # a module missing in its package
             how = f"it with: pip install {library}" if own else "the package that provides it"
             raise MissingDependency(f"the {self.kind} {name!r} needs the library {library!r}; install {how}") from None
         except (ImportError, AttributeError) as error:
@@ -84,24 +84,24 @@ class Registry(Generic[T]):
         return {module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")}
 
     def complete(self, choice: Choice | str, *given: str) -> Choice:
-        """``choice`` with every option it leaves open at its default; ``given`` are not options. Makes no part.
+        """``choice`` with defaults for all options it does not set; builds nothing, and ``given`` are not options.
 
         Raises:
             UnknownName, ConfigError, MissingDependency: as for :meth:`build`.
         """
         choice = Choice.of(choice)
-        part, said = self.load(choice.name), self._said(choice.name)
-        return Choice(choice.name, check(part, choice.options, given=frozenset(given), **said))
+        part, context = self.load(choice.name), self._context(choice.name)
+        return Choice(choice.name, check(part, choice.options, given=frozenset(given), **context))
 
     def build(self, choice: Choice | str, **given: Any) -> T:
-        """Make the part that ``choice`` names, its options checked against its signature.
+        """Build the part that ``choice`` names, with its options checked against its signature.
 
         Raises:
-            ConfigError: an option is unknown, missing or of the wrong kind.
+            ConfigError: an option is unknown, missing or of the wrong type.
         """
         choice = Choice.of(choice)
-        return build(self.load(choice.name), choice.options, **self._said(choice.name), **given)
+        return build(self.load(choice.name), choice.options, **self._context(choice.name), **given)
 
-    def _said(self, name: str) -> dict[str, str]:
-        """How an error names a part, and where its options are listed."""
+    def _context(self, name: str) -> dict[str, str]:
+        """For errors: how to name a part, and where its options are listed."""
         return {"where": f"{self.kind} {name}", "listed": f"{self.setting}={name}" if self.setting else ""}

@@ -1,4 +1,4 @@
-"""The settings of stages and parts: as text for users, and as JSON schema for editors."""
+"""List the settings of stages and parts, as text for users and as JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from synthgen.text import WIDTH, columns, table, wrap
 
 __all__ = ["listing", "remarks", "settings_schema"]
 
-#: By the setting that names a part: its family, and the arguments that the stage supplies.
+#: For each setting that names a part: the part's registry, and the arguments that the stage supplies.
 _PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
     "attend.backbone": (Registry("synthgen.backbones"), ("device",)),
     "generate.backbone": (Registry("synthgen.backbones"), ("device",)),
@@ -37,7 +37,7 @@ _NO_REMARK = re.compile(r"(type|noqa|fmt|pragma|mypy)\b")  # comments for tools
 
 
 def listing(path: str = "", *, as_json: bool = False) -> str:
-    """The settings at a path, as a text or as JSON schema.
+    """The settings at a path, as text or as JSON schema.
 
     Args:
         path: a stage (``masks``); a setting that names a part (``masks.refine``; ``engine`` is one of all stages), for
@@ -119,7 +119,7 @@ def _readable(text: str) -> str:
     return re.sub(r":\w+:`~?([^`]+)`|``([^`]+)``", lambda found: found[1] or found[2], text)
 
 
-# -- what exists
+# -- stages and parts
 
 
 def _names(path: str) -> list[str]:
@@ -132,7 +132,7 @@ def _everything() -> dict[str, Any]:
 
 
 def _choice(family: Registry[Any]) -> dict[str, Any]:
-    """The JSON schema of a part's name."""
+    """The JSON schema of the name of a part."""
     parts = [{"const": name, "description": _summary(family, name)} for name in family.names()]
     return {"title": family.kind, "type": "string", "oneOf": parts}
 

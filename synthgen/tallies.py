@@ -1,4 +1,4 @@
-"""Masks by class and by word. Each unit of masks is counted once, when it is made; its done mark keeps the counts."""
+"""Count masks by class and by word; each unit is counted once, when it is made, and its done mark stores the counts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Tally:
     """Masks of one class, or of one word."""
 
     name: str
-    samples: int = 0  # with a masks record
-    masks: int = 0  # kept
+    samples: int = 0  # samples with a masks record
+    masks: int = 0  # masks that were kept
     dropped: dict[str, int] = field(default_factory=dict)  # kind of reason → count
 
 
 class Tallies:
-    """What has been counted so far."""
+    """Running counts by class and by word."""
 
     def __init__(self) -> None:
         self.labels: dict[str, Tally] = {}
         self.words: dict[str, Tally] = {}
 
     def count(self, label: str, words: Sequence[str], reasons: Sequence[str]) -> None:
-        """Count a sample: for each of its words why there is no mask, or "". A word that stands twice is one sample."""
+        """Count a sample; ``reasons`` says for each word why it has no mask, or "". A repeated word is one sample."""
         tallies = [self._of(self.words, word) for word in words]
         of_label = [self._of(self.labels, label)] if label else []
         for tally in [*of_label, *{tally.name: tally for tally in tallies}.values()]:
@@ -44,7 +44,7 @@ class Tallies:
                     tally.masks += 1
 
     def plain(self) -> dict[str, Any]:
-        """All counts as JSON can hold them."""
+        """All counts as plain data, for JSON."""
         return {
             name: {
                 tally.name: {key: value for key, value in asdict(tally).items() if key != "name" and value}
@@ -54,10 +54,10 @@ class Tallies:
         }
 
     def add(self, plain: Any) -> None:
-        """Add what :meth:`plain` said of other samples.
+        """Add the counts of other samples, as made by :meth:`plain`.
 
         Raises:
-            ValueError: it is nothing of the kind; then nothing is added.
+            ValueError: ``plain`` does not have that form; then nothing is added.
         """
         new = {name: {key: _tally(key, value) for key, value in _mapping(_mapping(plain).get(name)).items()}
                for name in ("labels", "words")}  # fmt: skip
@@ -70,7 +70,7 @@ class Tallies:
                     tally.dropped[kind] = tally.dropped.get(kind, 0) + count
 
     def ranked(self) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
-        """Classes and words, those of most samples first."""
+        """Classes and words, the ones with the most samples first."""
 
         def ordered(tallies: Mapping[str, Tally]) -> tuple[Tally, ...]:
             return tuple(sorted(tallies.values(), key=lambda tally: (-tally.samples, tally.name)))
@@ -85,9 +85,9 @@ class Tallies:
 
 
 def kind_of(reason: str) -> str:
-    """What comes before the colon: "too small: covers 0.31% of the image, less than 0.50%" is a "too small".
+    """The text before the colon: "too small" for "too small: covers 0.31% of the image, less than 0.50%".
 
-    Reasons of older runs have none: "covers 0.31% of the image, less than 0.50%" is a "less than 0.50%".
+    Reasons of older runs have no colon: "covers 0.31% of the image, less than 0.50%" gives "less than 0.50%".
     """
     return re.sub(r"^covers [\d.]+ ?% of the image, ", "", reason.partition(":")[0])
 

@@ -1,4 +1,4 @@
-"""Text for people: tables, times and sizes that fit a console. Plain characters, no markup."""
+"""Format tables, times and sizes for a console, as plain text without markup."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Collection, Sequence
 
 __all__ = ["WIDTH", "columns", "counted", "duration", "fit", "plain", "size", "table", "wrap"]
 
-WIDTH = 100  # columns of a page
-_PLURAL = re.compile(r"^([^(]*?\w)s\b")  # up to the first word that is one, and none in brackets
+WIDTH = 100  # columns
+_PLURAL = re.compile(r"^([^(]*?\w)s\b")  # up to the first plural word outside brackets
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = (), *, whole: bool = False
 ) -> list[str]:
-    """Aligned columns; an empty last column is left out, and a long one is cut at the page's edge.
+    """Aligned columns; an empty last column is omitted, and long columns are truncated to fit ``WIDTH``.
 
-    With ``whole`` nothing is cut: for files and pipes, which have no edge.
+    With ``whole`` nothing is truncated: for files and pipes.
     """
     cells = [[plain(cell) for cell in row] for row in (head, *rows)]
     if not any(row[-1] for row in cells[1:]):
@@ -40,7 +40,7 @@ def table(
 
 
 def fit(text: str, width: int) -> str:
-    """Text cut to ``width`` columns, with an ellipsis where something is left out."""
+    """Text truncated to ``width`` columns, with an ellipsis if anything was cut off."""
     if columns(text) <= width:
         return text
     while text and columns(text) > width - 1:
@@ -49,28 +49,28 @@ def fit(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """How wide a console draws a text: East Asian wide characters take two columns, combining ones none."""
+    """The width of a text on a console: East Asian wide characters take two columns, combining ones none."""
     return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
 
 
 def plain(text: str) -> str:
-    """Text without control characters: a prompt must not steer the console."""
+    """Text with unprintable characters replaced by spaces: a prompt must not contain terminal control sequences."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def wrap(text: str) -> list[str]:
-    """Text in lines of a page's width, all but the first indented."""
+    """Text wrapped to ``WIDTH`` columns, all lines but the first indented."""
     return textwrap.wrap(plain(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def counted(count: int, many: str) -> str:
-    """A count and what it counts, which is given for many: "2 failed samples", but "1 failed sample"."""
-    said = _PLURAL.sub(r"\1", many) if count == 1 else many
-    return f"{count:,} {said}"
+    """A count with its noun, given in the plural: "2 failed samples", but "1 failed sample"."""
+    noun = _PLURAL.sub(r"\1", many) if count == 1 else many
+    return f"{count:,} {noun}"
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 0.4 s, 75 s as 1 min 15 s, 3 h 02 min."""
+    """A duration as text: 0.4 s, 75 s as 1 min 15 s, 3 h 02 min."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -80,10 +80,10 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
+    """A number of bytes as text, in units of powers of 1000."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5 or unit == "GB":
             return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.2g} {unit}"
         value /= 1000
-    raise AssertionError  # the loop ends in its last round
+    raise AssertionError  # unreachable: the last unit always returns

@@ -1,7 +1,7 @@
-"""Whatever comes from outside, read within bounds: no file makes us take more memory or time than these allow.
+"""Read untrusted files within limits on memory and time.
 
-Every function raises ``ValueError`` (or ``OSError``, where there is no file), which readers turn into an error that
-names the file. Arrays and images have their own: :func:`synthgen.codecs.read_npz`, :func:`synthgen.image.decode_rgb`.
+Every function raises ``ValueError`` (or ``OSError``, if there is no file), which callers turn into an error that names
+the file. Arrays and images have their own: :func:`synthgen.codecs.read_npz`, :func:`synthgen.image.decode_rgb`.
 """
 
 from __future__ import annotations
@@ -41,48 +41,48 @@ __all__ = [
     "visible",
 ]
 
-MAX_BYTES = 2**28  # of a file or a member of a tar that is read whole
+MAX_BYTES = 2**28  # of a file or tar member that is read into memory at once
 MAX_JSON = 2**24  # bytes of a JSON object that describes a sample, a unit or a folder
 MAX_PROMPTS = 2**32  # bytes of a prompt file; ten million prompts are about 1e9
 MAX_YAML = 2**18  # bytes of a YAML file
-MAX_WORDS = 255  # masks of one image: what 8 bits can tell apart
+MAX_WORDS = 255  # masks of one image: what 8 bits can number
 MAX_LINE_LENGTH = 2**16  # characters of a line of prompts or captions
-SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # safe either way; ten times as fast where it is in C
-_CHUNK = 2**18  # bytes of text that are read at once
-_MAX_NODES = 20_000  # values of a YAML file, each counted as often as it is referred to
-_DEEPEST = 100  # mappings and lists inside each other
+SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both are safe; the one in C is ten times as fast
+_CHUNK = 2**18  # bytes of text read at a time
+_MAX_NODES = 20_000  # values of a YAML file, each counted once for every reference
+_DEEPEST = 100  # levels of nested mappings and lists
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = {number: " " for number in (*range(32), *range(127, 160)) if number != ord("\t")}
 
 
 def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The bytes of a plain file: no pipe or device, which may never end, and at most ``most`` of them.
+    """The bytes of a regular file of at most ``most`` bytes; pipes and devices, which may never end, are refused.
 
     Raises:
-        OSError: there is none, or it is no plain file.
+        OSError: there is no such file, or it is not a regular file.
         ValueError: it is larger.
     """
     return b"".join(read_chunks(path, most, size=most))
 
 
 def read_chunks(path: Path, most: int = MAX_BYTES, size: int = 2**20) -> Iterator[bytes]:
-    """What :func:`read_file` reads, ``size`` bytes at a time.
+    """The same bytes as :func:`read_file`, ``size`` at a time.
 
     Raises:
-        OSError, ValueError: as there, before the first bytes.
+        OSError, ValueError: as for :func:`read_file`, before the first bytes.
     """
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a folder says so itself when opened
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a folder raises its own error
         raise OSError(f"{path} is no plain file")
     if status.st_size > most:
         raise ValueError(f"it is larger than {most:,} bytes")
-    if isinstance(path, RemotePath):  # small things of a run, that change: no copy of them is kept
+    if isinstance(path, RemotePath):  # small files that change during a run: not cached
         yield path.read_bytes()
         return
     with open(path, "rb") as file:
-        left = status.st_size  # what is added to it meanwhile is not read
-        while left and (data := file.read(min(left, size))):
-            left -= len(data)
+        remaining = status.st_size  # bytes appended meanwhile are not read
+        while remaining and (data := file.read(min(remaining, size))):
+            remaining -= len(data)
             yield data
 
 
@@ -92,8 +92,8 @@ def read_lines(path: Path) -> Iterator[str]:
     A line ends with a line feed, a carriage return, or both.
 
     Raises:
-        OSError: there is no such file, or it is no plain file.
-        ValueError: it is not UTF-8 (``UnicodeDecodeError`` is one), holds a zero byte, or a line is longer.
+        OSError: there is no such file, or it is not a regular file.
+        ValueError: it is not UTF-8 (``UnicodeDecodeError`` is a subclass), contains a zero byte, or has a longer line.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is no plain file")
@@ -107,16 +107,16 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def iter_text(path: Path, most: int) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file that are not empty, with their numbers: visible characters, without space around them.
+    """The non-empty lines of a UTF-8 file with their numbers; stripped, and with control characters as spaces.
 
-    Read bit by bit, so that any length up to ``most`` bytes will do. A line ends as in :func:`read_lines`.
+    The file is read in chunks and may have up to ``most`` bytes. A line ends as in :func:`read_lines`.
 
     Raises:
-        OSError, ValueError: as there, and where it is larger.
+        OSError, ValueError: as for :func:`read_lines`, or the file is larger.
     """
     number, tail, decoded = 0, "", 0
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    for data in chain(read_chunks(path, most, _CHUNK), [b""]):  # the empty one ends the last line
+    for data in chain(read_chunks(path, most, _CHUNK), [b""]):  # the empty chunk ends the last line
         if (zero := data.find(0)) >= 0:
             raise _not_text(path, decoded + zero, 0)
         try:
@@ -139,7 +139,7 @@ def _within_length(number: int, line: str) -> str:
 
 
 def _not_text(path: Path, place: int, byte: int) -> ValueError:
-    """What to do about a byte that is none of UTF-8 text; a guess at what it was written in, by that byte."""
+    """The error for a byte that is not valid in UTF-8 text, with an encoding guessed from that byte."""
     coding = "UTF-16" if place == 0 and byte >= 0xFE else "LATIN1" if byte else ("UTF-16BE", "UTF-16LE")[place % 2]
     return ValueError(
         f"it is not UTF-8 (byte {place}, 0x{byte:02x}); save it as UTF-8, from {coding} or whatever it is written in: "
@@ -148,19 +148,19 @@ def _not_text(path: Path, place: int, byte: int) -> ValueError:
 
 
 def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True) -> Any:
-    """JSON as its standard has it: UTF-8, finite numbers, whole characters, and not nested without end.
+    """Parse standard JSON: UTF-8, finite numbers, no lone surrogates, and limited nesting.
 
-    Not ``finite``: NaN and infinity too, which Python writes for a loss or a score that is none.
+    With ``finite=False`` NaN and infinity are accepted too, which Python writes for an undefined loss or score.
 
     Raises:
-        ValueError: it is anything else, or longer than ``most``.
+        ValueError: it is not such JSON, or longer than ``most``.
     """
     if len(data) > most:
         raise ValueError(f"its JSON is larger than {most:,} bytes")
     text = data if isinstance(data, str) else data.decode("utf-8-sig")
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
-        if _ESCAPED_SURROGATE.search(text):  # halves of characters cannot be written again
+        if _ESCAPED_SURROGATE.search(text):  # lone surrogates cannot be encoded as UTF-8
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
@@ -168,7 +168,7 @@ def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True) -
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is one object of JSON."""
+    """Whether a text is one JSON object."""
     try:
         return text.startswith("{") and isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -183,10 +183,10 @@ def _finite(text: str) -> float:
 
 
 def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML) -> Any:
-    """A YAML file, by a safe loader; an alias counts for all that it stands for, so that none can multiply without end.
+    """Parse YAML with a safe loader; values count once for every alias, which stops exponential expansion.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or too large, or a mapping has a key twice.
+        yaml.YAMLError: the text is not YAML or too large, or a mapping has a duplicate key.
     """
     if len(text) > most:
         raise yaml.YAMLError(f"it is larger than {most:,} characters")
@@ -211,14 +211,14 @@ def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML) -> Any
 
 def _check_nesting(text: str, loader: Any) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=loader):  # makes no objects and does not recurse
+    for event in yaml.parse(text, Loader=loader):  # builds no objects and does not recurse
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise yaml.YAMLError("it is nested too deeply")
 
 
 def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
-    """How many values a node stands for."""
+    """The number of values in a node, aliases expanded."""
     if node in known:
         total = known[node]
         if not total:
@@ -227,7 +227,7 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
         known[node] = 0
         total = 1
         if isinstance(node, yaml.ScalarNode):
-            node.value.encode()  # halves of characters cannot be written again
+            node.value.encode()  # fails on lone surrogates, which cannot be written
         else:
             parts = (
                 node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
@@ -241,10 +241,10 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
 
 
 def _check_keys(node: yaml.Node, made: Any, advice: str) -> None:
-    """See that no key of a mapping stands there twice, as all but the last would not be read."""
+    """Check that a mapping has no duplicate key, of which only the last would be read."""
     lines: dict[Any, int] = {}
     for key, _ in _pairs(node):
-        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":  # all that is merged is read
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":  # all merge keys are read
             continue
         name = key.value if key.tag == "tag:yaml.org,2002:value" else made.construct_object(key)  # 1 and 0x1 are equal
         line = key.start_mark.line + 1
@@ -258,10 +258,10 @@ def _pairs(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """The first ``most`` characters of a text, and dots where there are more: a message stays short."""
+    """The first ``most`` characters of a text, followed by dots if it is longer; keeps messages short."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def visible(text: str) -> str:
-    """Text in which control characters and line ends are spaces: as long as before, so that places in it stay right."""
+    """Text with control characters and line ends replaced by spaces, of the same length, so that indices stay valid."""
     return text if text.isprintable() else text.translate(_CONTROL)

@@ -1,4 +1,4 @@
-"""Checks of this machine. Nothing is downloaded, and nothing is left behind."""
+"""Check this machine, without downloading anything or leaving files behind."""
 
 from __future__ import annotations
 

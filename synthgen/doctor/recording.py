@@ -13,7 +13,7 @@ SHAPES: dict[str, tuple[int, int, int]] = {  # queries, keys and head width
     "cross 4096 x 77": (4096, 77, 40),  # Stable Diffusion 1.5 at 512 px
     "joint 1024 + 333": (1357, 1357, 64),  # Stable Diffusion 3 at 512 px
 }
-TOLERANCE = 2**-12  # of a probability: half a step, below 1, of the float16 that maps are stored in
+TOLERANCE = 2**-12  # of a probability: half a step, just below 1, of float16, in which maps are stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The formats: what each writes for a sample, and what it writes of the whole."""
+"""The export formats: the files that each writes per sample, and its summary files."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _IMAGE_FORMATS: dict[str, Literal["png", "jpg"]] = {"coco": "png", "yolo": "jpg"
 
 @dataclass(frozen=True)
 class Export:
-    """What is written, and how."""
+    """Settings of an export."""
 
     format: Literal["coco", "yolo", "labels"]
-    image_format: Literal["png", "jpg"] | None = None  # None: jpg for yolo, else png (that of the run, unchanged)
+    image_format: Literal["png", "jpg"] | None = None  # None: jpg for yolo, else png (the run's own, unchanged)
     quality: int = 95  # of jpg, 1 to 100
     rle: bool = False  # coco: masks as compressed run lengths instead of polygons
-    instances: bool = True  # coco, yolo: the separate objects of a mask are annotated apart; False: all of it as one
-    val_ratio: float | None = None  # yolo: share of the samples that go to val; None: that of the run's shards
+    instances: bool = True  # coco, yolo: one annotation per separate object of a mask; False: one per mask
+    val_ratio: float | None = None  # yolo: share of the samples in val; None: that of the run's shards
 
     def __post_init__(self) -> None:
         if self.format not in _IMAGE_FORMATS:
@@ -63,17 +63,17 @@ class Export:
             raise ValueError(f"val_ratio must be at least 0 and below 1, not {self.val_ratio}")
 
     def complete(self, run: Run) -> Export:
-        """With what was left open: the image format, and the split of the run's shards (or their default)."""
-        done = replace(self, image_format=self.image_format or _IMAGE_FORMATS[self.format])
-        if done.format == "yolo" and done.val_ratio is None:
+        """These settings, with the default image format and the split of the run's shards (or its default) set."""
+        settings = replace(self, image_format=self.image_format or _IMAGE_FORMATS[self.format])
+        if settings.format == "yolo" and settings.val_ratio is None:
             shards = run.manifest()["artifacts"].get("shards", {}).get("settings", {})
-            done = replace(done, val_ratio=float(shards.get("val_ratio", Shards.val_ratio)))
-        return done
+            settings = replace(settings, val_ratio=float(shards.get("val_ratio", Shards.val_ratio)))
+        return settings
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is written of a sample."""
+    """A sample to export."""
 
     key: str
     prompt: Prompt
@@ -83,7 +83,7 @@ class Sample:
 
 
 class Writer(ABC):
-    """Writes the samples of each unit, then what describes the whole."""
+    """Writes the samples of each unit, then the summary files."""
 
     summaries: ClassVar[tuple[str, ...]]  # the files that :meth:`finish` writes
 
@@ -93,47 +93,51 @@ class Writer(ABC):
 
     @property
     def described(self) -> bool:
-        """Whether all that describes the whole is there."""
+        """Whether all summary files exist."""
         return all((self.folder / name).is_file() for name in self.summaries)
 
     def written(self, unit: int, keys: Iterable[str]) -> bool:
-        """Whether all that the samples of a unit leave is there."""
+        """Whether all files of the samples of a unit exist."""
         return all(path.is_file() for key in keys for path in self.files(key))
 
     def write(self, unit: int, samples: Iterable[Sample]) -> None:
-        """Write what is not there yet of a unit."""
+        """Write the files of a unit that do not exist yet."""
         for sample in samples:
             self.add(sample)
 
     def files(self, key: str) -> tuple[Path, ...]:
-        """What a sample leaves: its image first."""
+        """The files of a sample, its image first.
+
+        Raises:
+            CorruptFile: the key cannot be a file name inside the folder.
+        """
         if (
             key.startswith("/") or "\\" in key or ".." in key.split("/") or visible(key) != key
-        ):  # keys of foreign images may name folders
+        ):  # keys of attended images may contain folders
             raise CorruptFile(f"the key {key!r} of {self.run.path} cannot be the name of a file")
         return self.paths(key)
 
     @abstractmethod
     def paths(self, key: str) -> tuple[Path, ...]:
-        """The same, for a key that is safe."""
+        """The files of a sample, for a key that :meth:`files` has checked."""
 
     @abstractmethod
     def add(self, sample: Sample) -> None:
-        """Write a sample."""
+        """Write the files of a sample that do not exist yet."""
 
     @abstractmethod
     def finish(self, units: Sequence[int]) -> None:
-        """Write what describes the whole of these units."""
+        """Write the summary files for these units."""
 
     def tidy(self) -> None:
-        """Take away what was kept to go on from; what describes the whole is there."""
+        """Delete the files that were kept for resuming; called when the summary files exist."""
 
     def objects(self, mask: Bool[np.ndarray, "H W"]) -> list[Bool[np.ndarray, "H W"]]:
-        """What is annotated apart of one word's mask; nothing where it is empty."""
+        """The parts of one word's mask that get an annotation each; none if it is empty."""
         return split(mask) if self.settings.instances else [mask] * bool(mask.any())
 
     def image(self, sample: Sample) -> bytes:
-        """The image in the format asked for; a PNG is that of the run."""
+        """The image as a file of the chosen format; a PNG is the run's own."""
         png = self.settings.image_format == "png"
         return sample.png if png else encode_jpeg(sample.pixels, self.settings.quality)
 
@@ -141,8 +145,8 @@ class Writer(ABC):
 class Coco(Writer):
     """https://cocodataset.org/#format-data, with ``caption`` on images, ``score`` and ``confidence`` on annotations.
 
-    The masks of a unit are described in a file of their own (``annotations/parts``) as soon as its images are there,
-    and put together at the end: no more than one image's are held, and a killed export goes on where it was.
+    The annotations of a unit go to a file of their own in ``annotations/parts``, written with its images; the files are
+    merged at the end. So only one image's annotations are in memory, and a killed export can resume.
     """
 
     summaries: ClassVar = ("annotations/instances.json", "annotations/captions.json")
@@ -151,7 +155,7 @@ class Coco(Writer):
         return (self.folder / "images" / f"{key}.{self.settings.image_format}",)
 
     def part(self, unit: int) -> Path:
-        """A line for each image of a unit, then one for each of its annotations; nothing has a number yet."""
+        """The file with a line for each image of a unit, followed by a line for each annotation; without ids."""
         return self.folder / "annotations" / "parts" / f"{unit:06d}.jsonl"
 
     def written(self, unit: int, keys: Iterable[str]) -> bool:
@@ -165,7 +169,7 @@ class Coco(Writer):
         _put(path, lambda: self.image(sample))
 
     def lines(self, sample: Sample) -> Iterator[bytes]:
-        """Write the image of a sample, then give its lines of the part."""
+        """Write the image of a sample and yield its lines of the part."""
         self.add(sample)
         (path,) = self.files(sample.key)
         height, width = sample.pixels.shape[:2]
@@ -180,7 +184,7 @@ class Coco(Writer):
         yield from (_json(value) + b"\n" for value in ({"image": facts, "annotations": len(found)}, *found))
 
     def annotation(self, about: Mapping[str, Any], mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-        """One object of a word, without its number and its image's."""
+        """The annotation of one object of a word, without its id and its image's id."""
         left, top, right, bottom = box(mask)
         return {
             "category_id": self.numbers[about["word"]] + 1,
@@ -193,7 +197,7 @@ class Coco(Writer):
         }
 
     def segmentation(self, mask: Bool[np.ndarray, "H W"]) -> Any:
-        """Polygons, or run lengths."""
+        """A mask as polygons, or as compressed run lengths with ``rle``."""
         if self.settings.rle:
             return {"size": list(mask.shape), "counts": compress_counts(run_lengths(mask))}
         return [outline.ravel().tolist() for outline in outlines(mask)]
@@ -209,18 +213,18 @@ class Coco(Writer):
             {"id": number, **{name: fact for name, fact in facts.items() if name != "caption"}}
             for number, facts, _ in self.read(units)
         )
-        told = (
+        listed = (
             {"id": number, "image_id": number, "caption": facts["caption"]} for number, facts, _ in self.read(units)
         )
         try:
             write_chunks(instances, _document(self.head(), lists))
-            write_chunks(captions, _document(self.head(), {"images": plain, "annotations": told}))
+            write_chunks(captions, _document(self.head(), {"images": plain, "annotations": listed}))
         except MissingArtifact:
-            if not self.described:  # by another export of the same, which has taken the parts away
+            if not self.described:  # else a parallel export has finished and deleted the parts
                 raise
 
     def head(self) -> dict[str, Any]:
-        """What both files begin with."""
+        """The first keys of both files."""
         origin = "images made by a model, masks from its attention"
         if self.run.artifact("images")["stage"] == "attend":
             origin = "images that existed before, masks from the attention of a model that looked at them"
@@ -230,7 +234,7 @@ class Coco(Writer):
         }
 
     def annotations(self, units: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """All of them, with their numbers and their images'."""
+        """All annotations, with their ids and their images' ids."""
         numbers = count(1)
         for image, _, found in self.read(units, masks=True):
             yield from ({"id": next(numbers), "image_id": image, **one} for one in found)
@@ -238,22 +242,22 @@ class Coco(Writer):
     def read(
         self, units: Iterable[int], *, masks: bool = False
     ) -> Iterator[tuple[int, dict[str, Any], list[dict[str, Any]]]]:
-        """The images of all parts: the number of each from 1, what is said of it, and with ``masks`` its annotations.
+        """For each image of all parts: its id from 1, its entry and, with ``masks``, its annotations.
 
         Raises:
-            MissingArtifact: a part is gone.
-            CorruptFile: one cannot be read.
+            MissingArtifact: a part is missing.
+            CorruptFile: a part cannot be read.
         """
         numbers = count(1)
         for path in map(self.part, units):
             try:
                 with open_here(path) as file:
                     for line in file:
-                        about = json.loads(line)
-                        lines = list(islice(file, about["annotations"]))
-                        if len(lines) != about["annotations"]:
+                        entry = json.loads(line)
+                        lines = list(islice(file, entry["annotations"]))
+                        if len(lines) != entry["annotations"]:
                             raise ValueError("it is cut off")
-                        yield next(numbers), about["image"], [json.loads(one) for one in lines if masks]
+                        yield next(numbers), entry["image"], [json.loads(one) for one in lines if masks]
             except FileNotFoundError:
                 raise MissingArtifact(f"{path} is gone; run the same command again") from None
             except (LookupError, TypeError, ValueError):
@@ -268,7 +272,7 @@ class Coco(Writer):
 
 
 class Yolo(Writer):
-    """The segmentation form of Ultralytics: a text file beside each image, a line for each object."""
+    """The segmentation format of Ultralytics: a text file for each image, a line for each object."""
 
     summaries: ClassVar = ("data.yaml",)
 
@@ -283,9 +287,9 @@ class Yolo(Writer):
         _put(image, lambda: self.image(sample))
 
     def lines(self, masks: WordMasks) -> str:
-        """``class x1 y1 x2 y2 ...`` for each object, x and y as shares of the width and height.
+        """``class x1 y1 x2 y2 ...`` for each object, x and y relative to the width and height.
 
-        A line is one polygon, so without ``instances`` a mask of several parts still has so many lines.
+        A line is one polygon, so without ``instances`` a mask of several parts still gets several lines.
         """
         height, width = masks.values.shape[1:]
         return "".join(
@@ -296,14 +300,14 @@ class Yolo(Writer):
         )
 
     def finish(self, units: Sequence[int]) -> None:
-        val = "val" if (self.folder / "images" / "val").is_dir() else "train"  # trainers want one that has images
+        val = "val" if (self.folder / "images" / "val").is_dir() else "train"  # trainers need a val set with images
         data = {"train": "images/train", "val": f"images/{val}", "names": dict(enumerate(self.names))}
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         write_bytes(self.folder / "data.yaml", text.encode())
 
 
 class Labels(Writer):
-    """An image of class numbers for each image, as the loaders of ADE20K and Pascal VOC read them."""
+    """A label image of class numbers for each image, as loaders for ADE20K and Pascal VOC expect."""
 
     summaries: ClassVar = ("classes.txt",)
 
@@ -317,7 +321,11 @@ class Labels(Writer):
         _put(image, lambda: self.image(sample))
 
     def label(self, masks: WordMasks) -> bytes:
-        """The label image: 8 bits where 255 is left over as the value to ignore, else 16."""
+        """The label image: 8 bits if that keeps 255 free as the ignore value, else 16.
+
+        Raises:
+            ConfigError: the run has more than 65534 words.
+        """
         numbers = [0] + [self.numbers[word] + 1 for word in masks.words]
         if len(self.names) > 65534:
             raise ConfigError(f"a label image holds 65534 classes, and {self.run.path} has {len(self.names)} words")
@@ -336,16 +344,16 @@ WRITERS: dict[str, type[Writer]] = {"coco": Coco, "yolo": Yolo, "labels": Labels
 
 
 def _put(path: Path, make: Callable[[], bytes]) -> None:
-    if not path.is_file():  # files appear whole, and the folder holds one export only
+    if not path.is_file():  # files are written atomically, and a folder has one export only
         write_bytes(path, make())
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()  # there is one for each polygon
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()  # compact: there are many
 
 
 def _document(head: Mapping[str, Any], lists: Mapping[str, Iterable[Any]]) -> Iterator[bytes]:
-    """The bytes of a JSON object: the head, then lists of which one entry is held at a time."""
+    """The bytes of a JSON object: the head, then the lists, with one entry in memory at a time."""
     yield _json(head)[:-1]
     for name, values in lists.items():
         yield b"," + _json(name) + b":["

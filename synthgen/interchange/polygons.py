@@ -1,4 +1,4 @@
-"""Masks as polygons and as run lengths: exact, holes too."""
+"""Convert masks to polygons and run lengths exactly, including holes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["compress_counts", "join_corners", "outlines", "run_lengths"]
 
 
 def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "_ 2"]]:
-    """A polygon for every part of a mask, as the corners (x, y) that it passes, clockwise; together they are the mask.
+    """A polygon for every part of a mask, as its corners (x, y), clockwise; together they cover exactly the mask.
 
-    A part is connected over pixels' sides. Polygons run on the cracks between pixels: pixel (row, column) is the square
-    from (column, row) to (column + 1, row + 1), so a polygon's area is that of its part. A hole is joined to what lies
-    left of it by a slit without width, passed once there and once back: asking whether pixels' centres are inside, by
-    the even-odd or by the nonzero rule, gives the mask again exactly.
+    A part is connected across pixels' sides. Polygons follow the cracks between pixels: pixel (row, column) is the
+    square from (column, row) to (column + 1, row + 1), so a polygon's area is that of its part. A hole is joined to the
+    loop on its left by a slit of zero width, traversed in both directions: testing the centres of pixels by the
+    even-odd or the nonzero rule gives exactly the mask.
     """
     if not mask.any():
         return []
     height, width = mask.shape
     padded = np.pad(mask, 1)
     middle = padded[1:-1, 1:-1]
-    # A crack is the side of a pixel of the mask that has none beyond it. It starts at a lattice point and leads east,
-    # south, west or north, the pixel on its right.
+    # A crack is a side of a mask pixel with no mask pixel beyond it. It starts at a lattice point and leads east,
+    # south, west or north, with the pixel on its right.
     cracks = np.zeros((4, height + 1, width + 1), bool)
     cracks[0, :-1, :-1] = middle & ~padded[:-2, 1:-1]
     cracks[1, :-1, 1:] = middle & ~padded[1:-1, 2:]
@@ -38,7 +38,7 @@ def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "_ 2"]]:
     for heading, step in enumerate((1, width + 1, -1, -width - 1)):
         start = np.flatnonzero(there[heading])
         end, right, left = start + step, (heading + 1) % 4, (heading - 1) % 4
-        # where two pixels touch at a corner only, the right turn stays at the same pixel
+        # where two pixels touch only at a corner, turning right follows the same pixel
         turn = np.where(there[right, end], right, np.where(there[heading, end], heading, left))
         starts.append(heading * points + start)
         following.append(turn * points + end)
@@ -48,14 +48,14 @@ def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "_ 2"]]:
     headings, passed = np.divmod(every, points)
     y, x = np.divmod(passed, width + 1)
     after = successor.tolist()
-    seen = bytearray(len(every))
+    visited = bytearray(len(every))
     found = []
     for first in range(len(starts[0])):  # each outline leads east somewhere
-        if seen[first]:
+        if visited[first]:
             continue
         chain, crack = [], first
-        while not seen[crack]:
-            seen[crack] = 1
+        while not visited[crack]:
+            visited[crack] = 1
             chain.append(crack)
             crack = after[crack]
         turns = np.array(chain)[headings[chain] != np.roll(headings[chain], 1)]
@@ -66,11 +66,12 @@ def outlines(mask: Bool[np.ndarray, "H W"]) -> list[Int64[np.ndarray, "_ 2"]]:
 def _slit(
     mask: Bool[np.ndarray, "H W"], cracks: Int64[np.ndarray, " cracks"], after: Int64[np.ndarray, " cracks"]
 ) -> tuple[Int64[np.ndarray, " more"], Int64[np.ndarray, " more"]]:
-    """Join the loop of cracks around each hole to the next loop on its left, by two cracks more for each hole.
+    """Join the loop of cracks around each hole to the next loop on its left, with two additional cracks per hole.
 
-    A crack is a number, its heading times the lattice points and where it starts; ``after`` says which comes next. A
-    slit leaves from a hole's upper left corner and goes west to the first lattice point that the mask does not
-    surround. That one is of another loop: slits go up, or to the left on one line, so that they lead around nothing.
+    A crack's number is its heading times the number of lattice points, plus its start point; ``after`` is its
+    successor. A slit runs west from a hole's upper left corner to the first lattice point that the mask does not
+    surround. That point is on another loop: slits lead to loops further up, or further left on the same line, so they
+    form no cycle.
     """
     width, points = mask.shape[1] + 1, (mask.shape[0] + 1) * (mask.shape[1] + 1)
     headings, passed = np.divmod(cracks, points)
@@ -84,7 +85,7 @@ def _slit(
     row, right = y[down], x[down]
     ends = ~(mask[row - 1] & mask[row]) & (np.arange(width - 1) < right[:, None])  # pixels left of it, not both there
     left = np.where(ends, np.arange(1, width), 0).max(axis=1, initial=0)
-    up = ~mask[row - 1, left - 1] | (left == 0)  # where the loop that is met goes on, north or west
+    up = ~mask[row - 1, left - 1] | (left == 0)  # whether the loop at the left end continues north or west
     onward = np.searchsorted(cracks, np.where(up, 3, 2) * points + row * width + left)
     east = len(cracks) + np.arange(len(down))
     west = east + len(down)
@@ -96,17 +97,17 @@ def _slit(
 
 
 def join_corners(polygons: Sequence[Int64[np.ndarray, "_ 2"]]) -> list[list[tuple[int, int]]]:
-    """Polygons that meet at a corner as one, which passes the corner once for each."""
+    """Merge polygons that meet at a corner into one, which passes that corner once for each of them."""
     rings = [[(x, y) for x, y in polygon.tolist()] for polygon in polygons]
     passing: dict[tuple[int, int], list[int]] = {}
     for number, ring in enumerate(rings):
         for corner in ring:
             passing.setdefault(corner, []).append(number)
-    left, found = set(range(len(rings))), []
+    unused, found = set(range(len(rings))), []
     for number, ring in enumerate(rings):
-        if number not in left:
+        if number not in unused:
             continue
-        left.remove(number)
+        unused.remove(number)
         path, stack = [], [iter(ring)]
         while stack:
             at = next(stack[-1], None)
@@ -114,8 +115,8 @@ def join_corners(polygons: Sequence[Int64[np.ndarray, "_ 2"]]) -> list[list[tupl
                 stack.pop()
                 continue
             path.append(at)
-            for other in left.intersection(passing[at]):  # one at most: four pixels meet at a corner
-                left.remove(other)
+            for other in unused.intersection(passing[at]):  # at most one: four pixels meet at a corner
+                unused.remove(other)
                 start = rings[other].index(at) + 1
                 stack.append(iter(rings[other][start:] + rings[other][:start]))
         found.append(path)
@@ -123,7 +124,7 @@ def join_corners(polygons: Sequence[Int64[np.ndarray, "_ 2"]]) -> list[list[tupl
 
 
 def run_lengths(mask: Bool[np.ndarray, "H W"]) -> list[int]:
-    """How many pixels in turn are outside and inside, down the columns from the left; the first number is outside."""
+    """Numbers of pixels alternately outside and inside, column by column from the left, starting outside."""
     flat = mask.ravel(order="F")
     bounds = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))
     counts: list[int] = np.diff(bounds, prepend=0).tolist()
@@ -131,18 +132,18 @@ def run_lengths(mask: Bool[np.ndarray, "H W"]) -> list[int]:
 
 
 def compress_counts(counts: Sequence[int]) -> str:
-    """Run lengths as the text that COCO calls compressed.
+    """Run lengths as text in COCO's compressed format.
 
-    From the fourth on a number is less the one two before it. Five bits make a character from "0" on, the lowest
-    first; the sixth says that more follow, and the last one's fifth is the sign. Source: the published format of the
-    COCO API (cocodataset/cocoapi, common/maskApi.c, ``rleToString``).
+    From the fourth on, each number is stored as its difference from the one two before it. A character, counted from
+    "0", has five bits, the lowest first; the sixth bit says that more follow, and the fifth of the last one is the
+    sign. Source: the published format of the COCO API (cocodataset/cocoapi, common/maskApi.c, ``rleToString``).
     """
     text = []
     for index, count in enumerate(counts):
-        left = count - counts[index - 2] if index > 2 else count
+        rest = count - counts[index - 2] if index > 2 else count
         more = True
         while more:
-            bits, left = left & 31, left >> 5
-            more = left != (-1 if bits & 16 else 0)
+            bits, rest = rest & 31, rest >> 5
+            more = rest != (-1 if bits & 16 else 0)
             text.append(chr(48 + bits + 32 * more))
     return "".join(text)

@@ -1,1 +1,1 @@
-"""Training: the loop, its optimizer and its checkpoints. Knows methods and batches, and nothing of runs."""
+"""Training: the loop, its optimizer and its checkpoints; uses methods and batches, but not runs."""

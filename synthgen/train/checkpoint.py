@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file each, whole or not there, with all that a resumed training needs.
+"""Checkpoints: one safetensors file each, written atomically, with everything that a resumed training needs.
 
 Tensors are ``model.<name>`` (parameters and buffers) and ``optimizer.<moment>.<name>``. The header's ``state`` is JSON:
-step, fingerprint, and what else the loop keeps. There is no state of random generators in it, because there is none to
-keep: every draw comes from generators that are seeded from the run's seed and the step (or epoch and sample number).
+step, fingerprint, and other values of the loop. It has no state of random generators, as none is needed: every draw
+comes from generators that are seeded from the run's seed and the step (or epoch and sample number).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = ["Checkpoints", "load_method", "method_hash", "method_tensors"]
 
 logger = logging.getLogger(__name__)
 
-_METHOD = "model."  # before the names of a method's tensors
+_METHOD = "model."  # prefix of the names of a method's tensors
 
 
 def load_method(folder: str | Path) -> Method:
-    """The whole method of the training in ``folder``, heads and decoders too, from its newest checkpoint, on the CPU.
+    """Load the whole method of the training in ``folder``, with heads and decoders, from its newest checkpoint to CPU.
 
-    For looking at what it learned: ``load_method("runs/demo/pretrain/umd").sample(torch.arange(8))``.
+    To inspect what it learned: ``load_method("runs/demo/pretrain/umd").sample(torch.arange(8))``.
 
     Raises:
         MissingArtifact: there is no finished training, or its checkpoints were deleted.
-        CorruptFile: its files cannot be read, or do not fit each other.
+        CorruptFile: its files cannot be read, or do not match each other.
     """
     folder = parse_location(folder)
     encoder = load_encoder(folder)
@@ -63,10 +63,10 @@ def load_method(folder: str | Path) -> Method:
 
 
 def method_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a method by their names in it, from a checkpoint whose every byte is as it was written.
+    """The tensors of a method by name, from a checkpoint whose sha256 is verified.
 
     Raises:
-        CorruptFile: it is not.
+        CorruptFile: the checkpoint cannot be read, or its sha256 does not match.
     """
     try:
         _, tensors = _read(path)
@@ -76,10 +76,10 @@ def method_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def method_hash(path: Path) -> str:
-    """The sha256 of the tensors of a method in a checkpoint: not of how long it took, nor of the optimizer.
+    """The sha256 of the tensors of a method in a checkpoint, without its timings and its optimizer.
 
     Raises:
-        CorruptFile: it cannot be read.
+        CorruptFile: the checkpoint cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -91,21 +91,21 @@ def method_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training in ``folder``: the last ``keep`` of them."""
+    """The checkpoints of one training in ``folder``, of which the last ``keep`` are kept."""
 
     folder: Path
-    fingerprint: str  # of settings and inputs; a checkpoint with another one is refused
+    fingerprint: str  # of settings and inputs; checkpoints with another fingerprint are refused
     keep: int = 2
 
     def paths(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
+        """The existing checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, **state: Any) -> None:
-        """Write the checkpoint of ``step`` and delete the oldest.
+        """Write the checkpoint of ``step`` and delete all but the last ``keep``.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the checkpoint cannot be written.
         """
         tensors = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
         for name, parameter in module.named_parameters():
@@ -116,23 +116,23 @@ class Checkpoints:
         data = save(tensors, metadata={"state": header, "sha256": _checksum(header, tensors)})
         write_bytes(self.folder / f"step-{step:08d}.safetensors", data)
         for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)  # another command, with the same training, may have been first
+            old.unlink(missing_ok=True)  # another process with the same training may have deleted it
 
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Load the newest checkpoint that can be read and return its state; an empty one where there is none.
+        """Load the newest readable checkpoint and return its state; an empty state if there is no checkpoint.
 
         Raises:
-            StaleArtifact: it is of a training with other settings.
-            CorruptFile: there are checkpoints, and none can be read.
+            StaleArtifact: the checkpoint is of a training with other settings.
+            CorruptFile: there are checkpoints but none can be read, or the checkpoint does not fit the model.
         """
         for leftover in temporaries(self.folder):
-            if is_abandoned(leftover):  # its process was killed while it wrote
+            if is_abandoned(leftover):  # its process was killed while writing
                 leftover.unlink(missing_ok=True)
         broken = ""
         for path in reversed(self.paths()):
             try:
                 state, tensors = _read(path)
-            except FileNotFoundError:  # another command, with the same training, is ahead and has deleted it
+            except FileNotFoundError:  # another process with the same training is ahead and has deleted it
                 continue
             except (SafetensorError, OSError, ValueError) as error:
                 broken = f"{path} cannot be read: {one_line(error)}"
@@ -156,7 +156,7 @@ class Checkpoints:
         for full, tensor in tensors.items():
             if full.startswith("optimizer."):
                 _, moment, name = full.split(".", 2)
-                # AdamW keeps its step count on the CPU and its moments beside the weights
+                # AdamW keeps its step count on the CPU and its moments on the device of the weights
                 place = torch.device("cpu") if moment == "step" else parameters[name].device
                 optimizer.state[parameters[name]][moment] = tensor.to(place)
 
@@ -165,13 +165,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The state and the tensors of a checkpoint.
 
     Raises:
-        SafetensorError, OSError, ValueError: it cannot be read, or is not as it was written.
+        SafetensorError, OSError, ValueError: it cannot be read, or its sha256 does not match.
     """
     with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    header = about.get("state", "{}")
-    if "sha256" in about and about["sha256"] != _checksum(header, tensors):  # earlier versions told none
+    header = metadata.get("state", "{}")
+    if "sha256" in metadata and metadata["sha256"] != _checksum(header, tensors):  # earlier versions wrote none
         raise ValueError("a byte of it is wrong, by its sha256")
     state = read_json(header, finite=False)
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
@@ -184,9 +184,9 @@ def _of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """A sha256 of all that a checkpoint holds; safetensors keeps none."""
-    found = hashlib.sha256(header.encode())
+    """A sha256 of the header and all tensors; safetensors stores none."""
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

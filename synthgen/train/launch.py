@@ -1,4 +1,4 @@
-"""What a training runs on: the processes that a launcher started, their devices and precision, and its trackers."""
+"""Set up Accelerate for a training: processes, devices, precision and trackers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["accelerated", "check_compiler", "check_precision", "check_trackers",
 
 
 def num_processes() -> int:
-    """How many processes a launcher started; also on CPUs, which Accelerate must be told of before all else.
+    """The number of processes that a launcher started; on CPUs Accelerate must be told so at its first use, here.
 
     Raises:
-        ConfigError: the environment says that this is one of several processes, and not where they meet.
+        ConfigError: the environment gives several processes, but no MASTER_ADDR at which they meet.
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:
@@ -41,11 +41,14 @@ def num_processes() -> int:
 def accelerated(
     folder: Path, *, cpu: bool, precision: str, accumulate: int, trackers: Sequence[str], settings: Mapping[str, Any]
 ) -> Accelerator:
-    """Accelerate's view of the devices; ``accelerate launch`` and its configuration files count.
+    """The ``Accelerator`` of a training; ``accelerate launch`` and its configuration files are respected.
 
-    Trackers write to ``folder``, and are told those ``settings`` that are plain values.
+    Trackers write to ``folder`` and get those ``settings`` that are plain values.
+
+    Raises:
+        ConfigError: Accelerate is configured for FSDP, DeepSpeed or Megatron-LM.
     """
-    # Accelerate keeps the first call's precision and device for the whole process; another training may want others
+    # Accelerate keeps the first call's precision and device for the whole process; another training may need others
     AcceleratorState._reset_state(reset_partial_state=num_processes() == 1)
     accelerator = Accelerator(
         cpu=cpu,
@@ -67,10 +70,10 @@ def accelerated(
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Check that a training on ``device`` can have this precision: on a CPU Accelerate silently takes float32 for fp16.
+    """Check that ``device`` supports this precision: on a CPU Accelerate silently uses float32 instead of fp16.
 
     Raises:
-        ConfigError: fp16 is asked for on a CPU.
+        ConfigError: fp16 is requested on a CPU.
     """
     if precision == "fp16" and (device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")):
         raise ConfigError("precision fp16 is for GPUs, and this training runs on a CPU; give precision bf16, or no")
@@ -92,10 +95,10 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 def check_compiler() -> None:
-    """See that ``torch.compile`` will find a compiler, which on CPUs is one for C++.
+    """Check that ``torch.compile`` will find a compiler, which without a GPU is a C++ compiler.
 
     Raises:
-        MissingDependency: there is none.
+        MissingDependency: there is no C++ compiler.
     """
     if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         raise MissingDependency("compile=true needs a C++ compiler on this machine; install g++, or leave it out")

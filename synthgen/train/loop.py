@@ -1,9 +1,9 @@
-"""The training loop: seed, forward, backward, step; a record each, and a checkpoint now and then.
+"""The training loop: seed, forward, backward, step; a record per step, and a checkpoint every ``save_every`` steps.
 
-Exact resume: the order of samples, their views, and what a method draws for them are functions of (seed, epoch,
-number). A training that goes on from a checkpoint thus repeats the arithmetic of one that was never stopped. On CPUs
-with the same number of threads the weights come out bit-identical; on GPUs as far as their kernels repeat themselves.
-Several processes give the losses of one, up to the order of sums.
+Exact resume: the order of samples, their views, and a method's random draws for them are functions of (seed, epoch,
+number). So a training that resumes from a checkpoint repeats the arithmetic of an uninterrupted one. On CPUs with the
+same number of threads the weights are bit-identical; on GPUs if their kernels are deterministic. Several processes give
+the losses of one, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ __all__ = ["Record", "Training", "last_loss", "seed_everything"]
 
 @dataclass(frozen=True)
 class Record:
-    """What a step did."""
+    """The record of one step."""
 
-    step: int  # steps done, this one included
+    step: int  # steps done, including this one
     samples: int  # images of this step, over all processes
     figures: dict[str, float] = field(default_factory=dict)  # filled every ``log_every`` steps
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed every generator that a method may draw from with a mix of ``parts``."""
+    """Seed all global random generators that a method may use with a mix of ``parts``."""
     seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # of every device
+    torch.manual_seed(seed)  # on every device
 
 
 @dataclass
 class Training:
-    """One training of ``method`` on ``samples``, from its newest checkpoint to its last step."""
+    """A training of ``method`` on ``samples``, from its newest checkpoint to its last step."""
 
     method: Method
     samples: ImageDataset
@@ -67,14 +67,14 @@ class Training:
     save_every: int = 200  # steps
     log_every: int = 10
     num_workers: int = 0
-    compile: bool = False  # the transformer blocks, by torch.compile
+    compile: bool = False  # compile the transformer blocks with torch.compile
 
     def __post_init__(self) -> None:
         if self.compile:
             for module in self.method.modules():
                 if isinstance(module, Block | CrossBlock):
                     module.compile()
-        on_cpu = self.accelerator.device.type == "cpu"  # where torch would loop over tensors; on GPUs it groups them
+        on_cpu = self.accelerator.device.type == "cpu"  # where torch would loop over tensors; on GPUs it batches them
         optimizer = build_optimizer(self.method, self.optim, fused=on_cpu)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
         state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
@@ -84,15 +84,16 @@ class Training:
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._metrics = AppendFile(self.metrics_path)
-        self._waited = 0.0  # seconds for data since the last record
+        self._waited = 0.0  # seconds spent waiting for data since the last record
         self._first_bad = torch.full((), self.order.steps, device=self.accelerator.device)
 
     def run(self) -> Iterator[Record]:
-        """Train; a record a step. The weights end up in ``method``.
+        """Train ``method`` in place and yield a record per step.
 
         Raises:
             SynthgenError: the loss is not a finite number; names the step.
-            CorruptFile, StorageError: a sample cannot be read, a checkpoint or a record not be written.
+            CorruptFile: a sample cannot be read.
+            StorageError: a checkpoint or a record cannot be written.
         """
         main = self.accelerator.is_main_process
         if main:
@@ -112,7 +113,7 @@ class Training:
                 images = (self.step - logged_step) * self.order.batch_size
                 figures |= {
                     "images_per_second": round(images / (now - logged), 2),
-                    "waiting": round(self._waited / (now - logged), 4),  # for data, as a share of the time
+                    "waiting": round(self._waited / (now - logged), 4),  # share of the time spent waiting for data
                     "seconds": round(now - started, 3),
                 }
                 logged, logged_step, self._waited = now, self.step, 0.0
@@ -148,9 +149,9 @@ class Training:
             group["lr"] = rate
         outputs = []
         for part in range(self.order.parts):
-            asked = time.perf_counter()
+            before = time.perf_counter()
             batch = next(batches)
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - before
             batch = batch.to(self.accelerator.device)
             seed_everything(self.order.seed, step, part, self.accelerator.process_index)
             with self.accelerator.accumulate(self.wrapped):
@@ -160,7 +161,7 @@ class Training:
                     self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            # kept on the device: asking each step would make the host wait for a GPU
+            # kept on the device: reading it at each step would make the host wait for the GPU
             outputs.append(StepOutput(output.loss.detach(), output.metrics))
             bad = torch.where(output.loss.detach().isfinite(), self.order.steps, step)
             self._first_bad = torch.minimum(self._first_bad, bad)
@@ -168,10 +169,10 @@ class Training:
         return outputs
 
     def _check_together(self) -> None:
-        """See that all processes go on from the same step; their losses would be added up all the same.
+        """Check that all processes resume from the same step; their gradients would be averaged regardless.
 
         Raises:
-            SynthgenError: they do not; names the steps.
+            SynthgenError: processes would resume from different steps; names the steps.
         """
         own = torch.tensor([self.step], device=self.accelerator.device)
         steps = sorted(set(self.accelerator.gather(own).tolist()))
@@ -191,7 +192,7 @@ class Training:
             )
 
     def _figures(self, outputs: list[StepOutput], step: int) -> dict[str, float]:
-        """Means over the parts of the step and over processes."""
+        """The loss and the metrics, averaged over the parts of the step and over processes, and the learning rate."""
         named = [{"loss": output.loss, **output.metrics} for output in outputs]
         values = torch.stack([torch.stack([value.float() for value in part.values()]) for part in named])
         means = self.accelerator.gather(values).mean(0)
@@ -201,7 +202,7 @@ class Training:
     def _save(self) -> None:
         scaler = self.accelerator.scaler
         state = {} if scaler is None else {"scaler": scaler.state_dict()}
-        self._metrics.flush()  # first: killed in between, it makes these records again, and later ones never
+        self._metrics.flush()  # before the checkpoint: a resumed training never writes older records again
         self.checkpoints.save(self.method, self.optimizer.optimizer, self.step, seconds=round(self.seconds, 3), **state)
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ class Training:
             raise storage_error(self.metrics_path, error) from error
 
     def _forget_later_records(self) -> None:
-        """Records past the checkpoint will be written again; without this they would stand there twice."""
+        """Delete the records after the checkpoint, which will be written again."""
         if not self.metrics_path.is_file():
             return
         kept = []
@@ -220,12 +221,12 @@ class Training:
                 if json.loads(line)["step"] <= self.step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written when the process was killed
+                continue  # incomplete line of a process that was killed while writing
         write_bytes(self.metrics_path, "".join(kept).encode())
 
 
 def last_loss(path: Path) -> float:
-    """The loss of the last record in a training's metrics; NaN where there is none."""
+    """The loss of the last record in a training's metrics; NaN if there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return float(json.loads(lines[-1])["loss"]) if lines else float("nan")
 

@@ -1,4 +1,4 @@
-"""AdamW as masked autoencoders are trained with, and its learning rate."""
+"""AdamW with MAE's betas and weight decay groups, and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["OptimSettings", "build_optimizer", "learning_rate"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """How weights are changed."""
+    """Settings of the optimizer and the learning rate."""
 
-    base_learning_rate: float  # for 256 images a step; the peak is this times batch_size / 256
+    base_learning_rate: float  # for 256 images per step; the peak is this times batch_size / 256
     batch_size: int
-    warmup_ratio: float  # share of all steps in which the rate rises from 0
+    warmup_ratio: float  # share of all steps during which the rate rises from 0
     weight_decay: float  # of matrices; biases, norms and tokens have none
-    max_norm: float  # of the gradient; 0 leaves it as it is
-    beta2: float = 0.95  # of AdamW, whose first is 0.9: MAE's
+    max_norm: float  # gradient clipping norm; 0: no clipping
+    beta2: float = 0.95  # of AdamW, MAE's value; beta1 is 0.9
 
     @property
     def peak(self) -> float:
@@ -29,7 +29,7 @@ class OptimSettings:
 
 
 def build_optimizer(module: nn.Module, settings: OptimSettings, *, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW over all parameters that learn; ``fused`` takes each tensor's step in one kernel, not in a dozen."""
+    """AdamW over all trainable parameters; ``fused`` updates each tensor in one kernel instead of a dozen."""
     learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = {name for name, p in learning if p.ndim <= 1 or name.endswith("_token")}
     groups = [
@@ -40,7 +40,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, *, fused: bool =
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
-    """The rate of a step (from 0): up in a line over the warm-up, then down half a cosine to 0."""
+    """The learning rate of a step (from 0): linear warm-up, then half a cosine down to 0."""
     warmup = settings.warmup_ratio * steps
     if step < warmup:
         return settings.peak * (step + 1) / (warmup + 1)

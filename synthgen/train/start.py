@@ -1,4 +1,4 @@
-"""Weights that a training begins from, put into its method."""
+"""Initialise a method with the weights of an earlier training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from synthgen.methods import Method
 
 __all__ = ["Begun", "take_over"]
 
-_STATE = "_extra_state"  # what a module keeps that is no weight, such as the names of classes
+_STATE = "_extra_state"  # extra state of a module that is not a weight, such as class names
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What became of the tensors of a method, and of those that it was to begin from."""
+    """How the tensors of a method were initialised, and which tensors of the earlier training were not used."""
 
-    taken: int  # tensors that are those of the start
-    copied: int  # of averages and teachers that the start has not: they begin as what they follow
-    anew: int  # tensors that begin as without a start
-    new_parts: tuple[str, ...]  # where those are
-    left_parts: tuple[str, ...]  # of the start, which the method has not
+    taken: int  # tensors loaded from the earlier training
+    copied: int  # tensors of averages and teachers that it lacks, copied from the tensors that they follow
+    anew: int  # tensors with their default initialisation
+    new_parts: tuple[str, ...]  # the parts of those tensors
+    left_parts: tuple[str, ...]  # parts of the earlier training that the method lacks
 
     def __str__(self) -> str:
         copied = f", {self.copied} copied from what they follow" if self.copied else ""
@@ -33,12 +33,12 @@ class Begun:
 
 
 def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
-    """Put ``tensors``, by their names in a method, into ``method``.
+    """Load ``tensors`` of an earlier training, by name, into ``method``.
 
-    A part (decoder, classes, ...) is taken whole, or begins anew whole, or is left out whole; the encoder is taken.
+    Each part (decoder, classes, ...) is loaded, initialised or left out as a whole; the encoder is always loaded.
 
     Raises:
-        ConfigError: a tensor has another shape, a part fits only half, or classes have other names.
+        ConfigError: a tensor has another shape, a part matches only partly, or classes have other names.
     """
     own, copies = method.state_dict(), method.copies
     both = [name for name in own if name in tensors]
@@ -74,12 +74,12 @@ def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
 
 
 def _followed(name: str, copies: Mapping[str, str]) -> str:
-    """The tensor that one of an average or teacher follows; empty for any other."""
+    """The name of the tensor that a tensor of an average or teacher follows; empty for other tensors."""
     return next((fast + name.removeprefix(slow) for slow, fast in copies.items() if name.startswith(slow)), "")
 
 
 def _part(name: str, copies: Mapping[str, str]) -> str:
-    """The part of a method that a tensor belongs to; those of an average count each by itself."""
+    """The part of a method that a tensor belongs to; a part of an average is separate from the part it follows."""
     inside = next((slow for slow, fast in copies.items() if not fast and name.startswith(slow)), "")
     return inside + name.removeprefix(inside).partition(".")[0]
 

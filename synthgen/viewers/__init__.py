@@ -1,1 +1,1 @@
-"""Viewers: something to look at, made from a run."""
+"""Viewers: pages that show a run."""

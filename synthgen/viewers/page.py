@@ -1,8 +1,8 @@
 """One HTML file that shows a run: images, prompts, and each word's mask before and after refining.
 
-The file holds everything (styles, script, pictures as data URIs) and fetches nothing, so it can be mailed or kept
-beside a result. Masks travel as one label image a sample and attention as one grey strip; the browser colours them
-when somebody looks. The same run gives the same bytes.
+The file contains everything (styles, script, images as data URIs) and fetches nothing, so it can be mailed or archived
+with a result. Each sample's masks are one label image and its attention one grey strip; the browser colours them on
+demand. The same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from synthgen.text import size
 __all__ = ["write_page"]
 
 LARGEST = 384  # pixels of the longer side; larger images are shown smaller, or 96 of them would not fit a page
-EXACT = 128  # up to this size an image is shown as the PNG that the run holds
+EXACT = 128  # pixels of the longer side; up to this size an image is shown as the run's own PNG
 MAX_TALLIES = 200  # rows of the tables of classes and of words
 CURVE_POINTS = 240  # of a loss curve
 
@@ -93,9 +93,9 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
 
 
 def _spread(run: Run, limit: int, problems: list[str]) -> dict[int, list[int]]:
-    """Which rows of which units to show: ``limit`` samples at even distances through all that are finished.
+    """The rows to show, by unit: ``limit`` samples, evenly spaced over all finished ones.
 
-    Units whose tars are not what their marks tell of are named in ``problems``.
+    Units whose tars do not match their marks are named in ``problems``.
     """
     marked = {
         int(name[:-5]) for name in listing(run.folder("images")) if name.endswith(".json") and name[:-5].isdecimal()
@@ -122,7 +122,7 @@ def _spread(run: Run, limit: int, problems: list[str]) -> dict[int, list[int]]:
 def _column(
     run: Run, artifact: str, unit: int, names: tuple[str, ...], keys: set[str], problems: list[str]
 ) -> dict[str, dict[str, bytes]]:
-    """Some samples of another artifact of a unit; none where the unit is not done yet."""
+    """Some samples of another artifact of a unit; none if the unit is not done yet."""
     if run.mark(artifact, unit) is None:
         return {}
     try:
@@ -135,7 +135,7 @@ def _column(
 def _sample(
     key: str, image: Mapping[str, bytes], maps: Mapping[str, bytes] | None, masks: Mapping[str, bytes] | None
 ) -> dict[str, Any]:
-    """One sample as the page's script wants it."""
+    """One sample in the form that the page's script expects."""
     request, pixels, warnings = decode_image(key, image)
     height, width = pixels.shape[:2]
     sample: dict[str, Any] = {
@@ -160,8 +160,8 @@ def _sample(
 def _segments(prompt: Prompt) -> list[tuple[str, int]]:
     """The prompt in pieces, each with the number of its word or -1.
 
-    The browser counts UTF-16 units and Python code points, so the spans are cut here. Words without a place of their
-    own in the text follow it.
+    The spans are cut here, because they count code points and the browser counts UTF-16 units. Words without a span of
+    their own are appended.
     """
     pieces: list[tuple[str, int]] = []
     end = 0
@@ -181,7 +181,7 @@ def _segments(prompt: Prompt) -> list[tuple[str, int]]:
 
 
 def _shown(height: int, width: int) -> tuple[int, int]:
-    """The size at which an image stands on the page."""
+    """The size (height, width) of an image on the page."""
     shrink = min(1.0, LARGEST / max(height, width))
     return max(1, round(height * shrink)), max(1, round(width * shrink))
 
@@ -195,7 +195,7 @@ def _picture(pixels: UInt8[np.ndarray, "H W 3"], png: bytes) -> str:
 
 
 def _attention(maps: Maps) -> dict[str, Any]:
-    """The words' maps below each other in one grey image, each from 0 at its lowest to 255 at its highest."""
+    """The words' maps stacked vertically in one grey image, each scaled from its minimum (0) to its maximum (255)."""
     weights: Float[np.ndarray, "words h w"] = np.nan_to_num(maps.weights.astype(np.float32), posinf=1.0, neginf=0.0)
     num, height, width = weights.shape
     if not weights.size:
@@ -208,7 +208,7 @@ def _attention(maps: Maps) -> dict[str, Any]:
 
 
 def _masks(masks: WordMasks, shown: tuple[int, int]) -> dict[str, Any]:
-    """One image of word numbers at the size shown, with what is known of each word's mask."""
+    """One image of word numbers at the size shown, with the scores and measures of each word's mask."""
     labels = masks_to_labels(masks.values)
     if labels.shape != shown:
         labels = np.asarray(Image.fromarray(labels).resize((shown[1], shown[0]), Image.Resampling.NEAREST))
@@ -239,7 +239,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
-    """All of a page but its samples."""
+    """All data of a page except its samples."""
     failures: dict[tuple[str, str], set[int]] = {}
     for artifact in state.artifacts:
         for unit, reason in artifact.failures.items():
@@ -293,7 +293,7 @@ def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
 
 
 def _curve(training: Training) -> dict[str, Any]:
-    """A loss curve of at most ``CURVE_POINTS`` points: each the mean of the steps around it."""
+    """A loss curve of at most ``CURVE_POINTS`` points, each the mean of consecutive records."""
     points = np.array(training.curve, dtype=np.float64).reshape(-1, 2)
     points = points[np.isfinite(points).all(axis=1)]
     parts = np.array_split(points, min(CURVE_POINTS, len(points))) if len(points) else []
