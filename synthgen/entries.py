@@ -153,6 +153,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     Before synthgen told a tokenizer from a token, both were hidden: whether it is the same nobody can tell any more.
     """
     told = [*changes(before["settings"], now["settings"])]
+    same = "" if not told and _others_only(before["inputs"], now["inputs"]) else "use the same settings, "
     unknown = [path for path, is_secret in _hidden(before["settings"]) if not is_secret]
     for key in {**before["inputs"], **now["inputs"]}:
         was = before["inputs"].get(key)
@@ -160,8 +161,15 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             unknown.append(key)
             told.append(f"its input {key!r} was not written down ({HIDDEN})")
         elif was not in (HIDDEN, now["inputs"].get(key)):
-            told.append(f"its input {key!r} has changed")
-    return f"{'; '.join(told) or 'by another stage'}; {'' if unknown else 'use the same settings, '}"
+            is_of_units = key.startswith("units of ")
+            told.append(f"the {key} have changed since" if is_of_units else f"its input {key!r} has changed")
+    return f"{'; '.join(told) or 'by another stage'}; {'' if unknown else same}"
+
+
+def _others_only(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether inputs differ, and all that do are units of the run: more were made, or some were made again."""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return bool(changed) and all(key.startswith("units of ") for key in changed)
 
 
 def _hidden(value: Any, path: str = "") -> Iterator[tuple[str, bool]]:

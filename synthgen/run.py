@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from synthgen.redact import redact
 from synthgen.stores import parse_location
 from synthgen.stores.checksum import verify_sha256
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
-from synthgen.units import UnitWriter, fingerprints_of_units, iter_marks, read_failures, read_mark
+from synthgen.units import UnitWriter, is_finished, iter_marks, read_failures, read_mark, rows_of, units_in
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
@@ -171,7 +171,7 @@ class Run:
         """Check that the inputs of ``stage`` are there and that its folders have its settings, or none.
 
         Returns:
-            The entry for ``settings.yaml`` of its artifacts (see :meth:`record_settings`). Nothing is written.
+            The entry for their ``settings.yaml``, with the growing settings that ask for most. Nothing is written.
 
         Raises:
             MissingArtifact: an input is missing; the message names the stage to run first.
@@ -180,13 +180,19 @@ class Run:
         settings = stage.fingerprinted()
         inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads}
         inputs |= {redact(name): value for name, value in stage.inputs(self).items()}
-        fingerprint = digest({"stage": stage.name, "seed": self.seed, "settings": settings, "inputs": inputs})
+        (fingerprint, older), largest = stage.fingerprints(self.seed, inputs), stage
         for name in stage.artifacts():
             before = self.find_artifact(name)
-            if before is not None and before["fingerprint"] != fingerprint and not self._is_free(name):
-                hashed = [item.name for item in fields(stage) if not item.metadata.get("unhashed")]
-                raise made_differently(self.folder(name), before, {"settings": settings, "inputs": inputs}, hashed)
-        entry = {"stage": stage.name, "seed": self.seed, "settings": stage.recorded_settings(self), "inputs": inputs}
+            if before is None:
+                continue
+            if before["fingerprint"] == fingerprint:
+                largest = largest.at_least(self, before["settings"])
+            elif before["fingerprint"] == older:
+                fingerprint = older
+            elif not self._is_free(name):
+                now = {"settings": settings, "inputs": inputs}
+                raise made_differently(self.folder(name), before, now, stage.hashed_names())
+        entry = {"stage": stage.name, "seed": self.seed, "settings": largest.recorded_settings(self), "inputs": inputs}
         return entry | {"fingerprint": fingerprint}
 
     @contextmanager
@@ -246,7 +252,7 @@ class Run:
                 continue
             path, data = self.folder(name) / SETTINGS, as_yaml(entry)
             while not (created := create_bytes(path, data)):
-                self.check(stage)  # another command may have been first
+                data = as_yaml(entry | self.check(stage))  # another command may have been first, or ask for more
                 if path.is_file():  # otherwise it has just taken its settings back
                     write_bytes(path, data)
                     break
@@ -303,23 +309,17 @@ class Run:
         """The done mark of a unit, or None where it is not done."""
         return read_mark(self.tar(artifact, unit).with_suffix(".json"))
 
-    def has_unit(self, artifact: str, unit: int, fingerprint: str) -> bool:
-        """Whether a unit is there, whole, and made with the settings of ``fingerprint``."""
-        mark = self.mark(artifact, unit)
-        if mark is None or mark["fingerprint"] != fingerprint:
-            return False
-        try:
-            return self.tar(artifact, unit).stat().st_size == int(mark["bytes"])
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+    def has_unit(self, artifact: str, unit: int, fingerprint: str, least: int = 0) -> bool:
+        """Whether a unit of at least so many samples is there, whole, and made with the settings of ``fingerprint``."""
+        return is_finished(self.tar(artifact, unit), fingerprint, least)
 
     def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The done marks of all units whose tars are there and as long as their marks say, one after another."""
         return iter_marks(self.folder(artifact))
 
-    def finished_units(self, artifact: str, fingerprint: str) -> set[int]:
-        """The units for which :meth:`has_unit` is true, read together."""
-        return {unit for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
+    def finished_units(self, artifact: str, fingerprint: str) -> dict[int, int]:
+        """The units for which :meth:`has_unit` is true, read together: how many samples each was made of."""
+        return {unit: rows_of(mark) for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
 
     def units(self, artifact: str) -> list[int]:
         """The numbers of the units of an artifact that are done, in order.
@@ -329,10 +329,10 @@ class Run:
             StaleArtifact: some were made with other settings than the folder's.
         """
         fingerprint = self.artifact(artifact)["fingerprint"]
-        found = fingerprints_of_units(self.folder(artifact))
+        found = units_in(self.folder(artifact))
         if not found:
             raise MissingArtifact(f"{self.path} has no finished {artifact} yet; run: {self.remedy(artifact)}")
-        others = [unit for unit, made_with in found.items() if made_with not in ("", fingerprint)]
+        others = [unit for unit, (made_with, _) in found.items() if made_with not in ("", fingerprint)]
         if others:
             raise StaleArtifact(
                 f"{len(others)} of {len(found)} units of {self.folder(artifact)} were made with other settings than "

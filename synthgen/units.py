@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +13,25 @@ from typing import TYPE_CHECKING, Any
 from synthgen.entries import failure_notes
 from synthgen.stores import listing, read_many, stamps
 from synthgen.stores._failures import is_of_system, unreadable
+from synthgen.stores._lock import locked
+from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import TarWriter, write_json
 from synthgen.untrusted import MAX_JSON, read_file, read_json
 
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["UnitWriter", "checked_mark", "fingerprints_of_units", "iter_marks", "read_failures", "read_mark"]
+__all__ = [
+    "UnitWriter",
+    "checked_mark",
+    "counts_of",
+    "is_finished",
+    "iter_marks",
+    "read_failures",
+    "read_mark",
+    "rows_of",
+    "units_in",
+]
 
 
 def checked_mark(value: Any) -> dict[str, Any]:
@@ -68,21 +81,47 @@ def iter_marks(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield int(name[:-5]), mark
 
 
-def fingerprints_of_units(folder: Path) -> dict[int, str]:
-    """The units in a folder that have done marks, in order, each with its fingerprint: "" where it cannot be read.
+def rows_of(mark: Mapping[str, Any]) -> int:
+    """How many samples a unit was made of, by its done mark: those in its tar, and those that failed."""
+    failed = mark.get("failed")
+    return int(mark.get("count", 0)) + (len(failed) if isinstance(failed, dict) else 0)
+
+
+def is_finished(tar: Path, fingerprint: str, least: int = 0) -> bool:
+    """Whether a unit is whole, and made of ``least`` samples or more with the settings of ``fingerprint``."""
+    mark = read_mark(tar.with_suffix(".json"))
+    if mark is None or mark["fingerprint"] != fingerprint or rows_of(mark) < least:
+        return False
+    try:
+        return tar.stat().st_size == int(mark["bytes"])
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def units_in(folder: Path) -> dict[int, tuple[str, int]]:
+    """The units in a folder that have done marks, in order: fingerprint and count; ("", 0) where a mark is unreadable.
 
     The marks are read again only when one of the files has changed.
     """
     files = ((name, *stamp) for name, stamp in stamps(folder).items() if _is_mark(name))
-    return dict(_fingerprints(folder, tuple(sorted(files))))
+    return dict(_units_in(folder, tuple(sorted(files))))
+
+
+def counts_of(folder: Path, units: Sequence[int]) -> dict[int, int]:
+    """How many samples the tars of these units hold, by their done marks; units without one are left out."""
+    if len(units) == 1:  # a worker asks for one after another, while the marks of others change
+        mark = read_mark(folder / f"{units[0]:06d}.json")
+        return {} if mark is None else {units[0]: int(mark["count"])}
+    found = units_in(folder)
+    return {unit: found[unit][1] for unit in units if unit in found}
 
 
 @lru_cache(maxsize=4)
-def _fingerprints(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, str]:
-    found = {int(name[:-5]): "" for name, *_ in files}
+def _units_in(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, tuple[str, int]]:
+    found = {int(name[:-5]): ("", 0) for name, *_ in files}
     for name, mark in _read_marks(folder, [name for name, *_ in files]):
         if mark is not None:
-            found[int(name[:-5])] = mark["fingerprint"]
+            found[int(name[:-5])] = (mark["fingerprint"], mark["count"])
     return dict(sorted(found.items()))
 
 
@@ -154,10 +193,18 @@ class UnitWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         path = self._tar.path
+        with ExitStack() as stack:
+            if kind is None and not isinstance(path, RemotePath):  # in a store there is no lock
+                stack.enter_context(locked(path.with_name(f".{path.stem}.lock")))
+            self._end(kind, error, trace)
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        path = self._tar.path
         try:
+            if kind is None:
+                self._tar.seal()
             made = kind is None and self._is_made()
             if kind is None and not made:
-                self._tar.seal()
                 self.run.keep_settings(self.artifact, self._entry)
         except BaseException as failed:  # the disk is full, say: nothing half written stays
             self._tar.__exit__(type(failed), failed, failed.__traceback__)
@@ -185,18 +232,24 @@ class UnitWriter:
     def _is_made(self) -> bool:
         """Whether what is there stays: it has the same bytes, or those of another kind of device, and is whole.
 
+        A unit of fewer samples than these, of a run that has grown since, is replaced; one of more never is.
+
         Of two artifacts of one unit, such as images and their maps, both come from one worker. So what another left of
         one alone is replaced if its bytes differ, and the second is kept only beside the first that belongs to it.
         """
-        there = self.run.has_unit(self.artifact, self.unit, self._fingerprint)
+        rows = self.count + len(self.failed)
+        there = self.run.has_unit(self.artifact, self.unit, self._fingerprint, rows)
         if not self.second and self.first is None:
             return there
-        self._tar.seal()
         if self.first is not None:
             if self.first.sha256 != self._sha256_of(self.first.artifact):
                 return True
-        elif there and self.run.has_unit(self.second, self.unit, self._fingerprint):
-            return True
+        elif there:
+            mark = self.run.mark(self.artifact, self.unit)
+            if mark is not None and rows_of(mark) > rows:
+                return True
+            if mark is not None and self.run.has_unit(self.second, self.unit, self._fingerprint, mark["count"]):
+                return True
         return there and self.sha256 == self._sha256_of(self.artifact)
 
     @property

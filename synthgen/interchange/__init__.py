@@ -1,4 +1,4 @@
-"""The masked samples of a run as what other tools read: COCO, YOLO, label images. docs/format.md has the layouts."""
+"""Export the masked samples of a run as COCO, YOLO or label images; docs/format.md has the layouts."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
 
-_MARK = "export.json"  # written first: what the folder is, so that it is never mixed with another export
-_SOURCES = "sources.csv"  # the names that attended images had
+_MARK = "export.json"  # written first: identifies the export, so that two are never mixed in a folder
+_SOURCES = "sources.csv"  # the original names of images from the stage attend
 
 
 def export_dataset(
     run: Run, settings: Export, folder: Path | None = None, *, progress: Progress | None = None
 ) -> Summary:
-    """Write the samples of a run to ``folder`` (by default ``RUN/export-FORMAT``); what is written stays as it is.
+    """Write the samples of a run to ``folder`` (by default ``RUN/export-FORMAT``); existing files are kept.
 
     Raises:
-        MissingArtifact: there are no masks, or not of every image.
-        StaleArtifact: the folder holds an export of other masks, or with other settings.
-        ConfigError: the folder holds something else.
-        CorruptFile: a sample cannot be read, or its masks do not fit it.
-        StorageError: the disk is full or the folder may not be written to.
+        MissingArtifact: there are no masks, or some images have none.
+        StaleArtifact: the folder contains an export of other masks, or with other settings.
+        ConfigError: the folder contains something else.
+        CorruptFile: a sample cannot be read, or its masks do not fit its image.
+        StorageError: the disk is full or the folder cannot be written to.
     """
     progress = progress or Progress()
     settings = settings.complete(run)
@@ -83,7 +83,7 @@ def export_dataset(
     return summary
 
 
-# -- what there is to export, and what is in the folder
+# -- the samples to export, and the state of the folder
 
 
 def _masked_units(run: Run) -> list[int]:
@@ -104,7 +104,7 @@ def _samples(run: Run, unit: int) -> Iterator[Sample]:
 
 
 def _keep_sources(run: Run, units: Sequence[int], folder: Path) -> None:
-    """Of images that existed before: the key that each has here, and its own name."""
+    """For images from the stage attend, write each image's key and its original name."""
     if run.artifact("images")["stage"] != "attend":
         return
     text = io.StringIO()
@@ -132,7 +132,7 @@ def _names(run: Run, units: Sequence[int]) -> list[str]:
 
 
 def _entry(run: Run, settings: Export, units: Sequence[int]) -> dict[str, Any]:
-    """What ``export.json`` says."""
+    """The contents of ``export.json``."""
     inputs = {f"units of {name}": content_of(run, name, units) for name in ("images", "masks")}
     plain = dump(settings)
     return {
@@ -147,7 +147,7 @@ def _entry(run: Run, settings: Export, units: Sequence[int]) -> dict[str, Any]:
 
 
 def _check(folder: Path, entry: Mapping[str, Any]) -> None:
-    """See that the folder is empty, or begun with the same settings from the same samples."""
+    """Check that the folder is empty, or has an export of the same samples with the same settings."""
     try:
         before = read_json(read_file(folder / _MARK))
         same, old = before["fingerprint"] == entry["fingerprint"], {**before["settings"], **before["inputs"]}

@@ -24,6 +24,7 @@ from synthgen.stages.masks import Masks
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.stores import parse_location
+from synthgen.units import counts_of
 
 __all__ = ["NOTHING", "Counts", "count", "first_of"]
 
@@ -102,6 +103,7 @@ class _Line:
     notes: list[str]
     first: Generate | Attend | None = None
     images: Counts = NOTHING
+    drawn: set[int] = field(default_factory=set)  # the units of images that are done
     packing: Shards | None = None
     shards: Counts = NOTHING
     training: Pretrain | None = None
@@ -155,9 +157,21 @@ class _Line:
     def _left_by_marks(self, stage: Stage, whole: Counts) -> Counts:
         """``whole`` without the units that are marked as done."""
         size = max(whole.tars)
-        done = [unit for unit in self._marked(stage) if unit < whole.units]
-        left = whole.images - sum(min(size, whole.images - unit * size) for unit in done)
+        sizes = {unit: min(size, whole.images - unit * size) for unit in self._marked(stage) if unit < whole.units}
+        done = self._grown(stage, sizes)
+        left = whole.images - sum(sizes[unit] for unit in done)
         return replace(whole, units_left=whole.units - len(done), images_left=left)
+
+    def _grown(self, stage: Stage, sizes: Mapping[int, int]) -> list[int]:
+        """Those of the marked units that hold all their samples: the last one may be of a run that was smaller."""
+        done = list(sizes)
+        for name in stage.artifacts():
+            found = self.run.finished_units(name, self.run.artifact(name)["fingerprint"]) if done else {}
+            least = sizes if name == "images" else counts_of(self.run.folder("images"), done)
+            done = [unit for unit in done if found[unit] >= least.get(unit, 0)]
+        if isinstance(stage, Generate | Attend):
+            self.drawn = set(done)
+        return [unit for unit in done if unit in self.drawn]
 
     def _marked(self, stage: Stage) -> list[int]:
         """The units that are done with the present settings.
@@ -172,7 +186,7 @@ class _Line:
         else:
             self.run.check(stage)
         done = [self.run.finished_units(name, self.run.artifact(name)["fingerprint"]) for name in stage.artifacts()]
-        return sorted(set.intersection(*done))
+        return sorted(set(done[0]).intersection(*done[1:]))
 
     def _compare_settings(self, stage: Stage) -> None:
         """What :meth:`Run.check` does, but for the prompts or images, which it would have to read."""
@@ -195,6 +209,10 @@ class _Line:
             left = sum(sizes[unit] for unit in todo)
             train = sum(len(shard.keys) for shard in stage.layout(run) if shard.split == "train")
             return Counts(len(sizes), len(todo), sum(sizes.values()), left, Counter(sizes.values()), train=train)
+        if self.images.units_left and self._in_run("shards"):
+            self.notes.append(
+                f"{self.run.folder('shards')} has the images made so far; when there are more, delete it first"
+            )
         train, basis = self._train_images(stage)
         tars = Counter[int]()
         for images in (train, self.images.images - train):

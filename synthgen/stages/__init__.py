@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import build, dump
+from synthgen.entries import digest
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.redact import redacted
@@ -19,7 +20,7 @@ from synthgen.registry import Registry
 if TYPE_CHECKING:
     from synthgen.run import Run
 
-__all__ = ["STAGES", "Stage", "Work", "Worker", "make_stage", "runtime_field", "unhashed"]
+__all__ = ["STAGES", "Stage", "Work", "Worker", "growing", "make_stage", "runtime_field", "unhashed"]
 
 Work = Callable[[int], Report]
 
@@ -37,6 +38,14 @@ class Worker:
 def unhashed(default: Any) -> Any:
     """A setting that may differ between two calls on one run, because it changes no result (only speed or display)."""
     return dataclasses.field(default=default, metadata={"unhashed": True})
+
+
+def growing(default: Any) -> Any:
+    """A setting that only says how many samples there are: a larger one adds samples to those of a smaller one.
+
+    It is in no fingerprint. Of two commands on one run, the settings that ask for more samples are recorded.
+    """
+    return dataclasses.field(default=default, metadata={"growing": True})
 
 
 def runtime_field() -> Any:
@@ -102,16 +111,30 @@ class Stage(ABC):
 
     def todo(self, run: Run) -> list[int]:
         """The units of the plan that are not done yet with the present settings."""
-        names = self.artifacts()
+        names, plan = self.artifacts(), self.plan(run)
         if not names or type(self).done is not Stage.done:
-            return [unit for unit in self.plan(run) if not self.done(run, unit)]
-        done = [run.finished_units(name, run.artifact(name)["fingerprint"]) for name in names]
-        return [unit for unit in self.plan(run) if not all(unit in units for units in done)]
+            return [unit for unit in plan if not self.done(run, unit)]
+        undone = set[int]()
+        for name in names:
+            done = run.finished_units(name, run.artifact(name)["fingerprint"])
+            least = self.least(run, name, plan)
+            undone.update(unit for unit in plan if done.get(unit, -1) < least.get(unit, 0))
+        return [unit for unit in plan if unit in undone]
 
     def done(self, run: Run, unit: int) -> bool:
         """Whether a unit is done with the present settings, by whoever did it."""
         names = self.artifacts()
-        return bool(names) and all(run.has_unit(name, unit, run.artifact(name)["fingerprint"]) for name in names)
+        return bool(names) and all(
+            run.has_unit(name, unit, run.artifact(name)["fingerprint"], self.least(run, name, [unit]).get(unit, 0))
+            for name in names
+        )
+
+    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """How many samples each unit of an artifact must hold to be done, failed ones included; by default any number.
+
+        Only stages whose units can grow say more.
+        """
+        return {}
 
     @abstractmethod
     def size(self, run: Run, unit: int) -> int:
@@ -127,6 +150,19 @@ class Stage(ABC):
 
     def finish(self, run: Run) -> None:
         """Called once when every unit is done."""
+
+    def asked(self, run: Run) -> int:
+        """How many samples the growing settings ask for; stages without such settings ask for 0."""
+        return 0
+
+    def at_least(self, run: Run, before: Mapping[str, Any]) -> Self:
+        """The same stage, with the growing settings of ``before`` if these ask for more samples than its own."""
+        names = [item.name for item in dataclasses.fields(self) if item.metadata.get("growing")]
+        recorded = {name: before[name] for name in names if isinstance(before.get(name), int)}
+        if all(getattr(self, name) == value for name, value in recorded.items()):
+            return self
+        other = dataclasses.replace(self, **recorded)
+        return other if other.asked(run) > self.asked(run) else self
 
     def settings(self) -> dict[str, Any]:
         """Every setting with its value, as plain data without passwords and tokens: it is written down."""
@@ -144,8 +180,32 @@ class Stage(ABC):
 
     def fingerprinted(self) -> dict[str, Any]:
         """The settings that the result depends on."""
-        kept = {item.name for item in dataclasses.fields(self) if not item.metadata.get("unhashed")}
+        kept = self.hashed_names()
         return {name: value for name, value in self.settings().items() if name in kept}
+
+    def hashed_names(self) -> list[str]:
+        """The names of the settings that the result depends on; those that only make it larger are not among them."""
+        return [
+            item.name
+            for item in dataclasses.fields(self)
+            if not (item.metadata.get("unhashed") or item.metadata.get("growing"))
+        ]
+
+    def fingerprints(self, seed: int, inputs: Mapping[str, str]) -> tuple[str, str]:
+        """The fingerprint for a run's seed and inputs, and the one of earlier versions, in which no setting could grow.
+
+        In the first, growing settings have their defaults whatever is asked for. A run with the second one goes on with
+        the settings that it was made with, but does not grow.
+        """
+        settings, growing = (
+            self.fingerprinted(),
+            [item for item in dataclasses.fields(self) if "growing" in item.metadata],
+        )
+        plain = {"stage": self.name, "seed": seed, "inputs": dict(inputs)}
+        defaults = {item.name: item.default for item in growing}
+        given = {item.name: getattr(self, item.name) for item in growing}
+        first, second = (digest(plain | {"settings": settings | values}) for values in (defaults, given))
+        return first, second
 
 
 STAGES: Registry[Stage] = Registry(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,8 +20,9 @@ from synthgen.image import resize
 from synthgen.prompts import expand, find_words, parse_line, sample_seed
 from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_key
 from synthgen.run import Run, digest
-from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
+from synthgen.stages._units import images_of, least_of_pair, warn_of_fewer
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
@@ -68,7 +69,7 @@ class Attend(Stage):
     images: str = field(metadata={"unhashed": True})  # their names and sizes count, not their location
     metadata: str = unhashed("")  # file that lists captions and selects images of the folder; its content counts
     caption: str = ""  # for images without one, such as "a photo of a {label}"; the label is the word to mask
-    limit: int = 0  # maximum number of images; 0: all
+    limit: int = growing(0)  # maximum number of images; 0: all
     fit: Literal["aspect", "stretch"] = (
         "aspect"  # aspect: keep proportions (up to 2 : 1); stretch: the model's own size
     )
@@ -137,9 +138,10 @@ class Attend(Stage):
         """
         from synthgen.datasets import CaptionedFolder
 
+        warn_of_fewer(self, run)
         samples, first = self._samples(), None
         is_folder = isinstance(samples, CaptionedFolder)
-        for number in range(self._total()):
+        for number in range(self.asked(run)):
             try:
                 prompt_of(samples, number, self.caption)
                 if not is_folder:
@@ -156,11 +158,15 @@ class Attend(Stage):
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(-(-self._total() // self.unit_size)))
+        return list(range(-(-self.asked(run) // self.unit_size)))
 
     def size(self, run: Run, unit: int) -> int:
-        """Images of one unit."""
-        return min(self.unit_size, self._total() - unit * self.unit_size)
+        """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
+        return min(self.unit_size, images_of(self, run) - unit * self.unit_size)
+
+    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """See :func:`~synthgen.stages._units.least_of_pair`."""
+        return least_of_pair(self, run, artifact, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
@@ -225,7 +231,8 @@ class Attend(Stage):
     def _samples(self) -> ImageDataset:
         return _dataset(self.images, self.metadata)
 
-    def _total(self) -> int:
+    def asked(self, run: Run) -> int:
+        """Images in all."""
         total = len(self._samples())
         return min(total, self.limit) if self.limit else total
 

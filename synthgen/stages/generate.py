@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,8 +17,9 @@ from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, ke
 from synthgen.prompts import iter_prompts, request_for
 from synthgen.records import Generation, Request
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, unhashed
+from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
+from synthgen.stages._units import images_of, least_of_pair, warn_of_fewer
 
 __all__ = ["Generate"]
 
@@ -29,6 +30,8 @@ class Generate(Stage):
 
     Image ``i`` shows prompt ``i mod P`` of the ``P`` prompts, so a part of a run holds all of them. Its seed comes
     from the run's seed and its key alone: order and workers change no byte, and ``batch_size`` no more than rounding.
+    So with a larger ``limit`` or ``images_per_prompt``, images are added to those of a run; its last unit, if it is not
+    full, is made again.
     """
 
     name: ClassVar = "generate"
@@ -40,8 +43,8 @@ class Generate(Stage):
         metadata={"unhashed": True}
     )  # a file; its content counts, not its name; "": the run's own copy
     template: str = unhashed("")  # a file of templates, or none
-    images_per_prompt: int = 1
-    limit: int = 0  # at most so many images; 0: all
+    images_per_prompt: int = growing(1)
+    limit: int = growing(0)  # at most so many images; 0: all
     unit_size: int = 64  # images a unit: what is lost at most when a worker is killed
     batch_size: int = unhashed(16)
     backbone: Choice = Choice("tiny")
@@ -111,22 +114,29 @@ class Generate(Stage):
             keep_copy(run.path, iter_prompts(*self._files()), self._content())
         else:
             check_copy(run.path, run.artifact("images")["inputs"]["prompts"])
+        warn_of_fewer(self, run)
         return self
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(self._units(self._total(run))))
+        return list(range(self._units(self.asked(run))))
 
     def planned(self, run: Run) -> int:
         """How many units there are, by the run's copy of its prompts where it has one."""
-        try:
-            return self._units(self._images(len(_copy_of(run))))
-        except (MissingArtifact, StaleArtifact):
-            return super().planned(run)
+        return self._units(self._planned_images(run))
 
     def size(self, run: Run, unit: int) -> int:
-        """Images of one unit."""
-        return min(self.unit_size, self._total(run) - unit * self.unit_size)
+        """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
+        return min(self.unit_size, images_of(self, run) - unit * self.unit_size)
+
+    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
+        """Images of each unit, by the run's copy of its prompts where it has one."""
+        total = images_of(self, run) if "images" in run.claimed else self._planned_images(run)
+        return {unit: min(self.unit_size, total - unit * self.unit_size) for unit in units}
+
+    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """See :func:`~synthgen.stages._units.least_of_pair`."""
+        return least_of_pair(self, run, artifact, units)
 
     def requests(self, run: Run, unit: int) -> list[Request]:
         """The images of one unit, in order.
@@ -160,7 +170,7 @@ class Generate(Stage):
         """What the prompt file holds, templates applied."""
         return _content(tuple((str(Path(name)), _date(Path(name))) for name in self._files()))
 
-    def _total(self, run: Run) -> int:
+    def asked(self, run: Run) -> int:
         """Images in all; of a run that is worked on, by its own copy of the prompts."""
         own = "images" in run.claimed or not self.prompts
         return self._images(len(_copy_of(run)) if own else self._content().count)
@@ -168,6 +178,12 @@ class Generate(Stage):
     def _images(self, prompts: int) -> int:
         total = prompts * self.images_per_prompt
         return min(total, self.limit) if self.limit else total
+
+    def _planned_images(self, run: Run) -> int:
+        try:
+            return self._images(len(_copy_of(run)))
+        except (MissingArtifact, StaleArtifact):
+            return self.asked(run)
 
     def _units(self, images: int) -> int:
         return -(-images // self.unit_size)

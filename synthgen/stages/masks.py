@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import ClassVar, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
 from synthgen.stages._units import units_without_maps
 from synthgen.tallies import CUT_OFF, Tallies
+from synthgen.units import counts_of
 
 __all__ = ["Masks"]
 
@@ -68,32 +70,35 @@ class Masks(Stage):
         return replace(self, refine=REFINERS.complete(self.refine))
 
     def prepare(self, run: Run) -> Self:
-        """Warn of units that have images and no maps: they get no masks."""
+        """Warn of units that have images and not all their maps: they get no masks."""
         without = units_without_maps(run)
         if without:
             logger.warning(
-                "%d of %d units of %s have images and no maps, and get no masks (first: %06d); "
+                "%d of %d units of %s have images without maps, and get no masks (first: %06d); "
                 "run: %s and then this command again",
                 len(without), len(run.units("images")), run.path, without[0], run.remedy("images"),
             )  # fmt: skip
         return self
 
     def plan(self, run: Run) -> list[int]:
-        """The units that have both images and maps."""
-        units = sorted(set(run.units("images")) & set(run.units("maps")))
+        """The units that have images, and the maps of all of them."""
+        units = sorted(set(run.units("images")) - set(units_without_maps(run)))
         if not units:
             raise MissingArtifact(f"{run.path} has no finished unit; run: {run.remedy('images')}")
         return units
 
     def size(self, run: Run, unit: int) -> int:
         """Images of one unit."""
-        mark = run.mark("images", unit)
-        return int(mark["count"]) if mark else 0
+        return counts_of(run.folder("images"), [unit]).get(unit, 0)
 
     def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
         """Images of each unit, from done marks read in one pass."""
-        counts = {unit: int(mark["count"]) for unit, mark in run.iter_marks("images")}
+        counts = counts_of(run.folder("images"), units)
         return {unit: counts.get(unit, 0) for unit in units}
+
+    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """Masks of every image; a unit whose images have become more since is made again."""
+        return self.sizes(run, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
@@ -195,9 +200,13 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
     """The samples of a unit, images and maps joined by key.
 
     Raises:
+        MissingArtifact: the maps are fewer, as a worker was killed between the two or is about to write them.
         CorruptFile: a tar is unreadable, or the two tars hold different keys.
     """
-    for (key, image), (other, maps) in zip(run.read("images", unit), run.read("maps", unit), strict=True):
+    both = run.read("images", unit), run.read("maps", unit)
+    for (key, image), (other, maps) in zip_longest(*both, fillvalue=("", {})):
+        if not other:
+            raise MissingArtifact(f"{run.tar('maps', unit)} has no maps of {key}; run: {run.remedy('maps')}")
         if key != other:
             raise CorruptFile(
                 f"{run.tar('images', unit)} and {run.tar('maps', unit)} hold different samples ({key} and {other}); "

@@ -12,6 +12,7 @@ from typing import Any
 
 from synthgen.errors import CorruptFile, SynthgenError
 from synthgen.run import Run
+from synthgen.stages._units import content_of
 from synthgen.status.artifacts import ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
@@ -117,6 +118,9 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
 def _advice(run: Run, artifacts: Sequence[ArtifactStatus], has_encoder: bool, evaluations: Sequence[Evaluation]) -> str:
     where = f"--run {shlex.quote(str(run.path))}"
     for artifact in artifacts:
+        if artifact.name == "shards" and _has_grown(run, artifacts):
+            again = run.remedy("shards")
+            return f"delete {run.folder('shards')} and run: {again}, as there are more images than it was packed from"
         if artifact.failures or artifact.done < artifact.planned:
             left = len(artifact.failures) or artifact.planned - artifact.done
             what = f"processes the {f'{left} remaining units' if left > 1 else 'remaining unit'}"
@@ -138,6 +142,18 @@ def _advice(run: Run, artifacts: Sequence[ArtifactStatus], has_encoder: bool, ev
     stage = (*_ORDER, "evaluate")[last + 1]
     options = {"generate": "--prompts FILE ", "pretrain": "--method mae "}.get(stage, "")
     return f"synthgen {stage} {options}{where}"
+
+
+def _has_grown(run: Run, artifacts: Sequence[ArtifactStatus]) -> bool:
+    """Whether the images are more than the shards have, and not those that the shards are packed from."""
+    samples = {artifact.name: artifact.samples for artifact in artifacts}
+    if samples.get("images", 0) <= samples["shards"]:
+        return False
+    try:
+        before = run.artifact("shards")["inputs"].get("units of images")
+        return before is not None and before != content_of(run, "images", run.units("images"))
+    except (SynthgenError, OSError):  # which the command itself reports
+        return False
 
 
 def _damaged(run: Run, artifact: ArtifactStatus) -> tuple[str, Path] | None:

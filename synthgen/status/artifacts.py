@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 from synthgen.config import build
 from synthgen.run import Run
-from synthgen.stages import STAGES
+from synthgen.stages import STAGES, Stage
 from synthgen.status.reading import is_number, read_object, read_objects
 from synthgen.stores import listing
+from synthgen.units import rows_of
 
 __all__ = ["FEW", "ArtifactStatus", "artifact_status"]
 
@@ -64,14 +65,19 @@ def artifact_status(
             failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was recorded"))
     sums = _Sums()
     known = {f"{unit:06d}" for unit in failures}
+    stage = _stage_of(entry)
+    least = _least(
+        run, name, stage, [int(file[:-5]) for file in files if file.endswith(".json") and file[:-5].isdecimal()]
+    )
     for stem, length, mark in _marks(folder, files, problems):
         known.add(stem)
         if length is not None and _is_done(length, mark, entry):
-            sums.add(mark)
-            if stem.isdecimal():
+            is_whole = not stem.isdecimal() or rows_of(mark) >= least.get(int(stem), 0)  # or the run has grown since
+            sums.add(mark, is_whole)
+            if stem.isdecimal() and is_whole:
                 failures.pop(int(stem), None)  # done by a later attempt
             hear(stem, mark)
-    planned = _planned(run, entry)
+    planned = _planned(run, stage)
     if planned is None:  # a stage mostly has as many units as its inputs
         inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
         planned = max([len(known), *inputs])
@@ -102,8 +108,8 @@ class _Sums:
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def add(self, mark: Mapping[str, Any]) -> None:
-        self.done += 1
+    def add(self, mark: Mapping[str, Any], is_whole: bool) -> None:
+        self.done += is_whole
         self.samples += int(mark.get("count", 0))
         self.seconds += float(mark.get("seconds", mark.get("duration", 0)))
         self.bytes += int(mark.get("bytes", 0))
@@ -141,10 +147,26 @@ def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> 
     return sane and mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
 
 
-def _planned(run: Run, entry: Mapping[str, Any]) -> int | None:
-    """How many units the stage plans, or None if it cannot be rebuilt from the manifest."""
+def _stage_of(entry: Mapping[str, Any]) -> Stage | None:
+    """The stage that made an artifact, or None if it cannot be rebuilt from the manifest."""
     try:
         name = str(entry["stage"])
-        return build(STAGES.load(name), entry["settings"], where=name).planned(run)
-    except Exception:  # a stage of another version, a lost input: status must still answer
+        return build(STAGES.load(name), entry["settings"], where=name)
+    except Exception:  # a stage of another version: status must still answer
         return None
+
+
+def _planned(run: Run, stage: Stage | None) -> int | None:
+    """How many units the stage plans, or None if nobody can tell."""
+    try:
+        return None if stage is None else stage.planned(run)
+    except Exception:  # a lost input
+        return None
+
+
+def _least(run: Run, artifact: str, stage: Stage | None, units: Sequence[int]) -> Mapping[int, int]:
+    """How many samples each unit must hold to be done (see :meth:`~synthgen.stages.Stage.least`), as far as known."""
+    try:
+        return {} if stage is None else stage.least(run, artifact, units)
+    except Exception:  # a lost input
+        return {}

@@ -68,7 +68,7 @@ def test_units_without_maps_are_named(tmp_path, caplog):
     assert api.masks(run, engine=Local(workers=1)).units == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning == (
-        f"1 of 2 units of {run.path} have images and no maps, and get no masks (first: 000001); "
+        f"1 of 2 units of {run.path} have images without maps, and get no masks (first: 000001); "
         f"run: {run.remedy('images')} and then this command again"
     )
 

@@ -490,9 +490,18 @@ def test_what_a_stage_finds_is_no_setting_and_questions_change_nothing(run: Run)
 def test_a_sample_without_masks_is_named(run: Run) -> None:
     run.tar("masks", 1).with_suffix(".json").unlink()  # what is done is not written again
     with run.write("masks", 1) as masks:
+        for key, members in read_tar(run.tar("masks", 0)):
+            masks.add(key.replace("000000", "000001", 1).replace("0000010003", "0000010999"), members)
+    with pytest.raises(UnitsFailed, match=r"MissingArtifact: .*000001.tar has no sample 0000010003.*synthgen masks"):
+        pack(run)
+
+
+def test_units_with_masks_of_some_images_are_named(run: Run) -> None:
+    run.tar("masks", 1).with_suffix(".json").unlink()
+    with run.write("masks", 1) as masks:
         for key, members in list(read_tar(run.tar("masks", 0)))[:1]:
             masks.add(key.replace("000000", "000001", 1), members)
-    with pytest.raises(UnitsFailed, match=r"MissingArtifact: .*000001.tar has no sample 000001.*synthgen masks"):
+    with pytest.raises(MissingArtifact, match=r"1 of 3 units of .* have not all masks yet \(first: 000001\); run: syn"):
         pack(run)
 
 
