@@ -152,8 +152,9 @@ def test_units_and_images_are_those_of_attend(tmp_path):
     for settings in ({}, {"unit_size": 7}, {"limit": 33, "unit_size": 10}):
         found = plan_stage("attend", tmp_path / "run", measure=False, images=str(source), **settings)
         stage = make_stage("attend", {"images": str(source), **settings})
-        units = stage.plan(Run(tmp_path / "run"))
-        assert (found.stages[0].units, found.images) == (len(units), sum(stage.size(None, unit) for unit in units))
+        run = Run(tmp_path / "run")
+        units = stage.plan(run)
+        assert (found.stages[0].units, found.images) == (len(units), sum(stage.size(run, unit) for unit in units))
         assert found.prompts == 0
 
 
