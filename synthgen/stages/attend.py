@@ -70,9 +70,7 @@ class Attend(Stage):
     metadata: str = unhashed("")  # file that lists captions and selects images of the folder; its content counts
     caption: str = ""  # for images without one, such as "a photo of a {label}"; the label is the word to mask
     limit: int = growing(0)  # maximum number of images; 0: all
-    fit: Literal["aspect", "stretch"] = (
-        "aspect"  # aspect: keep proportions (up to 2 : 1); stretch: the model's own size
-    )
+    fit: Literal["aspect", "stretch"] = "aspect"  # keep proportions (up to 2 : 1), or stretch to the model's size
     max_side: int = 1024  # pixels; larger images, and their masks, are stored at this size; 0: no limit
     timesteps: tuple[int, ...] = (50, 100, 200)
     inversion_steps: int = 0  # above 0: deterministic inversion in this many steps instead of noise

@@ -39,9 +39,7 @@ class Generate(Stage):
     writes: ClassVar = ("images", "maps")
     accelerated: ClassVar = True
 
-    prompts: str = field(
-        metadata={"unhashed": True}
-    )  # a file; its content counts, not its name; "": the run's own copy
+    prompts: str = field(metadata={"unhashed": True})  # a file, whose content counts; "": the run's own copy
     template: str = unhashed("")  # a file of templates, or none
     images_per_prompt: int = growing(1)
     limit: int = growing(0)  # at most so many images; 0: all
