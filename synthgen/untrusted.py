@@ -27,6 +27,7 @@ __all__ = [
     "MAX_JSON",
     "MAX_LINE_LENGTH",
     "MAX_PROMPTS",
+    "MAX_SETTINGS",
     "MAX_WORDS",
     "MAX_YAML",
     "SAFE_LOADER",
@@ -49,7 +50,8 @@ MAX_WORDS = 255  # masks of one image: what 8 bits can number
 MAX_LINE_LENGTH = 2**16  # characters of a line of prompts or captions
 SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both are safe; the one in C is ten times as fast
 _CHUNK = 2**18  # bytes of text read at a time
-_MAX_NODES = 20_000  # values of a YAML file, each counted once for every reference
+MAX_SETTINGS = 200_000  # values of the settings of an artifact, which may list thousands of input files
+_MAX_VALUES = 20_000  # values of any other YAML file, each counted once for every reference
 _DEEPEST = 100  # levels of nested mappings and lists
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTROL = {number: " " for number in (*range(32), *range(127, 160)) if number != ord("\t")}
@@ -73,7 +75,7 @@ def read_chunks(path: Path, most: int = MAX_BYTES, size: int = 2**20) -> Iterato
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a folder raises its own error
-        raise OSError(f"{path} is no plain file")
+        raise OSError(f"{path} is not a regular file")
     if status.st_size > most:
         raise ValueError(f"it is larger than {most:,} bytes")
     if isinstance(path, RemotePath):  # small files that change during a run: not cached
@@ -96,7 +98,7 @@ def read_lines(path: Path) -> Iterator[str]:
         ValueError: it is not UTF-8 (``UnicodeDecodeError`` is a subclass), contains a zero byte, or has a longer line.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(f"{path} is no plain file")
+        raise OSError(f"{path} is not a regular file")
     with open(path, encoding="utf-8-sig", newline="") as file:
         while line := file.readline(MAX_LINE_LENGTH + 1):
             if len(line) > MAX_LINE_LENGTH:
@@ -147,10 +149,11 @@ def _not_text(path: Path, place: int, byte: int) -> ValueError:
     )
 
 
-def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True) -> Any:
+def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True, unique_keys: bool = False) -> Any:
     """Parse standard JSON: UTF-8, finite numbers, no lone surrogates, and limited nesting.
 
-    With ``finite=False`` NaN and infinity are accepted too, which Python writes for an undefined loss or score.
+    With ``finite=False`` NaN and infinity are accepted too, which Python writes for an undefined loss or score. With
+    ``unique_keys``, for files that people write, an object may not have a key twice; otherwise the last one counts.
 
     Raises:
         ValueError: it is not such JSON, or longer than ``most``.
@@ -159,12 +162,22 @@ def read_json(data: bytes | str, most: int = MAX_JSON, *, finite: bool = True) -
         raise ValueError(f"its JSON is larger than {most:,} bytes")
     text = data if isinstance(data, str) else data.decode("utf-8-sig")
     try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
+        hooks: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None, **hooks)
         if _ESCAPED_SURROGATE.search(text):  # lone surrogates cannot be encoded as UTF-8
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shortened(key)!r} stands twice; keep one")
+        found[key] = value
+    return found
 
 
 def is_object(text: str) -> bool:
@@ -178,11 +191,11 @@ def is_object(text: str) -> bool:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is no number of JSON")
+        raise ValueError(f"{text[:20]} is not a number in JSON")
     return number
 
 
-def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML) -> Any:
+def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML, max_values: int = _MAX_VALUES) -> Any:
     """Parse YAML with a safe loader; values count once for every alias, which stops exponential expansion.
 
     Raises:
@@ -191,40 +204,48 @@ def read_yaml(text: str, loader: Any = SAFE_LOADER, most: int = MAX_YAML) -> Any
     if len(text) > most:
         raise yaml.YAMLError(f"it is larger than {most:,} characters")
     try:
-        _check_nesting(text, loader)
-        made = loader(text)
+        _check_events(text, loader, max_values)
+        parser = loader(text)
         try:
-            node = made.get_single_node()
+            node = parser.get_single_node()
             if node is None:
                 return None
-            known: dict[yaml.Node, int] = {}
-            _count(node, known, 0)
+            sizes: dict[yaml.Node, int] = {}
+            _count(node, sizes, 0, max_values)
             stages = {value for key, value in _pairs(node) if key.value == "stages"}
-            for inner in known:
-                _check_keys(inner, made, "give it a list" if inner in stages else "keep one")
-            return made.construct_document(node)
+            for inner in sizes:
+                _check_keys(inner, parser, "give it a list" if inner in stages else "keep one")
+            return parser.construct_document(node)
         finally:
-            made.dispose()
+            parser.dispose()
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise yaml.YAMLError(f"a value in it cannot be read: {str(error)[:200] or type(error).__name__}") from None
 
 
-def _check_nesting(text: str, loader: Any) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=loader):  # builds no objects and does not recurse
+def _check_events(text: str, loader: Any, max_values: int) -> None:
+    """Check depth and number of values by the events of the parser, which builds no objects and does not recurse."""
+    depth = total = 0
+    for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        total += isinstance(event, yaml.NodeEvent)
         if depth > _DEEPEST:
             raise yaml.YAMLError("it is nested too deeply")
+        if total > max_values:
+            raise _too_many(max_values)
 
 
-def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
+def _too_many(max_values: int) -> yaml.YAMLError:
+    return yaml.YAMLError(f"it has more than {max_values:,} values")
+
+
+def _count(node: yaml.Node, sizes: dict[yaml.Node, int], before: int, max_values: int) -> int:
     """The number of values in a node, aliases expanded."""
-    if node in known:
-        total = known[node]
+    if node in sizes:
+        total = sizes[node]
         if not total:
-            raise yaml.YAMLError("it holds itself")
+            raise yaml.YAMLError("it contains itself")
     else:
-        known[node] = 0
+        sizes[node] = 0
         total = 1
         if isinstance(node, yaml.ScalarNode):
             node.value.encode()  # fails on lone surrogates, which cannot be written
@@ -233,20 +254,22 @@ def _count(node: yaml.Node, known: dict[yaml.Node, int], before: int) -> int:
                 node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
             )
             for part in parts:
-                total += _count(part, known, before + total)
-        known[node] = total
-    if before + total > _MAX_NODES:
-        raise yaml.YAMLError(f"it holds more than {_MAX_NODES:,} values")
+                total += _count(part, sizes, before + total, max_values)
+        sizes[node] = total
+    if before + total > max_values:
+        raise _too_many(max_values)
     return total
 
 
-def _check_keys(node: yaml.Node, made: Any, advice: str) -> None:
+def _check_keys(node: yaml.Node, parser: Any, advice: str) -> None:
     """Check that a mapping has no duplicate key, of which only the last would be read."""
     lines: dict[Any, int] = {}
     for key, _ in _pairs(node):
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":  # all merge keys are read
             continue
-        name = key.value if key.tag == "tag:yaml.org,2002:value" else made.construct_object(key)  # 1 and 0x1 are equal
+        name = (
+            key.value if key.tag == "tag:yaml.org,2002:value" else parser.construct_object(key)
+        )  # 1 and 0x1 are equal
         line = key.start_mark.line + 1
         if name in lines:
             raise yaml.YAMLError(f"{shortened(key.value)!r} stands twice, in lines {lines[name]} and {line}; {advice}")

@@ -164,7 +164,7 @@ def forget_connections() -> None:
     from synthgen.stores import remote
 
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    remote.forget_connections()
+    remote._answered.clear()
 
 
 class _Proxy(ThreadingHTTPServer):

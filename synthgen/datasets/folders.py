@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from synthgen.captions import TABLES, read_beside, read_listing
-from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, telling
+from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, sample_errors
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.image import decode_rgb
 from synthgen.stores import parse_location, walk_files
@@ -15,9 +15,9 @@ __all__ = ["CaptionedFolder", "FolderDataset"]
 
 
 class FolderDataset(ImageDataset):
-    """Images in a folder; the name of a subfolder is the class. The key is the path in the folder, without its ending.
+    """Images in a folder; the first subfolder is the class, and the key is the path in the folder without extension.
 
-    Images are turned upright as their EXIF says. Links to folders are followed (see
+    Images are turned upright according to their EXIF orientation. Links to folders are followed (see
     :func:`~synthgen.stores.walk_files`). Files and folders whose names begin with a dot are left out.
 
     Raises:
@@ -27,34 +27,39 @@ class FolderDataset(ImageDataset):
 
     def __init__(self, path: str | Path) -> None:
         self.path = parse_location(path)
-        endings = {*(f".{name}" for name in IMAGES), ".bmp", ".gif"}
-        self._files, self._tables = list[Path](), list[Path]()
+        extensions = {*(f".{name}" for name in IMAGES), ".bmp", ".gif"}
+        self._names = list[str]()  # paths in the folder: for millions of images, Path objects take too much memory
+        self._tables = list[Path]()
         for file in walk_files(self.path, hidden=False):
-            if file.suffix.lower() in endings:
-                self._files.append(file)
+            if file.suffix.lower() in extensions:
+                self._names.append(file.relative_to(self.path).as_posix())
             elif file.name in TABLES:
                 self._tables.append(file)
-        self._files.sort()
-        if not self._files:
-            kinds = ", ".join(sorted(endings))
+        self._names.sort(key=lambda name: name.split("/"))
+        if not self._names:
+            kinds = ", ".join(sorted(extensions))
             raise MissingArtifact(f"there are neither tars nor images ({kinds}) in {self.path}")
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
-        file, key = self._files[index], self.key(index)
-        with telling(file, key):
+        file, key = self.file(index), self.key(index)
+        with sample_errors(file, key):
             return Sample(key, decode_rgb(read_file(file), upright=True), self.label(index))
 
+    def file(self, index: int) -> Path:
+        """The file of an image."""
+        return self.path / self._names[index]
+
     def key(self, index: int) -> str:
-        """The path in the folder, without its ending."""
-        return self._files[index].relative_to(self.path).with_suffix("").as_posix()
+        """The path in the folder, without extension."""
+        return self._names[index].rpartition(".")[0]
 
     def label(self, index: int) -> str | None:
-        """The name of the first folder on the way to the image."""
-        folders = self._files[index].relative_to(self.path).parts[:-1]
-        return folders[0] if folders else None
+        """The name of the first folder in the path of the image."""
+        folder, slash, _ = self._names[index].partition("/")
+        return folder if slash else None
 
     def has_masks(self) -> bool:
         """Image folders have none."""
@@ -64,41 +69,42 @@ class FolderDataset(ImageDataset):
 class CaptionedFolder(FolderDataset):
     """Images in a folder with their captions.
 
-    If ``metadata``, a file, is given (see :func:`~synthgen.captions.read_listing`), only images that it lists count,
-    and entries without an image are ignored. Without it: ``metadata.jsonl`` or ``metadata.csv`` in
-    the folder or in folders in it, and for an image that these do not name, the ``.txt`` beside it.
+    If ``metadata``, a file, is given (see :func:`~synthgen.captions.read_listing`), the dataset has only the images
+    that it lists; entries without an image are ignored. Without it, captions come from ``metadata.jsonl`` or
+    ``metadata.csv`` in the folder or its subfolders, and for an image that these do not list from the ``.txt`` beside
+    it.
 
     Raises:
         MissingArtifact: there are no images, or none that ``metadata`` lists.
-        PromptError: captions cannot be read, or a table in the folder names an image that is not there.
+        PromptError: captions cannot be read, or a table in the folder lists an image that does not exist.
     """
 
     def __init__(self, path: str | Path, metadata: str | Path = "") -> None:
         super().__init__(path)
-        by_name = {file.relative_to(self.path).as_posix(): file for file in self._files}
         if metadata:
             listed = read_listing(parse_location(metadata), self.path)
-            self._files = [file for name, file in by_name.items() if name in listed]
-            if not self._files:
+            self._names = [name for name in self._names if name in listed]
+            if not self._names:
                 raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")
-            self.said = [listed[name] for name in by_name if name in listed]
-            return
-        listed = {}
-        for table in sorted(self._tables):
-            found = read_listing(table, self.path)
-            if absent := next((name for name in found if name not in by_name), None):
-                raise PromptError(f"{table} names {absent!r}, and there is no such image in {self.path}")
-            listed |= found
-        self.said = [listed[name] if name in listed else read_beside(file) for name, file in by_name.items()]
+        else:
+            listed, names = {}, set(self._names)
+            for table in sorted(self._tables):
+                found = read_listing(table, self.path)
+                if absent := next((name for name in found if name not in names), None):
+                    raise PromptError(f"{table} names {absent!r}, and there is no such image in {self.path}")
+                if twice := next((name for name in found if name in listed), None):
+                    raise PromptError(f"{table} lists {twice!r}, which another table lists as well; keep one")
+                listed |= found
+        self._captions = [listed[name] if name in listed else read_beside(self.path / name) for name in self._names]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of an image; the first one is used."""
-        return self.said[index].texts
+        return self._captions[index].texts
 
     def marked(self, index: int) -> tuple[str, ...]:
-        """The words that a table lists."""
-        return self.said[index].words
+        """The words to mask, if a table lists them."""
+        return self._captions[index].words
 
     def label(self, index: int) -> str | None:
-        """The label that a table gives, else the name of the first folder on the way to the image."""
-        return self.said[index].label or super().label(index)
+        """The label in a table, else the name of the first folder in the path of the image."""
+        return self._captions[index].label or super().label(index)

@@ -1,4 +1,4 @@
-"""The samples of tars by number, and the bytes of their members; the tars lie on this machine, or in a store."""
+"""Random access to the samples of tars, on this machine or in a store."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from synthgen.datasets.samples import place_in
+from synthgen.datasets.samples import locate
 from synthgen.errors import ConfigError, MissingArtifact
-from synthgen.stores import stays_remote
+from synthgen.stores import read_range, uncached
 from synthgen.stores.index import Member, TarIndex
 from synthgen.stores.open_files import OpenFiles
-from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import index_tar, read_member
 from synthgen.untrusted import MAX_BYTES
 
@@ -28,39 +27,40 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """The samples of tars by number. They are indexed once; each process opens a file when it first needs it.
+    """The samples of tars by number. The tars are indexed once; each process opens a file when it first needs it.
 
-    Tars in a store come into the local cache. Where it cannot hold all of them, it holds the first ones; samples of
-    the others are asked for one by one, a request each, so that their order costs nothing.
+    Remote tars are copied into the local cache. If it cannot hold all of them, it holds the first ones, and samples of
+    the others are requested one by one, so that reading in random order does not download tars again and again.
 
     Raises:
-        MissingArtifact, CorruptFile: a tar is not there, or cannot be read.
-        ConfigError: a file is none.
+        MissingArtifact, CorruptFile: a tar is missing or cannot be read.
+        ConfigError: a file is not a tar.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._remote = stays_remote(paths)
-        indexed = {path: _index(path) for path in sorted(paths, key=lambda path: path not in self._remote)}
-        self._tars = [indexed[path] for path in paths]
-        self._ends = list(accumulate(map(len, self._tars)))
+        self._uncached = uncached(paths)
+        # indexing copies a tar: those to be kept in the cache come last
+        indexes = {path: _index(path) for path in sorted(paths, key=lambda path: path not in self._uncached)}
+        self._indexes = [indexes[path] for path in paths]
+        self._ends = list(accumulate(map(len, self._indexes)))
         self._files = OpenFiles()
-        self._cached: tuple[Path, int, bytes] | None = None  # a remote sample: its tar, where it begins, and its bytes
+        self._last: tuple[Path, int, bytes] | None = None  # the last uncached sample: its tar, offset and bytes
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_last": None}
 
     def __getitem__(self, index: int) -> Row:
-        tar, number = place_in(self._ends, index)
-        return Row(self._paths[tar], *self._tars[tar][number])
+        tar, number = locate(self._ends, index)
+        return Row(self._paths[tar], *self._indexes[tar][number])
 
     def key(self, index: int) -> str:
         """The key of a sample."""
-        tar, number = place_in(self._ends, index)
-        return self._tars[tar].key(number)
+        tar, number = locate(self._ends, index)
+        return self._indexes[tar].key(number)
 
     def read(self, row: Row, name: str) -> bytes:
         """The bytes of a member.
@@ -69,23 +69,24 @@ class Rows:
             OSError, ValueError: they cannot be read, or are too many.
             StorageError: the store does not answer.
         """
-        if row.path in self._remote:
-            return self._read_remote(self._remote[row.path], row.members, name)
-        return read_member(self._files[row.path], row.members[name])
+        member = row.members[name]
+        if row.path not in self._uncached:
+            return read_member(self._files[row.path], member)
+        start, data = self._read_sample(row)
+        return data[member.offset - start : member.offset - start + member.size]
 
-    def _read_remote(self, path: RemotePath, members: dict[str, Member], name: str) -> bytes:
-        """A member of a sample; all of the sample comes with it, because the others are mostly asked for next."""
-        start = min(member.offset for member in members.values())
-        if self._cached is None or self._cached[:2] != (path, start):
-            end = max(member.offset + member.size for member in members.values())
+    def _read_sample(self, row: Row) -> tuple[int, bytes]:
+        """The offset and bytes of a whole sample by one request, since its other members are mostly read next."""
+        start = min(member.offset for member in row.members.values())
+        if self._last is None or self._last[:2] != (row.path, start):
+            end = max(member.offset + member.size for member in row.members.values())
             if end - start > MAX_BYTES:
                 raise ValueError(f"it has {end - start:,} bytes; {MAX_BYTES:,} are the most")
-            self._cached = path, start, path.read_range(start, end)
-        offset = members[name].offset - start
-        return self._cached[2][offset : offset + members[name].size]
+            self._last = row.path, start, read_range(row.path, start, end)
+        return start, self._last[2]
 
 
-#: The tars that this process has indexed, each as it was last: its size and time, and what stands in it.
+#: The tars that this process has indexed: size and modification time, and the index.
 _known: dict[Path, tuple[tuple[int, int], TarIndex]] = {}
 
 

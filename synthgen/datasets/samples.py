@@ -1,4 +1,4 @@
-"""The interface of every kind of source: samples by number, and their metadata without decoding an image."""
+"""The interface of all datasets: samples by number, and their metadata without decoding an image."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from synthgen.errors import CorruptFile, one_line
 from synthgen.image import UNDECODABLE
 from synthgen.stores import remedy
-from synthgen.stores._failures import is_of_system, unreadable
+from synthgen.stores._failures import is_system_error, unreadable
 
-__all__ = ["IMAGES", "ImageDataset", "JoinedDataset", "NamedBox", "Sample", "place_in", "telling"]
+__all__ = ["IMAGES", "ImageDataset", "JoinedDataset", "NamedBox", "Sample", "locate", "sample_errors"]
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # the first of these is a sample's image
 NamedBox = tuple[str, float, float, float, float]  # name, left, top, width, height, in pixels of the stored image
@@ -31,14 +31,14 @@ class Sample:
 
     key: str
     image: UInt8[np.ndarray, "H W 3"]
-    label: str | None = None  # class name, or its number where there is no name
+    label: str | None = None  # class name, or class number if there is no name
     text: str = ""
     words: tuple[str, ...] = ()
-    label_map: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None where there are no masks
+    label_map: UInt8[np.ndarray, "H W"] | None = None  # 0 background, k the k-th word; None without masks
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """What the two kinds of source share: a length, samples by number, and labels without decoding an image."""
+    """Samples by number, and their metadata without decoding an image."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,7 +48,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """The name of a sample; reads nothing."""
+        """The name of a sample; reads no file."""
 
     @abstractmethod
     def label(self, index: int) -> str | None:
@@ -63,11 +63,11 @@ class ImageDataset(Dataset[Sample], ABC):
         return ()
 
     def marked(self, index: int) -> tuple[str, ...]:
-        """The words of the caption that are listed beside it; none where none are. Reads no pixels."""
+        """The words to mask, if they are listed with the caption; reads no pixels."""
         return ()
 
     def boxes(self, index: int) -> tuple[NamedBox, ...]:
-        """Boxes that a sample gives itself, beside its masks; reads no pixels."""
+        """Boxes that are stored with a sample; reads no pixels."""
         return ()
 
 
@@ -82,17 +82,17 @@ class JoinedDataset(ImageDataset):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Sample:
-        part, row = self._place(index)
+        part, row = self._locate(index)
         return part[row]
 
     def key(self, index: int) -> str:
-        """The name of a sample in its part; two parts may share one."""
-        part, row = self._place(index)
+        """The name of a sample in its part; two parts may contain the same name."""
+        part, row = self._locate(index)
         return part.key(row)
 
     def label(self, index: int) -> str | None:
         """The class of a sample."""
-        part, row = self._place(index)
+        part, row = self._locate(index)
         return part.label(row)
 
     def has_masks(self) -> bool:
@@ -101,26 +101,26 @@ class JoinedDataset(ImageDataset):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a sample."""
-        part, row = self._place(index)
+        part, row = self._locate(index)
         return part.captions(row)
 
     def marked(self, index: int) -> tuple[str, ...]:
-        """The words of the caption that are listed beside it."""
-        part, row = self._place(index)
+        """The words to mask, if they are listed."""
+        part, row = self._locate(index)
         return part.marked(row)
 
     def boxes(self, index: int) -> tuple[NamedBox, ...]:
-        """Boxes that a sample gives itself."""
-        part, row = self._place(index)
+        """Boxes that are stored with a sample."""
+        part, row = self._locate(index)
         return part.boxes(row)
 
-    def _place(self, index: int) -> tuple[ImageDataset, int]:
-        number, row = place_in(self._ends, index)
+    def _locate(self, index: int) -> tuple[ImageDataset, int]:
+        number, row = locate(self._ends, index)
         return self.parts[number], row
 
 
-def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Which of several parts holds a sample, and its number in that part; ``ends`` are their lengths, summed up.
+def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """The part that holds a sample, and its number in that part; ``ends`` are the cumulative lengths of the parts.
 
     Raises:
         IndexError: there is no such sample. A number below 0 counts from the end, as in a list.
@@ -134,8 +134,8 @@ def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 
 @contextmanager
-def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
-    """Name the sample in errors about its content.
+def sample_errors(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
+    """Raise errors of the block with the name of the sample.
 
     Raises:
         CorruptFile: the sample cannot be decoded, or decoding raised one of ``also``.
@@ -145,6 +145,6 @@ def telling(path: Path, key: str, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if isinstance(error, OSError) and is_of_system(error):
+        if isinstance(error, OSError) and is_system_error(error):
             raise unreadable(path, error) from None
-        raise CorruptFile(f"sample {key} of {path} cannot be read: {one_line(error)}; {remedy(path)}") from None
+        raise CorruptFile(f"sample {key} of {path} cannot be read: {one_line(error)}", remedy(path)) from None

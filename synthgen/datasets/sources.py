@@ -1,4 +1,4 @@
-"""Open a source by its name: a tar, a pattern of tars, a folder of tars or of images."""
+"""Open a source by its path: a tar, a pattern of tars, or a folder of tars or images."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["LazyMasks", "open_captioned", "open_dataset", "open_masks", "source_
 
 
 def open_dataset(*sources: str | Path, masks: bool = True) -> ImageDataset:
-    """The samples of all ``sources``: a tar, a pattern of tars (``shards/*.tar``), a folder of tars or of images.
+    """The samples of all ``sources``, each a tar, a pattern of tars (``shards/*.tar``), or a folder of tars or images.
 
     Raises:
-        MissingArtifact: a source is not there or holds nothing.
+        MissingArtifact: a source does not exist or has no samples.
         CorruptFile: a tar cannot be read.
     """
-    parts = [_opened(source, tars_of(source), masks=masks) for source in sources]
+    parts = [_open(source, tars_of(source), masks=masks) for source in sources]
     return parts[0] if len(parts) == 1 else JoinedDataset(parts)
 
 
 def open_captioned(source: str | Path, metadata: str | Path = "") -> ImageDataset:
-    """The samples of one source with their captions; ``metadata`` lists those of the images in a folder.
+    """The samples of one source with their captions, which for a folder of images may be listed in ``metadata``.
 
     Raises:
         MissingArtifact, CorruptFile, PromptError: as for :func:`open_dataset` and :class:`CaptionedFolder`.
@@ -39,10 +39,10 @@ def open_captioned(source: str | Path, metadata: str | Path = "") -> ImageDatase
     tars = tars_of(source)
     if tars and metadata:
         raise ConfigError(f"{source} holds tars, which have their captions in them; leave --metadata out")
-    return _opened(source, tars, masks=False) if tars else CaptionedFolder(source, metadata)
+    return _open(source, tars, masks=False) if tars else CaptionedFolder(source, metadata)
 
 
-def _opened(source: str | Path, tars: list[Path], *, masks: bool) -> ImageDataset:
+def _open(source: str | Path, tars: list[Path], *, masks: bool) -> ImageDataset:
     samples = ShardDataset(tars, masks=masks) if tars else FolderDataset(source)
     if not len(samples):
         raise MissingArtifact(f"there are no samples in {source}")
@@ -50,7 +50,7 @@ def _opened(source: str | Path, tars: list[Path], *, masks: bool) -> ImageDatase
 
 
 class LazyMasks(Mapping[str, WordMasks]):
-    """Masks by key, each decoded when it is asked for."""
+    """Masks by key, each decoded when it is requested."""
 
     def __init__(self, readers: Mapping[str, Callable[[], WordMasks]]) -> None:
         self._readers = readers
@@ -66,22 +66,27 @@ class LazyMasks(Mapping[str, WordMasks]):
 
 
 def open_masks(source: str | Path) -> LazyMasks:
-    """The masks of all samples of ``source`` that have some, by key; images need not be there.
+    """The masks of all samples of ``source`` that have some, by key; the samples need no images.
 
     Raises:
-        ConfigError: ``source`` holds no tars, or no masks.
+        ConfigError: ``source`` has no tars, or no masks, or two samples with one key.
     """
-    shards = ShardDataset(tars_of(source))
-    found = {shards.key(i): partial(shards.word_masks, i) for i in range(len(shards)) if shards.mask_member(i)}
+    shards, found = ShardDataset(tars_of(source)), dict[str, Callable[[], WordMasks]]()
+    for number in range(len(shards)):
+        if shards.mask_member(number):
+            key = shards.key(number)
+            if key in found:
+                raise ConfigError(f"two samples of {source} have the key {key!r}; give tars whose keys are unique")
+            found[key] = partial(shards.word_masks, number)
     if not found:
-        raise ConfigError(f"{source} holds no masks; they are read from tars with members mask.png and json (words)")
+        raise ConfigError(f"{source} has no masks; they are read from tars with members mask.png and json (words)")
     return LazyMasks(found)
 
 
 def source_inputs(*sources: str | Path) -> dict[str, str]:
-    """Name and size of each file of ``sources``, as a stage's :meth:`~synthgen.stages.Stage.inputs` wants them.
+    """Names and sizes of the files of each source, for :meth:`~synthgen.stages.Stage.inputs` of a stage.
 
-    Sizes and not hashes, so that a stage starts at once on a thousand shards.
+    Sizes rather than hashes, so that a stage starts at once on a thousand shards.
     """
     found = {}
     for source in sources:
@@ -91,7 +96,7 @@ def source_inputs(*sources: str | Path) -> dict[str, str]:
 
 
 def tars_of(source: str | Path) -> list[Path]:
-    """The tars of a source; none where it is a folder without."""
+    """The tars of a source; none if it is a folder without tars."""
     path = parse_location(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))

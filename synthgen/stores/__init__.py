@@ -1,7 +1,7 @@
-"""Where artifacts lie: tars on a local file system, or in a store that fsspec reaches (``s3://bucket/run``).
+"""Files of a run, on a local file system or in a store that fsspec supports (``s3://bucket/run``).
 
-A place is a :class:`pathlib.Path`, or a :class:`~synthgen.stores.remote.RemotePath`, which has the shape of one. What
-can be done at both is here and in :mod:`synthgen.stores.tar`; fsspec is imported only for the second kind.
+A path is a :class:`pathlib.Path` or a :class:`~synthgen.stores.remote.RemotePath`, which has the same interface. The
+functions here and in :mod:`synthgen.stores.tar` work on both; fsspec is imported only for the second.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = [
     "read_range",
     "remedy",
     "stamps",
-    "stays_remote",
     "temporaries",
+    "uncached",
     "walk_files",
 ]
 
 logger = logging.getLogger(__name__)
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # two letters and more: one is a drive
-_TRIES = 5
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # one letter would be a drive
+_ATTEMPTS = 5  # to open a copy in the cache
 
 
 def parse_location(place: str | Path) -> Path:
-    """The path of a folder or file by its name or URL; that of ``file:///runs/demo`` is local.
+    """The path of a file or folder by its name or URL; ``file:///runs/demo`` is local.
 
-    A URL may have passed for a path before, and lost a slash.
+    A URL that lost a slash because it was made into a :class:`~pathlib.Path` is accepted.
 
     Raises:
-        ConfigError: there is no such kind of store, or a password stands in the URL.
+        ConfigError: there is no such kind of store, or the URL contains a password.
         MissingDependency: its library is not installed.
     """
     if isinstance(place, RemotePath):
@@ -64,36 +64,36 @@ def parse_location(place: str | Path) -> Path:
 
 
 def is_in_memory(path: Path) -> bool:
-    """Whether other processes, even of this machine, see nothing of what lies there."""
+    """Whether no other process can see the files there."""
     return isinstance(path, RemotePath) and path.protocol == "memory"
 
 
 def open_here(path: Path) -> BufferedReader:
-    """A file, open for reading from any place in it. Of a remote one that is the copy in the local cache.
+    """Open a file, or the cached copy of a remote one, for reading at any position.
 
     Raises:
-        OSError, SynthgenError: there is none, or it cannot be read.
+        OSError, SynthgenError: there is no such file, or it cannot be read.
     """
-    for _ in range(_TRIES):  # another process may drop the copy before it is open; after that it stays readable
+    for _ in range(_ATTEMPTS):  # another process may delete the copy before it is open
         try:
             return open(path, "rb")
         except FileNotFoundError:
             if not (isinstance(path, RemotePath) and path.is_file()):
                 raise
     raise StorageError(
-        f"the copy of {path} is dropped from the cache as soon as it is made; raise SYNTHGEN_CACHE_BYTES"
+        f"the copy of {path} is deleted from the cache before it can be read; raise SYNTHGEN_CACHE_BYTES"
     )
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """The names of the files in a folder, each with its size in bytes; of a store one request for a thousand."""
+    """The sizes in bytes of the files in a folder, by name; in a store one request per thousand files."""
     return {name: size for name, (size, _) in stamps(folder).items()}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """The names of the files in a folder, each with its size in bytes and the time of its last change in ns."""
+    """The size in bytes and the time of the last change in ns of the files in a folder, by name."""
     if isinstance(folder, RemotePath):
-        found = {path.name: path.stat() for path in folder.glob("*") if path.is_file()}
+        found = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
     else:
         try:
             with os.scandir(folder) as entries:
@@ -104,10 +104,10 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def walk_files(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
-    """All files below a folder, those in linked folders too; without ``hidden``, nothing whose name begins with a dot.
+    """All files at any depth in a folder, also in linked folders; without ``hidden`` no names that begin with a dot.
 
-    Real folders come first, then links in the order of their names. A folder is walked once: what a link leads to a
-    second time is left out with a warning, so that no image counts twice and a link to a parent ends.
+    Real folders come first, then links in the order of their names. Each folder is walked once, so that no image counts
+    twice and a link to a parent does not loop; a link to a folder that was already walked is skipped with a warning.
 
     Raises:
         StorageError: a folder cannot be listed.
@@ -130,10 +130,10 @@ def walk_files(folder: Path, *, hidden: bool = True) -> Iterator[Path]:
                 status = current.stat()
                 if (status.st_dev, status.st_ino) in visited:
                     if current == start:
-                        logger.warning("%s leads to a folder that was read already; its files count once", start)
+                        logger.warning("%s leads to a folder that was already read; its files count once", start)
                     continue
                 visited.add((status.st_dev, status.st_ino))
-                with os.scandir(current) as entries:  # which may be millions: none is held
+                with os.scandir(current) as entries:  # there may be millions, which are not collected
                     for entry in entries:
                         if entry.name.startswith(".") and not hidden:
                             continue
@@ -153,37 +153,36 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def stays_remote(paths: Sequence[Path]) -> dict[Path, RemotePath]:
-    """Those of the files that are not to be copied, because half of the local cache is filled by those before them."""
-    found: dict[Path, RemotePath] = {}
-    total = 0
+def uncached(paths: Sequence[Path]) -> set[Path]:
+    """The remote files that are not to be copied, because those before them fill half of the local cache."""
+    found, total = set[Path](), 0
     for path in paths:
         if isinstance(path, RemotePath):
             total += path.stat().st_size
             if total > cache_bytes() // 2:
-                found[path] = path
+                found.add(path)
     return found
 
 
 def remedy(path: Path) -> str:
-    """What to do about a damaged file: a run's own can be made again, and nobody else's is to be deleted."""
+    """What to do about a damaged file: one of a run can be made again, any other should not be deleted."""
     folders = [folder for folder in list(path.absolute().parents)[1:3] if getattr(folder, "bucket", True)]
-    with suppress(OSError, SynthgenError):  # the damage says more
+    with suppress(OSError, SynthgenError):  # the damage matters more
         for folder in folders:
             if (folder / "run.yaml").is_file():
-                return f"delete it; what makes it again is then told by: synthgen status {shlex.quote(str(folder))}"
-    return "get it anew, or leave it out"
+                return f"delete it; then this shows how to make it again: synthgen status {shlex.quote(str(folder))}"
+    return "replace it, or leave it out"
 
 
 def temporaries(folder: Path) -> Iterator[Path]:
-    """What is half written in a folder and in those below; stores have nothing of the kind."""
+    """The temporary files in a folder and its subfolders; stores have none."""
     if not isinstance(folder, RemotePath):
         yield from folder.glob("**/.*.tmp")
 
 
 @contextmanager
 def filled(folder: Path) -> Iterator[Path]:
-    """A folder of this machine; what is in it when the block ends well is in ``folder``, which may be that very one."""
+    """A local folder to write to, which is uploaded to ``folder`` when the block ends without an error, if remote."""
     if not isinstance(folder, RemotePath):
         yield folder
         return
@@ -194,22 +193,22 @@ def filled(folder: Path) -> Iterator[Path]:
 
 
 class AppendFile:
-    """A file that lines are added to, each at once: several processes may share one.
+    """A file to which lines are appended, each immediately, so that several processes may share it.
 
-    Stores cannot add to an object. There the file is written anew by :meth:`flush`, and a killed process loses what it
-    added since the last one; it should have a file of its own.
+    A store cannot append to an object. There :meth:`flush` writes the whole file, so each process should have its own,
+    and a killed one loses the lines since the last flush.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._content: bytes | None = None  # the whole remote file, once something was added to it
+        self._content: bytes | None = None  # of the whole remote file, after the first line
         self._flushed = True
 
     def add(self, line: str) -> None:
         """Add a line.
 
         Raises:
-            OSError, SynthgenError: it cannot be written, or what is there not be read.
+            OSError, SynthgenError: the file cannot be written, or its present content cannot be read.
         """
         data = f"{line}\n".encode(errors="backslashreplace")
         if not isinstance(self.path, RemotePath):
@@ -223,7 +222,7 @@ class AppendFile:
         self._flushed = False
 
     def flush(self) -> None:
-        """Send what was added.
+        """Upload the lines that were added.
 
         Raises:
             StorageError: the store cannot be reached.
@@ -234,7 +233,7 @@ class AppendFile:
 
 
 def read_range(path: Path, start: int, end: int) -> bytes:
-    """The bytes of a file from ``start`` up to ``end``; of one in a store no others are asked for.
+    """The bytes of a file from ``start`` up to ``end``; of a remote file only these are requested.
 
     Raises:
         OSError, SynthgenError: there is no such file, or it cannot be read.
@@ -251,9 +250,9 @@ def read_range(path: Path, start: int, end: int) -> bytes:
 
 
 def read_many(folder: Path, names: Collection[str], most: int) -> Iterator[tuple[str, bytes]]:
-    """The files of these names, many requests at a time. Those that are gone, or cannot be read, are left out.
+    """The content of these files, by many requests at a time; missing and unreadable ones are left out.
 
-    No more than ``most`` bytes of each are read, and one more, so that what is too long does not pass for whole.
+    Of each at most ``most`` + 1 bytes are returned, so that a file that is too long can be told from a complete one.
     """
     if isinstance(folder, RemotePath):
         yield from folder.read_many(names, most + 1)

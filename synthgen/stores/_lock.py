@@ -15,7 +15,7 @@ __all__ = ["Lock", "locked", "note_of"]
 
 
 class Lock:
-    """A lock that this thread has; no ``descriptor`` means a file system without locks, which excludes nobody."""
+    """A lock held by this thread; without a ``descriptor``, on a file system without locks, it excludes nobody."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
@@ -28,7 +28,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(file: Path, *, keep: bool = False) -> Iterator[Lock]:
-    """Wait for the lock on ``file``, and have it while the block lasts; then the file is removed, unless ``keep``."""
+    """Hold the lock on ``file`` during the block; the file is removed afterwards unless ``keep``."""
     lock = _acquire(file)
     try:
         yield Lock(lock)
@@ -36,12 +36,12 @@ def locked(file: Path, *, keep: bool = False) -> Iterator[Lock]:
         if lock is not None and fcntl is not None:
             if not keep:
                 _remove_if_same(file, lock)
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would not free it while a forked process has it open too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not free it while a forked process has it open
             os.close(lock)
 
 
 def note_of(file: Path) -> bytes | None:
-    """The note of whoever has the lock on ``file``. Where nobody has it: None, and the file is removed."""
+    """The note of whoever holds the lock on ``file``; None if nobody does, and the file is removed."""
     if fcntl is None:
         return None
     with contextlib.suppress(OSError), open(file, "rb+") as lock:
@@ -63,7 +63,7 @@ def _acquire(file: Path) -> int | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_same(file, lock):
-                os.ftruncate(lock, 0)  # a note of a process that was killed
+                os.ftruncate(lock, 0)  # the note of a killed process
                 return lock
         except OSError:  # a file system without locks
             os.close(lock)
@@ -71,7 +71,7 @@ def _acquire(file: Path) -> int | None:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # whoever had the lock has removed its file
+        os.close(lock)  # its last holder has removed the file
     return None
 
 
@@ -83,7 +83,7 @@ def _is_same(file: Path, lock: int) -> bool:
 
 
 def _remove_if_same(file: Path, lock: int) -> None:
-    """Remove the file while its lock is held: those who wait for it see that it is gone, and make another."""
+    """Remove the file while its lock is held; whoever waits for it sees that it is gone, and makes another."""
     with contextlib.suppress(OSError):
         if _is_same(file, lock):
             file.unlink()

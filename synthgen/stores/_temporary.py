@@ -1,4 +1,4 @@
-"""Names for files that are being written, and which of them nobody writes any more."""
+"""Names of temporary files, and which of these files are left over from killed processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _DAY = 86400.0  # seconds
 
 
 def temporary_beside(path: Path) -> Path:
-    """``.<name>.<host>.<pid>.<chance>.tmp`` beside ``path``: a name that no other process on any machine uses."""
+    """``.<name>.<host>.<pid>.<random>.tmp`` beside ``path``: a name that no other process on any machine uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether nobody writes a temporary file any more: its process has ended, or for a day nothing was added to it."""
+    """Whether no process writes a temporary file any more: its own has ended, or it has not changed for a day."""
     try:
-        beginning, pid, _, _ = temporary.name.rsplit(".", 3)
+        prefix, pid, _, _ = temporary.name.rsplit(".", 3)
         process = int(pid)
     except ValueError:  # not one of ours
         return True
-    if os.name == "posix" and beginning.endswith(f".{socket.gethostname()}"):
+    if os.name == "posix" and prefix.endswith(f".{socket.gethostname()}"):
         try:
             os.kill(process, 0)  # sends nothing
         except ProcessLookupError:
             return True
-        except PermissionError:  # of another user, and alive
+        except PermissionError:  # another user's, and alive
             return False
     try:
         return time.time() - temporary.stat().st_mtime > _DAY

@@ -1,13 +1,13 @@
-"""Copies of remote files on this machine, within a bound; any number of processes may share them.
+"""Local copies of remote files, within a size limit, shared by any number of processes.
 
-``SYNTHGEN_CACHE`` is the folder (``~/.cache/synthgen``) and ``SYNTHGEN_CACHE_BYTES`` how much may lie in it (20 GB;
-``500MB`` and the like will do). A copy is named by the URL and by what its store says of the content, so that another
-content never meets an old copy. What was used longest ago is dropped first. A copy gets its name when it is whole. One
-that is dropped while a process has it open stays readable to that process.
+``SYNTHGEN_CACHE`` is the folder (``~/.cache/synthgen``) and ``SYNTHGEN_CACHE_BYTES`` the maximum size (20 GB; in a form
+such as ``500MB``). The name of a copy contains a hash of the URL and of the object's version, so that a changed object
+gets a new copy. A copy gets its name when it is complete. The least recently used copies are deleted first; a process
+that has one open can still read it.
 
-Of the processes of one machine that want the same object, one downloads it and the others wait for its copy: it has the
-lock of that copy (see :mod:`synthgen.stores._lock`), and notes there how many bytes will come, so that the bound holds
-for what is on its way too. On a file system without locks each process downloads for itself.
+If several processes of one machine need the same object, one downloads it and the others wait. It holds the lock of
+that copy (see :mod:`synthgen.stores._lock`) and notes the size there, so that the limit includes downloads in progress.
+On a file system without locks each process downloads for itself.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from synthgen.stores._temporary import is_abandoned, temporary_beside
 if TYPE_CHECKING:
     from synthgen.stores.remote import RemotePath
 
-__all__ = ["cache_bytes", "cache_folder", "local_copy", "work_folder"]
+__all__ = ["cache_bytes", "cache_folder", "local_copy", "touch_copy", "work_folder"]
 
-_BY_DEFAULT = "20GB"
+_DEFAULT_BYTES = "20GB"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_ROOM = "room.lock"  # held by whoever counts and drops copies
-_POLL = 0.05  # seconds between two looks whether there is room
-_DIGITS = 40  # that a copy's name begins with
-_TRIES = 3  # copies of an object that is changed by others meanwhile
+_ROOM = "room.lock"  # held while copies are counted and deleted
+_POLL = 0.05  # seconds between two attempts to make room
+_DIGITS = 40  # of the hash in the name of a copy
+_ATTEMPTS = 3  # to copy an object that others are changing
 
 
 def cache_folder() -> Path:
-    """Where copies lie."""
+    """The folder of the copies."""
     given = os.environ.get("SYNTHGEN_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "synthgen"
 
 
 def cache_bytes() -> int:
-    """How many bytes of them there may be.
+    """The maximum size of all copies.
 
     Raises:
-        ConfigError: the setting is no size.
+        ConfigError: the setting is not a size.
     """
-    given = os.environ.get("SYNTHGEN_CACHE_BYTES") or _BY_DEFAULT
+    given = os.environ.get("SYNTHGEN_CACHE_BYTES") or _DEFAULT_BYTES
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", given.strip().upper())
     if not found:
         raise ConfigError(f"SYNTHGEN_CACHE_BYTES must be a size such as 500MB or 20GB, not {given!r}")
@@ -59,47 +59,47 @@ def cache_bytes() -> int:
 
 
 def local_copy(path: RemotePath) -> Path:
-    """The copy of a remote file in the cache; made where there is none of its present content.
+    """The cached copy of the present content of a remote file, downloaded if necessary.
 
-    It is there when this returns, and may be dropped at any time: open it at once.
+    It may be deleted at any time after this returns, so open it at once.
 
     Raises:
         FileNotFoundError: there is no such object.
-        StorageError: it cannot be read, or the copy not be written.
+        StorageError: the object cannot be read, or the copy cannot be written.
     """
-    for _ in range(_TRIES):
-        mark, size = path.version()
-        name = hashlib.sha256(f"{path}\n{mark}\n{size}".encode()).hexdigest()[:_DIGITS]
+    for _ in range(_ATTEMPTS):
+        version, size = path.version()
+        name = hashlib.sha256(f"{path}\n{version}\n{size}".encode()).hexdigest()[:_DIGITS]
         copy = cache_folder() / "files" / f"{name}{path.suffix}"
-        if mark and touch_copy(copy, size):
+        if version and touch_copy(copy, size):
             return copy
         with locked(_locks() / f"{copy.name}.lock") as lock:
-            if (mark and touch_copy(copy, size)) or _fetch(path, copy, mark, size, lock):
+            if (version and touch_copy(copy, size)) or _download(path, copy, version, size, lock):
                 return copy
     raise StorageError(f"{path} changes while it is read; run the same command again")
 
 
 def touch_copy(copy: Path, size: int | None = None) -> bool:
-    """Whether a copy is there, of ``size`` bytes if given; it is then the one that was used last."""
+    """Whether there is such a copy, of ``size`` bytes if given; marks it as the most recently used."""
     try:
         if size is not None and copy.stat().st_size != size:
             return False
         os.utime(copy)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # of another user, who shares the cache
+    except OSError:  # it belongs to another user of the cache
         return os.access(copy, os.R_OK)
     return True
 
 
-def _fetch(path: RemotePath, copy: Path, mark: str, size: int, lock: Lock) -> bool:
-    """Make a copy; says whether it is whole, and of the content that was asked for."""
+def _download(path: RemotePath, copy: Path, version: str, size: int, lock: Lock) -> bool:
+    """Download a copy; returns whether it is complete and still of this version."""
     temporary = temporary_beside(copy)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        _await_room(size, lock)
+        _reserve(size, lock)
         path.download(temporary)
-        if temporary.stat().st_size != size or path.version() != (mark, size):
+        if temporary.stat().st_size != size or path.version() != (version, size):
             return False
         temporary.replace(copy)
         return True
@@ -115,40 +115,40 @@ def _fetch(path: RemotePath, copy: Path, mark: str, size: int, lock: Lock) -> bo
             temporary.unlink(missing_ok=True)
 
 
-def _await_room(size: int, lock: Lock) -> None:
-    """Make room for ``size`` bytes, and note in the lock of their copy that they are on their way.
+def _reserve(size: int, lock: Lock) -> None:
+    """Make room for a download of ``size`` bytes and note the size in the lock of its copy.
 
-    Where other downloads leave no room, wait until they have ended. One alone may be larger than the bound.
+    Waits while other downloads leave too little room. A single download may be larger than the maximum.
     """
     while True:
         with locked(_locks() / _ROOM, keep=True):
-            if make_room(size):
+            if _make_room(size):
                 lock.note(b"%d" % size)
                 return
         time.sleep(_POLL)
 
 
-def make_room(size: int) -> bool:
-    """Drop what was used longest ago, until there is room for ``size`` bytes.
+def _make_room(size: int) -> bool:
+    """Delete the least recently used copies until there is room for ``size`` bytes.
 
     Returns:
-        False where there is none, because too many bytes are on their way for others.
+        False if downloads in progress leave too little room.
     """
-    copies, arriving, unlocked = list[tuple[int, int, Path]](), _arriving(), 0
+    copies, downloads, unlocked = list[tuple[int, int, Path]](), _downloads(), 0
     for file in (cache_folder() / "files").iterdir():
         with contextlib.suppress(OSError):
             if not file.name.endswith(".tmp"):
                 status = file.stat()
                 copies.append((status.st_mtime_ns, status.st_size, file))
-                arriving.pop(file.name[:_DIGITS], None)  # it has come
+                downloads.pop(file.name[:_DIGITS], None)  # it is complete
             elif is_abandoned(file):
                 file.unlink(missing_ok=True)
-            elif not arriving.get(file.name[1 : 1 + _DIGITS]):
+            elif not downloads.get(file.name[1 : 1 + _DIGITS]):
                 unlocked += file.stat().st_size
-    coming, most = sum(arriving.values()), cache_bytes() - size
-    if coming and coming + unlocked > most:
+    in_progress, most = sum(downloads.values()), cache_bytes() - size
+    if in_progress and in_progress + unlocked > most:
         return False
-    total = coming + unlocked + sum(length for _, length, _ in copies)
+    total = in_progress + unlocked + sum(length for _, length, _ in copies)
     for _, length, file in sorted(copies):
         if total <= most:
             break
@@ -158,8 +158,8 @@ def make_room(size: int) -> bool:
     return True
 
 
-def _arriving() -> dict[str, int]:
-    """The digits of each copy that is being downloaded, with the bytes that it will have."""
+def _downloads() -> dict[str, int]:
+    """The hash of each copy that is being downloaded, and its final size."""
     found = {}
     for file in _locks().glob("*.lock"):
         if file.name != _ROOM and (note := note_of(file)) is not None:
@@ -173,12 +173,12 @@ def _locks() -> Path:
 
 @contextlib.contextmanager
 def work_folder() -> Iterator[Path]:
-    """An empty folder of this machine that is gone when the block ends."""
+    """An empty local folder that is removed when the block ends."""
     folder = temporary_beside(cache_folder() / "work" / "folder")
     try:
         folder.mkdir(parents=True)
         for other in folder.parent.iterdir():
-            if is_abandoned(other):  # of a process that was killed
+            if is_abandoned(other):  # left by a killed process
                 shutil.rmtree(other, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"cannot write {folder.parent}: {error.strerror or error}; set SYNTHGEN_CACHE") from error

@@ -1,4 +1,4 @@
-"""Check that a file still holds the bytes that were written: a damaged file may decode without an error."""
+"""Checksums of files, since a damaged file may decode without an error."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.stores import open_here
-from synthgen.stores._failures import is_of_system, unreadable
+from synthgen.stores._failures import is_system_error, unreadable
 
 __all__ = ["sha256_of", "verify_sha256"]
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits.
+    """The sha256 of a file, in hexadecimal.
 
     Raises:
-        OSError, SynthgenError: there is none, or it cannot be read.
+        OSError, SynthgenError: there is no such file, or it cannot be read.
     """
     with open_here(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -35,11 +35,12 @@ def verify_sha256(path: Path, sha256: str, again: str) -> None:
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; run: {again}") from None
     except OSError as error:
-        if is_of_system(error):
+        if is_system_error(error):
             raise unreadable(path, error) from None
         raise CorruptFile(f"{path} cannot be read: {error.strerror or error}; delete it and run: {again}") from None
     if found != sha256:
         raise CorruptFile(
-            f"{path} is cut off, or a byte of it is wrong: it has another sha256 than when it was written; "
-            f"delete it and run: {again}"
+            f"{path} is cut off, or a byte of it is wrong: it has another sha256 than when it was written",
+            f"delete it and run: {again}",
+            path=path,
         )

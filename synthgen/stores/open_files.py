@@ -14,19 +14,19 @@ from synthgen.stores.remote import RemotePath
 
 __all__ = ["OpenFiles"]
 
-_MOST = 64  # files that are open at once
+_MAX_OPEN = 64
 
 
 class OpenFiles:
-    """Files of this process by their paths, open for reading; where there are many the first is closed for the next.
+    """Files by path, open for reading; when there are too many, the one that was opened first is closed.
 
-    The copy of a file in a store is opened again without a request, for as long as it stays in the cache. A pickled or
-    forked process opens its own files, because what shares a file shares the place in it; it finds the same copies.
+    The cached copy of a remote file is reopened without a request. After pickling or forking, a process opens the files
+    again, because processes that share an open file share its position.
     """
 
     def __init__(self, copies: Mapping[Path, Path] | None = None) -> None:
         self._files: dict[Path, BinaryIO] = {}
-        self._copies = dict(copies or {})  # of files in a store, by their paths
+        self._copies = dict(copies or {})  # of remote files
         self._owner = os.getpid()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[dict[Path, Path]]]:
@@ -37,7 +37,7 @@ class OpenFiles:
             self._files, self._owner = {}, os.getpid()
         file = self._files.get(path)
         if file is None:
-            if len(self._files) >= _MOST:
+            if len(self._files) >= _MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
             file = self._files[path] = self._open(path)
         return file
@@ -45,7 +45,7 @@ class OpenFiles:
     def _open(self, path: Path) -> BinaryIO:
         copy = self._copies.get(path)
         if copy is not None and touch_copy(copy):
-            with suppress(FileNotFoundError):  # dropped just now
+            with suppress(FileNotFoundError):  # just deleted
                 return open(copy, "rb")
         file = open_here(path)
         if isinstance(path, RemotePath):

@@ -1,12 +1,12 @@
-"""Places in an object store, by whatever protocol fsspec knows, in the shape of :class:`pathlib.Path`.
+"""Paths in an object store, for any protocol that fsspec knows, with the interface of :class:`pathlib.Path`.
 
 An object appears whole or not at all, so nothing needs a temporary name here: what is written is one PUT, or a
-multipart upload that the store puts together at its end. What is read as a file (a tar, weights, a table) is copied
-into a local cache of bounded size first, and read from there; what is read once (marks, settings) is not kept.
+multipart upload that the store joins at its end. What is read as a file (a tar, weights, a table) is first copied into
+a local cache of bounded size and read from there; what is read once (done marks, settings) is not kept.
 
-Requests that fail in passing are repeated: by the client (s3fs repeats each of them itself) and, with waits that grow,
-here. An address at which nobody ever answered is taken for a wrong one, and is not asked again here. fsspec is imported
-by the first request.
+Transient failures are retried: by the client (s3fs retries each request itself), and around that here, with growing
+waits. An address that refuses the very first connection is taken for a wrong one and is not retried here. fsspec is
+imported by the first request, and keeps one client per process and store.
 """
 
 from __future__ import annotations
@@ -26,38 +26,44 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from synthgen.errors import ConfigError, MissingDependency, StorageError, one_line
-from synthgen.stores._failures import explained, is_of_store, may_pass, nobody_is_there, says_no_bucket
+from synthgen.stores._failures import describe_failure, is_missing_bucket, is_store_error, is_transient, is_unreachable
 
 if TYPE_CHECKING:
     _Path = Path
 else:
     _Path = type(Path())  # Python 3.11 has no other way to inherit from a path
 
-__all__ = ["RemotePath", "forget_connections"]
+__all__ = ["RemotePath"]
 
 logger = logging.getLogger(__name__)
 
-PART = 2**24  # bytes of each part of a multipart upload; up to two of them go as one PUT
-ATTEMPTS = 4  # of a request, beside those that the client makes itself
+PART = 2**24  # bytes of each part of a multipart upload; a file of less than two parts is one PUT
+ATTEMPTS = 4  # of a request, each of which the client may retry itself
 PATIENCE = 120.0  # seconds after which a request is not retried
 _FIRST_WAIT = 0.25  # seconds; each wait is up to twice as long as the one before it
-_AT_ONCE = 256  # small objects that are asked for together
+_BATCH = 256  # small objects that are requested together
 
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
-_PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs"}
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
+_OBJECT_STORES = {*_PACKAGES, "memory"}  # which have no folders to make; in others a file needs one
 _IN_PARTS = {"s3", "s3a", "gs", "gcs"}  # whose clients take the size of the parts
-_WITH_FOLDERS = {"ftp", "sftp", "smb", "ssh"}  # the client of ftp says of a missing one only that it refuses
-_folders: set[Path] = set()  # that were made there
-_file_systems: dict[tuple[int, str, str], Any] = {}  # process, protocol, bucket → file system
-_answered: set[tuple[int, str, str]] = set()  # those that have shown themselves once, be it by an error
+_folders: set[Path] = set()  # made by this process in stores that have real folders
+_answered: set[str] = set()  # stores that have answered this process, if only with an error
 
 
 class RemotePath(_Path):
-    """A place in a store: ``RemotePath("s3://bucket/run") / "images"``.
+    """A path in a store: ``RemotePath("s3://bucket/run") / "images"``.
 
-    It joins, splits and compares as a path does, and asks the store where a path asks the disk. There are no folders to
-    make or remove: a folder is there while something is in it. It can be read by whatever opens a path, because its
-    file name is that of its copy in the local cache. For writing there is :func:`synthgen.stores.tar.write_bytes`.
+    It joins, splits and compares like any path, and asks the store where a path would ask the disk. There are no
+    folders to make or remove: a folder exists while it contains something. Whatever opens a path can read it, because
+    its file name is that of its copy in the local cache. To write, use :func:`synthgen.stores.tar.write_bytes`.
     """
 
     _listed: os.stat_result | None = None  # its status in the listing that it comes from
@@ -78,8 +84,12 @@ class RemotePath(_Path):
 
     @property
     def bucket(self) -> str:
-        """The first name behind the protocol; other stores call it a container or a host."""
+        """The first name after the protocol; other stores call it a container or a host."""
         return self.parts[1] if len(self.parts) > 1 else ""
+
+    @property
+    def _store(self) -> str:
+        return f"{self.protocol}://{self.bucket}"
 
     def check(self) -> None:
         """Check that there is a client for this kind of store.
@@ -90,7 +100,7 @@ class RemotePath(_Path):
         """
         if re.match(r"[^@]*:[^@]*@", self.bucket):
             raise ConfigError(
-                f"a password stands in {self}, and would stand in logs; give it by the environment "
+                f"there is a password in {self}, which would be written to logs; give it in the environment "
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in the configuration of the client"
             )
         if not self.bucket:
@@ -105,8 +115,8 @@ class RemotePath(_Path):
             raise MissingDependency(f"{self.protocol}:// needs a library that is not installed; {hint}") from None
         except ValueError:
             raise ConfigError(
-                f"there is no kind of store called {self.protocol}://; there are s3, gs, az, memory and what else "
-                "fsspec knows"
+                f"there is no kind of store called {self.protocol}://; use s3, gs, az, memory or another protocol of "
+                "fsspec"
             ) from None
 
     # -- requests
@@ -115,57 +125,54 @@ class RemotePath(_Path):
         """Call ``call`` with the file system and the object's name in it; retry transient failures.
 
         Raises:
-            FileNotFoundError, FileExistsError: there is nothing, or something, at this place.
+            FileNotFoundError, FileExistsError: there is nothing, or something, at this path.
             StorageError: the store cannot be reached, refuses, or has no such bucket; in one line.
         """
         started = time.monotonic()
-        for attempt in range(1, ATTEMPTS + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 system = self._system()
                 value = call(system, self.key(system))
-                _answered.add(self._name())
-                return value
             except Exception as error:
-                if not is_of_store(error):
+                if not is_store_error(error):
                     raise
-                wrong = nobody_is_there(error) and self._name() not in _answered
-                if not wrong:
-                    _answered.add(self._name())
-                if isinstance(error, FileNotFoundError | FileExistsError) and not says_no_bucket(error):
+                wrong_address = is_unreachable(error) and self._store not in _answered
+                if not wrong_address:
+                    _answered.add(self._store)
+                if isinstance(error, FileNotFoundError | FileExistsError) and not is_missing_bucket(error):
                     raise
-                late = attempt == ATTEMPTS or time.monotonic() - started > PATIENCE
-                if late or wrong or not may_pass(error):
-                    raise explained(error, self) from None
+                last = attempt == ATTEMPTS or time.monotonic() - started > PATIENCE
+                if last or wrong_address or not is_transient(error):
+                    raise describe_failure(error, self) from None
                 wait = _FIRST_WAIT * 2**attempt * random.uniform(0.5, 1)
-                logger.info("%s: %s; again in %.1f s", self, one_line(error), wait)
+                logger.info("%s: %s; retrying in %.1f s", self, one_line(error), wait)
                 time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+            else:
+                _answered.add(self._store)
+                return value
 
     def key(self, system: Any) -> str:
-        """The name by which the file system knows this place."""
+        """The name by which the file system knows this path."""
         return str(system._strip_protocol(str(self)))
 
     def _system(self) -> Any:
-        """The file system, made once in each process. It keeps no listings: other processes write here too."""
-        name = self._name()
-        if name not in _file_systems:
-            from fsspec.core import url_to_fs
+        """The file system, as fsspec keeps it for this process; without listings, since other processes write too."""
+        from fsspec.core import url_to_fs
 
-            self.check()
-            _file_systems[name], _ = url_to_fs(str(self), use_listings_cache=False)
-        return _file_systems[name]
-
-    def _name(self) -> tuple[int, str, str]:
-        return os.getpid(), self.protocol, self.bucket
+        self.check()
+        system, _ = url_to_fs(self._store, use_listings_cache=False)
+        return system
 
     # -- metadata
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        """Kind, size and date. Of a folder there is only the kind."""
-        return self._listed or status_of(self.ask(lambda system, key: system.info(key)))
+        """Kind, size and time of the last change; of a folder only the kind."""
+        return self._listed or _status(self.ask(lambda system, key: system.info(key)))
 
     def version(self) -> tuple[str, int]:
-        """What changes with the content, and the size in bytes.
+        """A text that changes with the content ("" if the store has none), and the size in bytes.
 
         Raises:
             FileNotFoundError: there is no object here.
@@ -173,11 +180,11 @@ class RemotePath(_Path):
         info = self.ask(lambda system, key: system.info(key))
         if info.get("type") == "directory":
             raise FileNotFoundError(f"there is no file {self}")
-        mark = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "") or _changed(info)
-        return str(mark), int(info["size"])
+        etag = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "")
+        return str(etag or _modified(info) or ""), int(info["size"])
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether an object is here, or something lies below."""
+        """Whether there is an object here, or a folder that contains one."""
         try:
             self.stat()
         except FileNotFoundError:
@@ -185,21 +192,21 @@ class RemotePath(_Path):
         return True
 
     def is_file(self) -> bool:
-        """Whether an object is here."""
+        """Whether there is an object here."""
         try:
             return stat.S_ISREG(self.stat().st_mode)
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Whether something lies below."""
+        """Whether this is a folder."""
         try:
             return stat.S_ISDIR(self.stat().st_mode)
         except FileNotFoundError:
             return False
 
     def iterdir(self) -> Generator[RemotePath]:
-        """The direct children, with kind and size already known."""
+        """The files and folders in this folder, whose kind and size are then known."""
         try:
             entries = self.ask(lambda system, key: system.ls(key, detail=True))
         except FileNotFoundError:
@@ -207,42 +214,40 @@ class RemotePath(_Path):
         own = self.key(self._system()).strip("/")
         for entry in entries:
             name = str(entry["name"]).strip("/")
-            if name in (own, own.rpartition("/")[2]) or not name.rpartition("/")[2]:  # the mark of an empty folder
-                continue
-            path = self / name.rpartition("/")[2]
-            path._listed = status_of(entry)
-            yield path
+            if name != own:  # that of a file, or the object that marks an empty folder
+                path = self / name.rpartition("/")[2]
+                path._listed = _status(entry)
+                yield path
 
     def glob(self, pattern: str, **options: Any) -> Generator[RemotePath]:
-        """What matches below, folder by folder; ``**`` stands for any number of folders."""
+        """What matches in this folder; ``**`` stands for any number of folders.
+
+        fsspec's own ``glob`` lists whole trees, here ``*/settings.yaml`` would list every tar of a run.
+        """
         first, _, rest = pattern.partition("/")
-        only_folders = pattern.endswith("/")
         if first == "**":
             yield from self.glob(rest)
             for child in self.iterdir():
                 if child.is_dir():
                     yield from child.glob(pattern)
-        elif not rest:
-            for child in self._matching(first):
-                if child.is_dir() or not only_folders:
-                    yield child
+            return
+        if any(char in first for char in "*?["):
+            found = [child for child in self.iterdir() if fnmatchcase(child.name, first)]
         else:
-            for child in self._matching(first):
-                if child._listed is None or child.is_dir():
-                    yield from child.glob(rest)
-
-    def _matching(self, name: str) -> Iterator[RemotePath]:
-        if any(char in name for char in "*?["):
-            yield from (child for child in self.iterdir() if fnmatchcase(child.name, name))
-        elif (self / name).exists():
-            yield self / name
+            found = [self / first]
+        for child in found:
+            if not rest:
+                if child.is_dir() if pattern.endswith("/") else child.exists():
+                    yield child
+            elif child._listed is None or child.is_dir():
+                yield from child.glob(rest)
 
     def rglob(self, pattern: str, **options: Any) -> Generator[RemotePath]:
-        """What matches at any depth below."""
+        """What matches at any depth."""
         return self.glob(f"**/{pattern}")
 
     def resolve(self, strict: bool = False) -> RemotePath:
-        """The same: a URL is always whole."""
+        """The same: a URL is always absolute."""
         return self
 
     absolute = resolve
@@ -250,14 +255,14 @@ class RemotePath(_Path):
     # -- content
 
     def open(self, mode: str = "r", *args: Any, **options: Any) -> IO[Any]:  # type: ignore[override]
-        """Its copy in the cache, for reading."""
+        """Open its copy in the cache for reading."""
         if set(mode) - set("rbt"):
-            raise io.UnsupportedOperation(f"{self} is opened for reading only; what is written there is written whole")
+            raise io.UnsupportedOperation(f"{self} can only be opened for reading; objects are written as a whole")
         return open(os.fspath(self), mode, *args, **options)
 
     def read_bytes(self) -> bytes:
         """The whole object; no copy is kept."""
-        data: bytes = self.ask(lambda system, key: system.cat_file(key, **_in_one_request(system)))
+        data: bytes = self.ask(lambda system, key: system.cat_file(key, **_one_request(system)))
         return data
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
@@ -272,39 +277,36 @@ class RemotePath(_Path):
         return data
 
     def read_many(self, names: Collection[str], most: int) -> Iterator[tuple[str, bytes]]:
-        """The first ``most`` bytes of objects right below, many at a time; those that are not there are left out."""
+        """The first ``most`` bytes of objects in this folder, many at a time; missing objects are left out."""
         ordered = list(names)
-        for begin in range(0, len(ordered), _AT_ONCE):
-            few = ordered[begin : begin + _AT_ONCE]
+        for start in range(0, len(ordered), _BATCH):
+            batch = [self / name for name in ordered[start : start + _BATCH]]
             system = self._system()
-            keys = {name: (self / name).key(system) for name in few}
-            found = self._cat(system, list(keys.values()))
-            for name in few:
-                data = found.get(keys[name])
-                if not isinstance(data, bytes):  # retry it alone
+            keys = [path.key(system) for path in batch]
+            try:
+                found = system.cat(keys, on_error="return", **_one_request(system))
+            except Exception as error:
+                if not is_store_error(error):
+                    raise
+                found = {}
+            for path, key in zip(batch, keys, strict=True):
+                data = found.get(key)
+                if not isinstance(data, bytes):  # an error: retry this one alone
                     try:
-                        data = (self / name).read_bytes()
+                        data = path.read_bytes()
                     except FileNotFoundError:
                         continue
-                yield name, data[:most]
-
-    def _cat(self, system: Any, keys: list[str]) -> dict[str, Any]:
-        try:
-            found = system.cat(keys, on_error="return", **_in_one_request(system))
-        except Exception as error:
-            if not is_of_store(error):
-                raise
-            return {}
-        return found if isinstance(found, dict) else {}
+                yield path.name, data[:most]
 
     def put(self, data: bytes) -> None:
-        """Put ``data`` here at once, in place of what was here."""
+        """Write ``data`` here at once, replacing what was here."""
         self._write(lambda system, key: system.pipe_file(key, data, **self._in_parts()))
 
     def create(self, data: bytes) -> bool:
-        """Put ``data`` here unless something is; says whether it was put. Stores that cannot tell may let two succeed.
+        """Write ``data`` here unless something is here; returns whether it was written.
 
-        An answer that is lost on the way may say no of what was put all the same.
+        In stores without conditional writes two of these may succeed. If an answer is lost on the way, this may return
+        False although the data was written.
         """
         try:
             self._write(lambda system, key: system.pipe_file(key, data, mode="create"))
@@ -313,30 +315,22 @@ class RemotePath(_Path):
         return True
 
     def upload(self, file: Path) -> None:
-        """Put the content of a local file here, in parts where it is large.
+        """Write the content of a local file here, in parts if it is large.
 
         Raises:
-            StorageError: the store reports other content than was sent.
+            StorageError: the object has another size than the file.
         """
         self._write(lambda system, key: system.put_file(str(file), key, **self._in_parts()))
         if self.version()[1] != file.stat().st_size:
-            raise StorageError(f"{self} is not as long as what was sent; run the same command again")
+            raise StorageError(f"{self} has another size than the file that was uploaded; run the same command again")
 
     def _write(self, call: Callable[[Any, str], Any]) -> None:
-        """:meth:`ask`; where the store has real folders, make that of the file first."""
-        if self.protocol in _WITH_FOLDERS and self.parent not in _folders:
-            self._make_parent()
-        try:
-            self.ask(call)
-        except FileNotFoundError:
-            if self.protocol in _PACKAGES:  # they have no folders: making one would make a bucket
-                raise
-            self._make_parent()
-            self.ask(call)
-
-    def _make_parent(self) -> None:
-        self.parent.ask(lambda system, key: system.makedirs(key, exist_ok=True))
-        _folders.add(self.parent)
+        """:meth:`ask`, after making the folder of the file if the store has real folders."""
+        folder = self.parent
+        if self.protocol not in _OBJECT_STORES and folder not in _folders:  # elsewhere this might make a bucket
+            folder.ask(lambda system, key: system.makedirs(key, exist_ok=True))
+            _folders.add(folder)
+        self.ask(call)
 
     def download(self, file: Path) -> None:
         """Write the object to a local file.
@@ -355,46 +349,40 @@ class RemotePath(_Path):
                 raise
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing to do: a folder is there while something is in it."""
+        """Do nothing: a folder exists while it contains something."""
 
     def rmdir(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def _in_parts(self) -> dict[str, int]:
         return {"chunksize": PART} if self.protocol in _IN_PARTS else {}
 
     def _refuse(self, *args: Any, **options: Any) -> Any:
-        raise io.UnsupportedOperation(f"{self} lies in a store, where files can only be put, read and taken away")
+        raise io.UnsupportedOperation(f"{self} is in a store, where files can only be written, read and deleted")
 
     chmod = hardlink_to = rename = replace = symlink_to = touch = _refuse
 
 
-def _in_one_request(system: Any) -> dict[str, int]:
-    """Options without which newer versions of s3fs ask for the size of an object before they read it."""
+def _one_request(system: Any) -> dict[str, int]:
+    """Options without which newer versions of s3fs request the size of an object before they read it."""
     method = getattr(system, "_cat_file", None)
     return {"max_concurrency": 1} if method and "max_concurrency" in inspect.signature(method).parameters else {}
 
 
-def forget_connections() -> None:
-    """Make the file systems anew when they are next needed, from the environment as it is then."""
-    _folders.clear()
-    _file_systems.clear()
-    _answered.clear()
-
-
-def status_of(info: dict[str, Any]) -> os.stat_result:
-    """What fsspec says of an object, as the system says it of a file."""
+def _status(info: dict[str, Any]) -> os.stat_result:
+    """fsspec's description of an object as the result of ``stat``."""
     kind = stat.S_IFDIR if info.get("type") == "directory" else stat.S_IFREG
-    size, changed = int(info.get("size") or 0), _changed(info)
-    seconds = changed.timestamp() if isinstance(changed, datetime) else float(changed or 0)
+    seconds = _modified(info)
     times = {"st_mtime": seconds, "st_mtime_ns": int(seconds * 1e9)}
-    return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, size, int(seconds), int(seconds), int(seconds)), times)
+    return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, int(info.get("size") or 0), *3 * (int(seconds),)), times)
 
 
-def _changed(info: dict[str, Any]) -> Any:
+def _modified(info: dict[str, Any]) -> float:
+    """When an object was last changed, in seconds since 1970; 0 if its store does not say."""
     names = ("LastModified", "last_modified", "mtime", "updated", "created")
-    found = next((info[name] for name in names if info.get(name)), 0)
+    value = next((info[name] for name in names if info.get(name)), 0)
     try:
-        return datetime.fromisoformat(found) if isinstance(found, str) else found
+        value = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return value.timestamp() if isinstance(value, datetime) else float(value)
     except ValueError:
-        return 0
+        return 0.0

@@ -75,7 +75,7 @@ def maps(path: Path) -> None:
 
 def masks(path: Path) -> None:
     """The masks of a sample with one word."""
-    meta = {"words": ["disc"], "dropped": [""]}
+    meta = {"words": ["disc"], "dropped": [""], "masks": [dict.fromkeys(codecs._MEASURED, 0.5)]}
     codecs.decode_masks("0000000000", {"masks.npz": path.read_bytes(), "json": json.dumps(meta).encode()})
 
 

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from synthgen.errors import CorruptFile
-from synthgen.stores.index import Indexing, Member, TarIndex
+from synthgen.stores.index import Member, TarIndex
 from synthgen.stores.tar import index_tar, read_tar
 
 
@@ -79,10 +79,7 @@ def test_numbers_that_are_none(tmp_path):
 
 
 def test_a_key_among_keys_in_order_is_found_by_few_looks(monkeypatch):
-    making = Indexing()
-    for number in range(1000):
-        making.add(f"{number:010d}", {"jpg": Member(number, 1)})
-    looks, found = [], making.done()
+    looks, found = [], TarIndex.build((f"{number:010d}", {"jpg": Member(number, 1)}) for number in range(1000))
     read = TarIndex.key
     monkeypatch.setattr(TarIndex, "key", lambda index, number: looks.append(number) or read(index, number))
     assert found.find("0000000700") == {"jpg": Member(700, 1)}
@@ -92,23 +89,19 @@ def test_a_key_among_keys_in_order_is_found_by_few_looks(monkeypatch):
 def test_places_are_whole_in_tars_of_any_size():
     """What is kept in a byte, two, four or eight reads the same."""
     for largest in (0, 255, 256, 2**16 - 1, 2**16, 2**32 - 1, 2**32, 2**50):
-        making = Indexing()
-        making.add("0", {"jpg": Member(3, largest)})
-        making.add("1", {"jpg": Member(largest, 7)})
-        assert list(making.done()) == [("0", {"jpg": Member(3, largest)}), ("1", {"jpg": Member(largest, 7)})]
+        samples = [("0", {"jpg": Member(3, largest)}), ("1", {"jpg": Member(largest, 7)})]
+        assert list(TarIndex.build(samples)) == samples
 
 
 def test_many_lists_of_names():
-    making = Indexing()
-    for number in range(300):
-        making.add(f"k{number}", {f"n{number}": Member(number, 1)})
-    assert list(making.done()) == [(f"k{number}", {f"n{number}": Member(number, 1)}) for number in range(300)]
+    samples = [(f"k{number}", {f"n{number}": Member(number, 1)}) for number in range(300)]
+    assert list(TarIndex.build(samples)) == samples
 
 
 def test_what_is_wrong_names_the_last_key_as_it_was_read(tmp_path, monkeypatch):
     for names, said in [
         (["a.jpg", "ä.jpg", "ä.JPG"], "sample ä has two members 'jpg'; the last key read is ä;"),
-        (["a.jpg", "ä.jpg", "a.txt"], "the key 'a' stands in it twice; the last key read is ä;"),
+        (["a.jpg", "ä.jpg", "a.txt"], "the key 'a' occurs twice, the second time after 'ä';"),
         (["a.jpg", "b.jpg", "../c.jpg"], "control characters; the last key read is b;"),
         (["../c.jpg"], "control characters; no key could be read;"),
     ]:

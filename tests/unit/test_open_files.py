@@ -1,4 +1,4 @@
-"""Files that stay open between two readings."""
+"""Files that stay open between reads."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ def paths(tmp_path):
 
 
 def test_a_file_is_opened_once_and_the_first_is_closed_for_the_next(paths, monkeypatch):
-    monkeypatch.setattr(open_files, "_MOST", 2)
+    monkeypatch.setattr(open_files, "_MAX_OPEN", 2)
     files = OpenFiles()
     first, second = files[paths[0]], files[paths[1]]
     assert files[paths[0]] is first
@@ -65,7 +65,7 @@ def remote(tmp_path, monkeypatch):
         return version(self)
 
     monkeypatch.setattr(RemotePath, "version", counted)
-    monkeypatch.setattr(open_files, "_MOST", 1)
+    monkeypatch.setattr(open_files, "_MAX_OPEN", 1)
     monkeypatch.setenv("SYNTHGEN_CACHE", str(tmp_path / "cache"))
     found = [parse_location(f"memory://{tmp_path.name}/{name}") for name in "abc"]
     for path in found:

@@ -136,7 +136,7 @@ def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
 
 def test_nobody_is_told_to_delete_a_file_that_is_no_run_s(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(CorruptFile, match="get it anew, or leave it out") as caught:
+    with pytest.raises(CorruptFile, match="replace it, or leave it out") as caught:
         index_tar(tmp_path / "a.tar")
     assert "delete it" not in str(caught.value)
     (tmp_path / "run.yaml").write_text("seed: 0")
