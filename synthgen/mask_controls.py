@@ -1,4 +1,4 @@
-"""Masks in wrong places: controls that separate the effect of masks from that of hiding, pooling and words."""
+"""Controls with wrong masks, which separate the effect of where masks are from that of hiding, pooling and words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from synthgen.datasets import ImageDataset, Sample
 
-__all__ = ["CONTROLS", "WithChangedMasks", "moved", "scattered"]
+__all__ = ["CONTROLS", "WithChangedMasks", "shift_masks", "shuffle_pixels"]
 
 LabelMap = UInt8[np.ndarray, "H W"]
 
@@ -28,9 +28,9 @@ class WithChangedMasks(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.samples[index]
-        return (
-            sample if sample.label_map is None else replace(sample, label_map=self.change(sample.label_map, sample.key))
-        )
+        if sample.label_map is None:
+            return sample
+        return replace(sample, label_map=self.change(sample.label_map, sample.key))
 
     def key(self, index: int) -> str:
         """The name of a sample; reads nothing."""
@@ -49,7 +49,7 @@ class WithChangedMasks(ImageDataset):
         return self.samples.captions(index)
 
 
-def moved(labels: LabelMap, key: str) -> LabelMap:
+def shift_masks(labels: LabelMap, key: str) -> LabelMap:
     """Shift all masks of an image together, by a quarter to three quarters of its height and of its width.
 
     Shifts wrap around at the edges, so every mask keeps its area and its shape. They depend on ``key`` alone.
@@ -60,7 +60,7 @@ def moved(labels: LabelMap, key: str) -> LabelMap:
     return np.roll(labels, shift, axis=(0, 1))
 
 
-def scattered(labels: LabelMap, key: str) -> LabelMap:
+def shuffle_pixels(labels: LabelMap, key: str) -> LabelMap:
     """Shuffle the pixels of an image's label map.
 
     Every word keeps its area but has no location: features pooled under its mask are nearly the mean over the whole
@@ -71,5 +71,5 @@ def scattered(labels: LabelMap, key: str) -> LabelMap:
 
 
 CONTROLS: Mapping[str, Callable[[LabelMap, str], LabelMap]] = MappingProxyType(
-    {"elsewhere": moved, "scattered": scattered}
+    {"elsewhere": shift_masks, "scattered": shuffle_pixels}
 )

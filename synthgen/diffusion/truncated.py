@@ -1,7 +1,4 @@
-"""A diffusion network truncated after the block to read, as a fully trainable image encoder.
-
-DDAE fine-tunes this (Xiang et al., 2023): the network up to one block, at one timestep, averaged over space.
-"""
+"""A diffusion network up to one block, as a trainable image encoder: what DDAE fine-tunes (Xiang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from synthgen.diffusion.features import UNFIT, FeatureReader, as_map, block_name
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 
-__all__ = ["Shape", "TruncatedGenerator", "see_that_it_can_be_cut"]
+__all__ = ["Shape", "TruncatedGenerator", "check_truncatable"]
 
 
 @dataclass(frozen=True)
@@ -36,39 +33,39 @@ class Shape:
 
 
 class TruncatedGenerator(nn.Module):
-    """A trainable float32 copy of a generator's network up to the block to read.
+    """A trainable float32 copy of a generator's network up to the block to read, averaged over space.
 
     Later parts are not copied. Images are encoded by the generator's own autoencoder and noised to the timestep; the
     prompt is empty. Autoencoder and text encoder are shared with the generator and frozen; the generator itself is not
-    changed. A bfloat16 network computes in bfloat16 here too, with float32 weights; a float16 one in float32, as its
-    gradients would underflow.
+    changed. A bfloat16 network computes under bfloat16 autocast, with float32 weights; a float16 one in float32,
+    because its gradients would underflow.
 
     Args:
-        reader: has the generator, the timestep, the block, and the seed of the noise.
+        reader: gives the generator, the timestep, the block, and the seed of the noise.
         fresh: start from random weights drawn from the reader's seed.
         device: the device of the copy.
 
     Raises:
-        ConfigError: as for :func:`see_that_it_can_be_cut`; the block's output is not finite; or a layer of an unknown
+        ConfigError: as for :func:`check_truncatable`; the block's output is not finite; or a layer of an unknown
             kind cannot be initialised.
     """
 
     def __init__(self, reader: FeatureReader, *, fresh: bool = False, device: str = "cpu") -> None:
         super().__init__()
-        see_that_it_can_be_cut(reader)
+        check_truncatable(reader)
         self.reader, (self.timestep,), (self.block,) = reader, reader.timesteps, reader.blocks
         original: nn.Module = reader.model.network
         names = block_names(original)
         self.blocks = names[: names.index(self.block) + 1]
         with torch.inference_mode(False):
-            reached, dim = _reached(reader, self.block)
-            self.network = _copied(original, reached, "cpu" if fresh else device)
+            used, dim = _used_modules(reader, self.block)
+            self.network = _copy_modules(original, used, "cpu" if fresh else device)
             if fresh:
-                _begin_anew(self.network, reader.seed)
+                _initialize(self.network, reader.seed)
                 self.network.to(device)
-        self.network.register_forward_pre_hook(_in_float32, with_kwargs=True)
+        self.network.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         self.config = Shape(reader.image_size, dim, len(self.blocks))
-        self.halves = original.dtype == torch.bfloat16
+        self.uses_bfloat16 = original.dtype == torch.bfloat16
         self._model = _with_network(reader.model, self.network)
         self._denoiser: tuple[torch.Size, Denoiser] | None = None
 
@@ -79,21 +76,22 @@ class TruncatedGenerator(nn.Module):
         latents = self.reader.latents(pixels)
         noise = self._model.noise([sample_seed(self.reader.seed, key) for key in keys], latents)
         noised = self._model.noised(latents, noise, self.timestep).to(device)
-        denoise, halves = self._denoiser_for(noised), torch.autocast(device.type, torch.bfloat16, enabled=self.halves)
-        with halves, watched(self.network, [self.block]) as seen:
+        denoise = self._denoiser_for(noised)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.uses_bfloat16)
+        with autocast, watched(self.network, [self.block]) as outputs:
             denoise(noised, self.timestep)
-        return as_map(seen[self.block], self._model.grid(side, side)).float().mean((2, 3))
+        return as_map(outputs[self.block], self._model.grid(side, side)).float().mean((2, 3))
 
     def layer(self, name: str) -> int:
         """The layer that a weight belongs to: 0 is before all blocks, k is block k in order of computation.
 
         Down- and up-samplers belong to the block before them.
         """
-        inside = name.removeprefix("network.")
+        name = name.removeprefix("network.")
         for number, block in enumerate(self.blocks, start=1):
-            if inside.startswith((f"{block}.", f"{block}.".replace(".attentions.", ".resnets."))):
+            if name.startswith((f"{block}.", f"{block}.".replace(".attentions.", ".resnets."))):
                 return number
-        level = re.match(r"(down|up)_blocks\.\d+\.", inside)
+        level = re.match(r"(down|up)_blocks\.\d+\.", name)
         of_level = [number for number, block in enumerate(self.blocks, 1) if level and block.startswith(level[0])]
         return max(of_level, default=0)
 
@@ -105,7 +103,7 @@ class TruncatedGenerator(nn.Module):
         return self._denoiser[1]
 
 
-def see_that_it_can_be_cut(reader: FeatureReader) -> None:
+def check_truncatable(reader: FeatureReader) -> None:
     """Check that images are noised and read at one timestep, from one block.
 
     Raises:
@@ -123,51 +121,49 @@ def see_that_it_can_be_cut(reader: FeatureReader) -> None:
         )
 
 
-def _reached(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
+def _used_modules(reader: FeatureReader, block: str) -> tuple[set[nn.Module], int]:
     """The modules that run up to the block in a pass over a black image, and the block's number of channels."""
-    model, side, reached = reader.model, reader.image_size, set[nn.Module]()
+    model, side, used = reader.model, reader.image_size, set[nn.Module]()
     network: nn.Module = model.network
     latents = reader.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).to(model.pipeline._execution_device)
-    handles = [
-        module.register_forward_pre_hook(lambda module, given: reached.add(module)) for module in network.modules()
-    ]
+    handles = [module.register_forward_pre_hook(lambda module, _: used.add(module)) for module in network.modules()]
     try:
-        with torch.no_grad(), watched(network, [block]) as seen:
+        with torch.no_grad(), watched(network, [block]) as outputs:
             model.casting_denoiser([""], latents)(latents, reader.timesteps[0])
     finally:
         for handle in handles:
             handle.remove()
-    found = as_map(seen[block], model.grid(side, side))
-    if not found.isfinite().all():
+    output = as_map(outputs[block], model.grid(side, side))
+    if not output.isfinite().all():
         raise ConfigError(UNFIT)
-    return reached, found.shape[1]
+    return used, output.shape[1]
 
 
-def _copied(network: nn.Module, reached: set[nn.Module], device: str) -> nn.Module:
-    """A trainable float32 copy of the reached modules; the others are left out.
+def _copy_modules(network: nn.Module, used: set[nn.Module], device: str) -> nn.Module:
+    """A trainable float32 copy of the network with identities in place of modules that are not used.
 
     It is made weight by weight, so there is never a second copy in memory. Offloading hooks are not copied.
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if own and module not in reached:
+        if own and module not in used:
             memo[id(module)] = nn.Identity()
         elif own:
-            memo |= {id(weight): _learning(weight, device) for weight in own}
+            memo |= {id(weight): _trainable(weight, device) for weight in own}
         if hasattr(module, "_hf_hook"):  # it references the other parts of the pipeline, which must not be copied
             memo[id(module._hf_hook)] = ModelHook()
-    copied = copy.deepcopy(network, memo)
-    remove_hook_from_module(copied, recurse=True)
-    return copied.to(device, torch.float32)
+    result = copy.deepcopy(network, memo)
+    remove_hook_from_module(result, recurse=True)
+    return result.to(device, torch.float32)
 
 
-def _learning(weight: nn.Parameter, device: str) -> nn.Parameter:
+def _trainable(weight: nn.Parameter, device: str) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
 
 
-def _begin_anew(network: nn.Module, seed: int) -> None:
-    """Initialise the weights as torch's layers do; drawn on the CPU, so that they are the same on any device.
+def _initialize(network: nn.Module, seed: int) -> None:
+    """Initialise the weights by the defaults of torch's layers, drawn on the CPU so that they depend on no device.
 
     Raises:
         ConfigError: a layer has no known initialisation.
@@ -184,8 +180,8 @@ def _begin_anew(network: nn.Module, seed: int) -> None:
                     weight.fill_(float(name == "weight"))
             else:
                 raise ConfigError(
-                    f"a {type(module).__name__} of the generator cannot begin anew, as the row 'random generator' "
-                    "needs; give baselines=false"
+                    f"a {type(module).__name__} of the generator cannot be initialised at random, as the row "
+                    "'random generator' needs; give baselines=false"
                 )
 
 
@@ -198,9 +194,9 @@ def _with_network(model: DiffusionBackbone, network: nn.Module) -> DiffusionBack
     return other
 
 
-def _in_float32(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """Cast a network's inputs, such as a prompt encoded in half precision, to float32 like its weights."""
-    return _cast(given), _cast(named)
+    return _cast(args), _cast(kwargs)
 
 
 def _cast(value: Any) -> Any:

@@ -40,7 +40,6 @@ class Method(nn.Module, ABC):
     """
 
     guided: ClassVar[Mapping[str, Any]]  # the options that ``--guided`` sets
-    added: ClassVar[Mapping[str, Any]] = {}  # options that earlier versions lacked, with the values they imply
     reads_texts: ClassVar[bool] = False  # whether a text tower is saved beside the encoder
     min_images: ClassVar[int] = 1  # of a step on all processes; a method that compares images needs two
 
@@ -67,6 +66,8 @@ class Method(nn.Module, ABC):
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Check on some samples that the data has what the method needs: by default masks, if it uses them.
+
+        Images and masks of the samples are reduced to one pixel, to save memory.
 
         Raises:
             ConfigError: the samples lack it; the error says what is missing and what to do.

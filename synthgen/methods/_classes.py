@@ -19,27 +19,15 @@ from synthgen.models.draws import uniform
 
 __all__ = [
     "Labels",
-    "check_dropout",
     "check_labels",
     "class_numbers",
+    "class_vectors",
     "classifier_free_guidance",
     "labels_of",
     "sampled_classes",
-    "vectors",
 ]
 
 Labels = str | int | Sequence[str | int | None] | None  # one class for all images, or one each; None: no class
-
-
-def check_dropout(label_dropout: float) -> float:
-    """The share, unchanged.
-
-    Raises:
-        ValueError: the share does not lie in [0, 1).
-    """
-    if not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout must be at least 0 and below 1 (nothing would be told), not {label_dropout}")
-    return label_dropout
 
 
 def check_labels(samples: Sequence[Sample]) -> None:
@@ -50,7 +38,7 @@ def check_labels(samples: Sequence[Sample]) -> None:
     """
     if not any(sample.label is not None for sample in samples):
         raise ConfigError(
-            f"no label in the {len(samples)} samples looked at, and class_labels tells the network each image's class; "
+            f"no label in the {len(samples)} samples looked at, and class_labels conditions on each image's class; "
             "give shards with a member cls, or a label in their json, or leave class_labels out"
         )
 
@@ -63,17 +51,17 @@ def labels_of(data: ImageDataset) -> frozenset[str]:
         SynthgenError: a label cannot be read; every process raises the error, so that none waits forever.
     """
     rank, size = (dist.get_rank(), world_size()) if world_size() > 1 else (0, 1)
-    share = range(len(data) * rank // size, len(data) * (rank + 1) // size)
-    every: list[Any] = [None] * size
+    part = range(len(data) * rank // size, len(data) * (rank + 1) // size)
+    parts: list[Any] = [None] * size  # of each process: its labels, or its error
     try:
-        every[rank] = {label for number in share if (label := data.label(number)) is not None}
+        parts[rank] = {label for number in part if (label := data.label(number)) is not None}
     except SynthgenError as error:
-        every[rank] = error
+        parts[rank] = error
     if size > 1:
-        dist.all_gather_object(every, every[rank])
-    if failed := [found for found in every if isinstance(found, SynthgenError)]:
-        raise failed[0]
-    return frozenset().union(*every)
+        dist.all_gather_object(parts, parts[rank])
+    if errors := [found for found in parts if isinstance(found, SynthgenError)]:
+        raise errors[0]
+    return frozenset().union(*parts)
 
 
 def class_numbers(
@@ -95,14 +83,14 @@ def class_numbers(
     return numbers, {"told": (numbers != none).float().mean()}
 
 
-def vectors(
+def class_vectors(
     classes: ClassEmbedding | None, numbers: Int[Tensor, " b"] | None, count: int
 ) -> Float[Tensor, "b d"] | None:
     """The class vectors of ``count`` images; without ``numbers`` that of "no class"."""
     if classes is None:
         return None
-    found: Tensor = classes(classes.none(count) if numbers is None else numbers)
-    return found
+    vectors: Tensor = classes(classes.none(count) if numbers is None else numbers)
+    return vectors
 
 
 def sampled_classes(
@@ -118,14 +106,14 @@ def sampled_classes(
         raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
     if labels is None:
         if guidance_scale != 1:
-            raise ValueError(f"guidance_scale {guidance_scale} leads towards a class; give labels too")
+            raise ValueError(f"guidance_scale {guidance_scale} has no effect without labels; give labels too")
         return None
     if classes is None:
-        raise ValueError("this network was told no classes; pretrain with class_labels: true, or leave labels out")
-    each = [labels] * count if isinstance(labels, str | int) else list(labels)
-    if len(each) != count:
-        raise ValueError(f"{len(each)} labels for {count} seeds; give one for each, or one for all")
-    return classes.numbers(each)
+        raise ValueError("this network was trained without classes; pretrain with class_labels: true, or omit labels")
+    labels = [labels] * count if isinstance(labels, str | int) else list(labels)
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels for {count} seeds; give one for each, or one for all")
+    return classes.numbers(labels)
 
 
 def classifier_free_guidance(

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Hiding", "coverage", "num_visible_patches"]
+from synthgen.config import check_range
+
+__all__ = ["Hiding", "coverage", "hidden_share", "num_visible_patches"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,7 @@ class Hiding:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, share in (("foreground_share", self.share), ("foreground_share_start", self.start)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
+        check_range(ge=0, le=1, foreground_share=self.share, foreground_share_start=self.start)
 
     @property
     def guided(self) -> bool:
@@ -53,6 +53,11 @@ class Hiding:
 def coverage(masks: Bool[Tensor, "b k H W"], patch_size: int) -> Float[Tensor, "b n"]:
     """The share of each patch under the mask of any word, in [0, 1]."""
     return F.avg_pool2d(masks.any(1, keepdim=True).float(), patch_size).flatten(1)
+
+
+def hidden_share(foreground: Float[Tensor, "b n"], hidden: Int[Tensor, "b h"]) -> Float[Tensor, ""]:
+    """The hidden share of the foreground: about ``mask_ratio`` where hiding is random, 0 without foreground."""
+    return foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
 
 
 def num_visible_patches(name: str, ratio: float, num_patches: int) -> int:

@@ -10,21 +10,24 @@ from torch import Tensor
 from synthgen.models.decoder import PixelDecoder
 from synthgen.models.vit import EncoderConfig, VisionTransformer
 
-__all__ = ["pixel_decoder", "pixel_range", "pixel_target", "to_pixels"]
+__all__ = ["decoder_size", "pixel_decoder", "pixel_range", "pixel_target", "to_pixels"]
+
+
+def decoder_size(config: EncoderConfig, dim: int, depth: int) -> dict[str, int]:
+    """The width and depth of a decoder, where 0 stands for MAE's, adapted to smaller encoders.
+
+    The width is 512 but at most the encoder's, rounded down to a multiple of 32. The depth is 8 for encoders of 12
+    blocks or more, and half the encoder's otherwise.
+    """
+    return {
+        "dim": dim or max(32, min(512, config.dim) // 32 * 32),
+        "depth": depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
+    }
 
 
 def pixel_decoder(encoder: VisionTransformer, dim: int, depth: int) -> PixelDecoder:
-    """MAE's decoder.
-
-    The default of 0 means the paper's ``dim`` of 512 and ``depth`` of 8 for an encoder of 12 blocks or more, and for
-    smaller ones the encoder's width, rounded down to a multiple of 32, and half its depth.
-    """
-    config = encoder.config
-    return PixelDecoder(
-        encoder,
-        dim=dim or max(32, min(512, config.dim) // 32 * 32),
-        depth=depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
-    )
+    """MAE's decoder; see :func:`decoder_size`."""
+    return PixelDecoder(encoder, **decoder_size(encoder.config, dim, depth))
 
 
 def pixel_target(patches: Float[Tensor, "b h p"], *, norm: bool) -> Float[Tensor, "b h p"]:
@@ -39,9 +42,7 @@ def pixel_target(patches: Float[Tensor, "b h p"], *, norm: bool) -> Float[Tensor
 def pixel_range(config: EncoderConfig, device: torch.device) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """The range of each value of a normalised patch: what pixels of 0 and of 1 become."""
     mean, std = (torch.tensor(value, device=device) for value in (config.mean, config.std))
-    low, high = (
-        ((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0)
-    )  # channels are the last axis
+    low, high = (((bound - mean) / std).repeat(config.patch_size**2) for bound in (0.0, 1.0))  # channels come last
     return low, high
 
 

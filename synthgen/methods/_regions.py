@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from synthgen.loader import Batch
-from synthgen.methods._names import number_of
 
-__all__ = ["WHOLE", "Regions", "pool", "regions"]
+__all__ = ["WHOLE", "Regions", "number_of", "pool", "regions"]
 
 WHOLE = -1  # the number of a region without a word, such as a whole image
+
+
+@lru_cache(maxsize=65536)
+def number_of(text: str) -> int:
+    """A hash of 62 bits of a word or text, without case and surrounding space; equal on every process."""
+    digest = hashlib.blake2b(text.strip().lower().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
 
 
 @dataclass(frozen=True, slots=True)

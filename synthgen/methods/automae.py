@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
@@ -13,12 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
+from synthgen.config import check_range
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import coverage, num_visible_patches
+from synthgen.methods._ema import update_teacher
+from synthgen.methods._hiding import coverage, hidden_share, num_visible_patches
 from synthgen.methods._pixels import pixel_decoder, pixel_target
 from synthgen.models.draws import uniform
-from synthgen.models.layers import Block, patchify, take
+from synthgen.models.layers import Block, patchify, split_heads, take
 from synthgen.models.masker import MaskDiscriminator, MaskGenerator
 from synthgen.models.vit import VisionTransformer, load_encoder
 
@@ -70,12 +71,9 @@ class AutoMAE(Method):
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie between 0 and 1, not {momentum}")
-        if min(alpha, adversary_weight) < 0:
-            raise ValueError(f"alpha and adversary_weight must be 0 or more, not {alpha} and {adversary_weight}")
-        if not 0.001 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0.001 or more, not {temperature}")
+        check_range(ge=0, le=1, momentum=momentum)
+        check_range(ge=0, alpha=alpha, adversary_weight=adversary_weight)
+        check_range(ge=0.001, temperature=temperature)
         config = encoder.config
         self.num_visible = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.encoder = encoder
@@ -100,7 +98,7 @@ class AutoMAE(Method):
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The losses of the hidden patches, the generator and the discriminator."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
-        foreground = self.coverage(batch.masks)  # b n
+        foreground = coverage(batch.masks, self.encoder.config.patch_size)  # b n
         p = self.sampled_shares(patches, batch.seeds)  # b n
         visible, hidden = self.split(p, batch.seeds)
         predicted = self.decoder(self.encode(patches, visible, p), visible, hidden)  # b h p
@@ -114,10 +112,7 @@ class AutoMAE(Method):
 
         metrics = {"pixel_error": pixels, "generator_error": generator, "discriminator_error": discriminator}
         if self.uses_masks:
-            total = foreground.sum().clamp(min=1e-6)
-            metrics["foreground_hidden"] = (
-                foreground.gather(1, hidden).sum() / total
-            )  # about mask_ratio where hiding is random
+            metrics["foreground_hidden"] = hidden_share(foreground, hidden)
         loss = pixels + self.adversary_weight * generator + discriminator
         return StepOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
@@ -128,8 +123,7 @@ class AutoMAE(Method):
         x = self.scorer.embed(patches)
         for block in blocks:
             x = block(x)
-        qkv = last.project_qkv(x)
-        q, k, _ = qkv.view(*qkv.shape[:2], 3, last.attn.num_heads, -1).permute(2, 0, 3, 1, 4)  # b h t w each
+        q, k, _ = (split_heads(part, last.attn.num_heads) for part in last.project_qkv(x).chunk(3, dim=2))  # b h t w
         scores = (q[:, :, :1] @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
         attention: Tensor = scores.softmax(dim=3)
         return attention[:, :, 0, 1:]
@@ -159,25 +153,17 @@ class AutoMAE(Method):
         y: Tensor = self.encoder.norm(x)
         return y
 
-    def coverage(self, masks: Bool[Tensor, "b k H W"]) -> Float[Tensor, "b n"]:
-        """The share of each patch under the mask of any word, in [0, 1]."""
-        if not (self.uses_masks and masks.shape[1]):
-            return torch.zeros(len(masks), self.encoder.config.grid**2, device=masks.device)
-        return coverage(masks, self.encoder.config.patch_size)
-
     def real(self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """r, D's real example: of a rectangle, or of the foreground where it covers half a patch or more."""
-        rectangle = rectangles(uniform(seeds, 4, stream=RECTANGLE), self.encoder.config.grid).float()
-        inside = torch.where(foreground.sum(1, keepdim=True) >= 0.5, foreground, rectangle)
+        """r, D's real example: of a rectangle, or with ``prior: masks`` of a foreground of half a patch or more."""
+        inside = rectangles(uniform(seeds, 4, stream=RECTANGLE), self.encoder.config.grid).float()
+        if self.uses_masks:
+            inside = torch.where(foreground.sum(1, keepdim=True) >= 0.5, foreground, inside)
         return (0.5 * inside + uniform(seeds, inside.shape[1], stream=NOISE)).softmax(dim=1)
 
-    @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Update the EMA, if the scorer is one."""
         if self.follows:
-            rate = (1 - self.momentum) * 0.5 * (1 + math.cos(math.pi * progress))
-            for slow, fast in zip(self.scorer.parameters(), self.encoder.parameters(), strict=True):
-                slow.lerp_(fast, rate)
+            update_teacher(self.scorer, self.encoder, self.momentum, progress)
 
 
 def rectangles(draws: Float[Tensor, "b 4"], grid: int) -> Bool[Tensor, "b n"]:
@@ -213,5 +199,5 @@ def _loaded(folder: str, encoder: VisionTransformer) -> VisionTransformer:
         wrong = ", ".join(
             f"{name} {own[name]} instead of {wanted[name]}" for name in names if own[name] != wanted[name]
         )
-        raise ValueError(f"the scorer in {folder} has {wrong}; name one that was pretrained as this encoder is to be")
+        raise ValueError(f"the scorer in {folder} has {wrong}; give one with the values of this encoder")
     return scorer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -14,10 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from synthgen.augment import Augment
+from synthgen.config import check_range
 from synthgen.datasets import Sample
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
+from synthgen.methods._ema import update_teacher
 from synthgen.methods._processes import gather, own_rows, share_of_mean
 from synthgen.methods._products import products, unit
 from synthgen.methods._regions import WHOLE, Regions, pool, regions
@@ -26,9 +27,8 @@ from synthgen.models.vit import VisionTransformer
 
 __all__ = ["Contrastive"]
 
-NO_WORD = (
-    -2
-)  # in the queue: the key of an image without words, from the loss over objects; WHOLE: from that over images
+# In the queue, WHOLE marks keys of the loss over images, NO_WORD keys of images without words of that over objects.
+NO_WORD = -2
 
 
 class Contrastive(Method):
@@ -73,16 +73,11 @@ class Contrastive(Method):
         jitter: float = 0.4,  # strength of the colour jitter, in [0, 1)
     ) -> None:
         super().__init__()
-        if not 0 <= instance_share <= 1:
-            raise ValueError(f"instance_share must lie between 0 and 1, not {instance_share}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie between 0 and 1, not {momentum}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
-        if min(max_words, projection_dim) < 1 or min(queue, hidden_dim) < 0:
-            raise ValueError("max_words and projection_dim must be 1 or more, queue and hidden_dim 0 or more")
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter must be at least 0 and below 1, not {jitter}")
+        check_range(ge=0, le=1, instance_share=instance_share, momentum=momentum)
+        check_range(gt=0, temperature=temperature)
+        check_range(ge=1, max_words=max_words, projection_dim=projection_dim)
+        check_range(ge=0, queue=queue, hidden_dim=hidden_dim)
+        check_range(ge=0, lt=1, jitter=jitter)
         dim = encoder.config.dim
         hidden_dim = hidden_dim or min(4096, 4 * dim)
         self.encoder = encoder
@@ -113,8 +108,8 @@ class Contrastive(Method):
         words = {word.strip().lower() for sample in samples if sample.label_map is not None for word in sample.words}
         if self.uses_masks and len(words) == 1 and not self.same_word_negatives:
             raise ConfigError(
-                f"all {len(samples)} samples looked at have the one word {words.pop()!r}, and guidance tells words "
-                "apart; set method.same_word_negatives=true, or leave --guided out"
+                f"all {len(samples)} samples looked at have the one word {words.pop()!r}, and guidance contrasts "
+                "different words; set method.same_word_negatives=true, or leave --guided out"
             )
 
     def views(self) -> Augment:
@@ -219,10 +214,8 @@ class Contrastive(Method):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Update the teacher, and replace the oldest keys of the queue by those of the step."""
-        rate = (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
-        for teacher, student in ((self.teacher, self.encoder), (self.teacher_project, self.project)):
-            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                slow.lerp_(fast, rate)
+        update_teacher(self.teacher, self.encoder, self.momentum, progress)
+        update_teacher(self.teacher_project, self.project, self.momentum, progress)
         size = len(self.queue_keys)
         for keys, words in self._new_keys:
             keys, words = keys[-size:], words[-size:]

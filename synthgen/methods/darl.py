@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from synthgen.config import check_range
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._hiding import coverage
@@ -60,10 +61,8 @@ class DARL(Method):
         foreground_weight: float = 0.0,  # f: a patch under masks has the weight 1 + f
     ) -> None:
         super().__init__()
-        if beta_a <= 0:
-            raise ValueError(f"beta_a must be above 0 (1 is the uniform distribution), not {beta_a}")
-        if foreground_weight < 0:
-            raise ValueError(f"foreground_weight must be 0 (the plain form) or more, not {foreground_weight}")
+        check_range(gt=0, beta_a=beta_a)
+        check_range(ge=0, foreground_weight=foreground_weight)
         if norm_pixels and head == "denoise":
             raise ValueError("norm_pixels goes with head mse: head denoise predicts the pixels themselves")
         if tell_gamma and head == "mse":
@@ -130,8 +129,7 @@ class DARL(Method):
         """
         if self.head != "denoise":
             raise ValueError('only head "denoise" draws images; "mse" predicts the mean of all possible patches')
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
+        check_range(ge=1, num_steps=num_steps)
         config, device = self.encoder.config, self.encoder.cls_token.device
         seeds, size = seeds.to(device), 3 * config.patch_size**2
         low, high = pixel_range(config, device)

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from synthgen.config import check_range
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
-from synthgen.methods._pixels import pixel_range, pixel_target
+from synthgen.methods._hiding import Hiding, coverage, hidden_share, num_visible_patches
+from synthgen.methods._pixels import decoder_size, pixel_range, pixel_target
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
 from synthgen.models.masked_denoiser import DecoderKind, MaskedDenoiser
@@ -60,8 +61,7 @@ class DiffMAE(Method):
         decoder_depth: int = 0,  # 0: by the encoder's size
     ) -> None:
         super().__init__()
-        if not 0.01 <= rho <= 3:
-            raise ValueError(f"rho must lie between 0.01 and 3, and be 1 for DDPM's schedule, not {rho}")
+        check_range(ge=0.01, le=3, rho=rho)
         config = encoder.config
         self.num_visible = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
@@ -70,9 +70,8 @@ class DiffMAE(Method):
         self.decoder = MaskedDenoiser(
             encoder,
             kind=decoder,
-            dim=decoder_dim or max(32, min(512, config.dim) // 32 * 32),
-            depth=decoder_depth or (8 if config.depth >= 12 else max(1, config.depth // 2)),
             u_links=u_links,
+            **decoder_size(config, decoder_dim, decoder_depth),
         )
         self.register_buffer("log_signal", schedule(rho), persistent=False)
 
@@ -85,8 +84,7 @@ class DiffMAE(Method):
         """The error of the hidden patches, with a random time for each image."""
         size, seeds = self.encoder.config.patch_size, batch.seeds
         patches = patchify(batch.images, size)  # b n p
-        guided = self.uses_masks and batch.masks.shape[1]
-        foreground = coverage(batch.masks, size) if guided else patches.new_zeros(patches.shape[:2])
+        foreground = coverage(batch.masks, size)  # b n
         order = uniform(seeds, patches.shape[1], stream=HIDING)
         visible, hidden = self.hiding.split(order, foreground, self.num_visible, progress)
         x, times = take(patches, hidden), self.times(seeds)
@@ -99,7 +97,7 @@ class DiffMAE(Method):
             "error_more_noise": _weighted(errors.detach(), 1 - signal),
         }
         if self.uses_masks:
-            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
+            metrics["foreground_hidden"] = hidden_share(foreground, hidden)
         return StepOutput(errors.mean(), metrics)
 
     def times(self, seeds: Int[Tensor, " b"]) -> Int[Tensor, " b"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.config import check_range
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._pixels import to_pixels
@@ -69,10 +69,8 @@ class DRL(Method):
     ) -> None:
         super().__init__()
         config = encoder.config
-        if code_dim < 1:
-            raise ValueError(f"code_dim must be 1 or more, not {code_dim}")
-        if not 0 <= penalty < math.inf:
-            raise ValueError(f"penalty must be 0 or more, not {penalty}")
+        check_range(ge=1, code_dim=code_dim)
+        check_range(ge=0, penalty=penalty, foreground_weight=foreground_weight)
         if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
             raise ValueError(
                 f"sigma_min {sigma_min} must be 1e-6 or more and at most sigma_max {sigma_max}, and that 1e6 or less"
@@ -83,8 +81,6 @@ class DRL(Method):
             )
         if score_width < 4 or score_width % 4:
             raise ValueError(f"score_width must be a multiple of 4, not {score_width}")
-        if not 0 <= foreground_weight < math.inf:
-            raise ValueError(f"foreground_weight must be 0 (the plain form) or more, not {foreground_weight}")
         self.variational, self.penalty, self.foreground_weight = variational, penalty, foreground_weight
         self.sigma_min, self.sigma_max, self.sigma_law = sigma_min, sigma_max, sigma_law
         self.denoised_size = denoised_size or min(32, config.image_size)
@@ -169,8 +165,7 @@ class DRL(Method):
         Raises:
             ValueError: num_steps is below 1.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
+        check_range(ge=1, num_steps=num_steps)
         device = self.encoder.cls_token.device
         features = self.encoder.features(images.to(device))
         t = torch.arange(num_steps, 0, -1, device=device) / num_steps

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
+from synthgen.methods._hiding import Hiding, coverage, hidden_share, num_visible_patches
 from synthgen.methods._pixels import pixel_decoder, pixel_target
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, restore, take, unpatchify
@@ -66,24 +66,12 @@ class MAE(Method):
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         """The reconstruction error of the hidden patches."""
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
-        foreground = self.coverage(batch.masks)  # b n
+        foreground = coverage(batch.masks, self.encoder.config.patch_size)  # b n
         visible, hidden = self.split(batch.seeds, foreground, progress)
         features = self.encoder.encode(take(patches, visible), visible)  # b v+1 d
         predicted = self.decoder(features, visible, hidden)  # b h p
         loss = F.mse_loss(predicted.float(), pixel_target(take(patches, hidden), norm=self.norm_pixels))
-        metrics: dict[str, Tensor] = {}
-        if self.uses_masks:
-            total = foreground.sum().clamp(min=1e-6)
-            metrics["foreground_hidden"] = (
-                foreground.gather(1, hidden).sum() / total
-            )  # about mask_ratio where hiding is random
-        return StepOutput(loss, metrics)
-
-    def coverage(self, masks: Bool[Tensor, "b k H W"]) -> Float[Tensor, "b n"]:
-        """The share of each patch under the mask of any word, in [0, 1]."""
-        if not (self.uses_masks and masks.shape[1]):
-            return torch.zeros(len(masks), self.encoder.config.grid**2, device=masks.device)
-        return coverage(masks, self.encoder.config.patch_size)
+        return StepOutput(loss, {"foreground_hidden": hidden_share(foreground, hidden)} if self.uses_masks else {})
 
     def split(
         self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"], progress: float
@@ -99,7 +87,7 @@ class MAE(Method):
         """
         size = self.encoder.config.patch_size
         patches = patchify(batch.images, size)
-        visible, hidden = self.split(batch.seeds, self.coverage(batch.masks), progress)
+        visible, hidden = self.split(batch.seeds, coverage(batch.masks, size), progress)
         predicted = self.decoder(self.encoder.encode(take(patches, visible), visible), visible, hidden)
         if self.norm_pixels:
             variance, mean = torch.var_mean(take(patches, hidden), dim=2, keepdim=True)

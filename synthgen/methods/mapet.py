@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from synthgen.config import check_range
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
+from synthgen.methods._hiding import Hiding, coverage, hidden_share, num_visible_patches
 from synthgen.methods._processes import gather, world_size
 from synthgen.models.codebook import Codebook
 from synthgen.models.draws import uniform
-from synthgen.models.layers import Block, attend, initialize, patchify, take
+from synthgen.models.layers import Block, attend, initialize, patchify, split_heads, take
 from synthgen.models.transformers_encoder import encoder_folder, is_tower, load_tower, open_encoder
 from synthgen.models.vit import Encoder, EncoderConfig, VisionTransformer
 
@@ -69,8 +70,7 @@ class MaPeT(Method):
         foreground_share_start: float = 0.0,  # the same at the start of the training
     ) -> None:
         super().__init__()
-        if num_tokens < 2:
-            raise ValueError(f"num_tokens must be 2 or more, not {num_tokens}")
+        check_range(ge=2, num_tokens=num_tokens)
         config = encoder.config
         self.num_given = num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
         self.hiding = Hiding(foreground_share, foreground_share_start)
@@ -114,7 +114,7 @@ class MaPeT(Method):
             "perplexity": torch.special.entr(counts / ids.numel()).sum().exp(),  # of the tokens of this step
         }
         if self.uses_masks:
-            metrics["foreground_hidden"] = foreground.gather(1, targets).sum() / foreground.sum().clamp(min=1e-6)
+            metrics["foreground_hidden"] = hidden_share(foreground, targets)
         return StepOutput(loss, metrics)
 
     def split(
@@ -187,7 +187,7 @@ def cross_attend(
     weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
     q = F.linear(block.norm1(x), weight[:d], bias[:d])
     k, v = F.linear(block.norm1(content), weight[d:], bias[d:]).chunk(2, dim=2)
-    q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (split_heads(part, heads) for part in (q, k, v))
     x = x + block.attn.proj(attend(q, k, v, attn_mask[None, None]).transpose(1, 2).flatten(2))
     y: Tensor = x + block.mlp(block.norm2(x))
     return y

@@ -15,21 +15,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.config import check_range
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._classes import (
     Labels,
-    check_dropout,
     check_labels,
     class_numbers,
+    class_vectors,
     classifier_free_guidance,
     labels_of,
     sampled_classes,
-    vectors,
 )
-from synthgen.methods._ema import check_decay, update_ema
-from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
+from synthgen.methods._ema import update_ema
+from synthgen.methods._hiding import Hiding, coverage, hidden_share, num_visible_patches
 from synthgen.methods._pixels import pixel_target, to_pixels
 from synthgen.models.classes import ClassEmbedding
 from synthgen.models.draws import normal, uniform
@@ -75,7 +75,6 @@ class MaskDiT(Method):
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
-    added: ClassVar = {"class_labels": False, "label_dropout": 0.1}
 
     steps: Tensor
 
@@ -101,10 +100,9 @@ class MaskDiT(Method):
         config = encoder.config
         if mask_ratio:
             num_visible_patches("mask_ratio", mask_ratio, config.grid**2)
-        if not 0 <= tuning_share <= 1:
-            raise ValueError(f"tuning_share must lie between 0 and 1, not {tuning_share}")
-        if not 0 <= rebuild_weight < math.inf:
-            raise ValueError(f"rebuild_weight must be 0 or more, not {rebuild_weight}")
+        check_range(ge=0, le=1, tuning_share=tuning_share, ema_decay=ema_decay)
+        check_range(ge=0, rebuild_weight=rebuild_weight)
+        check_range(ge=0, lt=1, label_dropout=label_dropout)
         if not (noise_std >= 0 and abs(noise_mean) + 5.3 * noise_std <= 12):  # the largest magnitude of a draw is 5.3
             raise ValueError(
                 f"noise_mean {noise_mean} and noise_std {noise_std} must keep ln sigma between -12 and 12; "
@@ -122,9 +120,9 @@ class MaskDiT(Method):
             depth=decoder_depth or max(1, config.depth // 3),
         )
         self.classes = ClassEmbedding(config.dim) if class_labels else None
-        self.label_dropout = check_dropout(label_dropout)
+        self.label_dropout = label_dropout
         self.average = copy.deepcopy(self).requires_grad_(False)
-        self.ema_decay = check_decay(ema_decay)
+        self.ema_decay = ema_decay
         self.register_buffer("steps", torch.zeros(()))
 
     @property
@@ -158,7 +156,8 @@ class MaskDiT(Method):
         x = SIGMA_DATA * patchify(batch.images, self.encoder.config.patch_size)  # b n p
         sigma = self.levels(batch.seeds)
         y = x + sigma[:, None, None] * normal(batch.seeds, *x.shape[1:], stream=NOISE)
-        visible, hidden = self.split(batch, progress)
+        foreground = coverage(batch.masks, self.encoder.config.patch_size)  # b n
+        visible, hidden = self.split(batch.seeds, foreground, progress)
         numbers, shares = class_numbers(self.classes, batch.labels, batch.seeds, self.label_dropout, stream=LABEL)
         denoised = self.denoise(y, sigma, visible, hidden, numbers)
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
@@ -168,9 +167,8 @@ class MaskDiT(Method):
             rebuild = ((denoised[:, visible.shape[1] :] - pixel_target(take(y, hidden), norm=True)) ** 2).mean()
             loss = loss + self.rebuild_weight * rebuild
             metrics["rebuild"] = rebuild.detach()
-        if self.uses_masks:  # also in batches without words, as all processes and parts need the same metrics
-            foreground = coverage(batch.masks, self.encoder.config.patch_size)
-            metrics["foreground_hidden"] = foreground.gather(1, hidden).sum() / foreground.sum().clamp(min=1e-6)
+        if self.uses_masks:
+            metrics["foreground_hidden"] = hidden_share(foreground, hidden)
         return StepOutput(loss, metrics)
 
     def levels(self, seeds: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -186,17 +184,15 @@ class MaskDiT(Method):
             return 0.0
         return self.mask_ratio * math.cos(math.pi / 2 * (progress - start) / self.tuning_share) ** 4
 
-    def split(self, batch: Batch, progress: float) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
+    def split(
+        self, seeds: Int[Tensor, " b"], foreground: Float[Tensor, "b n"], progress: float
+    ) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
         """Indices of the visible and of the hidden patches."""
-        config = self.encoder.config
-        num_patches = config.grid**2
+        num_patches = foreground.shape[1]
         num_visible = int(num_patches * (1 - self.hidden_ratio(progress)))
         if num_visible == num_patches:
-            return self.whole(len(batch))
-        noise = uniform(batch.seeds, num_patches, stream=HIDING)
-        guided = self.uses_masks and batch.masks.shape[1]
-        foreground = coverage(batch.masks, config.patch_size) if guided else torch.zeros_like(noise)
-        return self.hiding.split(noise, foreground, num_visible, progress)
+            return self.whole(len(seeds))
+        return self.hiding.split(uniform(seeds, num_patches, stream=HIDING), foreground, num_visible, progress)
 
     def whole(self, count: int) -> tuple[Int[Tensor, "b v"], Int[Tensor, "b h"]]:
         """Indices of all patches as visible, in their order, and none as hidden."""
@@ -232,7 +228,7 @@ class MaskDiT(Method):
         """F, the network's outputs in the same order; hidden patches are not part of its input."""
         scale = (sigma**2 + SIGMA_DATA**2).rsqrt()
         times = (1000 * sigma[:, 0, 0].log() / 4).round().long()
-        time = self.time(times, vectors(self.classes, numbers, len(y)))
+        time = self.time(times, class_vectors(self.classes, numbers, len(y)))
         modulations = [scale * sigma * change(time) for change in self.changes]
         features = self.encoder.encode(scale * take(y, visible), visible, modulations)
         outputs: Tensor = self.decoder(features, visible, hidden, time)

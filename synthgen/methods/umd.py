@@ -14,20 +14,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.config import check_range
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
 from synthgen.methods._classes import (
     Labels,
-    check_dropout,
     check_labels,
     class_numbers,
+    class_vectors,
     classifier_free_guidance,
     labels_of,
     sampled_classes,
-    vectors,
 )
-from synthgen.methods._ema import check_decay, update_ema
+from synthgen.methods._ema import update_ema
 from synthgen.methods._hiding import Hiding, coverage, num_visible_patches
 from synthgen.methods._pixels import pixel_range, to_pixels
 from synthgen.models.classes import ClassEmbedding
@@ -69,7 +69,6 @@ class UMD(Method):
     """
 
     guided: ClassVar = {"foreground_share": 0.5}
-    added: ClassVar = {"class_labels": False, "label_dropout": 0.1, "ema_decay": 0.0, "crop_area": 0.8}
 
     levels: Tensor
     steps: Tensor
@@ -91,10 +90,9 @@ class UMD(Method):
         crop_area: float = 0.8,  # least area of a crop, as a share of the image; 0.95 in the paper's fine-tuning
     ) -> None:
         super().__init__()
-        if not 0 <= clean_share < 1:
-            raise ValueError(f"clean_share must be at least 0 and below 1 (that would be mae), not {clean_share}")
-        if not 0.01 <= crop_area <= 1:
-            raise ValueError(f"crop_area must lie between 0.01 and 1, not {crop_area}")
+        check_range(ge=0, lt=1, clean_share=clean_share, label_dropout=label_dropout)
+        check_range(ge=0.01, le=1, crop_area=crop_area)
+        check_range(ge=0, le=1, ema_decay=ema_decay)
         config = encoder.config
         num_patches = config.grid**2
         self.clean_visible = num_visible_patches("clean_mask_ratio", clean_mask_ratio, num_patches)
@@ -108,10 +106,10 @@ class UMD(Method):
         self.changes = nn.ModuleList(Modulation(config.dim) for _ in range(config.depth))
         self.decoder = NoiseDecoder(encoder, depth=decoder_depth or max(1, config.depth // 3))
         self.classes = ClassEmbedding(config.dim, deep=True) if class_labels else None
-        self.label_dropout = check_dropout(label_dropout)
+        self.label_dropout = label_dropout
         self.crop_area = crop_area
         self.register_buffer("levels", cosine_schedule(TIMES), persistent=False)
-        self.ema_decay = check_decay(ema_decay)
+        self.ema_decay = ema_decay
         self.average = copy.deepcopy(self).requires_grad_(False) if ema_decay else None
         if ema_decay:
             self.register_buffer("steps", torch.zeros(()))
@@ -148,9 +146,7 @@ class UMD(Method):
         clean = int(self.clean_share * len(batch))
         noisy = len(batch) - clean
         patches = patchify(batch.images, self.encoder.config.patch_size)  # b n p
-        foreground = coverage(batch.masks, self.encoder.config.patch_size) if batch.masks.shape[1] else None
-        if foreground is None:
-            foreground = torch.zeros(patches.shape[:2], device=patches.device)
+        foreground = coverage(batch.masks, self.encoder.config.patch_size)  # b n
         order = uniform(batch.seeds, patches.shape[1], stream=HIDING)
 
         # noised
@@ -194,7 +190,7 @@ class UMD(Method):
 
         ``numbers`` are the class numbers of noised images; None means no class.
         """
-        time = None if times is None else self.time(times, vectors(self.classes, numbers, len(x)))
+        time = None if times is None else self.time(times, class_vectors(self.classes, numbers, len(x)))
         modulations = None if time is None else [change(time) for change in self.changes]
         features = self.encoder.encode(take(x, visible), visible, modulations)
         pixels, noise = self.decoder(features, visible, hidden, time)

@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from synthgen.augment import Augment
+from synthgen.config import check_range
 from synthgen.datasets import Sample
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import Method, StepOutput
-from synthgen.methods._names import number_of
 from synthgen.methods._processes import gather, longest, share_of_mean
 from synthgen.methods._products import products, unit
-from synthgen.methods._regions import pool, regions
+from synthgen.methods._regions import number_of, pool, regions
 from synthgen.models.draws import uniform
 from synthgen.models.dual import DualEncoder, save_dual_encoder
 from synthgen.models.layers import initialize
@@ -85,18 +85,11 @@ class VLP(Method):
         tokenizer: str = "",  # tokenizer.json, or a folder with one; empty: that of the shipped model
     ) -> None:
         super().__init__()
-        for name, share in (("position_share", position_share), ("min_area", min_area)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {share}")
-        if min(blocks, embed_dim, max_words, max_regions) < 1 or min(text_depth, reader_depth) < 0 or max_tokens < 4:
-            raise ValueError(
-                "blocks, embed_dim, max_words and max_regions must be 1 or more, text_depth and reader_depth 0 or "
-                "more, max_tokens 4 or more"
-            )
-        if region_weight < 0:
-            raise ValueError(f"region_weight must not be negative, but is {region_weight}")
-        if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature must lie between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, not {temperature}")
+        check_range(ge=0, le=1, position_share=position_share, min_area=min_area)
+        check_range(ge=1, blocks=blocks, embed_dim=embed_dim, max_words=max_words, max_regions=max_regions)
+        check_range(ge=0, text_depth=text_depth, reader_depth=reader_depth, region_weight=region_weight)
+        check_range(ge=4, max_tokens=max_tokens)
+        check_range(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, temperature=temperature)
         config = encoder.config
         self.encoder = encoder
         self.tokenizer = TextTokenizer(tokenizer, max_tokens)
@@ -139,8 +132,8 @@ class VLP(Method):
         path = folder / "tokenizer.json"
         if path.is_file() and path.read_text(encoding="utf-8") != self.tokenizer.json:
             raise ConfigError(
-                f"the training in {folder} had another tokenizer.json than this one has; put back the one that lies "
-                f"there, or begin with its encoder alone, such as {folder}/transformers"
+                f"the training in {folder} had another tokenizer.json than this one has; use the one in that folder, "
+                f"or start from its encoder alone, such as {folder}/transformers"
             )
 
     def views(self) -> Augment:

@@ -1,4 +1,4 @@
-"""AutoMAE, piece by piece: the scorer's look, the draw, the lot, the two gradients, the prior and its judge."""
+"""AutoMAE: the scorer, the sampled hiding, the two paths of the gradient, the prior, and the discriminator."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.loader import Batch
 from synthgen.methods import METHODS
+from synthgen.methods._hiding import coverage
 from synthgen.methods.automae import rectangles
 from synthgen.models.draws import uniform
 from synthgen.models.layers import patchify, take
@@ -49,7 +50,7 @@ def of(part, found):
 
 
 class Fixed(nn.Module):
-    """A generator that says the same of every image."""
+    """A generator with the same output for every image."""
 
     def __init__(self, chances):
         super().__init__()
@@ -62,7 +63,7 @@ class Fixed(nn.Module):
 # -- where to hide
 
 
-def test_the_scorer_is_asked_how_each_head_looks_from_the_class_token():
+def test_the_scorer_gives_the_attention_of_the_class_token_per_head():
     method, batch = build(), make_batch()
     seen = []
     method.scorer.blocks[-1].attn.qkv.register_forward_hook(lambda module, given, said: seen.append(said))
@@ -76,7 +77,7 @@ def test_the_scorer_is_asked_how_each_head_looks_from_the_class_token():
         assert torch.allclose(found[image, head], scores.softmax(0)[1:], atol=1e-6)
 
 
-def test_the_draw_is_soft_and_favours_by_chance():
+def test_the_gumbel_softmax_is_soft_and_follows_the_generator():
     """The largest share falls on a patch as often as the generator says (the Gumbel trick), at any temperature."""
     chances = torch.full((64,), 0.25 / 62)
     chances[[5, 9]] = torch.tensor([0.5, 0.25])
@@ -92,7 +93,7 @@ def test_the_draw_is_soft_and_favours_by_chance():
 
 
 @pytest.mark.parametrize(("alpha", "kept"), [(0.0, (0.25, 0.25)), (0.15, (0.1375, 0.2875)), (0.5, (0, 1 / 3))])
-def test_favoured_patches_are_hidden_more_often(alpha, kept):
+def test_selected_patches_are_hidden_more_often(alpha, kept):
     """Of 196 patches the 49 with the largest shares; the bounds follow from the quarter quantile of all scores."""
     method = build(config=EncoderConfig(image_size=56, patch_size=4, dim=8, depth=1, num_heads=2), alpha=alpha)
     p = torch.rand(400, 196, generator=torch.Generator().manual_seed(0))
@@ -149,7 +150,7 @@ def test_gradients_go_where_they_should():
     assert not of("scorer", found[5.0])
 
 
-def test_what_is_hidden_does_not_leak_into_the_prediction():
+def test_hidden_pixels_do_not_leak_into_the_prediction():
     method, batch = build(), make_batch()
     patches = patchify(batch.images, 4)
     p = method.sampled_shares(patches, batch.seeds)
@@ -167,7 +168,7 @@ def test_the_loss_is_its_formula():
     method, batch = build(adversary_weight=0.7, prior="masks"), make_batch()
     output = method(batch, 0.0)
     p = method.sampled_shares(patchify(batch.images, 4), batch.seeds)
-    r = method.real(batch.seeds, method.coverage(batch.masks))
+    r = method.real(batch.seeds, coverage(batch.masks, 4))
     generator = discriminator = 0.0
     with torch.no_grad():
         for image in range(4):
@@ -181,7 +182,7 @@ def test_the_loss_is_its_formula():
     )
 
 
-# -- what a proposal is to look like
+# -- the real examples
 
 
 def test_rectangles_are_those_of_the_paper():
@@ -207,7 +208,7 @@ def test_rectangles_fit_other_grids(grid):
     assert float(share.mean()) == pytest.approx(0.42, abs=0.04)  # that of all areas and widths on the paper's grid
 
 
-def test_what_is_drawn_is_a_noisy_rectangle_as_shares():
+def test_a_real_example_is_a_noisy_rectangle():
     method, seeds = build(), torch.arange(500)
     r = method.real(seeds, torch.zeros(500, 64))
     inside = rectangles(uniform(seeds, 4, stream=2), 8)
@@ -218,12 +219,11 @@ def test_what_is_drawn_is_a_noisy_rectangle_as_shares():
     assert float(r.log()[inside].mean() - r.log()[~inside].mean()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_masks_stand_in_for_rectangles_where_there_are_any():
+def test_masks_replace_rectangles_where_there_are_any():
     guided, plain, batch = build(prior="masks"), build(), make_batch(words=2)
-    foreground = guided.coverage(batch.masks)
+    foreground = coverage(batch.masks, 4)
     assert foreground[0].nonzero().flatten().tolist() == [10, 11, 18, 19, 26, 27]
-    assert not plain.coverage(batch.masks).any()
-    own, other = guided.real(batch.seeds, foreground), plain.real(batch.seeds, plain.coverage(batch.masks))
+    own, other = guided.real(batch.seeds, foreground), plain.real(batch.seeds, foreground)
     noise = uniform(batch.seeds, 64, stream=3)
     assert torch.allclose(own[::2], (noise + 0.5 * foreground).softmax(1)[::2])
     assert torch.equal(own[1::2], other[1::2])  # without a mask
@@ -238,7 +238,7 @@ def test_masks_stand_in_for_rectangles_where_there_are_any():
 
 
 @pytest.mark.parametrize("grid", [4, 5, 8, 14, 16])
-def test_the_discriminator_says_one_number_and_the_same_again(grid):
+def test_the_discriminator_has_one_output_and_no_state(grid):
     torch.manual_seed(0)
     judge, shares = MaskDiscriminator(grid), torch.rand(3, grid**2).softmax(1)
     said = judge(shares)
@@ -262,7 +262,7 @@ def test_weights_are_over_their_largest_singular_value():
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_no_channel_of_the_generator_begins_silent(heads):
+def test_every_channel_of_the_generator_has_a_gradient_at_first(heads):
     for seed in range(20):
         torch.manual_seed(seed)
         generator = MaskGenerator(heads)
@@ -273,7 +273,7 @@ def test_no_channel_of_the_generator_begins_silent(heads):
 # -- the scorer
 
 
-def test_the_scorer_follows_the_encoder_where_none_is_named():
+def test_the_scorer_is_an_ema_of_the_encoder_by_default():
     method = build(momentum=0.9)
     assert torch.equal(method.scorer.cls_token, method.encoder.cls_token)
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_the_scorer_follows_the_encoder_where_none_is_named():
     assert torch.equal(method.scorer.cls_token, before)
 
 
-def test_a_named_scorer_is_held_and_travels_in_checkpoints(tmp_path):
+def test_a_given_scorer_is_frozen_and_part_of_checkpoints(tmp_path):
     torch.manual_seed(1)
     other = VisionTransformer(EncoderConfig(image_size=32, patch_size=4, dim=24, depth=3, num_heads=6))
     save_encoder(other, tmp_path)
@@ -305,26 +305,26 @@ def test_a_named_scorer_is_held_and_travels_in_checkpoints(tmp_path):
     assert resumed(batch, 0.5).loss.item() == method(batch, 0.5).loss.item()
 
 
-def test_a_scorer_that_does_not_fit_is_told(tmp_path):
+def test_a_scorer_of_another_patch_size_is_refused(tmp_path):
     with pytest.raises(MissingArtifact, match="there is no encoder in"):
         build(scorer=str(tmp_path))
     save_encoder(VisionTransformer(dataclasses.replace(CONFIG, patch_size=8)), tmp_path)
-    with pytest.raises(ConfigError, match=r"the scorer in .* has patch_size 8 instead of 4; name one"):
+    with pytest.raises(ConfigError, match=r"the scorer in .* has patch_size 8 instead of 4; give one"):
         build(scorer=str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
-        ({"alpha": -0.1}, "alpha and adversary_weight must be 0 or more"),
-        ({"adversary_weight": -1.0}, "not 0.5 and -1.0"),
-        ({"temperature": 0.0}, "temperature must be 0.001 or more"),
-        ({"momentum": 1.5}, "between 0 and 1"),
+        ({"alpha": -0.1}, "alpha must be at least 0"),
+        ({"adversary_weight": -1.0}, "adversary_weight must be at least 0, not -1.0"),
+        ({"temperature": 0.0}, "temperature must be at least 0.001"),
+        ({"momentum": 1.5}, "at least 0 and at most 1"),
         ({"prior": "circles"}, "automae.prior"),
         ({"config": dataclasses.replace(CONFIG, patch_size=16)}, "4 x 4 patches or more, not 2 x 2"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)

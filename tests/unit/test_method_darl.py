@@ -62,7 +62,7 @@ def train(method, batches, rate=3e-3):
 
 
 @torch.no_grad()
-def test_what_is_said_of_a_patch_does_not_know_it_or_any_later():
+def test_the_context_of_a_patch_excludes_it_and_later_ones():
     method, patches = build(), patchify(some_images(2), 4)
     context, _ = method.read(patches)  # one more than in training
     for place in range(N):
@@ -85,7 +85,7 @@ def test_the_encoder_reads_clean_patches_and_never_the_last(monkeypatch):
 
 
 @torch.no_grad()
-def test_looking_back_is_the_plain_block_on_what_came_before():
+def test_a_causal_block_is_the_plain_block_on_earlier_tokens():
     block = build().encoder.blocks[1]
     x = torch.randn(2, 7, 32)
     y, _ = causal_block(block, x)
@@ -95,7 +95,7 @@ def test_looking_back_is_the_plain_block_on_what_came_before():
 
 
 @torch.no_grad()
-def test_reading_on_is_reading_at_once():
+def test_reading_with_a_cache_equals_reading_at_once():
     method, patches = build(), patchify(some_images(2), 4)
     whole, _ = method.read(patches)
     parts, past = [], []
@@ -108,7 +108,7 @@ def test_reading_on_is_reading_at_once():
 
 @pytest.mark.parametrize("tell_gamma", [False, True])
 @torch.no_grad()
-def test_no_noised_patch_is_seen_by_another(tell_gamma):
+def test_noised_patches_do_not_affect_each_other(tell_gamma):
     decoder = build(tell_gamma=tell_gamma).decoder
     noised, context, gamma = torch.randn(2, N, P), torch.randn(2, N, 32), torch.rand(2, N)
     before = decoder(noised, context, gamma)
@@ -154,7 +154,7 @@ def test_the_limits_of_gamma():
 
 
 @pytest.mark.parametrize(("beta_a", "low", "high"), [(1e9, 0.0, 0.3), (1e-9, 0.95, 1.5)])
-def test_what_is_shown_can_be_said_and_what_is_not_cannot(beta_a, low, high):
+def test_copies_without_noise_can_be_predicted_and_noise_cannot(beta_a, low, high):
     """Patches that nothing predicts, of variance 1: with gamma near 1 the error goes to 0, with gamma near 0 to 1."""
     config = dataclasses.replace(CONFIG, image_size=8, patch_size=2)
     method = build(config, beta_a=beta_a)
@@ -190,7 +190,7 @@ def test_the_loss_is_its_formula(options):
 
 
 @pytest.mark.parametrize("options", HEADS)
-def test_every_head_teaches_all_of_the_encoder(options):
+def test_every_head_gives_gradients_to_all_of_the_encoder(options):
     method, batch = build(**options), make_batch(some_images())
     before = method(batch, 0.0).loss
     before.backward()
@@ -225,7 +225,7 @@ def test_without_masks_guided_is_plain(masks):
 
 
 @pytest.mark.parametrize("options", [{}, {"foreground_weight": 2.0}, {"head": "mse", "foreground_weight": 2.0}])
-def test_the_step_is_that_of_its_halves(options):
+def test_a_step_is_the_mean_of_its_halves(options):
     method, images, masks = build(**options), some_images(), some_masks()
     whole = method(make_batch(images, masks), 0.0).loss.item()
     halves = [method(make_batch(images[a:b], masks[a:b], a), 0.0).loss.item() for a, b in ((0, 2), (2, 4))]
@@ -246,7 +246,7 @@ class Gaussian(nn.Module):
         return self.mean + gain[..., None] * (noised - gamma.sqrt()[..., None] * self.mean)
 
 
-def test_drawing_gives_the_distribution_that_the_decoder_knows():
+def test_sampling_gives_the_distribution_of_the_decoder():
     method = build()
     method.decoder = Gaussian()
     noise = normal(torch.arange(2000), 201, 6)
@@ -263,7 +263,7 @@ def test_every_patch_is_drawn_from_noise_of_its_own():
     assert (torch.corrcoef(reds) - torch.eye(N)).abs().max() < 0.1  # 5 deviations
 
 
-def test_images_are_drawn_as_they_were_learned():
+def test_sampled_images_are_those_of_the_training():
     """Red images and blue ones: some of each, and never one of both colours. A seed gives the same in any company."""
     config = dataclasses.replace(CONFIG, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     method = build(config, beta_a=0.3)
@@ -276,24 +276,24 @@ def test_images_are_drawn_as_they_were_learned():
     assert torch.allclose(method.sample(torch.tensor([7, 3]), num_steps=20), images[[7, 3]], atol=1e-4)
 
 
-def test_only_the_denoising_head_draws():
+def test_only_the_denoising_head_samples():
     with pytest.raises(ValueError, match='only head "denoise" draws'):
         build(head="mse").sample(torch.arange(2))
-    with pytest.raises(ValueError, match="num_steps must be 1 or more"):
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
         build().sample(torch.arange(2), num_steps=0)
     assert build().sample(torch.arange(2), num_steps=1).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"head": "flow"}, "'denoise' or 'mse'"),
-        ({"beta_a": 0.0}, "above 0"),
-        ({"foreground_weight": -1.0}, r"0 \(the plain form\) or more"),
+        ({"beta_a": 0.0}, "beta_a must be above 0"),
+        ({"foreground_weight": -1.0}, "foreground_weight must be at least 0"),
         ({"norm_pixels": True}, "goes with head mse"),
         ({"head": "mse", "tell_gamma": True}, "goes with head denoise"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)

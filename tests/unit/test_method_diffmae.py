@@ -136,8 +136,8 @@ def part(batch, rows):
     return dataclasses.replace(batch, **{name: value[rows] for name, value in values.items()})
 
 
-def test_errors_are_told_by_noise(batch):
-    """With one image at the other end of time, its error is what is told there."""
+def test_metrics_weight_errors_by_noise(batch):
+    """Each metric is nearly the error of the only image at its end of the schedule."""
     method, alone = build(), part(batch, slice(1))
     for time, name in ((1, "error_less_noise"), (1000, "error_more_noise")):
         times = torch.tensor([time, 1001 - time, 1001 - time, 1001 - time])
@@ -145,18 +145,18 @@ def test_errors_are_told_by_noise(batch):
         assert method(batch, 0.0).metrics[name].item() == pytest.approx(method(alone, 0.0).loss.item(), rel=1e-2)
 
 
-def test_guidance_hides_what_words_point_at(batch):
+def test_guidance_hides_the_foreground(batch):
     guided = build(foreground_share=0.9)
     start, end = (guided(batch, progress) for progress in (0.0, 1.0))
     assert start.metrics["foreground_hidden"] + 0.05 < end.metrics["foreground_hidden"]
     assert start.loss.item() == build()(batch, 0.0).loss.item()  # the share has not risen yet
 
 
-# -- who sees whom
+# -- the decoders
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_noised_patches_see_each_other_or_do_not(decoder, batch):
+def test_whether_noised_patches_attend_to_each_other(decoder, batch):
     method = build(decoder=decoder, decoder_depth=2)
     visible, hidden = split(batch.seeds)
     memory = method.read(patchify(batch.images, 4), visible)
@@ -171,7 +171,7 @@ def test_noised_patches_see_each_other_or_do_not(decoder, batch):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_the_answer_depends_on_place_time_and_visible_patches(decoder, batch):
+def test_the_prediction_depends_on_position_time_and_visible_patches(decoder, batch):
     method = build(decoder=decoder)
     visible, hidden = split(batch.seeds)
     patches, times = patchify(batch.images, 4), torch.full((4,), 500)
@@ -210,11 +210,11 @@ def test_links_reach_evenly_from_the_last_layer_to_an_early_one(depth, links):
     assert MaskedDenoiser(encoder, kind="cross", dim=32, depth=depth, u_links=True).links == links
 
 
-# -- filling in
+# -- sampling
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_inpainting_keeps_what_is_visible_and_asks_the_encoder_once(decoder, batch):
+def test_inpainting_keeps_visible_patches_and_runs_the_encoder_once(decoder, batch):
     method = build(decoder=decoder)
     hidden = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(n))[:20] for n in range(4)])
     asked = []
@@ -258,7 +258,7 @@ def test_every_step_ends_where_noising_would(num_steps, batch):
         assert (float(noise.mean()), float(noise.std())) == (pytest.approx(0, abs=0.08), pytest.approx(1, abs=0.06))
 
 
-def test_what_cannot_be_filled_in_is_told(batch):
+def test_bad_arguments_of_sampling_are_refused(batch):
     method, hidden = build(), torch.arange(20).expand(4, -1)
     for wrong in (hidden + 50, hidden - 1, hidden.clamp(max=18), hidden[:, :0]):
         with pytest.raises(ValueError, match="places from 0 to 63, each once"):
@@ -271,16 +271,16 @@ def test_what_cannot_be_filled_in_is_told(batch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
-        ({"foreground_share": 1.5}, "between 0 and 1"),
-        ({"rho": 0.0}, "rho must lie between 0.01 and 3"),
+        ({"foreground_share": 1.5}, "at least 0 and at most 1"),
+        ({"rho": 0.0}, "rho must be at least 0.01 and at most 3"),
         ({"decoder": "self"}, "diffmae.decoder"),
         ({"decoder_dim": 40}, "multiple of 32"),
         ({"decoder_depth": -1}, "1 or more"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)

@@ -1,4 +1,4 @@
-"""Diffusion-based representation learning as its paper has it."""
+"""DRL: the loss, the code, sampling, and weights of masked pixels."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def without_code(module, arguments):
 
 
 @pytest.fixture(scope="module")
-def told():
+def with_code():
     """Trained on flat images."""
     return train(build(**LEARNING), 40, lambda step: flat(32, step))
 
 
 @pytest.fixture(scope="module")
-def untold():
-    """The same, with a score network that is not told the code."""
+def ignoring_code():
+    """The same, with a score network that ignores the code."""
     method = build(**LEARNING)
     method.score.register_forward_pre_hook(without_code)
     return train(method, 40, lambda step: flat(32, step))
@@ -112,7 +112,7 @@ def test_noise_levels_follow_their_law():
     assert set(build(sigma_min=5.0, sigma_max=5.0).sigmas(seeds[:9]).tolist()) == {5.0}
 
 
-def test_the_step_is_that_of_its_halves():
+def test_a_step_is_the_mean_of_its_halves():
     masks = torch.zeros(8, 1, 32, 32, dtype=torch.bool)
     masks[:5, :, 4:20, 8:30] = True
     method, whole = build(foreground_weight=2.0, time_dependent=True), speckled(8, masks)
@@ -140,8 +140,8 @@ def test_the_encoder_sees_the_clean_image_and_the_score_network_never_does():
     noise = normal(batch.seeds, 3, 8, 8, stream=1)
     assert torch.allclose(noised, clean + sigma[:, None, None, None] * noise, atol=1e-5)
     assert code.shape == (4, 8)
-    ((told,),) = levels
-    assert torch.equal(told, sigma)  # the encoder's time is that of the noise
+    ((level,),) = levels
+    assert torch.equal(level, sigma)  # the encoder's time is that of the noise
 
 
 def test_the_encoder_learns_through_the_code_alone():
@@ -190,50 +190,50 @@ def error(method, batch, sigma, codes):
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_the_code_helps_at_every_level(told, untold, sigma):
+def test_the_code_helps_at_every_level(with_code, ignoring_code, sigma):
     """Its own, more than another image's or none; and more than no code at all from the start."""
     batch = flat(128, 777)
     with torch.no_grad():
-        codes, _ = told.code(told.encoder.features(batch.images), torch.full((128,), sigma))
-        own = error(told, batch, sigma, codes)
-        assert own < 0.8 * error(told, batch, sigma, codes.roll(1, 0))
-        assert own < 0.8 * error(told, batch, sigma, 0 * codes)
-        assert own < 0.97 * error(untold, batch, sigma, codes)
+        codes, _ = with_code.code(with_code.encoder.features(batch.images), torch.full((128,), sigma))
+        own = error(with_code, batch, sigma, codes)
+        assert own < 0.8 * error(with_code, batch, sigma, codes.roll(1, 0))
+        assert own < 0.8 * error(with_code, batch, sigma, 0 * codes)
+        assert own < 0.97 * error(ignoring_code, batch, sigma, codes)
 
 
-def test_the_gain_is_recorded(told, untold):
+def test_the_gain_is_recorded(with_code, ignoring_code):
     batch = flat(64, 778)
-    assert told(batch, 1.0).metrics["code_gain"] > 0.05
-    assert abs(untold(batch, 1.0).metrics["code_gain"]) < 1e-5
-    assert abs(told(flat(1, 779), 1.0).metrics["code_gain"]) < 1e-5  # no other image
+    assert with_code(batch, 1.0).metrics["code_gain"] > 0.05
+    assert abs(ignoring_code(batch, 1.0).metrics["code_gain"]) < 1e-5
+    assert abs(with_code(flat(1, 779), 1.0).metrics["code_gain"]) < 1e-5  # no other image
 
 
-def test_noise_and_the_code_give_the_image_back(told):
+def test_noise_and_the_code_give_the_image_back(with_code):
     """The auto-encoding limit: what is denoised here has nothing of the image in it."""
     batch = flat(64, 780)
     noise, sigma = 2 * normal(batch.seeds, 3, 8, 8), torch.full((64,), 2.0)
     with torch.no_grad():
-        codes, _ = told.code(told.encoder.features(batch.images), sigma)
+        codes, _ = with_code.code(with_code.encoder.features(batch.images), sigma)
         likeness = []
         for code in (codes, 0 * codes):
-            colours = (noise + 2 * told.score(noise, sigma, code)).mean((2, 3))
+            colours = (noise + 2 * with_code.score(noise, sigma, code)).mean((2, 3))
             pairs = torch.stack([colours.flatten(), batch.images[:, :, 0, 0].flatten()])
             likeness.append(torch.corrcoef(pairs)[0, 1])
     assert likeness[0] > 0.7
     assert abs(likeness[1]) < 0.2
 
 
-def test_images_are_drawn_from_codes(told):
+def test_images_are_drawn_from_codes(with_code):
     batch = flat(16, 781)
-    drawn = told.redraw(batch.images, batch.seeds, num_steps=5)
+    drawn = with_code.redraw(batch.images, batch.seeds, num_steps=5)
     assert drawn.shape == (16, 3, 8, 8)
     assert 0 <= drawn.min() < drawn.max() <= 1
     mean, std = torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std)
     true = (batch.images[:, :, 0, 0] * std + mean).clamp(0, 1)
     assert torch.corrcoef(torch.stack([drawn.mean((2, 3)).flatten(), true.flatten()]))[0, 1] > 0.7
-    assert torch.equal(told.redraw(batch.images, batch.seeds, num_steps=5), drawn)
-    with pytest.raises(ValueError, match="1 or more"):
-        told.redraw(batch.images, batch.seeds, num_steps=0)
+    assert torch.equal(with_code.redraw(batch.images, batch.seeds, num_steps=5), drawn)
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        with_code.redraw(batch.images, batch.seeds, num_steps=0)
 
 
 # -- guided
@@ -287,19 +287,19 @@ def test_large_images_are_denoised_in_the_papers_size():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
-        ({"code_dim": 0}, "1 or more"),
-        ({"penalty": -1.0}, "0 or more"),
+        ({"code_dim": 0}, "code_dim must be at least 1"),
+        ({"penalty": -1.0}, "penalty must be at least 0"),
         ({"sigma_min": 0.0}, "1e-6 or more"),
         ({"sigma_max": 0.001}, "at most sigma_max"),
         ({"sigma_law": "normal"}, "sigma_law"),
         ({"denoised_size": 4}, "between 8 and"),
         ({"denoised_size": 64}, "the image's 32 pixels"),
         ({"score_width": 10}, "multiple of 4"),
-        ({"foreground_weight": -1.0}, "or more"),
+        ({"foreground_weight": -1.0}, "foreground_weight must be at least 0"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)

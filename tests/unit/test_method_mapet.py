@@ -1,4 +1,4 @@
-"""MaPeT: who sees whom, what a query may know, what the tokens are, and that they stay what they are."""
+"""MaPeT: attention masks, what a query depends on, the order of targets, and the visual tokens."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def drawn(method, batch):
     return patches, *method.split(batch.seeds, torch.zeros(len(batch), N), 0.0)
 
 
-# -- who sees whom
+# -- attention masks
 
 
 def allowed(form, row, column, c):
-    """The paper's table: may ``row`` attend to ``column``? Each is (kind, rank), the kinds X, M and g."""
+    """The paper's table: whether ``row`` attends to ``column``. Each is (kind, rank), the kinds X, M and g."""
     (asking, i), (asked, j) = row, column
     if asked == "M" and form == "pim":
         return False
@@ -69,7 +69,7 @@ def test_the_table_is_the_papers(form):
     assert attention_mask(form, c, n).tolist() == expected
 
 
-def test_every_row_sees_each_place_once():
+def test_every_row_attends_to_each_position_once():
     c, n = 5, 17
     seen = attention_mask("mapet", c, n)
     assert (seen.sum(1) == n).all()
@@ -113,7 +113,7 @@ def test_both_streams_are_those_of_the_table_in_the_order_of_the_grid(form):
 
 
 @torch.no_grad()
-def test_masked_alone_is_the_plain_encoder_on_mask_tokens():
+def test_mim_is_the_plain_encoder_on_mask_tokens():
     method = build(form="mim")
     patches, given, targets = drawn(method, make_batch())
     masks = method.mask_token + method.encoder.pos_embed[0, 1:][targets]
@@ -124,22 +124,22 @@ def test_masked_alone_is_the_plain_encoder_on_mask_tokens():
 
 
 @torch.no_grad()
-def test_a_look_at_everything_is_the_block():
+def test_cross_attention_to_all_tokens_is_the_block():
     block, x = build().encoder.blocks[0], torch.randn(2, 7, 32)
     assert torch.allclose(cross_attend(block, x, x, torch.ones(7, 7, dtype=torch.bool)), block(x), atol=1e-6)
 
 
-def test_tokens_that_nobody_looks_at_are_left_out():
+def test_keys_of_no_token_are_left_out():
     lengths = {form: len(build(form=form).used) for form in FORMS}
     assert lengths == {"mapet": 1 + N + TARGETS, "pim": 1 + N, "mim": 1 + GIVEN + TARGETS}
 
 
-# -- what a query may know
+# -- what a query depends on
 
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_a_query_knows_neither_its_patch_nor_later_ones(form):
+def test_a_query_depends_on_neither_its_patch_nor_later_ones(form):
     method = build(form=form)
     patches, given, targets = drawn(method, make_batch(1))
     said = method.read(patches, given, targets)
@@ -154,7 +154,7 @@ def test_a_query_knows_neither_its_patch_nor_later_ones(form):
 
 
 @torch.no_grad()
-def test_places_to_come_are_known_but_for_permuted_alone():
+def test_later_positions_matter_except_for_pim():
     """Another place for the last target changes what is said of the first."""
     for form, known in (("mapet", True), ("pim", False), ("mim", True)):
         method = build(form=form)
@@ -164,10 +164,10 @@ def test_places_to_come_are_known_but_for_permuted_alone():
         assert torch.equal(method.read(patches, given, targets)[:, 0], said[:, 0]) != known
 
 
-# -- what is given, and in which order the rest is said
+# -- the order of targets
 
 
-def test_orders_are_even_and_fresh():
+def test_orders_are_uniform_and_differ():
     method = build()
     given, targets = method.split(torch.arange(3000), torch.zeros(3000, N), 0.0)
     assert torch.equal(torch.cat([given, targets], 1).sort(1).values, torch.arange(N).expand(3000, -1))
@@ -176,7 +176,7 @@ def test_orders_are_even_and_fresh():
     assert len(targets.unique(dim=0)) == 3000
 
 
-def test_guidance_chooses_targets_and_leaves_their_order_even():
+def test_guidance_chooses_targets_and_their_order_stays_uniform():
     method = build(foreground_share=0.5)
     foreground = torch.zeros(2000, N)
     foreground[:, :6] = 1.0
@@ -189,7 +189,7 @@ def test_guidance_chooses_targets_and_leaves_their_order_even():
     assert shares[0] < shares[1] < shares[2] == 1.0
 
 
-def test_guidance_without_masks_is_the_plain_form_and_with_them_is_told():
+def test_guidance_without_masks_is_the_plain_form_and_with_them_is_recorded():
     batch = make_batch()
     assert build(foreground_share=1.0)(batch, 1.0).loss == build()(batch, 1.0).loss
     masks = torch.zeros(4, 1, 16, 16, dtype=torch.bool)
@@ -201,7 +201,7 @@ def test_guidance_without_masks_is_the_plain_form_and_with_them_is_told():
 # -- tokens
 
 
-def test_the_loss_is_its_formula_with_tokens_by_place():
+def test_the_loss_is_its_formula():
     method, batch = build(), make_batch()
     output = method(batch, 0.0)
     patches, given, targets = drawn(method, batch)
@@ -247,7 +247,7 @@ def test_a_resumed_training_keeps_its_tokens():
     assert not torch.equal(fresh.codebook.codes, method.codebook.codes)  # what that batch, seen first, would have made
 
 
-def test_tokens_are_the_same_whatever_was_drawn_elsewhere():
+def test_tokens_do_not_depend_on_torchs_seed():
     method = build()
     copy = pickle.loads(pickle.dumps(method))
     method(make_batch(), 0.0)
@@ -256,7 +256,7 @@ def test_tokens_are_the_same_whatever_was_drawn_elsewhere():
     assert torch.equal(copy.codebook.codes, method.codebook.codes)
 
 
-def test_large_batches_give_some_patches_each():
+def test_kmeans_takes_a_sample_of_large_batches():
     method, sizes = build(num_tokens=2), []
     fit = method.codebook.fit
     method.codebook.fit = lambda vectors, lot: (sizes.append((len(vectors), len(lot))), fit(vectors, lot))
@@ -316,7 +316,7 @@ def test_tokens_may_come_from_clip(tmp_path):
     assert all(not p.requires_grad and p.grad is None for p in method.tokenizer.parameters())
 
 
-def test_a_tokenizer_with_drop_path_says_the_same_each_time(tmp_path):
+def test_a_tokenizer_with_drop_path_is_deterministic(tmp_path):
     """Training mode is for what learns; tokens that were a draw would differ from process to process."""
     torch.manual_seed(1)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -338,14 +338,14 @@ def test_a_tokenizer_with_drop_path_says_the_same_each_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
         ({"form": "xlnet"}, "form"),
-        ({"num_tokens": 1}, "num_tokens must be 2 or more"),
-        ({"foreground_share": 1.5}, "between 0 and 1"),
+        ({"num_tokens": 1}, "num_tokens must be at least 2"),
+        ({"foreground_share": 1.5}, "at least 0 and at most 1"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)

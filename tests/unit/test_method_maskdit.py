@@ -12,6 +12,7 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.loader import Batch
 from synthgen.methods import METHODS
+from synthgen.methods._hiding import coverage
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, patchify, take
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder
@@ -99,7 +100,7 @@ def test_with_nothing_hidden_it_is_the_loss_of_edm():
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("progress", [0.5, 1.0])
-def test_the_step_is_that_of_its_halves(share, progress):
+def test_a_step_is_the_mean_of_its_halves(share, progress):
     method, batch = shaken(foreground_share=share), make_batch(6)
     halves = [method(part(batch, rows), progress).loss.item() for rows in ([0, 2, 4], [1, 3, 5])]
     assert method(batch, progress).loss.item() == pytest.approx(sum(halves) / 2, rel=1e-5)
@@ -114,7 +115,7 @@ def test_noise_levels_are_the_papers():
 # -- the network
 
 
-def test_it_begins_as_the_skip():
+def test_initially_the_output_is_the_skip():
     """No change by the noise, and D = c_skip y; the last layer's own answers are small, and nothing but they differ."""
     method, batch = build(), make_batch()
     assert all(
@@ -129,10 +130,10 @@ def test_it_begins_as_the_skip():
     assert torch.equal(denoised, (0.25 / (sigma**2 + 0.25))[:, None, None] * y)
 
 
-def test_the_network_sees_nothing_of_hidden_patches():
+def test_hidden_patches_are_no_input():
     """Only the skip does, as in the paper's code."""
     method, batch = shaken(), make_batch()
-    visible, hidden = method.split(batch, 0.0)
+    visible, hidden = method.split(batch.seeds, coverage(batch.masks, 4), 0.0)
     _, y, sigma = noised(method, batch)
     changed = y.scatter(1, hidden[:, :, None].expand(-1, -1, 48), 7.0)
     level = sigma[:, None, None]
@@ -144,10 +145,10 @@ def test_the_network_sees_nothing_of_hidden_patches():
     assert torch.allclose(after[:, 32:] - before[:, 32:], skipped, atol=1e-5)
 
 
-def test_patches_keep_their_places_in_any_order():
+def test_patches_keep_their_positions_in_any_order():
     """Positions are given before patches are taken out, and again in the decoder."""
     method, batch = shaken(), make_batch()
-    visible, hidden = method.split(batch, 0.0)
+    visible, hidden = method.split(batch.seeds, coverage(batch.masks, 4), 0.0)
     _, y, sigma = noised(method, batch)
     with torch.no_grad():
         one = method.denoise(y, sigma, visible, hidden)
@@ -158,16 +159,16 @@ def test_patches_keep_their_places_in_any_order():
 
 
 def test_without_noise_the_encoder_is_the_plain_one():
-    """As sigma goes to 0, what the decoder is told of a clean image goes to what the exported encoder says."""
+    """As sigma goes to 0, the decoder's input for a clean image approaches the exported encoder's features."""
     method, batch = shaken(), make_batch()
-    told = []
-    method.decoder.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    inputs = []
+    method.decoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     x = 0.5 * patchify(batch.images, 4)
     with torch.no_grad():
         plain = method.encoder(batch.images)
         for sigma in (1.0, 1e-2, 1e-3, 1e-4):
             method.denoise(x, torch.full((4,), sigma), *method.whole(4))
-    far = [(features - plain).norm() / plain.norm() for features in told]
+    far = [(features - plain).norm() / plain.norm() for features in inputs]
     assert far[0] > 0.1
     assert far[1] > far[2] > far[3]
     assert far[3] < 1e-3
@@ -193,23 +194,24 @@ def test_the_schedule_ends_with_nothing_hidden():
     slow = build(tuning="cosine", tuning_share=0.2)
     falling = [slow.hidden_ratio(progress) for progress in (0.5, 0.8, 0.9, 1.0)]
     assert falling == pytest.approx([0.5, 0.5, 0.5 / 4, 0.0], abs=1e-9)  # cos(pi/4)^4 = 1/4
-    counts = [slow.split(make_batch(), progress)[1].shape[1] for progress in (0.5, 0.85, 1.0)]
+    seeds = torch.arange(4)
+    counts = [slow.split(seeds, torch.zeros(4, 64), progress)[1].shape[1] for progress in (0.5, 0.85, 1.0)]
     assert counts == [32, 24, 0]  # 0.36 of 64, rounded up
     assert slow(make_batch(), 0.9).loss.isfinite()
 
 
 def test_plain_hiding_is_even_and_every_patch_is_there_once():
     batch = make_batch(2000)
-    visible, hidden = build(mask_ratio=0.3).split(batch, 0.0)
+    visible, hidden = build(mask_ratio=0.3).split(batch.seeds, coverage(batch.masks, 4), 0.0)
     assert visible.shape[1] == int(64 * 0.7)
     assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(64).expand(2000, -1))
     often = torch.bincount(hidden.flatten(), minlength=64) / 2000
     assert (often - 20 / 64).abs().max() < 0.05
 
 
-def test_guidance_hides_what_words_point_at():
+def test_guidance_hides_the_foreground():
     method, batch = build(foreground_share=0.5, tuning_share=0.0), make_batch()
-    _, hidden = method.split(batch, 1.0)
+    _, hidden = method.split(batch.seeds, coverage(batch.masks, 4), 1.0)
     square = {8 * row + column for row in (2, 3, 4) for column in (1, 2, 3)}
     assert hidden.shape == (4, 32)
     assert all(square <= set(image) for image in hidden.tolist())
@@ -220,7 +222,7 @@ def test_guidance_hides_what_words_point_at():
 # -- the average, and drawing
 
 
-def test_the_average_follows_and_is_left_behind(tmp_path):
+def test_the_average_is_an_ema_and_is_exported(tmp_path):
     method = build(ema_decay=0.15)
     start = method.encoder.cls_token.detach().clone()
     expected = start.clone()
@@ -242,7 +244,7 @@ def test_the_average_follows_and_is_left_behind(tmp_path):
         assert torch.equal(load_encoder(tmp_path / "average")(images), method.average.encoder(images))
 
 
-def test_it_draws_images():
+def test_sampling():
     method = shaken()
     seen = []
     method.average.decoder.register_forward_pre_hook(lambda _, args: seen.append((args[1], args[2].shape[1])))
@@ -275,25 +277,25 @@ def test_the_sampler_solves_its_equation():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"mask_ratio": 1.0}, "leave some visible"),
-        ({"tuning_share": 1.5}, "tuning_share must lie between 0 and 1"),
+        ({"tuning_share": 1.5}, "tuning_share must be at least 0 and at most 1"),
         ({"tuning": "slow"}, "tuning"),
-        ({"rebuild_weight": -1.0}, "rebuild_weight must be 0 or more"),
+        ({"rebuild_weight": -1.0}, "rebuild_weight must be at least 0"),
         ({"noise_std": -1.0}, "must keep ln sigma between"),
         ({"noise_mean": 20.0}, "the paper has -1.2 and 1.2"),
-        ({"ema_decay": -0.1}, "ema_decay must lie between 0 and 1"),
-        ({"foreground_share": 2.0}, "between 0 and 1"),
+        ({"ema_decay": -0.1}, "ema_decay must be at least 0 and at most 1"),
+        ({"foreground_share": 2.0}, "at least 0 and at most 1"),
         ({"decoder_dim": 40}, "multiple of 32"),
         ({"decoder_depth": -1}, "1 or more"),
     ],
 )
-def test_bad_options_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ConfigError, match=error):
         build(**options)
 
 
-def test_too_few_steps_are_told():
+def test_too_few_steps_are_refused():
     with pytest.raises(ValueError, match="2 or more"):
         build().sample(torch.arange(1), num_steps=1)
