@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import operator
 import os
 import re
 import types
@@ -91,7 +92,8 @@ def run_folder(name: str | Path) -> Path:
         raise ConfigError("the run folder has no name; give one, such as runs/latest, or . for this very folder")
     if re.match(r"\$\w|\$\{|~", text):
         raise ConfigError(
-            f"the run folder {text!r} begins with what a shell would put in; write it out, or as ./{text}"
+            f"the run folder {text!r} begins with a variable or home directory that only a shell expands; write it "
+            f"out, or as ./{text}"
         )
     return Path(text)
 
@@ -157,7 +159,7 @@ def check(
         default = known.get_default(call_default_factory=True) if known else None
         if isinstance(default, Choice) and isinstance(value, Mapping) and "name" not in value:
             value = {"name": default.name, **value}  # options without a name are those of the default part
-        values[key] = _fitted(value, known.annotation) if known else value
+        values[key] = _convert_lists(value, known.annotation) if known else value
     try:
         checked = model.model_validate(values)
     except ValidationError as error:
@@ -179,21 +181,50 @@ def build(target: Callable[..., T], options: Mapping[str, Any], *, where: str, l
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _fitted(value: Any, hint: Any) -> Any:
+def check_range(
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    **values: float,
+) -> None:
+    """Check that each of ``values``, given by name, is within the bounds: >= ``ge``, > ``gt``, <= ``le``, < ``lt``.
+
+    Raises:
+        ValueError: a value is outside, or NaN; names it and the bounds.
+    """
+    bounds = [
+        (bound, compare, text)
+        for bound, compare, text in (
+            (ge, operator.ge, "at least"),
+            (gt, operator.gt, "above"),
+            (le, operator.le, "at most"),
+            (lt, operator.lt, "below"),
+        )
+        if bound is not None
+    ]
+    for name, value in values.items():
+        if not all(compare(value, bound) for bound, compare, _ in bounds):
+            allowed = " and ".join(f"{text} {bound}" for bound, _, text in bounds)
+            raise ValueError(f"{name} must be {allowed}, not {value}")
+
+
+def _convert_lists(value: Any, hint: Any) -> Any:
     """``value`` with lists converted to tuples where the type hint says tuple: YAML has lists only."""
     kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         kinds = {typing.get_origin(one) or one: one for one in inside}
         likely = (dict, Mapping) if isinstance(value, Mapping) else (list, Sequence, tuple)
-        return next((_fitted(value, kinds[one]) for one in likely if one in kinds), value)
+        return next((_convert_lists(value, kinds[one]) for one in likely if one in kinds), value)
     if isinstance(value, list | tuple) and kind in (list, tuple):
         several = kind is list or inside[1:] == (...,)
         hints = inside[:1] * len(value) if several else inside
         return kind(
-            _fitted(item, one) for item, one in itertools.zip_longest(value, hints[: len(value)], fillvalue=Any)
+            _convert_lists(item, one) for item, one in itertools.zip_longest(value, hints[: len(value)], fillvalue=Any)
         )
     if isinstance(value, Mapping) and kind in (dict, Mapping) and inside:
-        return {key: _fitted(item, inside[1]) for key, item in value.items()}
+        return {key: _convert_lists(item, inside[1]) for key, item in value.items()}
     return value
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.errors import SynthgenError
 
-__all__ = ["Batch", "Order", "Reader", "ahead", "collate", "loader", "workers_for"]
+__all__ = ["Batch", "Order", "Reader", "collate", "loader", "prefetch", "workers_for"]
 
 _SEEDS = 2  # the random stream of a sample's seed; streams 0 and 1 are for its views
 
@@ -47,16 +47,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        moved: dict[str, Any] = {
+        values: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
             for name, value in self._tensors().items()
         }
-        return replace(self, **moved)
+        return replace(self, **values)
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned memory, for asynchronous copies to a GPU; DataLoader calls it by this name."""
-        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return replace(self, **pinned)
+        values: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **values)
 
     def _tensors(self) -> dict[str, Tensor | Batch]:
         """The tensors by field name; the second view as a batch."""
@@ -68,8 +68,8 @@ class Batch:
 class Order:
     """The samples of each step: a new permutation every epoch, a function of seed and epoch alone.
 
-    Iterating gives, for each step from ``start`` on, this process's tickets (epoch, sample number). The last samples of
-    an epoch are dropped if they do not fill a batch. With ``limit`` the last epoch may end early.
+    Iterating gives, for each step from ``start`` on, the (epoch, sample number) of this process's samples. The last
+    samples of an epoch are dropped if they do not fill a batch. With ``limit`` the last epoch may end early.
     """
 
     length: int  # samples in the dataset
@@ -116,13 +116,13 @@ class _SeededViews:
 
 
 class _Views(Dataset[_SeededViews]):
-    """Views of samples by ticket; randomness depends on seed, epoch and sample number only, not on workers."""
+    """Views of samples by (epoch, sample number); randomness depends on these and the seed only, not on workers."""
 
     def __init__(self, samples: ImageDataset, views: Sequence[View], seed: int) -> None:
         self.samples, self.views, self.seed = samples, views, seed
 
-    def __getitem__(self, ticket: tuple[int, int]) -> _SeededViews:
-        epoch, index = ticket
+    def __getitem__(self, row: tuple[int, int]) -> _SeededViews:
+        epoch, index = row
         sample, root = self.samples[index], [self.seed, epoch, index]
         views = [view(sample, np.random.default_rng([*root, number])) for number, view in enumerate(self.views)]
         own = np.random.SeedSequence([*root, _SEEDS]).generate_state(1, np.uint64)[0] >> np.uint64(1)
@@ -197,9 +197,9 @@ class _RowsOrErrors(Dataset[Row | SynthgenError], Generic[Row]):
     def __init__(self, rows: Dataset[Row]) -> None:
         self.rows = rows
 
-    def __getitem__(self, ticket: Any) -> Row | SynthgenError:
+    def __getitem__(self, index: Any) -> Row | SynthgenError:
         try:
-            return self.rows[ticket]
+            return self.rows[index]
         except SynthgenError as error:
             return error
 
@@ -251,7 +251,7 @@ def loader(
     )
 
 
-def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+def prefetch(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same batches, each prepared by a thread while the one before it is used.
 
     For a loader without worker processes; decoding, resizing and torch release the GIL.

@@ -51,7 +51,7 @@ class ClassEmbedding(nn.Module):
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise ConfigError(f"the class {name!r} has a name that is no text; rename its folder") from None
+                raise ConfigError(f"the class name {name!r} is not valid Unicode; rename its folder") from None
         self._take((*sorted(numbers, key=lambda name: (len(name), name)), *sorted(words)))
 
     def _take(self, names: tuple[str, ...]) -> None:
@@ -104,7 +104,7 @@ class ClassEmbedding(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the names and make a table for them; the table of a training that resumes stays the same object.
+        """Take the names; makes a table for them if there is none yet.
 
         Raises:
             ValueError: the state is not a list of names, or the names differ from those of the data.
@@ -112,7 +112,7 @@ class ClassEmbedding(nn.Module):
         data = state.cpu().numpy().tobytes()
         names = read_json(data, most=len(data))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its classes are no list of names")
+            raise ValueError("its classes are not a list of names")
         if not self.names:
             self._take(tuple(names))
         elif tuple(names) != self.names:  # a new table would leave the optimizer with the old one

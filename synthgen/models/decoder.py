@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.models.layers import EVERY, Block, Modulation, initialize, sincos_positions
+from synthgen.config import check_range
+from synthgen.models.layers import EVERY, HEAD_DIM, Block, Modulation, check_decoder, initialize, sincos_positions
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["NoiseDecoder", "PixelDecoder"]
@@ -28,15 +29,12 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, *, dim: int, depth: int) -> None:
         super().__init__()
-        if dim < 32 or dim % 32:
-            raise ValueError(f"decoder_dim must be a multiple of 32 (the width of a head), not {dim}")
-        if depth < 1:
-            raise ValueError(f"decoder_depth must be 1 or more, or 0 to go by the encoder's size, not {depth}")
+        check_decoder(dim, depth)
         config = encoder.config
         self.embed = nn.Linear(config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, dim // 32) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Linear(dim, 3 * config.patch_size**2)
         self.apply(initialize)
@@ -73,6 +71,7 @@ class NoiseDecoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, *, depth: int) -> None:
         super().__init__()
+        check_range(ge=1, decoder_depth=depth)
         config = encoder.config
         dim = config.dim
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -85,8 +85,8 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
     try:
         described = read_json(read_file(folder / "text.json"))
         config = build(TextConfig, described, where=str(folder / "text.json"))
-        values = config.depth * config.dim**2 + (config.vocab_size + config.max_tokens + config.embed_dim) * config.dim
-        check_size(folder / "text.safetensors", values)
+        rows = config.vocab_size + config.max_tokens + config.embed_dim
+        check_size(config.depth * config.dim**2 + rows * config.dim, folder / "text.safetensors")
         dual = DualEncoder(
             encoder,
             TextEncoder(config),

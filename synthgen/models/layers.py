@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 __all__ = [
     "EVERY",
+    "HEAD_DIM",
     "Block",
     "CrossBlock",
     "Modulation",
     "Projector",
     "TimeEmbedding",
+    "attend",
+    "check_decoder",
     "initialize",
     "patchify",
     "restore",
     "sincos_positions",
+    "split_heads",
     "take",
     "unpatchify",
 ]
 
 EVERY = slice(None)  # all tokens
+HEAD_DIM = 32  # of the decoders that are narrower than their encoders
 
 
 class Attention(nn.Module):
@@ -46,7 +51,7 @@ class Attention(nn.Module):
         self, qkv: Float[Tensor, "b n c"], key_mask: Bool[Tensor, "b n"] | None = None, queries: slice = EVERY
     ) -> Float[Tensor, "b m d"]:
         """As :meth:`forward`, from each token's query, key and value."""
-        q, k, v = (_heads(part, self.num_heads) for part in qkv.chunk(3, dim=2))
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=2))
         attn_mask = None if key_mask is None else key_mask[:, None, None]
         y: Tensor = self.proj(attend(q[:, :, queries], k, v, attn_mask).transpose(1, 2).flatten(2))
         return y
@@ -64,13 +69,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         """Every token of ``x`` attends to every token of ``context``."""
-        q, k, v = (_heads(part, self.num_heads) for part in (self.q(x), *self.kv(context).chunk(2, dim=2)))
+        q, k, v = (split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(context).chunk(2, dim=2)))
         y: Tensor = self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return y
 
 
-def _heads(x: Float[Tensor, "b n d"], count: int) -> Float[Tensor, "b h n w"]:
-    return x.view(*x.shape[:2], count, -1).transpose(1, 2)
+def split_heads(x: Float[Tensor, "b n d"], num_heads: int) -> Float[Tensor, "b h n w"]:
+    """Each head's share of the channels."""
+    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def attend(
@@ -224,6 +230,18 @@ class Modulation(nn.Module):
         """The vectors of each part."""
         parts: Tensor = self.linear(vector).view(len(vector), self.parts, -1)
         return parts
+
+
+def check_decoder(dim: int, depth: int) -> None:
+    """Check a method's options ``decoder_dim`` and ``decoder_depth``, after 0 was replaced by their defaults.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if dim < HEAD_DIM or dim % HEAD_DIM:
+        raise ValueError(f"decoder_dim must be a multiple of {HEAD_DIM} (the width of a head), not {dim}")
+    if depth < 1:
+        raise ValueError(f"decoder_depth must be 1 or more, or 0 to go by the encoder's size, not {depth}")
 
 
 def initialize(module: nn.Module) -> None:

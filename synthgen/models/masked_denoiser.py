@@ -9,7 +9,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.models.layers import EVERY, Attention, Block, Mlp, TimeEmbedding, attend, initialize, sincos_positions
+from synthgen.models.layers import (
+    EVERY,
+    HEAD_DIM,
+    Attention,
+    Block,
+    Mlp,
+    TimeEmbedding,
+    attend,
+    check_decoder,
+    initialize,
+    sincos_positions,
+    split_heads,
+)
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["DecoderKind", "MaskedDenoiser"]
@@ -34,8 +46,7 @@ class _LinkedBlock(nn.Module):
         """Each part is added to its input; ``kv`` holds keys and values of the encoder's tokens, concatenated."""
         if self.own is not None:
             x = x + self.own(x)
-        parts = self.q(self.norm_cross(x)), *kv.chunk(2, dim=2)
-        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (split_heads(part, self.num_heads) for part in (self.q(self.norm_cross(x)), *kv.chunk(2, dim=2)))
         x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
@@ -57,11 +68,8 @@ class MaskedDenoiser(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, *, kind: DecoderKind, dim: int, depth: int, u_links: bool) -> None:
         super().__init__()
-        if dim < 32 or dim % 32:
-            raise ValueError(f"decoder_dim must be a multiple of 32 (the width of a head), not {dim}")
-        if depth < 1:
-            raise ValueError(f"decoder_depth must be 1 or more, or 0 to go by the encoder's size, not {depth}")
-        config, heads = encoder.config, dim // 32
+        check_decoder(dim, depth)
+        config, heads = encoder.config, dim // HEAD_DIM
         last = config.depth
         self.joint = kind == "joint"
         self.embed = nn.Linear(3 * config.patch_size**2, dim)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.models.layers import EVERY, Block, Modulation, initialize, sincos_positions
+from synthgen.models.layers import EVERY, HEAD_DIM, Block, Modulation, check_decoder, initialize, sincos_positions
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["NarrowDecoder"]
@@ -25,16 +25,13 @@ class NarrowDecoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, *, dim: int, depth: int) -> None:
         super().__init__()
-        if dim < 1 or dim % 32:
-            raise ValueError(f"decoder_dim must be a multiple of 32 (the width of a head), not {dim}")
-        if depth < 1:
-            raise ValueError(f"decoder_depth must be 1 or more, not {depth}")
+        check_decoder(dim, depth)
         config = encoder.config
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
         self.bridge = nn.Linear(config.dim, dim)
         self.time = nn.Linear(config.dim, dim)
-        self.blocks = nn.ModuleList(Block(dim, dim // 32) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.predict = nn.Linear(dim, 3 * config.patch_size**2)
         self.apply(initialize)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from synthgen.config import check_range
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.models.layers import Block, CrossBlock, initialize
 from synthgen.stores import parse_location
@@ -20,8 +21,8 @@ __all__ = ["ImageReader", "TextConfig", "TextEncoder", "TextTokenizer", "first_w
 
 
 def first_words(text: str, count: int) -> str:
-    """The first ``count`` words of a text, joined by single spaces; the unchanged text where ``count`` is 0."""
-    return " ".join(text.split()[:count]) if count else text
+    """The first ``count`` words of a text, joined by single spaces."""
+    return " ".join(text.split()[:count])
 
 
 class TextTokenizer:
@@ -36,20 +37,22 @@ class TextTokenizer:
     """
 
     def __init__(self, path: str | Path = "", max_tokens: int = 48) -> None:
-        from tokenizers import Tokenizer
-
         path = parse_location(path) if path else WEIGHTS / "tokenizer"
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingArtifact(f"there is no tokenizer {path}; give a tokenizer.json, or a folder with one")
         try:
-            self.json = path.read_text(encoding="utf-8")
-            self._tokenizer: Any = Tokenizer.from_str(self.json)
+            self._load(path.read_text(encoding="utf-8"), max_tokens)
         except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+
+    def _load(self, json: str, max_tokens: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.json, self.max_tokens = json, max_tokens
+        self._tokenizer: Any = Tokenizer.from_str(json)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
-        self.max_tokens = max_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -78,12 +81,7 @@ class TextTokenizer:
         return {"json": self.json, "max_tokens": self.max_tokens}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from tokenizers import Tokenizer
-
-        self.__dict__.update(state)
-        self._tokenizer = Tokenizer.from_str(self.json)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.max_tokens)
+        self._load(**state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +94,10 @@ class TextConfig:
     depth: int
     num_heads: int
     embed_dim: int  # of the vectors by which images and texts are compared
-    max_words: int = 0  # of a text, at most; 0: no limit, as in trainings of earlier versions
+    max_words: int  # of a text; the rest is cut off
 
     def __post_init__(self) -> None:
-        if min(self.vocab_size, self.max_tokens, self.dim, self.depth, self.num_heads, self.embed_dim) < 1:
-            raise ValueError("vocab_size, max_tokens, dim, depth, num_heads and embed_dim must be 1 or more")
-        if self.max_words < 0:
-            raise ValueError(f"max_words must be 0 (no limit) or more, not {self.max_words}")
+        check_range(ge=1, **asdict(self))
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads {self.num_heads}")
 

@@ -91,11 +91,11 @@ def encoder_folder(name: str) -> Path:
         fetched = _cached(name) or Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # network errors have many types, and the hub's library changes them
         raise MissingWeights(
-            f"there is no folder {name}, and no such model can be had from the hub: {one_line(error)}; "
+            f"there is no folder {name}, and no such model can be downloaded from the hub: {one_line(error)}; "
             f"download it first, for example with: hf download {name}"
         ) from None
     if not is_tower(fetched):
-        raise MissingWeights(f"{name} on the hub is no model of transformers with safetensors, and no other is read")
+        raise MissingWeights(f"{name} on the hub is not a model of transformers with safetensors; choose another")
     return fetched
 
 
@@ -153,10 +153,10 @@ def load_tower(folder: Path, patches: int = 0) -> VisionTower:
         processor = folder / "preprocessor_config.json"
         prepared = read_json(read_file(processor)) if processor.is_file() else {}
         if "auto_map" in described:
-            raise ConfigError(f"the model in {folder} wants to run code of its own, and synthgen runs no such code")
-        with _quiet():
+            raise ConfigError(f"the model in {folder} needs custom code, which synthgen does not run; choose another")
+        with _silence():
             network = _vision(folder)
-        return _fitted(network.eval(), folder, prepared if isinstance(prepared, dict) else {}, patches)
+        return _build_tower(network.eval(), folder, prepared if isinstance(prepared, dict) else {}, patches)
     except _BROKEN as error:
         raise CorruptFile(
             f"the model in {folder} cannot be read as a vision model of transformers: {one_line(error)}; "
@@ -186,7 +186,7 @@ def _vision(folder: Path) -> nn.Module:
     return network
 
 
-def _fitted(network: nn.Module, folder: Path, prepared: dict[str, Any], patches: int) -> VisionTower:
+def _build_tower(network: nn.Module, folder: Path, prepared: dict[str, Any], patches: int) -> VisionTower:
     """The tower at the first image size that it supports.
 
     Raises:
@@ -201,12 +201,12 @@ def _fitted(network: nn.Module, folder: Path, prepared: dict[str, Any], patches:
             dim=int(about.hidden_size),
             depth=int(about.num_hidden_layers),
             num_heads=int(about.num_attention_heads),
-            mean=_three(prepared.get("image_mean"), EncoderConfig.mean),
-            std=_three(prepared.get("image_std"), EncoderConfig.std),
+            mean=_rgb(prepared.get("image_mean"), EncoderConfig.mean),
+            std=_rgb(prepared.get("image_std"), EncoderConfig.std),
         )
     except (AttributeError, TypeError, ValueError):
         raise ConfigError(
-            f"the {about.model_type} in {folder} is no vision transformer with square patches of one size"
+            f"the {about.model_type} in {folder} is not a vision transformer with square patches of one size"
         ) from None
     sizes = [patches * patch] if patches else [_side(prepared) // patch * patch, config.image_size]
     for size in dict.fromkeys(filter(None, sizes)):
@@ -245,15 +245,15 @@ def _side(prepared: dict[str, Any]) -> int:
     return 0
 
 
-def _three(values: Any, otherwise: tuple[float, float, float]) -> tuple[float, float, float]:
+def _rgb(values: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
     if values is None:
-        return otherwise
+        return default
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Silence the warnings and bars of ``transformers``: unused weights of heads are not an error."""
     from transformers.utils import logging
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptFile, one_line
-from synthgen.models.vit import EncoderConfig, VisionTransformer
+from synthgen.models.vit import EncoderConfig, VisionTransformer, check_size
 from synthgen.stores import filled
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import storage_error, write_json
@@ -125,19 +125,17 @@ def from_transformers(folder: Path) -> VisionTransformer:
         CorruptFile: the files cannot be read or contradict each other, or tensors are missing or left over.
     """
     if isinstance(folder, RemotePath):
-        raise ConfigError(f"{folder} is in a store, and models of transformers are read here; copy it first")
+        raise ConfigError(f"{folder} is in a store, and transformers reads folders; copy it to this machine first")
     try:
         config = _config(folder)
         files = [folder / "model.safetensors"]
         files = files if files[0].is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-        least = config.depth * config.dim**2 + config.dim * (3 * config.patch_size**2 + config.grid**2)
-        if sum(file.stat().st_size for file in files) < least:
-            raise ValueError("its weights are of a smaller network than its description, or not there")
+        check_size(config.min_weights, *files)
         encoder = VisionTransformer(config)
         encoder.load_state_dict(_ours(_read(files), encoder.state_dict()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CorruptFile(
-            f"the model in {folder} cannot be read as a ViT: {one_line(error)}; get it again, with its safetensors"
+            f"the model in {folder} cannot be read as a ViT: {one_line(error)}; download it again, with its safetensors"
         ) from None
     return encoder.eval()
 
@@ -153,8 +151,8 @@ def _config(folder: Path) -> EncoderConfig:
     kind = described.get("model_type")
     if kind not in _KINDS:
         raise ConfigError(
-            f"the {kind} in {folder} is built otherwise than synthgen's ViT, and its weights have no place there; an "
-            f"encoder of synthgen pretrain will do, or a {' or '.join(_KINDS)} of transformers"
+            f"the {kind} in {folder} has another architecture than synthgen's ViT; choose an encoder of synthgen "
+            f"pretrain, or a {' or '.join(_KINDS)} of transformers"
         )
     shape = {ours: described.get(theirs, default) for ours, (theirs, default) in _SHAPE.items()}
     act, width = described.get("hidden_act", "gelu"), described.get("intermediate_size", 3072)
@@ -168,7 +166,7 @@ def _config(folder: Path) -> EncoderConfig:
         f"layer_norm_eps is {epsilon}": 0 <= epsilon <= 1e-6,
     }
     if other := [what for what, same in as_ours.items() if not same]:
-        raise ConfigError(f"the {kind} in {folder} is built otherwise than synthgen's ViT: its {other[0]}")
+        raise ConfigError(f"the {kind} in {folder} has another architecture than synthgen's ViT: its {other[0]}")
     processor = folder / "preprocessor_config.json"
     prepared = read_json(read_file(processor)) if processor.is_file() else {}
     normalisation = {ours: prepared.get(theirs) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))}
@@ -205,7 +203,7 @@ def _ours(theirs: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Te
         if found[name].shape != ours.shape:
             raise ValueError(f"its {name} has the shape {tuple(found[name].shape)} instead of {tuple(ours.shape)}")
     if theirs:
-        raise ValueError(f"{len(theirs)} of its tensors have no place in our ViT, such as {min(theirs)}")
+        raise ValueError(f"{len(theirs)} of its tensors are unknown to our ViT, such as {min(theirs)}")
     return found
 
 

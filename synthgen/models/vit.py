@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from synthgen.config import Choice, build
+from synthgen.config import Choice, build, check_range
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName, one_line
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
 from synthgen.stores import parse_location
@@ -59,8 +59,8 @@ class EncoderConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if min(self.image_size, self.patch_size, self.dim, self.depth, self.num_heads) < 1:
-            raise ValueError("image_size, patch_size, dim, depth and num_heads must be 1 or more")
+        check_range(ge=1, image_size=self.image_size, patch_size=self.patch_size)
+        check_range(ge=1, dim=self.dim, depth=self.depth, num_heads=self.num_heads)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.dim % self.num_heads or self.dim % 4:
@@ -70,6 +70,11 @@ class EncoderConfig:
     def grid(self) -> int:
         """Patches along a side."""
         return self.image_size // self.patch_size
+
+    @property
+    def min_weights(self) -> int:
+        """A lower bound on the number of weights; a file with fewer bytes is not of this encoder."""
+        return self.depth * self.dim**2 + self.dim * (3 * self.patch_size**2 + self.grid**2)
 
 
 def encoder_config(choice: Choice | str, image_size: int) -> EncoderConfig:
@@ -200,14 +205,14 @@ def save_encoder(encoder: VisionTransformer, folder: Path, **about: Any) -> None
     write_bytes(folder / "encoder.safetensors", save(tensors))
 
 
-def check_size(weights: Path, values: int) -> None:
-    """Check that a file of weights has at least ``values`` bytes, before a network of that size is allocated.
+def check_size(min_weights: int, *files: Path) -> None:
+    """Check that files of weights have at least a byte per weight, before a network of that size is allocated.
 
     Raises:
-        ValueError: the file is smaller, so its description is false.
+        ValueError: they are smaller or missing, so the description of the network is false.
     """
-    if weights.stat().st_size < values:
-        raise ValueError("its weights are of a smaller network than its description")
+    if sum(file.stat().st_size for file in files) < min_weights:
+        raise ValueError("its weights are of a smaller network than its description, or not there")
 
 
 def load_encoder(folder: str | Path) -> VisionTransformer:
@@ -228,7 +233,7 @@ def load_encoder(folder: str | Path) -> VisionTransformer:
         value = read_json(read_file(described))
         names = {item.name for item in dataclasses.fields(EncoderConfig)}
         config = build(EncoderConfig, {k: v for k, v in value.items() if k in names}, where=str(described))
-        check_size(weights, config.depth * config.dim**2 + config.dim * (3 * config.patch_size**2 + config.grid**2))
+        check_size(config.min_weights, weights)
         encoder = VisionTransformer(config)
         encoder.load_state_dict(load_file(weights))
     except (ValueError, TypeError, OSError, AttributeError, ConfigError, SafetensorError, RuntimeError) as error:

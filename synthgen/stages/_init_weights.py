@@ -1,11 +1,11 @@
-"""Where a training begins: from which weights, and whether they are still those that it was begun with."""
+"""The initial weights of a training: find them, check that they have not changed, and load them into the method."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,54 +20,54 @@ if TYPE_CHECKING:
     from synthgen.methods import Method
     from synthgen.models.vit import EncoderConfig, VisionTransformer
 
-__all__ = ["Start", "begin", "find_start", "option_inputs", "start_inputs"]
+__all__ = ["Start", "find_start", "load_start", "option_inputs", "start_inputs"]
 
 logger = logging.getLogger(__name__)
 
-_ENCODER, _WHOLE = "start", "start.method"  # inputs of a training: the sha256 of an encoder, and of a whole method
+_ENCODER, _WHOLE = "start", "start.method"  # inputs of a training: hashes of an encoder, and of a whole method
 
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that exist."""
+    """Weights to start from."""
 
     folder: Path
-    whole: Path | None  # the last checkpoint of a training with the same method; None: only its encoder is wanted
-    method: Choice | None  # what trained it, where that is known
+    checkpoint: Path | None  # the last one of a training by the same method; None: only the encoder is used
+    method: Choice | None  # what trained the weights, if a training of ``pretrain`` did
 
     def hashes(self) -> dict[str, str]:
-        """What tells these weights from others."""
+        """The inputs of a training that starts from these weights."""
         from synthgen.train.checkpoint import method_hash
 
         found = {_ENCODER: encoder_hash(self.folder, processor=False)}
-        return found if self.whole is None else found | {_WHOLE: method_hash(self.whole)}
+        return found if self.checkpoint is None else found | {_WHOLE: method_hash(self.checkpoint)}
 
 
 def find_start(name: str, method: str) -> Start:
-    """The weights in a folder, or of a model of the hub, for a training with ``method``.
+    """The weights in a folder, or of a model of the hub, for a training by ``method``.
 
     Raises:
         MissingArtifact: there are none, or the training is not finished.
-        MissingWeights: the model cannot be fetched.
-        CorruptFile: what describes the training cannot be read.
+        MissingWeights: the model cannot be downloaded.
+        CorruptFile: the files that describe the training cannot be read.
     """
     from synthgen.models.transformers_encoder import encoder_folder
 
     folder = parse_location(name)
-    of_training = any((folder / part).exists() for part in ("settings.yaml", "metrics.jsonl", "checkpoints"))
-    if of_training and not (folder / "done.json").is_file():
+    is_training = any((folder / part).exists() for part in ("settings.yaml", "metrics.jsonl", "checkpoints"))
+    if is_training and not (folder / "done.json").is_file():
         again = "the same command that began it"
         if folder.parent.name == "pretrain":
             again = f"synthgen pretrain --label {folder.name} --run {shlex.quote(str(folder.parent.parent))}"
         raise MissingArtifact(f"the training in {folder} is not finished, and cannot be a start; first run: {again}")
     folder = encoder_folder(name)
-    if not of_training:
+    if not is_training:
         return Start(folder, None, None)
     try:
         trained = Choice.of(read_json(read_file(folder / "config.json"))["method"])
         steps = int(read_json(read_file(folder / "done.json"), finite=False)["steps"])
     except (OSError, ValueError, LookupError, TypeError, ConfigError):
-        raise CorruptFile(f"done.json and config.json in {folder} do not tell how it was trained") from None
+        raise CorruptFile(f"done.json and config.json in {folder} do not say how it was trained") from None
     last = folder / "checkpoints" / f"step-{steps:08d}.safetensors"
     return Start(folder, last if trained.name == method and last.is_file() else None, trained)
 
@@ -90,76 +90,79 @@ def option_inputs(method: Choice) -> dict[str, str]:
     return found
 
 
-def start_inputs(name: str, method: str, begun: Mapping[str, Any] | None) -> dict[str, str]:
-    """Hashes of what a training starts from.
+def start_inputs(name: str, method: str, before: Mapping[str, Any] | None) -> dict[str, str]:
+    """Hashes of the weights that a training starts from.
 
-    A training that was ``begun`` from it keeps to what was noted then where the weights are gone since: what is
-    finished stays finished without them.
+    Args:
+        name: folder or hub id of the weights.
+        method: name of the method that is trained.
+        before: the entry of this training in its ``settings.yaml``, if there is one. If it started from the same
+            weights, which may be gone by now, the hashes are those of the entry, so that a finished training stays
+            finished.
 
     Raises:
         MissingArtifact, MissingWeights, CorruptFile: see :func:`find_start`.
     """
-    noted: dict[str, str] = {}
-    if begun is not None and begun["settings"].get("start") == name and begun["settings"]["method"]["name"] == method:
-        noted = {key: value for key, value in begun["inputs"].items() if key in (_ENCODER, _WHOLE)}
+    recorded: dict[str, str] = {}
+    if (
+        before is not None
+        and before["settings"].get("start") == name
+        and before["settings"]["method"]["name"] == method
+    ):
+        recorded = {key: value for key, value in before["inputs"].items() if key in (_ENCODER, _WHOLE)}
     try:
         found = find_start(name, method).hashes()
     except (MissingArtifact, MissingWeights, CorruptFile, OSError):
-        if noted:
-            return noted
+        if recorded:
+            return recorded
         raise
-    return noted if found[_ENCODER] == noted.get(_ENCODER) and _WHOLE not in found else found
+    return recorded if found[_ENCODER] == recorded.get(_ENCODER) and _WHOLE not in found else found
 
 
-def begin(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Put the weights of a start into ``method``, and say what became of them.
+def load_start(method: Method, name: str, choice: Choice, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Load the weights of a start into ``method``; returns the entry ``start`` of ``done.json``.
 
     Args:
-        method: as it would begin without.
-        name: of the start.
-        choice: what ``method`` was built from.
-        inputs: of the training, as they were noted.
+        method: newly built.
+        name: folder or hub id of the weights.
+        choice: the method's name and options.
+        inputs: the recorded inputs of the training.
 
     Raises:
         MissingArtifact, MissingWeights, CorruptFile, ConfigError: there are no such weights, they cannot be read, or
             do not fit.
-        StaleArtifact: they have changed since the training was begun.
+        StaleArtifact: they have changed since the training began.
     """
     from synthgen.train.checkpoint import method_tensors
-    from synthgen.train.start import take_over
+    from synthgen.train.start import load_weights
 
     start = find_start(name, choice.name)
     check_encoder(start.folder)
-    wanted = {key: inputs[key] for key in (_ENCODER, _WHOLE) if key in inputs}
-    if _WHOLE in wanted and start.whole is None:
+    expected = {key: inputs[key] for key in (_ENCODER, _WHOLE) if key in inputs}
+    if _WHOLE in expected and start.checkpoint is None:
         raise MissingArtifact(f"the last checkpoint of the training in {start.folder}, where this one begins, is gone")
     hashes = start.hashes()
-    if hashes != wanted:
+    if hashes != expected:
         raise StaleArtifact(f"the weights in {start.folder} have changed since this training was begun from them")
     encoder = _encoder(start.folder)
     _check_shape(name, encoder.config, method.encoder.config)
     tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-    if start.whole is not None and start.method is not None:
-        _check_named(name, start.method, choice)
+    if start.checkpoint is not None and start.method is not None:
+        _check_file_options(name, start.method, choice)
         method.check_start(start.folder)
-        every = method_tensors(start.whole)
-        if any(key not in every or not every[key].equal(tensor) for key, tensor in tensors.items()):
+        whole = method_tensors(start.checkpoint)
+        if any(key not in whole or not whole[key].equal(tensor) for key, tensor in tensors.items()):
             raise CorruptFile(
-                f"{start.whole} is not of the encoder beside it; delete {start.folder} and pretrain again"
+                f"{start.checkpoint} is not of the encoder beside it; delete {start.folder} and pretrain again"
             )
-        tensors = every
+        tensors = whole
     try:
-        begun = take_over(method, tensors)
+        loaded = load_weights(method, tensors)
     except ConfigError as error:
         raise ConfigError(f"the training in {name} cannot go on as this one: {error}") from None
-    what = "the whole training" if start.whole is not None else "the encoder"
-    logger.info("begins with %s in %s: %s", what, name, begun)
-    return {
-        "from": name,
-        "whole": start.whole is not None,
-        "sha256": hashes,
-        **{item.name: getattr(begun, item.name) for item in fields(begun)},
-    }
+    what = "the whole training" if start.checkpoint is not None else "the encoder"
+    logger.info("starts from %s in %s: %s", what, name, loaded)
+    return {"from": name, "whole": start.checkpoint is not None, "sha256": hashes, **asdict(loaded)}
 
 
 def _encoder(folder: Path) -> VisionTransformer:
@@ -171,36 +174,37 @@ def _encoder(folder: Path) -> VisionTransformer:
 
 
 def _check_shape(name: str, theirs: EncoderConfig, ours: EncoderConfig) -> None:
-    """See that an encoder is built as ours, and sees pixels as ours does.
+    """Check that an encoder has our architecture and normalisation.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it has not.
     """
-    other = [item.name for item in fields(ours) if getattr(theirs, item.name) != getattr(ours, item.name)]
-    if other:
-        said = ", ".join(f"{part} {_plain(getattr(theirs, part))}" for part in other)
-        here = ", ".join(f"{part} {_plain(getattr(ours, part))}" for part in other)
-        options = " ".join(f"--set encoder.{part}={_plain(getattr(theirs, part))}" for part in other)
-        raise ConfigError(f"the encoder in {name} has {said}, and that of this training {here}; give: {options}")
+    different = [item.name for item in fields(ours) if getattr(theirs, item.name) != getattr(ours, item.name)]
+    if different:
+        there = ", ".join(f"{part} {_option_text(getattr(theirs, part))}" for part in different)
+        here = ", ".join(f"{part} {_option_text(getattr(ours, part))}" for part in different)
+        options = " ".join(f"--set encoder.{part}={_option_text(getattr(theirs, part))}" for part in different)
+        raise ConfigError(f"the encoder in {name} has {there}, and that of this training {here}; give: {options}")
 
 
-def _plain(value: Any) -> str:
+def _option_text(value: Any) -> str:
+    """A value as ``--set`` takes it."""
     return "[" + ",".join(f"{part!r}" for part in value) + "]" if isinstance(value, tuple) else str(value)
 
 
-def _check_named(name: str, theirs: Choice, ours: Choice) -> None:
-    """See that options that name files of weights or tokens are the same: those come with the method.
+def _check_file_options(name: str, theirs: Choice, ours: Choice) -> None:
+    """Check that options which name files of weights or tokens are equal: a whole method comes with their content.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they differ.
     """
     from synthgen.methods import METHODS
 
-    usual = METHODS.complete(ours.name, "encoder").options
-    for option in [option for option, value in usual.items() if value == ""]:
-        was, now = theirs.options.get(option, ""), ours.options.get(option, "")
-        if was != now:
+    defaults = METHODS.complete(ours.name, "encoder").options
+    for option in [option for option, value in defaults.items() if value == ""]:
+        there, here = theirs.options.get(option, ""), ours.options.get(option, "")
+        if there != here:
             raise ConfigError(
-                f"the training in {name} has the {option} {was!r}, and this one {now!r}; give the same, or begin with "
-                f"its encoder alone, such as {name}/transformers"
+                f"the training in {name} has the {option} {there!r}, and this one {here!r}; give the same, or start "
+                f"from its encoder alone, such as {name}/transformers"
             )

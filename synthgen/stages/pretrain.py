@@ -1,23 +1,23 @@
-"""Train an encoder on the shards with one method."""
+"""Train an encoder on the shards by one method."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from synthgen.config import Choice, build
+from synthgen.config import Choice, build, check_range
 from synthgen.devices import devices_for, place
 from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
-from synthgen.stages._data_check import looked_at_first, side_of, tell_sizes
-from synthgen.stages._init_weights import begin, option_inputs, start_inputs
+from synthgen.stages._data_check import probe, typical_side, warn_of_sizes
+from synthgen.stages._init_weights import load_start, option_inputs, start_inputs
 from synthgen.stages._integrity import check_shards, check_there
 from synthgen.stages._loader_errors import explaining_lost_workers
 from synthgen.stages._outputs import export_missing, is_complete, save_outputs
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
     from synthgen.loader import Order
     from synthgen.methods import Method
+    from synthgen.train.optim import OptimSettings
 
 __all__ = ["Pretrain"]
 
 _PRECISIONS = ("no", "bf16", "fp16")
 _MASKS = ("own", "elsewhere", "scattered")
-_ADDED = {"start": "", "beta2": 0.95}  # settings that earlier versions had not, and what theirs were
 
 
 @dataclass(frozen=True)
@@ -49,77 +49,74 @@ class Pretrain(Stage):
     :meth:`synthgen.methods.Method.export`. Each ``label`` has its folder (by default the method's name), so several
     trainings live in one run.
 
-    A killed training goes on from its newest checkpoint and ends with the same weights. On CPUs they are the same to
-    the bit whatever ``num_workers``, ``save_every`` and ``log_every`` are; ``threads`` is a setting because another
-    number of threads adds in another order. ``accelerate launch -m synthgen pretrain ...`` gives it several GPUs or
-    machines; they share each step, and its losses are those of one process up to the order of sums.
+    A killed training resumes from its newest checkpoint and ends with the same weights. On CPUs they are bit-identical
+    for any ``num_workers``, ``save_every`` and ``log_every``; ``threads`` is a setting because the number of threads
+    decides the order of sums. ``accelerate launch -m synthgen pretrain ...`` trains on several GPUs or machines, which
+    share each step; the losses are those of one process up to the order of sums.
     """
 
     name: ClassVar = "pretrain"
-    reads: ClassVar[tuple[str, ...]] = ("shards",)
     writes: ClassVar = ("pretrain",)
     collective: ClassVar = True
     accelerated: ClassVar = True
 
     method: Choice = Choice("mae")
     encoder: Choice = Choice("micro")  # size, with patch_size, image_size, dim, depth, num_heads as options
-    start: str = ""  # weights to begin from: folder of a training or of a ViT of transformers, or hub id; empty: none
+    start: str = ""  # initial weights: folder of a training or of a ViT of transformers, or hub id; empty: random
     epochs: int = 20
-    samples_seen: int = 0  # images to train on in all, instead of epochs; 0: epochs
-    batch_size: int = 64  # images a step, over all processes and accumulated parts
-    base_learning_rate: float = 0.0  # for 256 images a step; 0: 1.5e-4, or 3e-3 for encoders of fewer than 12 blocks
+    samples_seen: int = 0  # number of images to train on, instead of epochs; 0: epochs
+    batch_size: int = 64  # images per step, over all processes and accumulated parts
+    base_learning_rate: float = 0.0  # for 256 images per step; 0: 1.5e-4, or 3e-3 for encoders below 12 blocks
     weight_decay: float = 0.05
-    beta2: float = 0.95  # of AdamW, whose first is 0.9
+    beta2: float = 0.95  # of AdamW; beta1 is 0.9
     warmup_ratio: float = 0.05  # share of the steps
-    max_norm: float = 1.0  # of the gradient; 0 leaves it as it is
+    max_norm: float = 1.0  # gradient clipping norm; 0: no clipping
     precision: str = "no"  # bf16, fp16, or no (float32)
-    accumulate: int = 1  # parts that a step's images are worked on in, for less memory
-    compile: bool = False  # transformer blocks by torch.compile: minutes at the start, other last bits; meant for GPUs
-    threads: int = 1  # of the CPU; another number gives other last bits
-    seed: int = 0  # beside the run's seed: another start, order and views on the same shards
-    label: str = ""
+    accumulate: int = 1  # number of parts that a step is computed in, to save memory
+    compile: bool = False  # torch.compile for transformer blocks: takes minutes, changes last bits; meant for GPUs
+    threads: int = 1  # CPU threads; another number changes last bits
+    seed: int = 0  # beside the run's seed: changes initial weights, order and views
+    label: str = ""  # output folder under pretrain/; empty: the method's name
     data: tuple[str, ...] = ()  # tars, patterns, folders; instead of the run's own shards
     masks: Literal["own", "elsewhere", "scattered"] = "own"  # the others are controls: synthgen.mask_controls
     save_every: int = unhashed(200)  # steps
     log_every: int = unhashed(10)  # steps
-    snapshots: int = unhashed(0)  # so many times, evenly apart, the encoder as it is goes to snapshots/step-<steps>/
-    verify: bool = unhashed(True)  # read the run's shards once before, and see that they are as they were written
-    num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
+    snapshots: int = unhashed(0)  # number of evenly spaced copies of the encoder, in snapshots/step-<steps>/
+    verify: bool = unhashed(True)  # check the sha256 of the run's shards first
+    num_workers: int = unhashed(-1)  # loader processes; -1: none on two cores, else up to 8
     trackers: tuple[str, ...] = unhashed(())  # such as tensorboard, wandb; metrics.jsonl is always written
     export: bool = unhashed(True)  # write transformers/ too
-    _samples_and_size: tuple[ImageDataset, int] | None = runtime_field()  # what :meth:`dataset_and_size` says
+    _samples_and_side: tuple[ImageDataset, int] | None = runtime_field()  # the images, and their typical side in pixels
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, not {self.precision!r}")
-        for name in ("epochs", "batch_size", "accumulate", "threads", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.snapshots < 0:
-            raise ValueError(f"snapshots must be 0 or more, not {self.snapshots}")
         if self.masks not in _MASKS:
             raise ValueError(f"masks must be one of {', '.join(_MASKS)}, not {self.masks!r}")
-        if self.samples_seen < 0:
-            raise ValueError(f"samples_seen must be 1 or more (or 0, to count epochs), not {self.samples_seen}")
-        if not 0 <= self.base_learning_rate < float("inf"):
-            raise ValueError(f"base_learning_rate must be above 0 (or 0, to choose it), not {self.base_learning_rate}")
-        for name in ("beta2", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        check_range(ge=1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        check_range(ge=1, threads=self.threads, save_every=self.save_every, log_every=self.log_every)
+        check_range(ge=0, snapshots=self.snapshots, samples_seen=self.samples_seen)
+        check_range(ge=-1, num_workers=self.num_workers)
+        check_range(ge=0, lt=math.inf, base_learning_rate=self.base_learning_rate)
+        check_range(ge=0, lt=math.inf, weight_decay=self.weight_decay, max_norm=self.max_norm)
+        check_range(ge=0, lt=1, beta2=self.beta2, warmup_ratio=self.warmup_ratio)
         if "/" in self.label or self.label.startswith(".") or visible(self.label) != self.label:
             raise ValueError(f"label must be a plain folder name, not {self.label!r}")
-        if self.data:  # then the run's own shards need not be there
-            object.__setattr__(self, "reads", ())
 
-    # -- what there is to do
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The run's shards, unless ``data`` is given."""
+        return () if self.data else ("shards",)
+
+    # -- planning
 
     def artifacts(self) -> tuple[str, ...]:
-        """One folder a training."""
+        """One folder per training."""
         return (f"pretrain/{self.label or self.method.name}",)
 
     @classmethod
     def folder_of(cls, settings: Mapping[str, Any]) -> str:
-        """That of the label, or of the method."""
+        """The folder of a training with these settings."""
         (name,) = build(cls, settings, where=f"stages.{cls.name}").artifacts()
         return name
 
@@ -128,29 +125,13 @@ class Pretrain(Stage):
         return self.data or self.reads
 
     def complete(self) -> Pretrain:
-        """With every option of the method."""
+        """The same stage with every option of the method."""
         from synthgen.methods import METHODS
 
         return replace(self, method=METHODS.complete(self.method, "encoder"))
 
-    def fingerprinted(self) -> dict[str, Any]:
-        """Without later settings and options where they are what earlier versions did, so that those trainings hold."""
-        return self.as_before(super().fingerprinted())
-
-    def recorded_settings(self, run: Run) -> dict[str, Any]:
-        """The same, so that an error tells no option that made no difference; ``config.json`` has all of them."""
-        return self.as_before(super().recorded_settings(run))
-
-    def as_before(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings without what :attr:`synthgen.methods.Method.added` says."""
-        from synthgen.methods import METHODS
-
-        added, method = METHODS.load(self.method.name).added, settings["method"]
-        settings = {name: value for name, value in settings.items() if name not in _ADDED or value != _ADDED[name]}
-        return {**settings, "method": {k: v for k, v in method.items() if k not in added or v != added[k]}}
-
     def inputs(self, run: Run) -> dict[str, str]:
-        """Names and sizes of the shards, and hashes of the start, and of what options of the method name."""
+        """Hashes of the shards' names and sizes, of the initial weights, and of files that method options name."""
         from synthgen.datasets import source_inputs
 
         found = source_inputs(*self.sources(run))
@@ -161,10 +142,10 @@ class Pretrain(Stage):
         return found
 
     def sources(self, run: Run) -> list[str]:
-        """Where the images come from.
+        """Tars, patterns and folders of the training images.
 
         Raises:
-            MissingArtifact: the run's shards are not finished, or one of them is gone.
+            MissingArtifact: the run's shards are not finished, or one of them is missing.
             CorruptFile: their ``dataset.json`` cannot be read.
         """
         if self.data:
@@ -177,12 +158,12 @@ class Pretrain(Stage):
         return [0]
 
     def todo(self, run: Run) -> list[int]:
-        """Nothing, if the encoder is there and was made with these settings."""
+        """The unit, unless the encoder was written with these settings."""
         (name,) = self.artifacts()
         return [] if is_complete(run.folder(name), run.artifact(name)["fingerprint"]) else [0]
 
     def size(self, run: Run, unit: int) -> int:
-        """Images in all, each counted as often as it is seen."""
+        """The number of images that all steps take together."""
         order = self.order(run, len(self.dataset(run)))
         return order.steps * order.batch_size
 
@@ -193,22 +174,22 @@ class Pretrain(Stage):
         find_encoder(self.start, run)
 
     def prepare(self, run: Run) -> Self:
-        """See that the method can be built and the data fit it, before anything heavy begins.
+        """Check that the method can be built and the data suits it, before anything heavy begins.
 
         Raises:
-            ConfigError: an option is wrong, the data lacks what the method needs, the start does not fit, or there is
-                no such precision on this device.
-            CorruptFile: a sample that was looked at, or the start, cannot be read.
-            MissingDependency: a tracker's library is not installed, or no compiler.
+            ConfigError: an option is wrong, the data lacks what the method needs, the initial weights do not fit, or
+                the device does not support the precision.
+            CorruptFile: one of the samples looked at, or the initial weights, cannot be read.
+            MissingDependency: a tracker's library or a compiler is not installed.
         """
         from synthgen.train.launch import check_compiler, check_precision, check_trackers
 
         samples = self.dataset(run)
-        part = self.order(run, len(samples)).batch_size // self.accumulate  # first: processes meet in it
-        looked = looked_at_first(samples)
-        method = self.build_method(run, samples, side_of(looked))
+        part = self.order(run, len(samples)).batch_size // self.accumulate  # first: the processes meet here
+        probed, sides = probe(samples)
+        method = self.build_method(run, samples, typical_side(sides))
         try:
-            method.check(looked)
+            method.check(probed)
         except ConfigError as error:
             raise ConfigError(f"{self.label or self.method.name}, {', '.join(self.sources(run))}: {error}") from None
         if part < method.min_images:
@@ -216,28 +197,25 @@ class Pretrain(Stage):
                 f"{self.method.name} compares images, and {part} at once (of {len(samples)}, batch_size "
                 f"{self.batch_size}, accumulate {self.accumulate}) are too few; it needs {method.min_images} or more"
             )
-        if self.todo(run):  # what is finished needs no GPU, nor the weights that it began from
+        if self.todo(run):  # a finished training needs neither the GPU nor its initial weights
             check_precision(self.precision, devices_for(self)[0])
             if "image_size" not in self.encoder.options:
-                tell_sizes(looked, method.encoder.config)
+                warn_of_sizes(sides, method.encoder.config.image_size)
             self.load_start_weights(run, method)
         check_trackers(self.trackers)
         if self.compile:
             check_compiler()
-        return self.with_runtime(_samples_and_size=(samples, side_of(looked)))
+        return self.with_runtime(_samples_and_side=(samples, typical_side(sides)))
 
     def load_start_weights(self, run: Run, method: Method) -> dict[str, Any]:
-        """Put the weights of ``start`` into ``method``; what ``done.json`` says of it."""
+        """Load the weights of ``start`` into ``method``; the entry for ``done.json``."""
+        if not self.start:
+            return {}
         inputs = run.artifact(*self.artifacts())["inputs"]
-        return {"start": begin(method, self.start, self.method, inputs)} if self.start else {}
-
-    def dataset_and_size(self, run: Run) -> tuple[ImageDataset, int]:
-        """The images to train on, and how large they are, in pixels."""
-        samples = self.dataset(run)
-        return samples, side_of(looked_at_first(samples))
+        return {"start": load_start(method, self.start, self.method, inputs)}
 
     def dataset(self, run: Run, *, masks: bool = True) -> ImageDataset:
-        """The images to train on."""
+        """The training images."""
         from synthgen.datasets import open_dataset
         from synthgen.mask_controls import CONTROLS, WithChangedMasks
 
@@ -245,7 +223,7 @@ class Pretrain(Stage):
         return samples if self.masks == "own" else WithChangedMasks(samples, CONTROLS[self.masks])
 
     def order(self, run: Run, length: int) -> Order:
-        """Which samples come when. A batch is never larger than the set.
+        """The samples of each step. A batch is never larger than the dataset.
 
         Raises:
             ConfigError: a step's images do not divide into equal parts.
@@ -275,7 +253,7 @@ class Pretrain(Stage):
         return int(hashlib.sha256(f"pretrain {run.seed} {self.seed}".encode()).hexdigest()[:12], 16)
 
     def build_method(self, run: Run, samples: ImageDataset, side: int) -> Method:
-        """The method round a fresh encoder for images of ``side`` pixels; its weights depend on the seeds alone."""
+        """The method with a new encoder for images of ``side`` pixels; initial weights depend on the seeds alone."""
         from synthgen.methods import METHODS
         from synthgen.models.vit import VisionTransformer, encoder_config
         from synthgen.train.loop import seed_everything
@@ -286,11 +264,11 @@ class Pretrain(Stage):
         method.fit_to(samples)
         return method
 
-    # -- doing it
+    # -- training
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Yields the one training there is to do."""
+        """Yields the training."""
         import torch
 
         from synthgen.train.launch import accelerated
@@ -313,59 +291,54 @@ class Pretrain(Stage):
                         return self.train(run, worker, accelerator, unit)
 
                 yield work
-                for tracker in accelerator.trackers:  # not end_training(): it ends what the next training needs as well
+                for tracker in accelerator.trackers:  # end_training() would also destroy the process group
                     tracker.finish()
         finally:
             torch.set_num_threads(threads)
 
     def train(self, run: Run, worker: Worker, accelerator: Accelerator, unit: int) -> Report:
-        """Train to the end and write the encoder."""
+        """Train from the newest checkpoint to the end, and write the encoder."""
         from synthgen.loader import workers_for
         from synthgen.models.vit import save_encoder
         from synthgen.train.checkpoint import Checkpoints
         from synthgen.train.loop import Training, last_loss
-        from synthgen.train.optim import OptimSettings
 
-        started = time.perf_counter()
         (name,) = self.artifacts()
-        folder, fingerprint = run.folder(name), run.artifact(name)["fingerprint"]
+        folder, entry = run.folder(name), run.artifact(name)
+        keep_settings = partial(run.keep_settings, name, entry)  # before anything is written into the folder
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
-        samples, side = self._samples_and_size or self.dataset_and_size(run)
+        assert self._samples_and_side is not None  # set by prepare()
+        samples, side = self._samples_and_side
         method = self.build_method(run, samples, side)
-        begun = self.load_start_weights(run, method)
+        start = self.load_start_weights(run, method)
         order = self.order(run, len(samples))
+        keep_settings()
         training = Training(
             method=method,
             samples=samples if method.uses_masks else self.dataset(run, masks=False),
             order=order,
-            optim=OptimSettings(
-                base_learning_rate=self.base_learning_rate or (1.5e-4 if method.encoder.config.depth >= 12 else 3e-3),
-                batch_size=order.batch_size,
-                warmup_ratio=self.warmup_ratio,
-                weight_decay=self.weight_decay,
-                max_norm=self.max_norm,
-                beta2=self.beta2,
-            ),
+            optim=self.optim_settings(method, order.batch_size),
             accelerator=accelerator,
-            checkpoints=Checkpoints(folder / "checkpoints", fingerprint),
+            checkpoints=Checkpoints(folder / "checkpoints", entry["fingerprint"]),
             metrics_path=folder / "metrics.jsonl",
             save_every=self.save_every,
             log_every=self.log_every,
             num_workers=workers_for(self.num_workers),
             compile=self.compile,
+            before_save=keep_settings,
         )
-        before = training.step * order.batch_size
-        worker.progress.skip(before)
+        worker.progress.skip(training.step * order.batch_size)
         about = {"size": self.encoder.name, "method": self.method.dump()}
-        wanted = {order.steps * number // self.snapshots for number in range(1, self.snapshots + 1)} - {0}
+        snapshot_steps = {order.steps * number // self.snapshots for number in range(1, self.snapshots + 1)} - {0}
 
         def snapshot(step: int) -> None:
             path = folder / "snapshots" / f"step-{step:06d}"
-            if step in wanted and accelerator.is_main_process and not (path / "encoder.safetensors").is_file():
+            if step in snapshot_steps and accelerator.is_main_process and not (path / "encoder.safetensors").is_file():
+                keep_settings()
                 save_encoder(method.encoder, path, **about)
 
-        snapshot(training.step)  # killed between its checkpoint and its snapshot
+        snapshot(training.step)  # it is missing if the process was killed after this step's checkpoint
         count, loss = 0, float("nan")
         for record in training.run():
             count += record.samples
@@ -376,24 +349,36 @@ class Pretrain(Stage):
                 worker.progress.describe(f"loss {loss:.3f}, {record.figures['images_per_second']:.0f} images/s")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if not count:  # killed between the last checkpoint and here: the loss stands in the metrics
-                loss = last_loss(folder / "metrics.jsonl")
             done = {
-                "fingerprint": fingerprint,
+                "fingerprint": entry["fingerprint"],
                 "steps": order.steps,
                 "images": len(samples),
-                "loss": loss,
+                "loss": loss if count else last_loss(folder / "metrics.jsonl"),  # killed after the last checkpoint
                 "seconds": round(training.seconds, 3),
                 "threads": self.threads,
                 "device": str(accelerator.device),
                 "processes": accelerator.num_processes,
-                **begun,
+                **start,
             }
+            keep_settings()
             save_outputs(method.cpu(), folder, about, done, export=self.export)
         accelerator.wait_for_everyone()
-        return Report(unit, count, time.perf_counter() - started)
+        return Report(unit, count)
+
+    def optim_settings(self, method: Method, batch_size: int) -> OptimSettings:
+        """The settings of the optimizer."""
+        from synthgen.train.optim import OptimSettings
+
+        return OptimSettings(
+            base_learning_rate=self.base_learning_rate or (1.5e-4 if method.encoder.config.depth >= 12 else 3e-3),
+            batch_size=batch_size,
+            warmup_ratio=self.warmup_ratio,
+            weight_decay=self.weight_decay,
+            max_norm=self.max_norm,
+            beta2=self.beta2,
+        )
 
     def finish(self, run: Run) -> None:
-        """Write ``transformers/`` where ``export`` is asked for only now, when the training is long finished."""
+        """Write ``transformers/`` if ``export`` was turned on only after the training had finished."""
         if self.export and place().rank == 0:
             export_missing(run.folder(*self.artifacts()))

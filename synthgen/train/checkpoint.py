@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,12 @@ def load_method(folder: str | Path) -> Method:
     paths = sorted((folder / "checkpoints").glob("step-*.safetensors"))
     if not paths:
         raise MissingArtifact(f"there is no checkpoint in {folder / 'checkpoints'}; first run: synthgen pretrain")
+    tensors = method_tensors(paths[-1])
     try:
         described = read_json(read_file(folder / "config.json"))
         method = METHODS.build(Choice.of(described["method"]), encoder=encoder)
-        with safe_open(paths[-1], framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
-            method.load_state_dict({name.removeprefix("model."): file.get_tensor(name) for name in names})
-    except (ValueError, KeyError, TypeError, ConfigError, SafetensorError, OSError, RuntimeError) as error:
+        method.load_state_dict(tensors)
+    except (ValueError, KeyError, TypeError, ConfigError, OSError, RuntimeError) as error:
         raise CorruptFile(
             f"the training in {folder} cannot be read: {one_line(error)}; delete it and pretrain again"
         ) from None
@@ -68,11 +68,9 @@ def method_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CorruptFile: the checkpoint cannot be read, or its sha256 does not match.
     """
-    try:
+    with _reading(path):
         _, tensors = _read(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
-    return _of_method(tensors)
+    return _without_prefix(tensors)
 
 
 def method_hash(path: Path) -> str:
@@ -81,11 +79,16 @@ def method_hash(path: Path) -> str:
     Raises:
         CorruptFile: the checkpoint cannot be read.
     """
+    with _reading(path), safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(_METHOD)]  # noqa: SIM118 - not a mapping
+        return _checksum("", {name: file.get_tensor(name) for name in names})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(_METHOD)]  # noqa: SIM118 - not a mapping
-            return _checksum("", {name: file.get_tensor(name) for name in names})
-    except (SafetensorError, OSError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(f"{path} cannot be read: {one_line(error)}; delete it and pretrain again") from None
 
 
@@ -107,7 +110,7 @@ class Checkpoints:
         Raises:
             StorageError: the checkpoint cannot be written.
         """
-        tensors = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+        tensors = {f"{_METHOD}{name}": tensor for name, tensor in module.state_dict().items()}
         for name, parameter in module.named_parameters():
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{moment}.{name}"] = value
@@ -150,7 +153,7 @@ class Checkpoints:
         return {}
 
     def _load(self, tensors: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        module.load_state_dict(_of_method(tensors))
+        module.load_state_dict(_without_prefix(tensors))
         parameters = dict(module.named_parameters())
         optimizer.state.clear()
         for full, tensor in tensors.items():
@@ -170,16 +173,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    header = metadata.get("state", "{}")
-    if "sha256" in metadata and metadata["sha256"] != _checksum(header, tensors):  # earlier versions wrote none
-        raise ValueError("a byte of it is wrong, by its sha256")
+    header = metadata.get("state", "")
+    if metadata.get("sha256") != _checksum(header, tensors):
+        raise ValueError("a byte of it is wrong: its sha256 is not that in its header")
     state = read_json(header, finite=False)
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError("its header holds no state of a training")
+        raise ValueError("its header does not hold the state of a training")
     return state, tensors
 
 
-def _of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the method, by their names in its ``state_dict``."""
     return {name.removeprefix(_METHOD): tensor for name, tensor in tensors.items() if name.startswith(_METHOD)}
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import torch
 
 from synthgen.datasets import ImageDataset
 from synthgen.errors import SynthgenError
-from synthgen.loader import Batch, Order, ahead, loader
+from synthgen.loader import Batch, Order, loader, prefetch
 from synthgen.methods import Method, StepOutput
 from synthgen.models.layers import Block, CrossBlock
 from synthgen.stores import AppendFile
@@ -68,6 +68,7 @@ class Training:
     log_every: int = 10
     num_workers: int = 0
     compile: bool = False  # compile the transformer blocks with torch.compile
+    before_save: Callable[[], None] = lambda: None  # called before each checkpoint; raises to stop the training
 
     def __post_init__(self) -> None:
         if self.compile:
@@ -79,7 +80,7 @@ class Training:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.method, optimizer)
         state = self.checkpoints.resume(self.method, self.optimizer.optimizer)
         self.step = int(state.get("step", 0))
-        self._check_together()
+        self._check_same_step()
         self.seconds = float(state.get("seconds", 0.0))
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -97,9 +98,9 @@ class Training:
         """
         main = self.accelerator.is_main_process
         if main:
-            self._forget_later_records()
+            self._delete_later_records()
         self.method.train()
-        batches = iter(self._loader()) if self.num_workers else ahead(self._loader())
+        batches = iter(self._loader()) if self.num_workers else prefetch(self._loader())
         started, logged, logged_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
         for step in range(self.step, self.order.steps):
             outputs = self._step(step, batches)
@@ -168,7 +169,7 @@ class Training:
         self.method.after_step(progress)
         return outputs
 
-    def _check_together(self) -> None:
+    def _check_same_step(self) -> None:
         """Check that all processes resume from the same step; their gradients would be averaged regardless.
 
         Raises:
@@ -200,6 +201,7 @@ class Training:
         return {**figures, "learning_rate": _rounded(learning_rate(self.optim, step, self.order.steps))}
 
     def _save(self) -> None:
+        self.before_save()
         scaler = self.accelerator.scaler
         state = {} if scaler is None else {"scaler": scaler.state_dict()}
         self._metrics.flush()  # before the checkpoint: a resumed training never writes older records again
@@ -211,7 +213,7 @@ class Training:
         except OSError as error:
             raise storage_error(self.metrics_path, error) from error
 
-    def _forget_later_records(self) -> None:
+    def _delete_later_records(self) -> None:
         """Delete the records after the checkpoint, which will be written again."""
         if not self.metrics_path.is_file():
             return

@@ -10,13 +10,13 @@ from torch import Tensor
 from synthgen.errors import ConfigError
 from synthgen.methods import Method
 
-__all__ = ["Begun", "take_over"]
+__all__ = ["LoadedWeights", "load_weights"]
 
 _STATE = "_extra_state"  # extra state of a module that is not a weight, such as class names
 
 
 @dataclass(frozen=True)
-class Begun:
+class LoadedWeights:
     """How the tensors of a method were initialised, and which tensors of the earlier training were not used."""
 
     taken: int  # tensors loaded from the earlier training
@@ -26,13 +26,13 @@ class Begun:
     left_parts: tuple[str, ...]  # parts of the earlier training that the method lacks
 
     def __str__(self) -> str:
-        copied = f", {self.copied} copied from what they follow" if self.copied else ""
-        anew = f"{self.anew} begun anew" + (f" ({', '.join(self.new_parts)})" if self.new_parts else "")
-        left = f"; left out: {', '.join(self.left_parts)}" if self.left_parts else ""
-        return f"{self.taken} tensors taken{copied}, {anew}{left}"
+        copied = f", {self.copied} copied from those that they follow" if self.copied else ""
+        new = f", {self.anew} initialised" + (f" ({', '.join(self.new_parts)})" if self.new_parts else "")
+        left = f"; not used: {', '.join(self.left_parts)}" if self.left_parts else ""
+        return f"{self.taken} tensors loaded{copied}{new}{left}"
 
 
-def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
+def load_weights(method: Method, tensors: Mapping[str, Tensor]) -> LoadedWeights:
     """Load ``tensors`` of an earlier training, by name, into ``method``.
 
     Each part (decoder, classes, ...) is loaded, initialised or left out as a whole; the encoder is always loaded.
@@ -47,7 +47,7 @@ def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
         if name.endswith(_STATE) and not _same(own[name], tensors[name]):
             raise ConfigError(
                 f"its {_part(name, copies)} have other names than those of the data; train on data with the same "
-                "classes, or leave class_labels out and tell none"
+                "classes, or without class_labels"
             )
     for name in both:
         if own[name].shape != tensors[name].shape:
@@ -59,7 +59,7 @@ def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
     for name in (*new, *left):
         part = _part(name, copies)
         if part in taken or part == "encoder":
-            lacks = "lacks" if name in own else "has besides"
+            lacks = "lacks" if name in own else "also has"
             raise ConfigError(
                 f"its {part} fits only in part: it {lacks} {name}; give the options that it was trained with"
             )
@@ -68,7 +68,7 @@ def take_over(method: Method, tensors: Mapping[str, Tensor]) -> Begun:
     state |= {name: state[source].clone() for name, source in copied.items()}
     method.load_state_dict(state)
     fresh = [name for name in new if name not in copied]
-    return Begun(
+    return LoadedWeights(
         len(both), len(copied), len(fresh), tuple(sorted(_parts(fresh, copies))), tuple(sorted(_parts(left, copies)))
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,15 @@ import transformers
 from PIL import Image
 
 from synthgen.config import Choice
+from synthgen.datasets import FolderDataset
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, SynthgenError, UnknownName
+from synthgen.methods import METHODS
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.stages import make_stage
+from synthgen.stages._data_check import probe
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.train.checkpoint import Checkpoints
@@ -124,7 +129,7 @@ def test_it_learns_and_repeats(whole, run):
 
 def test_again_is_nothing_to_do(run, whole):
     shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.record_settings(Pretrain(**SMALL).complete())  # notes the settings; the fingerprint is the same
+    run.record_settings(Pretrain(**SMALL).complete())
     before = (whole / "done.json").read_bytes()
     summary = run_stage(Pretrain(**SMALL), run, ONE)
     assert (summary.done_before, summary.samples) == (1, 0)
@@ -260,6 +265,68 @@ def test_other_settings_are_refused_and_other_labels_are_not(run):
     assert sha256(run.folder("pretrain/other-seed")) != sha256(run.folder("pretrain/mae"))
 
 
+@pytest.mark.parametrize("method", ["mae", "umd", "vlp"])
+def test_every_option_counts_in_the_fingerprint(method):
+    stage = make_stage("pretrain", {"method": method}).complete()
+    options = inspect.signature(METHODS.load(method).__init__).parameters.keys() - {"self", "encoder"}
+    hashed = stage.fingerprinted()
+    assert hashed["method"].keys() == options | {"name"}
+    assert {"start", "beta2", "epochs", "encoder", "masks"} <= hashed.keys()
+    assert not {"save_every", "num_workers", "export"} & hashed.keys()
+
+
+class Meddler(Killer):
+    """Calls ``act`` before the second record, and kills later."""
+
+    def __init__(self, act: Callable[[], object], after: int) -> None:
+        super().__init__(after)
+        self.acts = iter((lambda: None, act))
+
+    def describe(self, text: str) -> None:
+        next(self.acts, lambda: None)()
+        super().describe(text)
+
+
+def test_a_folder_that_another_command_has_taken_gets_no_checkpoint(run):
+    """The same command failed elsewhere and took its settings back, and one with other settings came next."""
+    folder, other = run.folder("pretrain/mae"), Pretrain(**SMALL | {"epochs": 1}).complete()
+
+    def take() -> None:
+        (folder / "settings.yaml").unlink()
+        run.record_settings(other)
+
+    with pytest.raises(StaleArtifact, match=r"another command has given .*mae other settings"):
+        run_stage(Pretrain(**SMALL), run, ONE, Meddler(take, after=4))
+    assert not (folder / "checkpoints").exists()  # which step 3 would have had
+    run_stage(other, run, ONE)
+    with pytest.raises(StaleArtifact, match=r"epochs is 4 and was 1"):
+        run_stage(Pretrain(**SMALL), run, ONE)
+
+
+def test_settings_that_were_taken_back_come_with_the_next_checkpoint(run, whole):
+    folder = run.folder("pretrain/mae")
+    with pytest.raises(Killed):
+        run_stage(Pretrain(**SMALL), run, ONE, Meddler((folder / "settings.yaml").unlink, after=4))
+    assert run.artifact("pretrain/mae")["settings"]["epochs"] == 4
+    run_stage(Pretrain(**SMALL), run, ONE)
+    assert sha256(folder) == sha256(whole)
+
+
+def test_a_probe_is_spread_over_the_data_and_keeps_no_pixels(tmp_path):
+    data = FolderDataset(Path(write_sizes(tmp_path / "data", *range(20, 83))))
+    samples, sides = probe(data)
+    assert [sample.key for sample in samples] == [data.key(index) for index in range(0, 63, 2)]
+    assert sides == list(range(20, 83, 2))
+    assert {sample.image.shape for sample in samples} == {(1, 1, 3)}
+    assert all(sample.image.base is None for sample in samples)
+
+
+def test_a_probe_still_has_masks_and_words(run):
+    samples, _ = probe(Pretrain(**SMALL).dataset(run))
+    assert {sample.label_map.shape for sample in samples} == {(1, 1)}
+    assert all(sample.words for sample in samples)
+
+
 def test_guidance_needs_masks(run):
     run2 = Run.create(run.path.parent / "bare")
     make_run(run2.path, units=1, unit_size=8, image_size=32, masks=False)
@@ -339,13 +406,17 @@ def test_a_broken_sample_is_named(run):
     [
         ({"method": "mea"}, UnknownName, "did you mean 'mae'"),
         ({"method": {"name": "vlp", "temperature": "hot"}}, ConfigError, "method vlp.temperature"),
-        ({"samples_seen": -1}, ConfigError, "samples_seen must be 1 or more"),
+        ({"samples_seen": -1}, ConfigError, "samples_seen must be at least 0, not -1"),
         ({"encoder": "huge"}, UnknownName, "unknown encoder 'huge'"),
         ({"method": {"name": "mae", "mask_rato": 0.5}}, ConfigError, "did you mean 'mask_ratio'"),
-        ({"epochs": 0}, ConfigError, "epochs must be 1 or more"),
+        ({"epochs": 0}, ConfigError, "epochs must be at least 1, not 0"),
+        ({"beta2": 1.0}, ConfigError, "beta2 must be at least 0 and below 1, not 1.0"),
         ({"epochs": "many"}, ConfigError, "stages.pretrain.epochs"),
         ({"precision": "fp8"}, ConfigError, "precision must be one of"),
-        ({"base_learning_rate": -1.0}, ConfigError, "base_learning_rate"),
+        ({"base_learning_rate": -1.0}, ConfigError, "base_learning_rate must be at least 0"),
+        ({"weight_decay": -0.1}, ConfigError, "weight_decay must be at least 0"),
+        ({"max_norm": -1.0}, ConfigError, "max_norm must be at least 0"),
+        ({"num_workers": -2}, ConfigError, "num_workers must be at least -1"),
         ({"label": "a/b"}, ConfigError, "plain folder name"),
         ({"trackers": ["tensorbord"]}, UnknownName, "did you mean 'tensorboard'"),
     ],
@@ -387,7 +458,7 @@ def test_control_masks_guide_otherwise(run: Run) -> None:
 def write_sizes(folder: Path, *sides: int) -> str:
     folder.mkdir()
     for number, side in enumerate(sides):
-        Image.fromarray(np.full((side, side + 8, 3), 10 * number, np.uint8)).save(folder / f"{number:02d}.png")
+        Image.fromarray(np.full((side, side + 8, 3), 10 * number % 256, np.uint8)).save(folder / f"{number:02d}.png")
     return str(folder)
 
 
@@ -409,8 +480,7 @@ def test_an_encoder_is_as_large_as_most_images(tmp_path, caplog, sides, size, op
     run = Run.create(tmp_path / "run")
     with run.claim(stage) as claimed:
         stage = stage.prepare(claimed)
-    samples, side = stage._samples_and_size
-    assert stage.dataset_and_size(run)[1] == side
+    samples, side = stage._samples_and_side
     assert stage.build_method(run, samples, side).encoder.config.image_size == size
     unlike = min(max(sides), 224) >= 2 * min(sides) and not options
     assert (f"the images have {min(sides)} to {max(sides)} pixels along their shorter side" in caplog.text) == unlike

@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -5,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from synthgen.config import Choice, build, dump, expand_home, load_yaml, run_folder
+from synthgen.config import Choice, build, check_range, dump, expand_home, load_yaml, run_folder
 from synthgen.errors import ConfigError, MissingDependency, PipelineError, UnknownName
 from synthgen.pipeline import read_pipeline
 from synthgen.registry import Registry
@@ -132,6 +133,24 @@ def test_every_part_has_its_own_default_from_a_factory():
     assert one.ranges is not other.ranges
 
 
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad", "allowed"),
+    [
+        ({"ge": 1}, (1, 2), (0, math.nan), "at least 1"),
+        ({"gt": 0}, (0.1, math.inf), (0, -1), "above 0"),
+        ({"ge": 0, "lt": 1}, (0, 0.99), (-0.1, 1), "at least 0 and below 1"),
+        ({"gt": 0, "le": 0.5}, (0.5,), (0, 0.6), "above 0 and at most 0.5"),
+        ({"ge": 0, "lt": math.inf}, (0, 1e300), (math.inf, math.nan), "at least 0 and below inf"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused_by_name(bounds, good, bad, allowed):
+    for value in good:
+        check_range(**bounds, steps=value)
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^share must be {allowed}, not {value}$"):
+            check_range(**bounds, steps=good[0], share=value)
+
+
 def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert run_folder("~/runs/x") == Path("/home/me/runs/x")
@@ -141,7 +160,7 @@ def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
     with pytest.raises(ConfigError, match="has no name; give one"):
         run_folder("")
     for name in ("$HOME/x", "${HOME}/x", "~nobody-at-all/x"):
-        with pytest.raises(ConfigError, match="begins with what a shell would put in"):
+        with pytest.raises(ConfigError, match="begins with a variable or home directory that"):
             run_folder(name)
 
 

@@ -27,9 +27,9 @@ from synthgen.datasets import (
 )
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
-from synthgen.loader import Order, ahead, collate, loader, workers_for
+from synthgen.loader import Order, collate, loader, prefetch, workers_for
 from synthgen.plan.source import survey_pictures
-from synthgen.stages._eval_sources import stamp_of
+from synthgen.stages._eval_sources import source_hash
 from synthgen.stores.tar import TarWriter, index_tar
 from tests.factories import make_generation
 
@@ -141,8 +141,12 @@ def test_masks_alone_need_no_image(tmp_path):
     masks = open_masks(write(tmp_path / "truth.tar", {3: sample}))
     assert list(masks) == ["0000000003"]
     assert np.array_equal(masks["0000000003"].values, make_generation("3", ("disc",), 32, seed=3)[1])
-    with pytest.raises(ConfigError, match="holds no masks"):
+    with pytest.raises(ConfigError, match="has no masks"):
         open_masks(write(tmp_path / "none.tar", {0: members(0, **{"mask.png": None})}))
+    for name in ("a", "b"):  # as of two runs
+        write(tmp_path / "two" / f"{name}.tar", {3: sample})
+    with pytest.raises(ConfigError, match=r"two samples of .*two have the key '.*3'"):
+        open_masks(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_folders_are_classes(tmp_path):
     ]
     assert samples[1].image.shape == (9, 7, 3)
     (tmp_path / "dog/b.png").write_bytes(b"no")
-    with pytest.raises(CorruptFile, match=r"dog/b.*; get it anew, or leave it out"):  # it is somebody's picture
+    with pytest.raises(CorruptFile, match=r"dog/b.*; replace it, or leave it out"):  # it is somebody's picture
         samples[1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingArtifact, match="neither tars nor images"):
@@ -236,10 +240,10 @@ def test_a_folder_of_links_to_classes_is_read_like_one_of_folders(tmp_path):
     assert source_inputs(subset)[str(subset)].split()[1].startswith("0.png:")
     assert len(source_inputs(subset)[str(subset)].split()) == 4
     pictures = survey_pictures(str(subset))
-    assert (pictures.count, sorted(one.key for one in pictures.few)) == (3, ["bird/0", "cat/0", "dog/0"])
-    before = stamp_of(str(subset))
+    assert (pictures.count, sorted(key for key, _ in pictures.few)) == (3, ["bird/0", "cat/0", "dog/0"])
+    before = source_hash(str(subset))
     Image.new("RGB", (9, 9)).save(tmp_path / "all" / "dog" / "0.png")
-    assert stamp_of(str(subset)) != before
+    assert source_hash(str(subset)) != before
 
 
 def test_collate_normalises_and_pads(shards):
@@ -359,7 +363,7 @@ def test_a_batch_is_made_while_the_one_before_is_used():
             yield number
         raise CorruptFile("the last one")
 
-    batches = ahead(source())
+    batches = prefetch(source())
     for number in range(6):
         assert next(batches) == number
         time.sleep(0.01)
@@ -367,7 +371,7 @@ def test_a_batch_is_made_while_the_one_before_is_used():
     with pytest.raises(CorruptFile, match="the last one"):
         next(batches)
     assert all(thread is not threading.current_thread() for _, thread in asked)
-    assert list(ahead(iter([]))) == []
+    assert list(prefetch(iter([]))) == []
 
 
 def test_two_views_are_of_the_same_samples(shards):

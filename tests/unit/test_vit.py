@@ -10,8 +10,10 @@ import torch
 
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName
-from synthgen.models.decoder import PixelDecoder
+from synthgen.models.decoder import NoiseDecoder, PixelDecoder
 from synthgen.models.layers import Block, CrossBlock, attend, patchify, restore, sincos_positions, take, unpatchify
+from synthgen.models.masked_denoiser import MaskedDenoiser
+from synthgen.models.narrow_decoder import NarrowDecoder
 from synthgen.models.transformers_vit import save_transformers, to_transformers
 from synthgen.models.vit import SIZES, EncoderConfig, VisionTransformer, encoder_config, load_encoder, save_encoder
 
@@ -95,6 +97,21 @@ def test_decoder_gives_the_same_as_unshuffling(encoder, depth):
     ours, theirs = (torch.autograd.grad(y.sin().sum(), [*decoder.parameters()]) for y in (found, wanted))
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dim", "depth", "says"), [(48, 1, "decoder_dim must be a multiple of 32"), (32, -1, "decoder_depth")]
+)
+def test_a_decoder_of_no_depth_or_of_half_a_head_is_refused(encoder, dim, depth, says):
+    with pytest.raises(ValueError, match=says):
+        PixelDecoder(encoder, dim=dim, depth=depth)
+    with pytest.raises(ValueError, match=says):
+        NarrowDecoder(encoder, dim=dim, depth=depth)
+    with pytest.raises(ValueError, match=says):
+        MaskedDenoiser(encoder, kind="cross", dim=dim, depth=depth, u_links=True)
+    if depth < 1:
+        with pytest.raises(ValueError, match=says):
+            NoiseDecoder(encoder, depth=depth)
 
 
 def test_a_block_leaves_out_what_nobody_asks_for():
