@@ -40,12 +40,8 @@ __all__ = [
 ]
 
 Need = Literal["features", "patches", "boxes", "maps", "latents", "images", "pairs", "masks"]
-OF_LABELLED: frozenset[Need] = frozenset(
-    {"features", "maps", "latents", "images"}
-)  # needs that are met by images with labels
-OF_SCENES: frozenset[Need] = frozenset(
-    {"patches", "boxes"}
-)  # met by images with masks; for "boxes", boxes alone suffice
+OF_LABELLED: frozenset[Need] = frozenset({"features", "maps", "latents", "images"})  # met by images with labels
+OF_SCENES: frozenset[Need] = frozenset({"patches", "boxes"})  # met by images with masks; "boxes" also by boxes alone
 Baseline = Literal["random", "random generator", "pixels"]
 Row = Literal["encoder", "generator", "random", "random generator", "pixels"]  # rows of the results table
 
@@ -70,9 +66,7 @@ class LabelledFeatures:
 class LabelledFeatureMaps:
     """Feature maps of labelled images, one per block of a network, at the block's own size (16 x 16 at most)."""
 
-    maps: tuple[
-        Float16[Tensor, "n t _ _ _"], ...
-    ]  # per block, at each timestep; an encoder has one block and one timestep
+    maps: tuple[Float16[Tensor, "n t _ _ _"], ...]  # per block, at each timestep; an encoder has one of each
     labels: Int[Tensor, " n"]  # as in LabelledFeatures
     keys: tuple[str, ...]
 
@@ -159,7 +153,7 @@ class EvalData:
         _finite(train.features, test.features)
         return train, test
 
-    def mapped(self) -> tuple[LabelledFeatureMaps, LabelledFeatureMaps]:
+    def feature_maps(self) -> tuple[LabelledFeatureMaps, LabelledFeatureMaps]:
         """Feature maps of labelled training and test images.
 
         Raises:
@@ -273,11 +267,11 @@ def named(choices: Sequence[Choice]) -> dict[str, Choice]:
         differing = [
             f"{key}={value}"
             for key, value in choice.options.items()
-            if any(other.get(key, None) != value for other in others)
+            if any(other.get(key) != value for other in others)
         ]
         name = " ".join([choice.name, *differing])
         if name in found:
-            raise ConfigError(f"the evaluator {name} is listed twice with the same options; take one away")
+            raise ConfigError(f"the evaluator {name} is listed twice with the same options; remove one")
         found[name] = choice
     return found
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from synthgen.errors import ConfigError
 from synthgen.evaluators import LabelledFeatureMaps, Latents
-from synthgen.evaluators._bootstrap import mean_with_interval, spread
-from synthgen.evaluators._heads import fitted
+from synthgen.evaluators._bootstrap import accuracy_over_seeds
+from synthgen.evaluators._heads import fit
 
 __all__ = ["LARGEST", "AttentiveHead", "AttentiveSettings"]
 
@@ -132,7 +132,7 @@ class AttentiveSettings:
             shapes, timesteps, num_classes, width=self.width, depth=self.depth, num_heads=self.num_heads
         )
 
-    def learned(
+    def train(
         self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, device: str, seed: int
     ) -> L:
         """A learner from ``make``, trained by cross-entropy on ``scores``, the class scores of the images by number."""
@@ -140,7 +140,7 @@ class AttentiveSettings:
         def loss(learner: L, numbers: Int[Tensor, " b"]) -> Tensor:
             return F.cross_entropy(scores(learner, train, numbers), train.labels[numbers].to(device))
 
-        return fitted(
+        return fit(
             make,
             train.keys,
             loss,
@@ -152,7 +152,7 @@ class AttentiveSettings:
             device=device,
         )
 
-    def figures(
+    def score(
         self, make: Callable[[], L], scores: Callable[[L, S, Tensor], Tensor], train: S, test: S, device: str
     ) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``, over ``seeds`` trainings.
@@ -160,23 +160,15 @@ class AttentiveSettings:
         Raises:
             ConfigError: a training diverged.
         """
-        right, fit = list[Tensor](), list[float]()
+        correct, train_accuracies = list[Tensor](), list[float]()
         for seed in range(self.seeds):
-            learner = self.learned(make, scores, train, device, seed)
-            right.append(_right(learner, scores, test))
-            fit.append(float(_right(learner, scores, train).mean()))
-        accuracy, low, high = mean_with_interval(torch.stack(right).mean(0).numpy())
-        return {
-            "accuracy": accuracy,
-            "low": low,
-            "high": high,
-            **spread([float(one.mean()) for one in right]),
-            "train_accuracy": sum(fit) / len(fit),
-            "seeds": float(self.seeds),
-        }
+            learner = self.train(make, scores, train, device, seed)
+            correct.append(_correct(learner, scores, test))
+            train_accuracies.append(float(_correct(learner, scores, train).mean()))
+        return accuracy_over_seeds(correct, train_accuracies)
 
 
-def _right(learner: L, scores: Callable[[L, S, Tensor], Tensor], given: S) -> Tensor:
+def _correct(learner: L, scores: Callable[[L, S, Tensor], Tensor], given: S) -> Tensor:
     """1 for each image that is classified correctly, else 0."""
     guesses = []
     with torch.inference_mode():

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from math import nan
 
 import numpy as np
+import torch
 from jaxtyping import Float64
+from torch import Tensor
 
-__all__ = ["interval", "mean_with_interval", "spread"]
+__all__ = ["accuracy_over_seeds", "interval", "mean_with_interval", "spread"]
 
 Score = Callable[[Float64[np.ndarray, "b n"]], Float64[np.ndarray, " b"]]
 
-_DRAWS = 50  # resamples at a time: all at once would take 2000 times the memory of the values
+_AT_ONCE = 50  # resamples at a time: all at once would take 2000 times the memory of the values
 
 
 def mean_with_interval(
@@ -22,7 +24,7 @@ def mean_with_interval(
 
     An image contributes the sum of ``counts`` values (one value without ``counts``), which are drawn together because
     they are not independent. The interval covers the choice of test images, not the variation between trainings.
-    For a single image the bounds are NaN.
+    For a single image the bounds are NaN; if all images have the same values, the interval is a point and says nothing.
     """
     counts = np.ones_like(sums) if counts is None else counts
     if len(sums) == 1:
@@ -50,16 +52,34 @@ def spread(scores: Sequence[float]) -> dict[str, float]:
     return {"spread": float(np.std(scores, ddof=1))} if len(scores) > 1 else {}
 
 
+def accuracy_over_seeds(correct: Sequence[Tensor], train_accuracies: Sequence[float]) -> dict[str, float]:
+    """``accuracy`` with its interval and spread, ``train_accuracy``, and ``seeds``.
+
+    Args:
+        correct: for each training, 1 for each test image that is classified correctly, else 0.
+        train_accuracies: for each training, the accuracy on the training images.
+    """
+    accuracy, low, high = mean_with_interval(torch.stack([*correct]).mean(0).numpy())
+    return {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        **spread([float(one.mean()) for one in correct]),
+        "train_accuracy": sum(train_accuracies) / len(train_accuracies),
+        "seeds": float(len(correct)),
+    }
+
+
 def _percentiles(score: Score, num_images: int, draws: int) -> tuple[float, float, float]:
     """The 2.5th percentile of the resampled scores, their mean, and the 97.5th percentile."""
-    scores = np.concatenate([score(times) for times in _redrawn(num_images, draws)])
+    scores = np.concatenate([score(times) for times in _resample_counts(num_images, draws)])
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(scores.mean()), float(high)
 
 
-def _redrawn(num_images: int, draws: int) -> Iterator[Float64[np.ndarray, "b n"]]:
+def _resample_counts(num_images: int, draws: int) -> Iterator[Float64[np.ndarray, "b n"]]:
     rng = np.random.default_rng(0)
-    for start in range(0, draws, _DRAWS):
-        rows = min(_DRAWS, draws - start)
-        drawn = rng.integers(num_images, size=(rows, num_images)) + np.arange(rows)[:, None] * num_images
-        yield np.bincount(drawn.ravel(), minlength=rows * num_images).reshape(rows, num_images).astype(np.float64)
+    for start in range(0, draws, _AT_ONCE):
+        rows = min(_AT_ONCE, draws - start)
+        images = rng.integers(num_images, size=(rows, num_images)) + np.arange(rows)[:, None] * num_images
+        yield np.bincount(images.ravel(), minlength=rows * num_images).reshape(rows, num_images).astype(np.float64)

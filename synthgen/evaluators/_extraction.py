@@ -1,4 +1,4 @@
-"""Extract what evaluators need from images in one pass: features, patch features with the truth, embeddings."""
+"""One pass over images that extracts what evaluators need: features, patch features with the truth, embeddings."""
 
 from __future__ import annotations
 
@@ -15,39 +15,17 @@ from torch import Tensor
 
 from synthgen.datasets import ImageDataset, Sample
 from synthgen.diffusion.features import Activations, FeatureReader
-from synthgen.evaluators import (
-    OF_SCENES,
-    DenseFeatures,
-    ImageTextPairs,
-    LabelledFeatureMaps,
-    LabelledFeatures,
-    LabelledImages,
-    Latents,
-    Need,
-    Row,
-)
+from synthgen.evaluators import OF_SCENES, DenseFeatures, ImageTextPairs, Need, Row
 from synthgen.evaluators._attentive import LARGEST
-from synthgen.evaluators._views import Boxes, Collate, Viewed, Views
+from synthgen.evaluators._views import Boxes, Collate, EvalImage, EvalImages
 from synthgen.loader import Reader
 from synthgen.models.dual import DualEncoder
 from synthgen.models.vit import Encoder, EncoderConfig
 
-__all__ = [
-    "BACKGROUND",
-    "Extracted",
-    "Extractor",
-    "as_latents",
-    "class_numbers",
-    "joined_classes",
-    "labelled",
-    "mapped",
-    "paired",
-    "pictured",
-    "scenes",
-]
+__all__ = ["Extracted", "Extractor", "class_numbers", "joined_classes", "scenes", "text_pairs"]
 
-BACKGROUND = "background"
-_NETWORK_NEEDS: frozenset[Need] = OF_SCENES | {"features", "maps"}  # needs that take a forward pass
+_BACKGROUND = "background"
+_NETWORK_NEEDS: frozenset[Need] = OF_SCENES | {"features", "maps"}  # that take a forward pass
 _PIXEL_CELL = 4  # cells per side of the grid of a patch's colours, the pixel baseline
 
 
@@ -60,13 +38,13 @@ class Extracted:
     pixels: Int16[Tensor, "m S S"] | None = None
     boxes: list[Boxes] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # for images with masks or boxes
-    boxed: int = 0  # how many of these have boxes but no masks
+    num_boxes_only: int = 0  # how many of these have boxes but no masks
     names: dict[str, int] = field(default_factory=dict)  # class numbers used in pixels, in order of appearance
     embeddings: Float32[Tensor, "n e"] | None = None
     maps: dict[str, list[Float16[Tensor, "l t _ _ _"]]] = field(default_factory=dict)  # by row, one per block
     latents: Float32[Tensor, "l c h w"] | None = None
     images: UInt8[Tensor, "l S S 3"] | None = None  # at the encoder's size
-    drawn: UInt8[Tensor, "l s s 3"] | None = None  # at the generator's size
+    generator_images: UInt8[Tensor, "l s s 3"] | None = None  # at the generator's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +74,7 @@ class _Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """Extracts what ``needs`` name; each image is decoded once and passes once through each network.
+    """Extracts what the evaluators of ``rows`` need; each image is decoded once and passes once through each network.
 
     The centre square of an image is resized to the encoder's input size, and for a generator to that of its own
     images. Rows of the result are those of ``networks``, ``generator``, and ``pixels``. Pixel features are the image at
@@ -105,8 +83,7 @@ class Extractor:
     """
 
     networks: Mapping[str, Encoder]  # all of one shape; empty if only a generator is evaluated
-    needs: frozenset[Need]
-    rows: Mapping[Need, Collection[Row]] | None = None  # rows to evaluate, by need; None: all
+    rows: Mapping[Need, Collection[Row]]  # rows to evaluate, by what the evaluators need
     generator: FeatureReader | None = None
     dual: DualEncoder | None = None
     pool: str = "mean"
@@ -114,6 +91,11 @@ class Extractor:
     batch_size: int = 128
     num_workers: int = 0
     device: str = "cpu"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the evaluators need."""
+        return frozenset(self.rows)
 
     @cached_property
     def view(self) -> View:
@@ -135,7 +117,7 @@ class Extractor:
         width += 3 * min(_PIXEL_CELL, view.patch_size) ** 2 if self.keeps("pixels", *OF_SCENES) else 0
         return 2 * (view.grid**2 * width + view.image_size**2)
 
-    @property
+    @cached_property
     def labelled_bytes(self) -> int:
         """Bytes of one labelled image: its maps (float16), latents (float32) and pixels (uint8)."""
         total = 0
@@ -155,64 +137,62 @@ class Extractor:
 
     def keeps(self, row: str, *needs: Need) -> bool:
         """Whether a row of the table is evaluated for any of ``needs``."""
-        return self.rows is None or any(row in self.rows.get(need, ()) for need in needs)
+        return any(row in self.rows.get(need, ()) for need in needs)
 
     def extract(
         self,
         samples: ImageDataset,
         numbers: Sequence[int],
-        masked: Sequence[int],
-        classed: Sequence[int],
-        tick: Callable[[int], None],
+        scene_numbers: Sequence[int],
+        label_numbers: Sequence[int],
+        advance: Callable[[int], None],
     ) -> Extracted:
         """Extract from the images ``numbers``.
 
-        Patch features are kept for images in ``masked``, which have masks or boxes; maps, latents and pixels for
-        images in ``classed``.
+        Patch features are kept for images in ``scene_numbers``, which have masks or boxes; maps, latents and pixels for
+        images in ``label_numbers``.
         """
-        view, wanted, placed = self.view, set(masked), {number: place for place, number in enumerate(classed)}
-        drawn_size = self.generator.image_size if self.generator else 0
-        rows = Views(samples, numbers, view.image_size, boxed=wanted, drawn_size=drawn_size)
-        batches = Reader(rows, Collate(view.mean, view.std), batch_size=self.batch_size, num_workers=self.num_workers)
+        view, with_boxes = self.view, set(scene_numbers)
+        positions = {number: position for position, number in enumerate(label_numbers)}
+        generator_size = self.generator.image_size if self.generator else 0
+        items = EvalImages(samples, numbers, view.image_size, with_boxes=with_boxes, generator_size=generator_size)
+        batches = Reader(items, Collate(view.mean, view.std), batch_size=self.batch_size, num_workers=self.num_workers)
         found, start, kept = Extracted(), 0, 0
         with torch.no_grad():
             for images, batch in batches:
-                outputs = self._look(images.to(self.device), batch)
+                outputs = self._run_networks(images.to(self.device), batch)
                 if "features" in self.needs:
                     self._keep_features(found, outputs, start, len(numbers))
                 if self.dual is not None:
                     found.embeddings = _put(
                         found.embeddings, self.dual.embed_images(outputs.images), start, len(numbers)
                     )
-                chosen = [
-                    row for row, item in enumerate(batch) if numbers[start + row] in wanted and self._classed(item)
-                ]
+                numbered = list(enumerate(numbers[start : start + len(batch)]))  # row of the batch, sample
+                chosen = [row for row, number in numbered if number in with_boxes and self._has_class(batch[row])]
                 if chosen:
-                    self._keep_patches(found, outputs, [batch[row] for row in chosen], chosen, kept, len(wanted))
-                held = [row for row in range(len(batch)) if numbers[start + row] in placed]
-                if held:
-                    first = placed[numbers[start + held[0]]]
-                    self._keep_maps(found, outputs, held, first, len(classed))
-                    self._keep_images(found, [batch[row] for row in held], first, len(classed))
+                    self._keep_patches(found, outputs, [batch[row] for row in chosen], chosen, kept, len(with_boxes))
+                chosen_labelled = [row for row, number in numbered if number in positions]
+                if chosen_labelled:
+                    first = positions[numbers[start + chosen_labelled[0]]]
+                    self._keep_maps(found, outputs, chosen_labelled, first, len(label_numbers))
+                    self._keep_images(found, [batch[row] for row in chosen_labelled], first, len(label_numbers))
                 start, kept = start + len(batch), kept + len(chosen)
-                tick(len(batch))
+                advance(len(batch))
         found.patches = {name: patches[:kept] for name, patches in found.patches.items()}
         found.pixels = None if found.pixels is None else found.pixels[:kept]
         return found
 
-    def _look(self, images: Tensor, batch: Sequence[Viewed]) -> _Outputs:
+    def _run_networks(self, images: Tensor, batch: Sequence[EvalImage]) -> _Outputs:
         activations = latents = None
+        needs = self.needs & _NETWORK_NEEDS
         if self.generator is not None:
-            drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
-            if self.needs & _NETWORK_NEEDS:
-                largest = LARGEST if "maps" in self.needs else 0
-                activations = self.generator.read(drawn, [row.view.key for row in batch], self.view.grid, largest)
+            pixels = _generator_pixels(batch)
+            if needs:
+                largest = LARGEST if "maps" in needs else 0
+                activations = self.generator.read(pixels, [row.sample.key for row in batch], self.view.grid, largest)
             if "latents" in self.needs:
-                latents = self.generator.latents(drawn)
-        asked = self.needs & _NETWORK_NEEDS
-        tokens = {
-            name: network(images) for name, network in self.networks.items() if asked and self.keeps(name, *asked)
-        }
+                latents = self.generator.latents(pixels)
+        tokens = {name: network(images) for name, network in self.networks.items() if self.keeps(name, *needs)}
         return _Outputs(images, tokens, activations, latents)
 
     def _keep_features(self, found: Extracted, outputs: _Outputs, start: int, length: int) -> None:
@@ -229,7 +209,7 @@ class Extractor:
         self,
         found: Extracted,
         outputs: _Outputs,
-        batch: Sequence[Viewed],
+        batch: Sequence[EvalImage],
         chosen: Sequence[int],
         start: int,
         length: int,
@@ -243,12 +223,12 @@ class Extractor:
             maps["pixels"] = F.pixel_unshuffle(F.adaptive_avg_pool2d(outputs.images[chosen], grid * cell), cell)
         for name, patches in maps.items():
             found.patches[name] = _put(found.patches.get(name), patches.half(), start, length)
-        pixels = torch.from_numpy(np.stack([self._pixels(found.names, row.view) for row in batch]))
+        pixels = torch.from_numpy(np.stack([self._pixel_classes(found.names, row.sample) for row in batch]))
         found.pixels = _put(found.pixels, pixels, start, length)
         for row in batch:
-            found.keys.append(row.view.key)
-            found.boxed += row.view.label_map is None
-            boxes = tuple((self._name(row.view, name), edges) for name, edges in row.boxes)
+            found.keys.append(row.sample.key)
+            found.num_boxes_only += row.sample.label_map is None
+            boxes = tuple((self._class_name(row.sample, name), edges) for name, edges in row.boxes)
             found.boxes.append(boxes)
             for name, _ in boxes:
                 found.names.setdefault(name, len(found.names) + 1)
@@ -270,37 +250,36 @@ class Extractor:
         if outputs.latents is not None:
             found.latents = _put(found.latents, outputs.latents[chosen], start, length)
 
-    def _keep_images(self, found: Extracted, batch: Sequence[Viewed], start: int, length: int) -> None:
+    def _keep_images(self, found: Extracted, batch: Sequence[EvalImage], start: int, length: int) -> None:
         if "images" in self.needs and self.networks:
-            pixels = torch.from_numpy(np.stack([row.view.image for row in batch]))
+            pixels = torch.from_numpy(np.stack([row.sample.image for row in batch]))
             found.images = _put(found.images, pixels, start, length)
         if "images" in self.needs and self.generator is not None:
-            drawn = torch.from_numpy(np.stack([row.drawn for row in batch if row.drawn is not None]))
-            found.drawn = _put(found.drawn, drawn, start, length)
+            found.generator_images = _put(found.generator_images, _generator_pixels(batch), start, length)
 
-    def _classed(self, row: Viewed) -> bool:
+    def _has_class(self, row: EvalImage) -> bool:
         """Whether each masked pixel or box has a known class; with ``by_label`` that takes one word and a label."""
-        words = {name for name, _ in row.boxes} if row.view.label_map is None else row.view.words
-        return not self.by_label or (row.view.label is not None and len(words) == 1)
+        words = {name for name, _ in row.boxes} if row.sample.label_map is None else row.sample.words
+        return not self.by_label or (row.sample.label is not None and len(words) == 1)
 
-    def _name(self, view: Sample, word: str) -> str:
-        return view.label or "" if self.by_label else word.lower()
+    def _class_name(self, sample: Sample, word: str) -> str:
+        return sample.label or "" if self.by_label else word.lower()
 
-    def _pixels(self, names: dict[str, int], view: Sample) -> Int16[np.ndarray, "S S"]:
-        if view.label_map is None:  # boxes give no pixel classes
-            return np.zeros(view.image.shape[:2], np.int16)
+    def _pixel_classes(self, names: dict[str, int], sample: Sample) -> Int16[np.ndarray, "S S"]:
+        if sample.label_map is None:  # boxes give no pixel classes
+            return np.zeros(sample.image.shape[:2], np.int16)
         numbers = np.zeros(256, np.int16)  # numbers beyond the last word have no class
-        present = set(np.unique(view.label_map).tolist())
-        for number, word in enumerate(view.words, start=1):
+        present = set(np.unique(sample.label_map).tolist())
+        for number, word in enumerate(sample.words, start=1):
             if number in present:
-                numbers[number] = names.setdefault(self._name(view, word), len(names) + 1)
-        pixels: Int16[np.ndarray, "S S"] = numbers[view.label_map]
+                numbers[number] = names.setdefault(self._class_name(sample, word), len(names) + 1)
+        pixels: Int16[np.ndarray, "S S"] = numbers[sample.label_map]
         return pixels
 
 
 def joined_classes(train: Extracted, test: Extracted) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The background and the sorted training classes; and the same followed by the classes only test images have."""
-    known = (BACKGROUND, *sorted(train.names))
+    known = (_BACKGROUND, *sorted(train.names))
     return known, (*known, *sorted(test.names.keys() - train.names.keys()))
 
 
@@ -320,40 +299,13 @@ def scenes(found: Extracted, classes: tuple[str, ...]) -> dict[str, DenseFeature
     return {row: DenseFeatures(patches, *truth) for row, patches in found.patches.items()}
 
 
-def mapped(found: Extracted, row: str, numbers: Tensor, keys: Sequence[str]) -> LabelledFeatureMaps | None:
-    """The maps of a row of the table, if any, for images with the classes ``numbers``."""
-    blocks = found.maps.get(row)
-    return LabelledFeatureMaps(tuple(blocks), numbers, tuple(keys)) if blocks else None
-
-
-def as_latents(found: Extracted, numbers: Tensor, keys: Sequence[str]) -> Latents | None:
-    """The latents, if any, of images with the classes ``numbers``."""
-    return None if found.latents is None else Latents(found.latents, numbers, tuple(keys))
-
-
-def pictured(pixels: UInt8[Tensor, "n S S 3"] | None, numbers: Tensor, keys: Sequence[str]) -> LabelledImages | None:
-    """The images, if they were kept, with the classes ``numbers``."""
-    return None if pixels is None else LabelledImages(pixels, numbers, tuple(keys))
-
-
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
     """The index of each label in ``classes``, -1 if it is not there."""
     known = {name: number for number, name in enumerate(classes)}
     return torch.tensor([known.get(label, -1) for label in labels])
 
 
-def labelled(
-    found: Extracted, row: str, labels: Sequence[str | None], keys: Sequence[str], classes: Sequence[str]
-) -> LabelledFeatures:
-    """Features of the labelled images; classes missing from ``classes`` are -1."""
-    rows = [index for index, label in enumerate(labels) if label is not None]
-    numbers = class_numbers([labels[index] or "" for index in rows], classes)
-    features = found.features[row]
-    names = tuple(keys[index] for index in rows)
-    return LabelledFeatures(features if len(rows) == len(features) else features[rows], numbers, names)
-
-
-def paired(
+def text_pairs(
     found: Extracted, captions: Sequence[Sequence[str]], dual: DualEncoder, batch_size: int = 256
 ) -> ImageTextPairs:
     """Embeddings of captioned images, and of each distinct caption."""
@@ -373,6 +325,11 @@ def paired(
         ]
     of_image, of_text = (torch.tensor(part) for part in zip(*pairs, strict=True))
     return ImageTextPairs(found.embeddings[rows], torch.cat(embedded), of_image, of_text)
+
+
+def _generator_pixels(batch: Sequence[EvalImage]) -> UInt8[Tensor, "b s s 3"]:
+    """The images at the generator's size."""
+    return torch.from_numpy(np.stack([row.generator_image for row in batch if row.generator_image is not None]))
 
 
 def _on_grid(tokens: Tensor, grid: int) -> Float[Tensor, "b d g g"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from synthgen.evaluators import DenseFeatures
 
-__all__ = ["Standardize", "fitted", "train_head", "trunk"]
+__all__ = ["Standardize", "fit", "train_head", "trunk"]
 
 H = TypeVar("H", bound=nn.Module)
 
@@ -55,7 +55,7 @@ def trunk(num_channels: int, width: int) -> nn.Sequential:
     )
 
 
-def fitted(
+def fit(
     make: Callable[[], H],
     keys: Sequence[str],
     loss: Callable[[H, Int[Tensor, " b"]], Tensor],
@@ -106,7 +106,7 @@ def train_head(
     weight_decay: float,
     device: str,
 ) -> nn.Module:
-    """A head on standardised patches, trained as in :func:`fitted`.
+    """A head on standardised patches, trained as in :func:`fit`.
 
     ``loss`` gets the head, the standardised patches of a batch, and the indices of their images in ``scenes``.
     """
@@ -115,7 +115,7 @@ def train_head(
     def of_batch(head: nn.Module, numbers: Int[Tensor, " b"]) -> Tensor:
         return loss(head, standardize(scenes.patches[numbers].to(device)), numbers)
 
-    head = fitted(
+    head = fit(
         make,
         scenes.keys,
         of_batch,

@@ -28,7 +28,7 @@ class AttentiveProbe(AttentiveSettings):
 
     def evaluate(self, data: EvalData) -> dict[str, float]:
         """``accuracy`` with its interval and spread, and ``train_accuracy``."""
-        train, test = data.mapped()
+        train, test = data.feature_maps()
         shapes = [(block.shape[2], block.shape[3], block.shape[4]) for block in train.maps]
         num_classes = int(train.labels.max()) + 1
 
@@ -39,4 +39,4 @@ class AttentiveProbe(AttentiveSettings):
             found: Tensor = head([block[numbers].to(data.device) for block in given.maps])
             return found
 
-        return self.figures(make, scores, train, test, data.device)
+        return self.score(make, scores, train, test, data.device)

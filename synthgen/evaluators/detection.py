@@ -84,13 +84,13 @@ class Detection:
         train, test = data.scenes()
         if not any(map(len, train.boxes)) or not any(map(len, test.boxes)):
             raise ConfigError("no training image has a box, or no test image")
-        judged = [
+        figures = [
             average_precision(self.detect(self.train(train, data.device, seed), test, data.device), test)
             for seed in range(self.seeds)
         ]
-        scores = [score.ap for score in judged]
+        scores = [score.ap for score in figures]
         low, high = interval(
-            lambda times: np.mean([score.resampled(times) for score in judged], 0), len(test), draws=_DRAWS
+            lambda times: np.mean([score.resampled(times) for score in figures], 0), len(test), draws=_DRAWS
         )
         ap = float(np.mean(scores))
         return {
@@ -98,8 +98,8 @@ class Detection:
             "low": min(low, ap),  # pycocotools rounds in a different order
             "high": max(high, ap),
             **spread(scores),
-            "ap50": float(np.mean([score.ap50 for score in judged])),
-            "ap75": float(np.mean([score.ap75 for score in judged])),
+            "ap50": float(np.mean([score.ap50 for score in figures])),
+            "ap75": float(np.mean([score.ap75 for score in figures])),
             "classes": float(len(torch.unique(torch.cat(test.box_classes)))),
             "boxes": float(sum(map(len, test.boxes))),
             "images": float(len(test)),
@@ -147,7 +147,7 @@ class Detection:
                 scores, places = logits.sigmoid().flatten(1).topk(min(_MOST, logits[0].numel()), dim=1)
                 cells, classes = places // logits.shape[-1], places % logits.shape[-1]
                 boxes = (boxes.gather(1, cells[..., None].expand(-1, -1, 4)) * (size / grid)).clamp(0, size)
-                kept = _suppressed(boxes, classes, self.nms) & (scores > self.min_score)
+                kept = _non_maximum_suppression(boxes, classes, self.nms) & (scores > self.min_score)
                 rows = kept.nonzero()[:, 0] + start
                 parts = (rows, boxes[kept], scores[kept], classes[kept] + 1)
                 found.append(tuple(part.cpu() for part in parts))
@@ -167,7 +167,7 @@ class _Head(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class DetectionFigures:
     """COCO's figures for the detections of one head, and what is needed to recompute them on a resampled set."""
 
     ap: float
@@ -201,7 +201,7 @@ class Judged:
         return mean
 
 
-def average_precision(found: Detections, scenes: DenseFeatures) -> Judged:
+def average_precision(found: Detections, scenes: DenseFeatures) -> DetectionFigures:
     """Score ``found`` with pycocotools: boxes of any size, 100 per image."""
     truth, printed = COCO(), io.StringIO()
     annotations: list[dict[str, Any]] = []
@@ -241,7 +241,7 @@ def average_precision(found: Detections, scenes: DenseFeatures) -> Judged:
         judge.evaluate()
         judge.accumulate()
     precision = judge.eval["precision"][..., 0, 0]  # threshold, recall, class
-    return Judged(
+    return DetectionFigures(
         float(precision.mean()),
         float(precision[0].mean()),
         float(precision[5].mean()),
@@ -314,7 +314,9 @@ def _area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
-def _suppressed(boxes: Float[Tensor, "b k 4"], classes: Int[Tensor, "b k"], overlap: float) -> Bool[Tensor, "b k"]:
+def _non_maximum_suppression(
+    boxes: Float[Tensor, "b k 4"], classes: Int[Tensor, "b k"], overlap: float
+) -> Bool[Tensor, "b k"]:
     """Which boxes non-maximum suppression keeps, per class and over all images at once; boxes come best first."""
     left_top = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     right_bottom = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])

@@ -55,7 +55,7 @@ class Diffeed(AttentiveSettings):
             return found
 
         try:
-            return self.figures(make, scores, train, test, str(network.device))
+            return self.score(make, scores, train, test, str(network.device))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -19,8 +19,8 @@ from synthgen.diffusion.memory import is_out_of_memory
 from synthgen.diffusion.truncated import Shape, TruncatedGenerator
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import Baseline, EvalData, LabelledImages, Need
-from synthgen.evaluators._bootstrap import mean_with_interval, spread
-from synthgen.loader import Order, ahead, loader
+from synthgen.evaluators._bootstrap import accuracy_over_seeds
+from synthgen.loader import Order, loader, prefetch
 from synthgen.models.vit import Encoder, EncoderConfig
 
 __all__ = ["FineTune"]
@@ -82,13 +82,13 @@ class FineTune:
             SynthgenError: the device has too little memory for a batch.
         """
         train, test, _ = data.images()
-        right, fit = list[Tensor](), list[float]()
+        correct, train_accuracies = list[Tensor](), list[float]()
         try:
             for seed in range(self.seeds):
-                learner = self.learned(data, seed)
-                right.append(_right(learner, test, data.device))
-                fit.append(float(_right(learner, train, data.device).mean()))
-                del learner  # or two would be in memory while the next one is made
+                learner = self.train(data, seed)
+                correct.append(_correct(learner, test, data.device))
+                train_accuracies.append(float(_correct(learner, train, data.device).mean()))
+                del learner  # otherwise two would be in memory while the next one is made
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -97,17 +97,9 @@ class FineTune:
                 f"the device has too little memory to train the {what} on {self.batch_size} images at once; "
                 "give fine_tune a smaller batch_size"
             ) from None
-        accuracy, low, high = mean_with_interval(torch.stack(right).mean(0).numpy())
-        return {
-            "accuracy": accuracy,
-            "low": low,
-            "high": high,
-            **spread([float(one.mean()) for one in right]),
-            "train_accuracy": sum(fit) / len(fit),
-            "seeds": float(self.seeds),
-        }
+        return accuracy_over_seeds(correct, train_accuracies)
 
-    def learned(self, data: EvalData, seed: int) -> Learner:
+    def train(self, data: EvalData, seed: int) -> Learner:
         """A copy of the encoder or generator with a linear layer, trained on the images sorted by key.
 
         Raises:
@@ -117,13 +109,15 @@ class FineTune:
         num_classes, losses = int(train.labels.max()) + 1, list[Tensor]()
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
-            learner = Learner(_copied(data), num_classes, data.pool).to(data.device)
-            optimizer = torch.optim.AdamW(layers(learner, self.layer_decay, self.weight_decay), betas=(0.9, 0.999))
+            learner = Learner(_copy_network(data), num_classes, data.pool).to(data.device)
+            optimizer = torch.optim.AdamW(
+                parameter_groups(learner, self.layer_decay, self.weight_decay), betas=(0.9, 0.999)
+            )
             for step, (images, numbers) in enumerate(self.batches(train, learner.encoder.config, seed)):
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(step, generator=data.encoder is None) * group["share"]
-                drawn = [f"{train.keys[number]} at step {step} of training {seed}" for number in numbers.tolist()]
-                scores, labels = learner(images.to(data.device), drawn), train.labels[numbers].to(data.device)
+                noise_keys = [f"{train.keys[number]} at step {step} of training {seed}" for number in numbers.tolist()]
+                scores, labels = learner(images.to(data.device), noise_keys), train.labels[numbers].to(data.device)
                 loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -134,7 +128,7 @@ class FineTune:
                 if step % _REPORT_EVERY == 0:
                     done = f"training {seed + 1} of {self.seeds}, step {step} of {self.steps}"
                     data.describe(f"{done}, loss {float(losses[-1]):.3f}")
-        _check_learned(torch.stack(losses), num_classes, learner.what)
+        _check_converged(torch.stack(losses), num_classes, learner.what)
         return learner.eval()
 
     def rate(self, step: int, *, generator: bool = False) -> float:
@@ -148,17 +142,17 @@ class FineTune:
     def batches(
         self, train: LabelledImages, config: EncoderConfig | Shape, seed: int
     ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"]]]:
-        """Normalised views of the images of each step, and their indices; everything is drawn from the seed."""
+        """Normalised views of the images of each step, and their indices; all random numbers come from the seed."""
         by_key, size = _by_key(train), min(self.batch_size, len(train.keys))
         epochs = -(-self.steps // (len(train.keys) // size))
         order = Order(length=len(train.keys), batch_size=size, epochs=epochs, seed=seed, limit=self.steps)
         view = Augment(size=config.image_size, scale=(self.crop, 1.0), flip=self.flip)
-        made = loader(Held(train, by_key), order, view, mean=config.mean, std=config.std, seed=seed)
-        for tickets, batch in zip(order, ahead(made), strict=True):
-            yield batch.images, by_key[[place for _, place in tickets]]
+        made = loader(InMemory(train, by_key), order, view, mean=config.mean, std=config.std, seed=seed)
+        for rows, batch in zip(order, prefetch(made), strict=True):
+            yield batch.images, by_key[[index for _, index in rows]]
 
 
-class Held(ImageDataset):
+class InMemory(ImageDataset):
     """Images in memory as samples without labels or captions, in the order of ``numbers``."""
 
     def __init__(self, images: LabelledImages, numbers: Int[Tensor, " n"]) -> None:
@@ -206,8 +200,11 @@ class Learner(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 H W"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
         """Class scores of normalised images; a generator's noise depends on each image's key."""
         encoder = self.encoder
-        seen = encoder(images, keys) if isinstance(encoder, TruncatedGenerator) else encoder.features(images, self.pool)
-        scores: Tensor = self.classify(self.norm(seen))
+        if isinstance(encoder, TruncatedGenerator):
+            features = encoder(images, keys)
+        else:
+            features = encoder.features(images, self.pool)
+        scores: Tensor = self.classify(self.norm(features))
         return scores
 
     def scores(self, pixels: UInt8[Tensor, "b S S 3"], keys: Sequence[str] = ()) -> Float[Tensor, "b k"]:
@@ -218,7 +215,7 @@ class Learner(nn.Module):
         return scores
 
 
-def share(name: str, encoder: Encoder | TruncatedGenerator, layer_decay: float) -> float:
+def rate_share(name: str, encoder: Encoder | TruncatedGenerator, layer_decay: float) -> float:
     """The learning rate of a weight of :class:`Learner`, as a share of the peak.
 
     As in MAE's code, layer 0 is the patch projection with the class token, layer i + 1 is block i, and the norms after
@@ -229,17 +226,17 @@ def share(name: str, encoder: Encoder | TruncatedGenerator, layer_decay: float) 
     return layer_decay ** (encoder.config.depth + 1 - encoder.layer(inside)) if inside != name else 1.0
 
 
-def layers(learner: Learner, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(learner: Learner, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
     """Parameter groups with equal settings, each with its ``share`` of the learning rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in learner.named_parameters():
         plain = weight.ndim <= 1 or name.endswith("_token")
-        alike = share(name, learner.encoder, layer_decay), 0.0 if plain else weight_decay
+        alike = rate_share(name, learner.encoder, layer_decay), 0.0 if plain else weight_decay
         groups.setdefault(alike, []).append(weight)
     return [{"params": weights, "share": part, "weight_decay": decay} for (part, decay), weights in groups.items()]
 
 
-def _copied(data: EvalData) -> Encoder | TruncatedGenerator:
+def _copy_network(data: EvalData) -> Encoder | TruncatedGenerator:
     """A copy to train, so that the encoder or the generator stays unchanged."""
     _, _, network = data.images()
     if isinstance(network, Encoder):
@@ -247,7 +244,7 @@ def _copied(data: EvalData) -> Encoder | TruncatedGenerator:
     return TruncatedGenerator(network, fresh=data.random_init, device=data.device)
 
 
-def _check_learned(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
+def _check_converged(losses: Float[Tensor, " steps"], num_classes: int, what: str) -> None:
     """Check that the loss, averaged over a tenth of the steps, did not rise far above a guess's and stay high.
 
     Raises:
@@ -271,7 +268,7 @@ def _by_key(given: LabelledImages) -> Int[Tensor, " n"]:
     return torch.tensor(sorted(range(len(given.keys)), key=given.keys.__getitem__))
 
 
-def _right(learner: Learner, given: LabelledImages, device: str) -> Tensor:
+def _correct(learner: Learner, given: LabelledImages, device: str) -> Tensor:
     """1 for each image, in the order of the keys, that is classified correctly, else 0."""
     by_key = _by_key(given)
     what, parts = learner.what, list[Tensor]()

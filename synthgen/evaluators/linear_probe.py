@@ -55,13 +55,13 @@ class LinearProbe:
 
     def choose(self, features: Float64[Tensor, "n d"], labels: Int[Tensor, " n"], num_classes: int) -> float:
         """The strength that is best on the held-out fifth; a tie goes to the strongest."""
-        held = _every_fifth(labels)
-        if not held.any():
+        held_out = _every_fifth(labels)
+        if not held_out.any():
             return sorted(self.strengths)[len(self.strengths) // 2]
         scores = {}
         for l2 in sorted(self.strengths):
-            weight, bias = self.solve(features[~held], labels[~held], num_classes, l2)
-            right = (features[held] @ weight.T + bias).argmax(1) == labels[held]
+            weight, bias = self.solve(features[~held_out], labels[~held_out], num_classes, l2)
+            right = (features[held_out] @ weight.T + bias).argmax(1) == labels[held_out]
             scores[l2] = (int(right.sum()), l2)
         return max(scores, key=lambda l2: scores[l2])
 
@@ -88,7 +88,7 @@ class LinearProbe:
 
 def _every_fifth(labels: Int[Tensor, " n"]) -> Tensor:
     """The fifth, tenth, ... image of each class."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for number in range(int(labels.max()) + 1):
-        held[(labels == number).nonzero()[4::5]] = True
-    return held
+        held_out[(labels == number).nonzero()[4::5]] = True
+    return held_out

@@ -1,4 +1,4 @@
-"""How well masks cover what they should."""
+"""Overlap of predicted with true masks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class MaskIoU:
     """Intersection over union of predicted and true masks, word by word.
 
     A word counts where the truth has pixels of it; one that was not predicted, or whose mask was dropped, counts 0.
-    Words are matched by their name, and the second of two equal ones with the second. Predicted masks of another size
-    take the nearest pixel. The interval resamples images, as the words of one image share its luck.
+    Words are matched by name, the second of two equal ones with the second. Predicted masks of another size are resized
+    (nearest pixel). The interval resamples images, because the words of an image are not independent.
     """
 
     needs: ClassVar[Need] = "masks"
@@ -49,23 +49,23 @@ class MaskIoU:
 
 def word_ious(predicted: WordMasks, truth: WordMasks) -> list[float]:
     """The IoU of each word of ``truth`` that has pixels, in order."""
-    left = list(enumerate(predicted.words))
+    unmatched = list(enumerate(predicted.words))
     found = []
     for word, mask in zip(truth.words, truth.values, strict=True):
-        match = next((item for item in left if item[1].lower() == word.lower()), None)
+        match = next((item for item in unmatched if item[1].lower() == word.lower()), None)
         if match is not None:
-            left.remove(match)
+            unmatched.remove(match)
         if not mask.any():
             continue
         if match is None:
             found.append(0.0)
             continue
-        guess = _resized(predicted.values[match[0]], mask.shape)
+        guess = _resize(predicted.values[match[0]], mask.shape)
         found.append(float((guess & mask).sum() / (guess | mask).sum()))
     return found
 
 
-def _resized(mask: Bool[np.ndarray, "h w"], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:
+def _resize(mask: Bool[np.ndarray, "h w"], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:
     if mask.shape == shape:
         return mask
     rows, columns = (((np.arange(to) + 0.5) * of / to).astype(int) for of, to in zip(mask.shape, shape, strict=True))

@@ -37,7 +37,7 @@ class Retrieval:
     def evaluate(self, data: EvalData) -> dict[str, float]:
         """``mean_recall`` over both directions and all ranks, its interval, each recall, its ``chance``, and counts."""
         pairs = data.image_text_pairs()
-        of_images, of_texts = self.found(pairs)
+        of_images, of_texts = self.best_ranks(pairs)
         num_images, num_texts = len(pairs.images), len(pairs.texts)
         recalls = {f"image_to_text_r{k}": float((of_images <= k).double().mean()) for k in self.ranks}
         recalls |= {f"text_to_image_r{k}": float((of_texts <= k).double().mean()) for k in self.ranks}
@@ -54,12 +54,12 @@ class Retrieval:
         counts = {"images": float(num_images), "texts": float(num_texts)}
         return {"mean_recall": mean, "low": low, "high": high, **recalls, **chance, **counts}
 
-    def found(self, pairs: ImageTextPairs) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    def best_ranks(self, pairs: ImageTextPairs) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
         """The rank, from 1, of each image's first right text, and of each text's first right image."""
         images, texts = F.normalize(pairs.images, dim=1), F.normalize(pairs.texts, dim=1)
         return (
-            _places(images, texts, pairs.of_image, pairs.of_text),
-            _places(texts, images, pairs.of_text, pairs.of_image),
+            _best_ranks(images, texts, pairs.of_image, pairs.of_text),
+            _best_ranks(texts, images, pairs.of_text, pairs.of_image),
         )
 
     def chance(self, pairs: ImageTextPairs, k: int) -> float:
@@ -67,12 +67,12 @@ class Retrieval:
         m = len(pairs.texts)
         right = torch.bincount(pairs.of_image, minlength=len(pairs.images)).double()
         missed = torch.ones_like(right)
-        for drawn in range(min(k, m)):
-            missed *= ((m - right - drawn) / (m - drawn)).clamp(min=0)
+        for rank in range(min(k, m)):
+            missed *= ((m - right - rank) / (m - rank)).clamp(min=0)
         return float(1 - missed.mean())
 
 
-def _places(
+def _best_ranks(
     asked: Float32[Tensor, "a d"],
     known: Float32[Tensor, "b d"],
     of_asked: Int[Tensor, " p"],

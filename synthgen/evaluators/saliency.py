@@ -70,16 +70,16 @@ class Saliency:
         for name, scenes in (("training", train), ("test", test)):
             if not scenes.pixels.any():
                 raise ConfigError(f"no mask of the {name} images has a pixel: there is no foreground to speak of")
-        judged = [self.judge(self.train(train, data.device, seed), test, data.device) for seed in range(self.seeds)]
-        iou, low, high = mean_with_interval(np.mean([one.ious for one in judged], axis=0))
+        figures = [self.score(self.train(train, data.device, seed), test, data.device) for seed in range(self.seeds)]
+        iou, low, high = mean_with_interval(np.mean([one.ious for one in figures], axis=0))
         return {
             "iou": iou,
             "low": low,
             "high": high,
-            **spread([float(one.ious.mean()) for one in judged]),
-            "max_f": float(np.mean([one.max_f for one in judged])),
-            "accuracy": float(np.mean([one.accuracies for one in judged])),
-            "corloc": float(np.mean([one.located for one in judged])),
+            **spread([float(one.ious.mean()) for one in figures]),
+            "max_f": float(np.mean([one.max_f for one in figures])),
+            "accuracy": float(np.mean([one.accuracies for one in figures])),
+            "corloc": float(np.mean([one.located for one in figures])),
             "images": float(len(test)),
             "seeds": float(self.seeds),
         }
@@ -106,9 +106,9 @@ class Saliency:
             device=device,
         )
 
-    def judge(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Judged:
+    def score(self, head: nn.Module, scenes: DenseFeatures, device: str) -> SaliencyFigures:
         """Evaluate a decoder on images."""
-        return compared(self.probabilities(head, scenes, device), scenes)
+        return compare(self.probabilities(head, scenes, device), scenes)
 
     def probabilities(
         self, head: nn.Module, scenes: DenseFeatures, device: str
@@ -128,7 +128,7 @@ class Saliency:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class SaliencyFigures:
     """Figures of the predictions per image."""
 
     ious: Float64[np.ndarray, " n"]  # of each image
@@ -142,7 +142,7 @@ class Judged:
         return float(self.curves.mean(0).max())
 
 
-def compared(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseFeatures) -> Judged:
+def compare(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseFeatures) -> SaliencyFigures:
     """Compare predictions with the truth, image by image; foreground is any class, also one that training lacks."""
     ious, accuracies, curves, located = [], [], [], []
     for probability, pixels, boxes in zip(probabilities, scenes.pixels.numpy(), scenes.boxes, strict=True):
@@ -154,7 +154,7 @@ def compared(probabilities: Iterable[Float32[np.ndarray, "S S"]], scenes: DenseF
         if len(boxes) or true.any():
             places = boxes.double().numpy() if len(boxes) else np.array([box(true)], np.float64)
             located.append(bool((box_ious(main_box(found), places) >= 0.5).any()))
-    return Judged(np.array(ious), np.array(accuracies), np.stack(curves), np.array(located))
+    return SaliencyFigures(np.array(ious), np.array(accuracies), np.stack(curves), np.array(located))
 
 
 def iou(found: Bool[np.ndarray, "S S"], true: Bool[np.ndarray, "S S"]) -> float:

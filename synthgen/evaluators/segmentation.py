@@ -61,16 +61,11 @@ class Segmentation:
         numbers = self.score(train, test, data.device, decoder=False)
         if self.decoder:
             of_decoder = self.score(train, test, data.device, decoder=True)
-            named = {f"decoder_{name}": value for name, value in of_decoder.items()}
             first = {name: numbers[name] for name in ("miou", "low", "high")}
-            numbers = {
-                **first,
-                "decoder_miou": named["decoder_miou"],
-                **numbers,
-                **named,
-            }  # first, as a console truncates the line
-        shown = float(len(torch.unique(test.pixels)))
-        return {**numbers, "classes": shown, "images": float(len(test)), "seeds": float(self.seeds)}
+            first["decoder_miou"] = of_decoder["miou"]  # early, because a console truncates the line
+            numbers = {**first, **numbers, **{f"decoder_{name}": value for name, value in of_decoder.items()}}
+        num_classes = float(len(torch.unique(test.pixels)))
+        return {**numbers, "classes": num_classes, "images": float(len(test)), "seeds": float(self.seeds)}
 
     def score(self, train: DenseFeatures, test: DenseFeatures, device: str, *, decoder: bool) -> dict[str, float]:
         """Train and score one kind of head."""
@@ -90,7 +85,7 @@ class Segmentation:
         num_channels, grid = scenes.patches.shape[1:3]
         num_classes = len(scenes.classes)
         finer = min(_FINER, max(1, scenes.pixels.shape[1] // grid))
-        targets = _sampled(scenes.pixels, grid * finer)
+        targets = _downsample(scenes.pixels, grid * finer)
 
         def make() -> nn.Module:
             if not decoder:
@@ -103,7 +98,7 @@ class Segmentation:
 
         def loss(head: nn.Module, patches: Float[Tensor, "b d h w"], numbers: Int[Tensor, " b"]) -> Tensor:
             wanted = targets[numbers].long().to(device)
-            return F.cross_entropy(_enlarged(head(patches), wanted.shape[-1]), wanted)
+            return F.cross_entropy(_upsample(head(patches), wanted.shape[-1]), wanted)
 
         return train_head(
             make,
@@ -124,20 +119,17 @@ Counts = tuple[Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"], Float64[n
 def count_pixels(head: nn.Module, scenes: DenseFeatures, device: str) -> Counts:
     """Per image and class, the pixels that are correct, that are predicted, and that are true."""
     num_classes, size = len(scenes.classes), scenes.pixels.shape[1]
-    known = 0
     counts = np.zeros((3, len(scenes), num_classes))
-    chunk = 1
+    start, chunk = 0, 1
     with torch.inference_mode():
-        start = 0
         while start < len(scenes):
             coarse = head(scenes.patches[start : start + chunk].to(device))
-            guess = _enlarged(coarse, size).argmax(1).cpu()
+            guess = _upsample(coarse, size).argmax(1).cpu()
             for row, (found, true) in enumerate(zip(guess, scenes.pixels[start : start + chunk].long(), strict=True)):
                 sets = (true[found == true], found, true)
                 counts[:, start + row] = [torch.bincount(part.flatten(), minlength=num_classes) for part in sets]
             start += len(guess)
-            known = coarse.shape[1]
-            chunk = max(1, min(64, _LOGITS // (known * size * size)))
+            chunk = max(1, min(64, _LOGITS // (coarse.shape[1] * size * size)))
     shared, predicted, true = counts
     return shared, predicted, true
 
@@ -156,13 +148,13 @@ def mean_iou(
     return mean
 
 
-def _enlarged(scores: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c S S"]:
+def _upsample(scores: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c S S"]:
     if scores.shape[-1] == size:
         return scores
     return F.interpolate(scores, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def _sampled(pixels: Int16[Tensor, "n S S"], side: int) -> Int16[Tensor, "n s s"]:
+def _downsample(pixels: Int16[Tensor, "n S S"], side: int) -> Int16[Tensor, "n s s"]:
     """The class at the centre of each cell of a coarser grid."""
     places = ((torch.arange(side) + 0.5) * pixels.shape[1] / side).long()
     return pixels[:, places][:, :, places]

@@ -1,4 +1,4 @@
-"""Whether the shards and the encoder of a run are as they were written, before hours are spent on them."""
+"""Check the files of shards and encoders before hours are spent on them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ __all__ = [
     "check_shards",
     "check_there",
     "encoder_hash",
-    "listed_shards",
     "naming_damage",
     "weights_beside",
     "weights_of",
 ]
 
-_NETWORK = ("*.safetensors", "*.safetensors.index.json", "config.json")  # what decides one of transformers
+_NETWORK = ("*.safetensors", "*.safetensors.index.json", "config.json")  # files of a network of transformers
 
 
-def listed_shards(run: Run, split: str) -> dict[str, str]:
-    """The tars of a split that ``dataset.json`` lists: the name of each, and its sha256.
+def _listed_shards(run: Run, split: str) -> dict[str, str]:
+    """The tars of a split in ``dataset.json``: the name of each, and its sha256.
 
     Raises:
         MissingArtifact: the shards are not finished.
@@ -47,14 +46,17 @@ def listed_shards(run: Run, split: str) -> dict[str, str]:
 
 
 def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
-    """See that no shard of a split is gone, by the names alone; return what is listed, and the size of what is there.
+    """Check by name that no shard of a split is missing.
+
+    Returns:
+        The sha256 of each listed tar, and the size of each file in the folder, by name.
 
     Raises:
-        MissingArtifact: the shards are not finished, or one is gone.
+        MissingArtifact: the shards are not finished, or one is missing.
         CorruptFile: their ``dataset.json`` cannot be read.
     """
     folder = run.folder("shards") / split
-    listed, there = listed_shards(run, split), listing(folder)
+    listed, there = _listed_shards(run, split), listing(folder)
     if gone := sorted(listed.keys() - there.keys()):
         raise MissingArtifact(
             f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
@@ -63,39 +65,40 @@ def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> None:
-    """See that every shard of a split has the sha256 that ``dataset.json`` tells; of several processes each looks at
-    its share. Costs one reading of them; those in a store are left to its own checksums.
+    """Check the sha256 of every shard of a split; each of several processes checks its share.
+
+    This reads all of them once. Shards in a store are not checked: stores have checksums of their own.
 
     Raises:
-        MissingArtifact, CorruptFile: one is not there, or is not as it was written.
+        MissingArtifact, CorruptFile: a shard is missing or damaged.
     """
     folder, again = run.folder("shards") / split, run.remedy("shards")
     if isinstance(folder, RemotePath):
         return
-    for name, sha256 in sorted(listed_shards(run, split).items())[rank::world_size]:
+    for name, sha256 in sorted(_listed_shards(run, split).items())[rank::world_size]:
         verify_sha256(folder / name, sha256, again)
 
 
 def weights_of(done: Mapping[str, Any]) -> dict[str, str]:
-    """The files of weights that a training left, each with its sha256, by what its ``done.json`` holds.
+    """The weight files of a training and their sha256, from the content of its ``done.json``.
 
     Raises:
-        LookupError, TypeError, ValueError: it is none.
+        LookupError, TypeError, ValueError: it is not the content of a ``done.json``.
     """
     return {"encoder.safetensors": str(done["sha256"]), **dict(done.get("beside", {}))}
 
 
 def weights_beside(folder: Path) -> dict[str, str]:
-    """Those beside the encoder, such as a text tower."""
+    """The other weight files in an encoder's folder, such as a text tower's, and their sha256."""
     files = sorted(folder.glob("*.safetensors"))
     return {path.name: sha256_of(path) for path in files if path.name != "encoder.safetensors"}
 
 
 def check_encoder(folder: Path) -> None:
-    """See that the weights of an encoder, and those beside it, have the sha256 that its ``done.json`` tells, if any.
+    """Check the sha256 of an encoder's weights, and of those beside it, if it has a ``done.json``.
 
     Raises:
-        MissingArtifact, CorruptFile: one is gone, or has another.
+        MissingArtifact, CorruptFile: a file is missing or damaged.
     """
     try:
         weights = weights_of(read_json(read_file(folder / "done.json"), finite=False))
@@ -109,25 +112,33 @@ def check_encoder(folder: Path) -> None:
 
 
 def encoder_hash(folder: Path, *, processor: bool = True) -> str:
-    """What tells an encoder from others: the sha256 of its weights; of a model of ``transformers``, of its weights, its
-    config.json and, unless the network alone is wanted, what its ``processor`` does to pixels.
+    """The sha256 of an encoder's files: weights, ``config.json``, and ``preprocessor_config.json`` of ``transformers``.
+
+    Args:
+        folder: the encoder's.
+        processor: whether what is done to pixels counts; if not, only the network does: of an encoder of ours the
+            weights, of one of ``transformers`` weights and ``config.json``.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: a file cannot be read.
     """
-    if (folder / "encoder.safetensors").is_file():
-        return sha256_of(folder / "encoder.safetensors")
-    patterns = (*_NETWORK, "preprocessor_config.json") if processor else _NETWORK
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    weights = folder / "encoder.safetensors"
+    if weights.is_file():
+        if not processor:
+            return sha256_of(weights)
+        files = [weights, folder / "config.json"]
+    else:
+        patterns = (*_NETWORK, "preprocessor_config.json") if processor else _NETWORK
+        files = [path for pattern in patterns for path in folder.glob(pattern)]
     return digest({path.name: sha256_of(path) for path in files})
 
 
 @contextmanager
 def naming_damage(look: Callable[[], None]) -> Iterator[None]:
-    """Where something cannot be read, let ``look`` say first which file is not as it was written, and its remedy.
+    """If the block raises CorruptFile, call ``look`` first: it may raise an error that names the damaged file.
 
     Raises:
-        CorruptFile: what ``look`` found, else what was raised within.
+        CorruptFile: from ``look``, otherwise from the block.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a stage reads from outside its run is looked for before anything runs."""
+"""Check that the sources of a stage outside its run exist, before anything runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def find_dataset(source: str, run: Run) -> None:
-    """Check that a tar, pattern or folder of images is there; what lies in the run's folder may yet be made.
+    """Check that a tar, pattern or folder of images exists, unless it is in the run, where a stage may still write it.
 
     Raises:
-        MissingArtifact: it is not there, or holds nothing.
+        MissingArtifact: it is missing or empty.
         CorruptFile: it cannot be read.
     """
     from synthgen.datasets.sources import open_dataset, tars_of
@@ -29,7 +29,7 @@ def find_dataset(source: str, run: Run) -> None:
 
 
 def find_encoder(encoder: str, run: Run) -> None:
-    """Check that an encoder is there; one in the run's folder may yet be made, and the hub is not asked.
+    """Check that an encoder exists, unless it is in the run, where a stage may still write it, or on the hub.
 
     Raises:
         MissingArtifact: there is none.
@@ -43,7 +43,7 @@ def find_encoder(encoder: str, run: Run) -> None:
 
 
 def _is_within(place: str, run: Run) -> bool:
-    """Whether a place lies in the run's folder, however the two are written."""
+    """Whether a path is in the run's folder, whether the two are absolute or relative."""
     inner, outer = parse_location(place), run.path
     if not isinstance(inner, RemotePath) and not isinstance(outer, RemotePath):
         return Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(outer))  # noqa: PTH100 - links stay links

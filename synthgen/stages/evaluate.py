@@ -1,4 +1,4 @@
-"""Ask each evaluator what the encoder learned."""
+"""Score encoders, generators and masks with evaluators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,8 +16,18 @@ from synthgen.errors import MissingArtifact, StaleArtifact
 from synthgen.records import Report
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
-from synthgen.stages._eval_rows import backbone_of, encoder_name, extractor_of, judges, rows_of
-from synthgen.stages._eval_sources import MissingInput, Source, looked_at, missing_split, open_source, stamp_of, stamps
+from synthgen.stages._eval_rows import default_label, generator_choice, has_scores, make_extractor, table_rows
+from synthgen.stages._eval_sources import (
+    MissingInput,
+    Source,
+    masks_hash,
+    missing_split,
+    open_source,
+    source_hash,
+    split_hash,
+    used_samples,
+)
+from synthgen.stages._eval_warnings import interval_warnings
 from synthgen.stages._integrity import check_encoder, check_shards, encoder_hash, naming_damage
 from synthgen.stages._loader_errors import explaining_lost_workers
 from synthgen.stages._scores import changed, newest, read_scores, text_tower_hash
@@ -25,22 +36,22 @@ from synthgen.stores.tar import write_json
 from synthgen.untrusted import visible
 
 if TYPE_CHECKING:
-    from synthgen.evaluators import Evaluator, Need
+    from synthgen.evaluators import EvalData, Evaluator, Need
+    from synthgen.progress import Progress
 
 __all__ = ["Evaluate"]
 
-_BY_DEFAULT = ("knn", "linear_probe", "retrieval")  # of an encoder: what costs seconds
+_DEFAULTS = ("knn", "linear_probe", "retrieval")  # for encoders; they take seconds
 
 
 @dataclass(frozen=True)
 class Evaluate(Stage):
-    """Ask what an encoder learned, and how good masks are where the truth is known.
+    """Score encoders, generators and masks.
 
-    ``evaluate/<label>.json`` gets the scores. Two rows stand beside the encoder's own, without which a score says
-    nothing: a ``random encoder`` of the same shape, and the ``pixels`` themselves. With ``generator`` there is a row
-    of a diffusion model, which needs no encoder beside it. What makes a score doubtful (few images,
-    classes that training does not know) is told under ``warnings``, and under ``skipped`` why an evaluator that nobody
-    asked for by name was left out.
+    The scores are written to ``evaluate/<label>.json``, one row for each model and evaluator. Two baselines are rows of
+    their own: a ``random encoder`` of the same shape, and the ``pixels``. ``generator`` adds a row for a diffusion
+    model, with or without an encoder. The file says under ``warnings`` what makes scores doubtful (few images, classes
+    that training lacks), and under ``skipped`` why a default evaluator was left out.
     """
 
     name: ClassVar = "evaluate"
@@ -50,26 +61,24 @@ class Evaluate(Stage):
     accelerated: ClassVar = True
 
     encoder: str = ""  # folder of a training, folder or hub id of a vision transformer; the run's newest training
-    train: str = ""  # tar, pattern or folder to learn from; the run's shards/train
-    test: str = ""  # and to be judged on; the run's shards/val
+    train: str = ""  # tar, pattern or folder with training images; the run's shards/train
+    test: str = ""  # the same with test images; the run's shards/val
     truth: str = ""  # tar, pattern or folder of tars with true masks
-    predicted: str = ""  # the masks to judge; the run's own where it is empty
-    evaluators: tuple[
-        Choice, ...
-    ] = ()  # none: knn, linear_probe, retrieval if it can be, mask_iou where truth is given
-    generator: Choice | None = None  # also judge a diffusion model: tiny, a short name, folder or hub id
-    generator_timesteps: tuple[int, ...] = (50,)  # 0 to 999: how noised it sees the images, once at each
-    generator_inversion_steps: int = 0  # more than 0: no noise, but an inversion in so many steps, seen on the way
+    predicted: str = ""  # masks to compare with them; the run's own by default
+    evaluators: tuple[Choice, ...] = ()  # none: knn, linear_probe; retrieval and mask_iou where they are possible
+    generator: Choice | None = None  # also evaluate a diffusion model: tiny, a short name, folder or hub id
+    generator_timesteps: tuple[int, ...] = (50,)  # 0 to 999: noise levels at which it processes each image
+    generator_inversion_steps: int = 0  # above 0: invert images in so many steps instead of adding noise
     generator_blocks: tuple[str, ...] = ()  # of its network, whose activations are the features; none: the middle one
     pool: str = "mean"  # of the patch tokens, or cls
-    mask_classes: str = "words"  # what a masked pixel is: its word, or (label) the label of an image with one word
+    mask_classes: str = "words"  # class of a masked pixel: its word, or (label) the label of an image with one word
     patch_memory: float = 2.0  # GB for patch features, and for maps and latents; with more images fewer are taken
-    baselines: bool = True  # rows of a random encoder and of the pixels beside it
-    label: str = ""  # name of the file; the encoder's folder, generator, the names of ``test`` and ``truth``
+    baselines: bool = True  # add rows for a random encoder and the pixels
+    label: str = ""  # name of the file; by default from encoder, generator, ``test`` and ``truth``
     batch_size: int = unhashed(128)
-    verify: bool = unhashed(True)  # read the run's shards once before, and see that they are as they were written
+    verify: bool = unhashed(True)  # first check the sha256 of the encoder and of the run's shards
     num_workers: int = unhashed(-1)  # loader processes; -1 is none on two cores, else up to 8
-    _known: dict[tuple[str, str], str] | None = runtime_field()  # what :meth:`once` found
+    _hashes: dict[str, str] | None = runtime_field()  # see :meth:`_cached`
 
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "cls"):
@@ -88,37 +97,37 @@ class Evaluate(Stage):
             raise ValueError(f"label must be a plain file name, not {self.label!r}")
 
     def source_names(self) -> tuple[str, ...]:
-        """Encoder, images and masks, as far as the settings tell."""
+        """Encoder, images and masks, as far as the settings name them."""
         masks = (self.predicted or "masks", self.truth) if self.truth else ()
         if self.evaluators and all(Choice.of(one).name == "mask_iou" for one in self.evaluators):
             return masks
         return tuple(dict.fromkeys((self.encoder or "pretrain", self.train or "shards", self.test or "shards", *masks)))
 
     def complete(self) -> Self:
-        """The same with every option of the evaluators and of the generator spelled out."""
+        """The same stage with every option of the evaluators and the generator filled in."""
         from synthgen.evaluators import EVALUATORS
 
-        generator = self.generator and BACKBONES.complete(backbone_of(self.generator), "device")
+        generator = self.generator and BACKBONES.complete(generator_choice(self.generator), "device")
         evaluators = tuple(EVALUATORS.complete(choice) for choice in self.evaluators)
         return replace(self, evaluators=evaluators, generator=generator)
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The settings that the scores depend on: where there is no generator, none of how it is read.
+        """The settings that the scores depend on: without a generator, none of its settings.
 
-        What the encoder is called is none of them, for its hash is an input.
+        The encoder's name is not among them; its hash is an input.
         """
         settings = super().fingerprinted()
         del settings["encoder"]
         return {name: value for name, value in settings.items() if self.generator or not name.startswith("generator")}
 
-    # -- what there is to do
+    # -- what to evaluate
 
     def artifacts(self) -> tuple[str, ...]:
-        """None of the run's manifest: the file's name depends on the encoder, and all it was made from is in it."""
+        """None with settings of their own: a run may have many files of scores, each with its settings and inputs."""
         return ()
 
-    def wanted(self, run: Run) -> dict[str, Evaluator]:
-        """The evaluators that are asked for, or those by default, under the names of their scores.
+    def build_evaluators(self, run: Run) -> dict[str, Evaluator]:
+        """The evaluators of the settings, or the default ones, by the names of their scores.
 
         Raises:
             UnknownName, ConfigError: there is none of that name, or an option is wrong.
@@ -128,45 +137,43 @@ class Evaluate(Stage):
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
-            of_encoder = not self.truth or self.encoder or self.generator or newest(run) is not None
-            names = (*(_BY_DEFAULT if of_encoder else ()), *(("mask_iou",) if self.truth else ()))
+            has_images = not self.truth or self.encoder or self.generator or newest(run) is not None
+            names = (*(_DEFAULTS if has_images else ()), *(("mask_iou",) if self.truth else ()))
             choices = [Choice(name) for name in names]
         return {name: EVALUATORS.build(choice) for name, choice in named(choices).items()}
 
-    def chosen(self, run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
-        """The evaluators to run, and why others are left out: only those that nobody asked for by name are.
+    def usable_evaluators(self, run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
+        """The evaluators to run, and the default ones that cannot run, each with the reason.
 
         Raises:
-            ConfigError: what was asked for cannot be done, or nothing can.
+            ConfigError: an evaluator of the settings cannot run, or no default one can.
             MissingArtifact: there is nothing to evaluate.
         """
-        wanted = self.wanted(run)
-        left_out: dict[str, MissingInput] = {}
-        for name, evaluator in wanted.items():
+        evaluators = self.build_evaluators(run)
+        lacking: dict[str, MissingInput] = {}
+        for name, evaluator in evaluators.items():
             try:
-                with naming_damage(lambda: self.check_written(run, None)):
-                    self.check(run, name, evaluator.needs)
+                with naming_damage(lambda: self._check_hashes(run, None)):
+                    self._check_needs(run, name, evaluator.needs)
             except MissingInput as error:
                 if self.evaluators:
                     raise
-                left_out[name] = error
-        if len(left_out) == len(wanted):
-            raise next(iter(left_out.values()))
-        kept = {name: evaluator for name, evaluator in wanted.items() if name not in left_out}
-        return kept, {name: str(error) for name, error in left_out.items()}
+                lacking[name] = error
+        if len(lacking) == len(evaluators):
+            raise next(iter(lacking.values()))
+        usable = {name: evaluator for name, evaluator in evaluators.items() if name not in lacking}
+        return usable, {name: str(error) for name, error in lacking.items()}
 
-    def check(self, run: Run, name: str, need: Need) -> None:
-        """See that there is what an evaluator needs.
+    def _check_needs(self, run: Run, name: str, need: Need) -> None:
+        """Check that the input of an evaluator exists.
 
         Raises:
-            MissingInput: there is not; says what to give.
-            MissingArtifact: there is no encoder, or no images at all.
+            MissingInput: it does not; the message says what to give.
+            MissingArtifact: there is no encoder, or no image at all.
         """
         if need == "masks":
             if not self.truth:
-                raise MissingInput(
-                    f"{name} needs the true masks; give --truth TAR (samples with mask.png and json words)"
-                )
+                raise MissingInput(f"{name} needs true masks; give --truth TAR (samples with mask.png and json words)")
             return
         folder, sources = self.encoder_folder(run), self.sources(run)
         if need == "pairs":
@@ -176,165 +183,167 @@ class Evaluate(Stage):
                 raise MissingInput(
                     f"{name} needs a text tower, and {folder} has none; train one with: synthgen pretrain --method vlp"
                 )
-            sources["test"].need_captions()
+            sources["test"].require("captions")
         elif need in ("patches", "boxes"):
             for source in sources.values():
-                source.need_masks() if need == "patches" else source.need_boxes()
+                source.require("masked" if need == "patches" else "masked_or_boxed")
         else:
             for source in sources.values():
-                source.need_labels()
-            sources["test"].need_classes_of(sources["train"], same_run=not (self.train or self.test))
+                source.require("labels")
+            sources["test"].require_shared_class(sources["train"], same_run=not (self.train or self.test))
 
-    def judges_images(self, run: Run) -> bool:
-        """Whether it is asked what images give, and not only how good masks are."""
-        return any(evaluator.needs != "masks" for evaluator in self.wanted(run).values())
+    def needs_images(self, run: Run) -> bool:
+        """Whether any evaluator scores a model, not only masks."""
+        return any(evaluator.needs != "masks" for evaluator in self.build_evaluators(run).values())
 
     def encoder_folder(self, run: Run) -> Path | None:
-        """The encoder to judge; None where only masks are, or a generator where there is no encoder.
+        """The folder of the encoder; None if only masks, or a generator without an encoder, are evaluated.
 
         Raises:
             MissingArtifact: there is none.
-            MissingInput: an evaluator judges generators alone, and none is named.
+            MissingInput: an evaluator needs a generator, and none is given.
         """
         from synthgen.models.transformers_encoder import encoder_folder
 
-        if not self.judges_images(run):
+        if not self.needs_images(run):
             return None
-        of_generator = [name for name, evaluator in self.wanted(run).items() if evaluator.needs == "latents"]
-        if of_generator and not self.generator:
-            raise MissingInput(f"{of_generator[0]} judges a diffusion model and not an encoder; give --generator MODEL")
+        needs_generator = [name for name, one in self.build_evaluators(run).items() if one.needs == "latents"]
+        if needs_generator and not self.generator:
+            raise MissingInput(f"{needs_generator[0]} needs a diffusion model, not an encoder; give --generator MODEL")
         folder = encoder_folder(self.encoder) if self.encoder else newest(run)
-        if folder is None and self.generator:
-            return None
-        if folder is None:
+        if folder is None and not self.generator:
             raise MissingArtifact(
                 f"{run.path} has no finished encoder; first run: {run.remedy('pretrain')}, or give --encoder"
             )
         return folder
 
+    # -- images, masks, and their hashes
+
     def splits(self, run: Run) -> dict[str, str]:
-        """What images are looked at, and the split of the run's shards that it is where no other source is given."""
-        learned = any(evaluator.needs not in ("pairs", "masks") for evaluator in self.wanted(run).values())
-        return {"train": "train", "test": "val"} if learned else {"test": "val"}
+        """The settings that name images, ``train`` (if anything is trained) and ``test``, with the run's own splits."""
+        trains = any(one.needs not in ("pairs", "masks") for one in self.build_evaluators(run).values())
+        return {"train": "train", "test": "val"} if trains else {"test": "val"}
 
     def sources(self, run: Run) -> dict[str, Source]:
-        """The images to learn from (unless nothing is learned) and those to be judged on.
+        """The training images (if anything is trained) and the test images.
 
         Raises:
-            MissingArtifact: the run has no such shards, or a source that was given is not there.
+            MissingArtifact: the run has no such shards, or a given source does not exist.
         """
-        found = {}
+        sources = {}
         for name, split in self.splits(run).items():
             given, own = getattr(self, name), run.folder("shards") / split
             if not given and not any(own.glob("*.tar")):
                 raise missing_split(run, split, name)
             path = given or str(own)
-            found[name] = open_source(name, path, self.stamp(path))
-        return found
-
-    def stamp(self, source: str) -> str:
-        """What tells a source from others: see :func:`~synthgen.stages._eval_sources.stamp_of`."""
-        return self.once(("source", source), lambda: stamp_of(source))
-
-    def once(self, name: tuple[str, str], look: Callable[[], str]) -> str:
-        """What ``look`` finds, which may take long; once for a command, by what stood there in :meth:`prepare`."""
-        if self._known is None:
-            return look()
-        if name not in self._known:
-            self._known[name] = look()
-        return self._known[name]
+            sources[name] = open_source(name, path, self._source_hash(path))
+        return sources
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The encoder's hash, that of its text tower, and what tells the images and masks from others."""
-        if self._known is None:
-            return self.with_runtime(_known={}).inputs(run)
+        """The hashes of the encoder, its text tower, the images and the masks."""
+        if self._hashes is None:
+            return self.with_runtime(_hashes={}).inputs(run)
         found: dict[str, str] = {}
         folder = self.encoder_folder(run)
         if folder is not None:
-            found["encoder"] = self.once(("encoder", str(folder)), lambda: encoder_hash(folder))
-            if any(evaluator.needs == "pairs" for evaluator in self.chosen(run)[0].values()):
-                found["text tower"] = self.once(("text tower", str(folder)), lambda: text_tower_hash(folder))
-        return found | stamps(self, run, self.sources(run) if self.judges_images(run) else {})
+            found["encoder"] = self._cached(f"encoder {folder}", partial(encoder_hash, folder))
+            if any(evaluator.needs == "pairs" for evaluator in self.usable_evaluators(run)[0].values()):
+                found["text tower"] = self._cached(f"text tower {folder}", partial(text_tower_hash, folder))
+        for name in self.sources(run) if self.needs_images(run) else ():
+            own = partial(split_hash, run, self.splits(run)[name])
+            found[name] = self._source_hash(getattr(self, name)) or self._cached(f"shards for {name}", own)
+        if self.truth:
+            found["truth"] = self._source_hash(self.truth)
+            found["predicted"] = self._source_hash(self.predicted) or self._cached("masks", partial(masks_hash, run))
+        return found
+
+    def _source_hash(self, source: str) -> str:
+        """The hash of a given source; empty if none is given."""
+        return self._cached(f"source {source}", partial(source_hash, source)) if source else ""
+
+    def _cached(self, name: str, compute: Callable[[], str]) -> str:
+        """A hash, computed once per command, after :meth:`prepare`: it describes the files before they are read."""
+        if self._hashes is None:
+            return compute()
+        if name not in self._hashes:
+            self._hashes[name] = compute()
+        return self._hashes[name]
+
+    # -- the file of scores
 
     def path(self, run: Run) -> Path:
-        """The file that gets the scores."""
-        folder, images = self.encoder_folder(run), self.judges_images(run)
-        label = self.label
-        if not label:
-            parts = [encoder_name(self, folder)] if folder else []
-            parts += ["generator"] if self.generator and images else []
-            parts = parts or ["masks"]
-            parts += [Path(self.test).stem] if self.test else []
-            parts += [Path(self.truth).stem] if self.truth and images else []
-            label = "-".join(parts)
-        return run.folder("evaluate") / f"{label}.json"
+        """The file of scores."""
+        label = default_label(self, self.encoder_folder(run), images=self.needs_images(run))
+        return run.folder("evaluate") / f"{self.label or label}.json"
 
     def fingerprint(self, run: Run, inputs: Mapping[str, str] | None = None) -> str:
-        """Of settings and inputs: of those that there are, unless others are given."""
+        """The fingerprint of settings and inputs, by default of the present inputs."""
         inputs = self.inputs(run) if inputs is None else inputs
         return digest({"seed": run.seed, "settings": self.fingerprinted(), "inputs": inputs})
 
     def plan(self, run: Run) -> list[int]:
-        """All of it is one unit."""
+        """One unit."""
         return [0]
 
     def done(self, run: Run, unit: int) -> bool:
-        """Whether the file is there and was made from this."""
+        """Whether the file has the scores of these settings and inputs."""
         before = read_scores(self.path(run))
         return bool(before) and before.get("fingerprint") == self.fingerprint(run)
 
     def check_sources(self, run: Run) -> None:
-        """Check the images, the masks and the encoder that are given."""
+        """Check that the given images, masks and encoder exist."""
         for source in (self.train, self.test, self.truth, self.predicted):
             find_dataset(source, run)
         find_encoder(self.encoder, run)
 
     def prepare(self, run: Run) -> Self:
-        """See that nothing is overwritten and that there is what the evaluators need.
+        """Check that the evaluators can run and that no other scores are overwritten.
 
         Raises:
-            StaleArtifact: the file holds other scores.
-            ConfigError: see :meth:`chosen`.
+            StaleArtifact: the file has scores of other settings or inputs.
+            ConfigError: see :meth:`usable_evaluators`.
         """
-        stage = self.with_runtime(_known={})  # what others change from here on is seen when this is done
-        stage.chosen(run)
+        stage = self.with_runtime(_hashes={})
+        stage.usable_evaluators(run)
         path = stage.path(run)
         before = read_scores(path)
         if before and before.get("fingerprint") != stage.fingerprint(run):
-            told = changed(before, stage.fingerprinted(), stage.inputs(run))
+            changes = changed(before, stage.fingerprinted(), stage.inputs(run))
             raise StaleArtifact(
-                f"{path} holds scores made differently (changed: {told}); delete it, "
+                f"{path} holds scores made differently (changed: {changes}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
             )
         return stage
 
     def size(self, run: Run, unit: int) -> int:
-        """Images to look at."""
-        if not self.judges_images(run):
+        """The number of images."""
+        if not self.needs_images(run):
             return 1
-        needs = frozenset(evaluator.needs for evaluator in self.chosen(run)[0].values())
-        return max(1, sum(len(looked_at(source, needs)) for source in self.sources(run).values()))
+        needs = frozenset(evaluator.needs for evaluator in self.usable_evaluators(run)[0].values())
+        return max(1, sum(len(used_samples(source, needs)) for source in self.sources(run).values()))
 
-    # -- doing it
+    # -- scoring
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Yields the one evaluation there is to do."""
+        """Yields the function that evaluates."""
+        from synthgen.stages._eval_data import mask_scores
 
         def work(unit: int) -> Report:
             started = time.perf_counter()
-            evaluators, skipped = self.chosen(run)
-            inputs = self.inputs(run)  # before they are read: what another command makes meanwhile makes the file stale
+            evaluators, skipped = self.usable_evaluators(run)
+            inputs = self.inputs(run)  # before anything is read: a file that changes meanwhile makes the scores stale
             result: dict[str, Any] = {"scores": {}, "warnings": [], "skipped": skipped}
             folder = self.encoder_folder(run)
             of_images = {name: evaluator for name, evaluator in evaluators.items() if evaluator.needs != "masks"}
-            if self.verify and of_images:
-                self.check_written(run, folder)
             if of_images:
+                if self.verify:
+                    self._check_hashes(run, folder)
                 with explaining_lost_workers():
-                    self.judge_images(run, folder, worker, of_images, result)
+                    self.score_images(run, folder, worker, of_images, result)
             if len(of_images) < len(evaluators):
-                self.judge_masks(run, evaluators, result)
+                result["scores"]["masks"] = mask_scores(self, run, evaluators, result)
+            result["warnings"] += interval_warnings(result["scores"])
             result |= {
                 "settings": self.fingerprinted(),
                 "inputs": inputs,
@@ -345,15 +354,15 @@ class Evaluate(Stage):
             write_json(self.path(run), result)
             notes = {f"evaluators left out ({', '.join(skipped)})": len(skipped)} if skipped else {}
             count = self.size(run, unit) if of_images else result["masks"]["images"]
-            return Report(unit, count, time.perf_counter() - started, notes=notes)
+            return Report(unit, count, notes=notes)
 
         yield work
 
-    def check_written(self, run: Run, folder: Path | None) -> None:
-        """See that the encoder, and what shards of the run are looked at, are as they were written.
+    def _check_hashes(self, run: Run, folder: Path | None) -> None:
+        """Check the sha256 of the encoder in ``folder``, and of the run's shards that are used.
 
         Raises:
-            CorruptFile: one is not.
+            MissingArtifact, CorruptFile: a file is missing or has another.
         """
         if folder is not None:
             check_encoder(folder)
@@ -361,31 +370,31 @@ class Evaluate(Stage):
             if not getattr(self, name):
                 check_shards(run, split)
 
-    def judge_images(
+    def score_images(
         self, run: Run, folder: Path | None, worker: Worker, evaluators: Mapping[str, Evaluator], result: dict[str, Any]
     ) -> None:
-        """Scores of the encoder, of the generator, of a random encoder, and of the pixels."""
-        from synthgen.evaluators import json_safe
-        from synthgen.stages._eval_data import gathered, telling
+        """Add the scores of the encoder, the generator and the baselines to ``result``."""
+        from synthgen.stages._eval_data import image_data
 
-        rows = rows_of(self, folder, evaluators.values())
-        extractor = extractor_of(self, run, folder, worker, evaluators.values())
+        rows = table_rows(self, folder, evaluators.values())
+        extractor = make_extractor(self, run, folder, worker, evaluators.values())
         if self.generator and extractor.generator is None:
-            result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} can say nothing of it")
-        data = gathered(self.sources(run), extractor, rows.values(), self.patch_memory, worker.progress.advance, result)
+            result["warnings"].append(f"the generator has no row: {', '.join(evaluators)} cannot evaluate it")
+        progress = worker.progress
+        data = image_data(self.sources(run), extractor, rows.values(), self.patch_memory, progress.advance, result)
         if extractor.generator is not None:
             result["generator"] = extractor.generator.describe()
         for row, kind in rows.items():
             result["scores"][row] = {}
             for name, evaluator in evaluators.items():
-                if judges(evaluator, kind):
-                    given = telling(data[kind], worker.progress.describe, f"{name} of {row}")
-                    result["scores"][row][name] = json_safe(evaluator.evaluate(given))
+                if has_scores(evaluator, kind):
+                    result["scores"][row][name] = _run(evaluator, data[kind], progress, f"{name} of {row}")
         if folder is not None:
             result["encoder"] = self.encoder or str(folder)
 
-    def judge_masks(self, run: Run, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> None:
-        """Scores of the masks."""
-        from synthgen.stages._eval_data import scores_of_masks
 
-        result["scores"]["masks"] = scores_of_masks(self, run, evaluators, result)
+def _run(evaluator: Evaluator, data: EvalData, progress: Progress, what: str) -> dict[str, float | None]:
+    from synthgen.evaluators import json_safe
+
+    progress.describe(what)
+    return json_safe(evaluator.evaluate(replace(data, describe=lambda text: progress.describe(f"{what}: {text}"))))

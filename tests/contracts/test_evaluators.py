@@ -51,12 +51,12 @@ def judged(request):
     return request.param, *(evaluator.evaluate(make_data(known=known)) for known in (True, False))
 
 
-def test_what_can_be_read_off_is_found(judged):
+def test_readable_features_score_high(judged):
     name, everything, _ = judged
     assert next(iter(everything.values())) >= AT_LEAST.get(name, 1.0)
 
 
-def test_what_is_not_there_is_not_found(judged):
+def test_unreadable_features_score_low(judged):
     name, _, nothing = judged
     assert next(iter(nothing.values())) <= AT_MOST.get(name, 0.6)
 
@@ -71,7 +71,7 @@ def test_numbers_are_plain_and_bounded(judged):
         assert list(numbers)[1:3] == ["low", "high"]
 
 
-def test_it_repeats_itself_and_travels(judged):
+def test_scores_are_reproducible_and_evaluators_pickle(judged):
     name, everything, _ = judged
     assert pickle.loads(pickle.dumps(build(name))).evaluate(make_data(known=True)) == everything
 
@@ -84,7 +84,7 @@ def test_the_order_of_images_does_not_matter(judged):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_lacking_is_said(name):
+def test_missing_data_is_named(name):
     evaluator = build(name)
     assert evaluator.needs in get_args(Need)
     assert set(evaluator.baselines) <= {"random", "random generator", "pixels"}

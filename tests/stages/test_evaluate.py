@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer
 from synthgen.models.vit import load_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages import Worker, make_stage
-from synthgen.stages._eval_rows import extractor_of, rows_of
+from synthgen.stages import Worker, _eval_data, make_stage
+from synthgen.stages._eval_data import mask_scores
+from synthgen.stages._eval_rows import make_extractor, source_label, table_rows
 from synthgen.stages._eval_sources import Source
-from synthgen.stages._eval_warnings import doubts_of_words
+from synthgen.stages._eval_warnings import interval_warnings, word_warnings
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
@@ -37,6 +39,8 @@ from synthgen.stores.tar import TarWriter, write_bytes
 from tests.factories import make_generation, make_run
 
 ONE = Local(workers=1)
+KNN = {"evaluators": (Choice("knn"),), "baselines": False}
+SHORT = {"width": 16, "num_heads": 2, "seeds": 2, "steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def write_images(folder: Path, classes: dict[str, int]) -> Path:
     return folder
 
 
-def test_scores_stand_beside_baselines(run):
+def test_baselines_have_rows(run):
     run_stage(Evaluate(), run, ONE)
     scores = result(run)["scores"]
     assert {row: set(values) for row, values in scores.items()} == {
@@ -85,7 +89,7 @@ def test_scores_stand_beside_baselines(run):
     assert result(run)["train"]["classes"] == 2
 
 
-def test_again_is_nothing_to_do_and_repeats(run):
+def test_a_second_command_does_nothing_and_scores_are_reproducible(run):
     run_stage(Evaluate(), run, ONE)
     first = result(run)
     assert run_stage(Evaluate(), run, ONE).done_before == 1
@@ -96,7 +100,7 @@ def test_again_is_nothing_to_do_and_repeats(run):
         assert result(run)["scores"][row]["knn"] == values["knn"]
 
 
-def test_other_settings_want_another_name(run):
+def test_other_settings_need_another_label(run):
     run_stage(Evaluate(), run, ONE)
     other = Evaluate(evaluators=(Choice("knn", {"k": 3}),))
     with pytest.raises(StaleArtifact, match=r"changed: evaluators.*label=NAME"):
@@ -105,7 +109,7 @@ def test_other_settings_want_another_name(run):
     assert set(result(run, "three")["scores"]["mae"]) == {"knn"}
 
 
-def test_any_labelled_images_do(run, tmp_path):
+def test_labelled_image_folders(run, tmp_path):
     train = write_images(tmp_path / "train", {"red": 12, "green": 12})
     test = write_images(tmp_path / "test", {"red": 6, "green": 6, "blue": 2})
     (test / "loose.png").write_bytes((test / "red" / "0.png").read_bytes())
@@ -118,7 +122,7 @@ def test_any_labelled_images_do(run, tmp_path):
     assert found["scores"]["pixels"]["knn"]["accuracy"] == pytest.approx(12 / 14)
 
 
-def test_masks_beside_the_truth(run, tmp_path):
+def test_mask_iou_with_truth(run, tmp_path):
     truth = tmp_path / "truth.tar"
     keys = [key for unit in run.units("masks") for key, _ in run.read("masks", unit)]
     with TarWriter(truth) as tar:
@@ -139,7 +143,7 @@ def test_masks_beside_the_truth(run, tmp_path):
     assert result(run, "masks")["scores"]["masks"]["mask_iou"]["mean_iou"] == 1.0
 
 
-def test_one_image_is_judged_without_an_interval(run, tmp_path):
+def test_one_image_has_no_interval(run, tmp_path):
     generation, truth = make_generation("0", ("disc",), 32, seed=1)
     with TarWriter(tmp_path / "one.tar") as tar:
         about = {"words": ["disc"], "label": "disc"}
@@ -154,7 +158,65 @@ def test_one_image_is_judged_without_an_interval(run, tmp_path):
     ]:
         assert numbers["low"] is numbers["high"] is None
     assert found["scores"]["masks"]["mask_iou"]["mean_iou"] == 1
-    assert "1 test image: there is no interval" in found["warnings"]
+    assert {"1 test image: there is no interval", "1 image with masks: there is no interval"} <= {*found["warnings"]}
+    assert not any("single point" in warning for warning in found["warnings"])
+
+
+def test_an_interval_that_is_a_point_is_named(run):
+    """All discs are red and all squares blue, so kNN on pixels has every test image right, whichever are drawn."""
+    run_stage(Evaluate(evaluators=(Choice("knn", {"k": 1}), Choice("attentive_probe", SHORT))), run, ONE)
+    found = result(run)
+    numbers = found["scores"]["pixels"]["knn"]
+    assert (numbers["low"], numbers["high"]) == (1.0, 1.0)
+    (warning,) = (warning for warning in found["warnings"] if "single point" in warning)
+    points = [
+        f"{name} of {row}"
+        for row, values in found["scores"].items()
+        for name, numbers in values.items()
+        if numbers["low"] == numbers["high"]
+    ]
+    assert warning.endswith(f"says nothing about other images: {', '.join(points)}")
+    assert len(points) < sum(map(len, found["scores"].values()))
+    third = 1 / 3  # mean and bounds of equal values differ by rounding alone
+    assert interval_warnings({"masks": {"mask_iou": {"low": third, "high": third + 1e-16}}})
+    assert interval_warnings({"masks": {"mask_iou": {"low": None, "high": None}}}) == []
+
+
+def test_a_set_given_by_a_pattern_gets_a_plain_file_name(run):
+    for split in ("train", "val"):
+        run_stage(Evaluate(test=str(run.folder("shards") / split / "*.tar"), **KNN), run, ONE)
+    names = sorted(path.name for path in run.folder("evaluate").glob("*.json"))
+    assert len(names) == 2
+    assert re.fullmatch(r"mae-train-[0-9a-f]{8}\.json mae-val-[0-9a-f]{8}\.json", " ".join(names))
+    assert run_stage(Evaluate(test=str(run.folder("shards") / "val" / "*.tar"), **KNN), run, ONE).done_before == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("a/photos.tar", "photos"),
+        ("s3://bucket/run/photos_2.tar", "photos_2"),
+        ("photos/part-*.tar", r"part-[0-9a-f]{8}"),
+        ("runs/*/shards/val/*.tar", r"val-[0-9a-f]{8}"),
+        ("my photos?", r"my-photos-[0-9a-f]{8}"),
+        ("*.tar", r"[0-9a-f]{8}"),
+        ("..", r"[0-9a-f]{8}"),
+        (".", r"[0-9a-f]{8}"),
+    ],
+)
+def test_names_of_sources_are_plain(source, name):
+    assert re.fullmatch(name, source_label(source))
+
+
+def test_another_normalisation_makes_the_scores_stale(run):
+    asked = Evaluate(**KNN).complete()
+    run_stage(asked, run, ONE)
+    described = run.folder("pretrain") / "mae" / "config.json"
+    config = json.loads(described.read_text())
+    described.write_text(json.dumps({**config, "mean": [0.5, 0.5, 0.5]}))
+    assert not asked.done(run, 0)
+    with pytest.raises(StaleArtifact, match=r"changed: its input encoder\)"):
+        run_stage(asked, run, ONE)
 
 
 def test_masks_alone_need_no_encoder(run, tmp_path):
@@ -163,10 +225,7 @@ def test_masks_alone_need_no_encoder(run, tmp_path):
     assert result(run, "masks")["scores"]["masks"]["mask_iou"]["mean_iou"] == 1.0
 
 
-KNN = {"evaluators": (Choice("knn"),), "baselines": False}
-
-
-def test_scores_of_half_made_masks_do_not_stand_for_the_rest(run, tmp_path):
+def test_more_masks_make_the_scores_stale(run, tmp_path):
     stage = Evaluate(truth=str(run.path / "shards" / "train"), evaluators=(Choice("mask_iou"),))
     made = [run.tar("masks", 1).with_suffix(suffix) for suffix in (".tar", ".json")]
     for path in made:
@@ -185,15 +244,15 @@ def test_scores_of_half_made_masks_do_not_stand_for_the_rest(run, tmp_path):
     assert result(run, "masks")["scores"]["masks"]["mask_iou"]["images"] > judged["images"]
 
 
-def test_what_comes_while_it_is_judged_makes_the_scores_stale(run, monkeypatch):
+def test_masks_that_change_meanwhile_make_the_scores_stale(run, monkeypatch):
     stage = Evaluate(truth=str(run.path / "shards" / "train"), evaluators=(Choice("mask_iou"),)).complete()
-    judge = Evaluate.judge_masks
 
-    def judge_and_lose(self, *given):
-        judge(self, *given)
+    def score_and_lose(*given):
+        scores = mask_scores(*given)
         run.tar("masks", 1).with_suffix(".json").unlink()
+        return scores
 
-    monkeypatch.setattr(Evaluate, "judge_masks", judge_and_lose)
+    monkeypatch.setattr(_eval_data, "mask_scores", score_and_lose)
     with stage.open(run, Worker()) as work:
         work(0)
     assert result(run, "masks")["inputs"] != stage.inputs(run)
@@ -209,7 +268,7 @@ def rewrite(path: Path, old: bytes, new: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
 
-def test_a_label_that_is_put_right_is_seen(run, tmp_path):
+def test_a_corrected_label_makes_the_scores_stale(run, tmp_path):
     path = write_scenes(tmp_path / "test.tar", ("disc",), label="disc")
     asked = Evaluate(test=str(path), truth=str(path), **KNN).complete()
     run_stage(asked, run, ONE)
@@ -222,7 +281,7 @@ def test_a_label_that_is_put_right_is_seen(run, tmp_path):
         run_stage(asked, run, ONE)
 
 
-def test_an_image_in_another_class_folder_is_seen(run, tmp_path):
+def test_an_image_moved_to_another_class_folder_makes_the_scores_stale(run, tmp_path):
     """Though all files have the names, the sizes, the dates and the order that they had."""
     train = write_images(tmp_path / "train", {"disc": 4, "square": 4})
     (train / "disc" / "3.png").rename(train / "disc" / "z.png")
@@ -236,7 +295,7 @@ def test_an_image_in_another_class_folder_is_seen(run, tmp_path):
 
 
 @pytest.mark.parametrize("place", [100, 600])  # in a header, and in what it is of
-def test_a_damaged_shard_is_named_with_what_makes_it_again(run, place):
+def test_a_damaged_shard_is_named_with_its_remedy(run, place):
     tar = run.folder("shards") / "val" / "000000.tar"
     data = bytearray(tar.read_bytes())
     data[place] ^= 255
@@ -245,7 +304,7 @@ def test_a_damaged_shard_is_named_with_what_makes_it_again(run, place):
         run_stage(Evaluate(**KNN), run, ONE)
 
 
-def test_shards_of_the_run_are_known_by_the_sums_that_were_noted(run):
+def test_shards_of_the_run_are_identified_by_their_listed_sha256(run):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)
     tar = run.folder("shards") / "val" / "000000.tar"
@@ -261,7 +320,7 @@ def test_shards_of_the_run_are_known_by_the_sums_that_were_noted(run):
         run_stage(asked, run, ONE)
 
 
-def test_a_shard_that_somebody_put_beside_the_run_s_own_is_seen(run):
+def test_an_added_shard_makes_the_scores_stale(run):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)
     tar = run.folder("shards") / "val" / "000000.tar"
@@ -269,7 +328,7 @@ def test_a_shard_that_somebody_put_beside_the_run_s_own_is_seen(run):
     assert not asked.done(run, 0)
 
 
-def test_scores_hold_where_their_run_is_carried_to_a_store(run, tmp_path):
+def test_scores_stay_valid_in_a_store(run, tmp_path):
     asked = Evaluate(**KNN).complete()
     run_stage(asked, run, ONE)
     there = parse_location(f"memory://{tmp_path.name}/run")
@@ -278,7 +337,7 @@ def test_scores_hold_where_their_run_is_carried_to_a_store(run, tmp_path):
     assert run_stage(asked, Run.open(there), ONE).done_before == 1
 
 
-def test_many_thousand_shards_are_not_too_many(run):
+def test_many_thousand_shards(run):
     noted = run.folder("shards") / "dataset.json"
     told = json.loads(noted.read_text())
     row = next(row for row in told["shards"] if row["split"] == "val")
@@ -290,7 +349,7 @@ def test_many_thousand_shards_are_not_too_many(run):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_shard_that_is_gone_is_told(source, tmp_path, verify):
+def test_a_missing_shard_is_named(source, tmp_path, verify):
     run = Run.open(shutil.copytree(source, tmp_path / "run"))
     shutil.rmtree(run.folder("shards"))
     run_stage(Shards(val_ratio=0.3, samples_per_shard=5), run, ONE)
@@ -303,7 +362,7 @@ def test_a_shard_that_is_gone_is_told(source, tmp_path, verify):
     run_stage(Evaluate(verify=verify, **KNN), run, ONE)
 
 
-def test_the_encoder_may_be_named_or_not(run, monkeypatch):
+def test_the_encoder_by_default_and_by_name(run, monkeypatch):
     run_stage(Evaluate(**KNN), run, ONE)
     folder = run.folder("pretrain") / "mae"
     assert run_stage(Evaluate(encoder=str(folder), **KNN), run, ONE).done_before == 1
@@ -318,16 +377,16 @@ def test_the_encoder_may_be_named_or_not(run, monkeypatch):
         run_stage(Evaluate(encoder=str(other), **KNN), run, ONE)
 
 
-def test_what_is_no_longer_asked_is_told_too(run, tmp_path):
+def test_settings_that_are_left_out_are_named(run, tmp_path):
     run_stage(Evaluate(truth=str(run.path / "shards" / "train"), label="x", **KNN), run, ONE)
     with pytest.raises(StaleArtifact, match=r"changed: truth, its input truth, its input predicted\)"):
         run_stage(Evaluate(label="x", **KNN), run, ONE)
 
 
-def test_what_is_missing_is_told(run, tmp_path):
+def test_missing_inputs_are_named(run, tmp_path):
     with pytest.raises(MissingArtifact, match="no encoder in"):
         run_stage(Evaluate(encoder=str(tmp_path)), run, ONE)
-    with pytest.raises(ConfigError, match="mask_iou needs the true masks"):
+    with pytest.raises(ConfigError, match="mask_iou needs true masks"):
         run_stage(Evaluate(evaluators=(Choice("mask_iou"),)), run, ONE)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -349,7 +408,7 @@ def test_what_is_missing_is_told(run, tmp_path):
         run_stage(Evaluate(), run, ONE)
 
 
-def test_an_empty_val_split_is_told_with_what_helps(run, caplog):
+def test_an_empty_val_split_is_named_with_its_remedy(run, caplog):
     again = f"delete {run.path}/shards and run: synthgen shards --val-ratio 0.3 --run {run.path}"
     for ratio, why in (
         (0.001, "got none of the 40 images (val_ratio 0.001); make more images, or "),
@@ -367,20 +426,20 @@ def test_an_empty_val_split_is_told_with_what_helps(run, caplog):
         assert str(told.value) == f"the val split of {run.path} {why}{again}, or give --test"
 
 
-def test_classes_of_one_image_are_told_apart_from_names_that_differ(run, tmp_path):
+def test_classes_of_one_image_and_differing_names_have_their_own_messages(run, tmp_path):
     for name, classes in (("first", {"cat": 1, "dog": 1}), ("second", {"cow": 1})):
         write_images(tmp_path / name, classes)
-    with pytest.raises(ConfigError, match=r"for each of the 3 classes has 1 image; .*--images-per-prompt"):
+    with pytest.raises(ConfigError, match=r"each of the 3 classes has 1 image; .*--images-per-prompt"):
         run_stage(Evaluate(train=str(tmp_path / "first"), test=str(tmp_path / "second")), run, ONE)
     found = {split: Source(split, str(tmp_path / split)) for split in ("first", "second")}
     write_images(tmp_path / "third", {"cat": 2, "dog": 1})
     with pytest.raises(ConfigError, match=r"each of the 3 classes has at most 2 images; "):
-        found["second"].need_classes_of(Source("train", str(tmp_path / "third")), same_run=True)
+        found["second"].require_shared_class(Source("train", str(tmp_path / "third")), same_run=True)
     with pytest.raises(ConfigError, match="their names must agree"):
-        found["second"].need_classes_of(Source("train", str(tmp_path / "third")), same_run=False)
+        found["second"].require_shared_class(Source("train", str(tmp_path / "third")), same_run=False)
 
 
-def test_true_words_of_another_vocabulary_are_told(run, tmp_path):
+def test_unknown_true_words_are_a_warning(run, tmp_path):
     truth = tmp_path / "truth.tar"
     with TarWriter(truth) as tar:
         for number, (key, members) in enumerate(run.read("masks", 0)):
@@ -392,14 +451,14 @@ def test_true_words_of_another_vocabulary_are_told(run, tmp_path):
     found = result(run, "masks")
     assert "1 of the 3 true words is not a predicted word and counts 0 (names must agree): circle" in found["warnings"]
     assert (evaluated.samples, found["masks"]) == (20, {"images": 20})
-    assert doubts_of_words({"a": False}, {"a": True, "b": True, "c": True, "d": False}) == [
+    assert word_warnings({"a": False}, {"a": True, "b": True, "c": True, "d": False}) == [
         "2 of the 3 true words are not among the predicted words and count 0 (names must agree): b, c"
     ]
-    assert doubts_of_words({"a": True}, {"a": True, "b": False}) == []
+    assert word_warnings({"a": True}, {"a": True, "b": False}) == []
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"pool": "max"}, "pool must be mean or cls"),
         ({"evaluators": ["nkn"]}, "did you mean 'knn'"),
@@ -413,8 +472,8 @@ def test_true_words_of_another_vocabulary_are_told(run, tmp_path):
         ({"evaluators": [{"name": "retrieval", "ranks": [0]}]}, "ranks must be"),
     ],
 )
-def test_bad_settings_are_told(run, settings, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_settings_are_refused(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
         run_stage(make_stage("evaluate", settings), run, ONE)
 
 
@@ -438,7 +497,7 @@ def write_scenes(path: Path, words: tuple[str, ...], count: int = 6, **meta: obj
     return path
 
 
-def test_patch_features_are_judged_beside_baselines(run):
+def test_patch_features_and_baselines(run):
     run_stage(Evaluate(evaluators=DENSE, label="dense"), run, ONE)
     found = result(run, "dense")
     assert list(found["scores"]) == ["mae", "random encoder", "pixels"]
@@ -466,20 +525,22 @@ def test_images_without_labels_have_patches(run, tmp_path):
         run_stage(Evaluate(train=str(train), test=str(test)), run, ONE)
 
 
-def test_words_that_training_lacks_are_told_and_count(run, tmp_path):
+def test_words_that_training_lacks_are_a_warning_and_count(run, tmp_path):
     train = write_scenes(tmp_path / "train.tar", ("disc", "square"), 8)
     test = write_scenes(tmp_path / "test.tar", ("disc", "zebra"))
     run_stage(Evaluate(train=str(train), test=str(test), evaluators=DENSE, label="dense"), run, ONE)
     found = result(run, "dense")
-    told = "classes that training lacks (1): zebra; their masks in test images (6) count as not found"
-    assert f"{told} where classes are told apart" in found["warnings"]
+    warning = (
+        "classes that training lacks (1): zebra; their masks in test images (6) count as missed (not for saliency)"
+    )
+    assert warning in found["warnings"]
     pixels = found["scores"]["pixels"]
     assert pixels["segmentation"]["classes"] == 3
     assert pixels["segmentation"]["miou"] <= 2 / 3  # the third is never found
     assert pixels["detection"]["ap"] <= 1 / 2
 
 
-def test_given_boxes_are_those_of_detection(run, tmp_path):
+def test_detection_uses_given_boxes(run, tmp_path):
     """Boxes in json count instead of those round masks, cut to the middle square and scaled with it."""
     boxes = [["disc", 0.0, 0.0, 8.0, 8.0], ["disc", 16.0, 16.0, 8.0, 8.0], ["square", -20.0, 0.0, 8.0, 8.0]]
     for name in ("train", "test"):
@@ -501,14 +562,14 @@ def test_classes_may_be_labels(run, tmp_path):
     assert not any("training lacks" in warning for warning in found["warnings"])
 
 
-def test_patch_features_fit_into_the_memory_that_is_given(run):
+def test_patch_features_fit_into_patch_memory(run):
     run_stage(Evaluate(evaluators=DENSE[:1], patch_memory=2e-4, label="dense"), run, ONE)
     found = result(run, "dense")
     assert found["patch_memory_mb"] <= 0.2
     assert any(f"those of {found['train']['images_with_masks']} of " in warning for warning in found["warnings"])
 
 
-def test_images_without_masks_are_told(run, tmp_path):
+def test_images_without_masks_are_refused(run, tmp_path):
     images = write_images(tmp_path / "images", {"disc": 2, "square": 2})
     with pytest.raises(ConfigError, match=r"no image of .*images has masks; give --test"):
         run_stage(Evaluate(test=str(images), evaluators=DENSE), run, ONE)
@@ -528,13 +589,15 @@ def test_an_evaluator_may_be_listed_twice(run):
 def add_text_tower(folder: Path) -> None:
     """A text tower of random weights beside the encoder: it finds no more than chance."""
     encoder, tokenizer = load_encoder(folder), TextTokenizer(max_tokens=16)
-    config = TextConfig(vocab_size=tokenizer.vocab_size, max_tokens=16, dim=32, depth=1, num_heads=2, embed_dim=16)
+    config = TextConfig(
+        vocab_size=tokenizer.vocab_size, max_tokens=16, dim=32, depth=1, num_heads=2, embed_dim=16, max_words=8
+    )
     torch.manual_seed(0)
     heads = torch.nn.Linear(32, 16), torch.nn.Linear(32, 16)
     save_dual_encoder(DualEncoder(encoder, TextEncoder(config), *heads, tokenizer), folder)
 
 
-def test_retrieval_is_left_out_or_refused_without_a_text_tower(run):
+def test_retrieval_needs_a_text_tower(run):
     summary = run_stage(Evaluate(), run, ONE)
     assert summary.notes == {"evaluators left out (retrieval)": 1}
     assert "has none; train one with: synthgen pretrain --method vlp" in result(run)["skipped"]["retrieval"]
@@ -542,7 +605,7 @@ def test_retrieval_is_left_out_or_refused_without_a_text_tower(run):
         run_stage(Evaluate(evaluators=(Choice("retrieval"),), label="asked"), run, ONE)
 
 
-def test_images_and_texts_find_each_other(run, tmp_path):
+def test_retrieval_with_a_text_tower(run, tmp_path):
     """With a text tower retrieval is done by default; several captions an image; labels are not needed for it."""
     add_text_tower(run.folder("pretrain") / "mae")
     run_stage(Evaluate(), run, ONE)
@@ -560,7 +623,7 @@ def test_images_and_texts_find_each_other(run, tmp_path):
     assert found["test"] == {"images": 6, "images_with_texts": 6, "texts": 12}
 
 
-def test_images_in_a_folder_have_texts_beside_them(run, tmp_path):
+def test_retrieval_on_a_folder_with_text_files(run, tmp_path):
     add_text_tower(run.folder("pretrain") / "mae")
     images = write_images(tmp_path / "told", {"disc": 3})
     for number, path in enumerate(sorted(images.rglob("*.png"))):
@@ -573,7 +636,7 @@ def test_images_in_a_folder_have_texts_beside_them(run, tmp_path):
 # -- a diffusion model's own activations
 
 
-def test_a_generator_stands_beside_the_encoder(run, stable_diffusion):
+def test_a_generator_and_an_encoder(run, stable_diffusion):
     generator = Choice(str(stable_diffusion))
     run_stage(Evaluate(generator=generator, generator_timesteps=(40, 80)), run, ONE)
     found = result(run, "mae-generator")
@@ -598,11 +661,11 @@ def test_a_generator_stands_beside_the_encoder(run, stable_diffusion):
     assert not any(name.startswith("generator") for name in result(run)["settings"])  # as before there were generators
 
 
-def test_each_image_is_seen_by_the_generator_at_its_own_size_and_by_its_key(run, stable_diffusion):
+def test_the_generator_gets_images_at_its_own_size_and_by_key(run, stable_diffusion):
     """Also where loader processes read it, in batches, beside an encoder of another size."""
     stage = Evaluate(generator=Choice(str(stable_diffusion), {"height": 64, "width": 48}), batch_size=2, num_workers=1)
     asked = [EVALUATORS.build("knn"), EVALUATORS.build("segmentation")]
-    extractor = extractor_of(stage, run, run.folder("pretrain") / "mae", Worker(), asked)
+    extractor = make_extractor(stage, run, run.folder("pretrain") / "mae", Worker(), asked)
     samples, numbers = open_dataset(str(run.folder("shards") / "train"), masks=True), (4, 0, 7)
     found = extractor.extract(samples, numbers, (4, 7), (), lambda count: None)
     images = np.stack([resize(samples[number].image, (48, 48)) for number in numbers])
@@ -631,7 +694,7 @@ def test_a_generator_needs_no_encoder(run, stable_diffusion):
         run_stage(make_stage("evaluate", {**asked, "evaluators": ["retrieval"], "label": "texts"}), run, ONE)
 
 
-def test_a_generator_has_patches_on_the_grid_of_the_encoder(run, stable_diffusion):
+def test_generator_patches_are_on_the_grid_of_the_encoder(run, stable_diffusion):
     add_text_tower(run.folder("pretrain") / "mae")
     asked = {"generator": {"name": "diffusers", "model": str(stable_diffusion)}, "label": "dense"}
     run_stage(make_stage("evaluate", {**asked, "evaluators": [*DENSE[:1], "retrieval"]}), run, ONE)
@@ -644,11 +707,11 @@ def test_a_generator_has_patches_on_the_grid_of_the_encoder(run, stable_diffusio
     assert found["patch_memory_mb"] == round(images * 2 * (64 * (2 * 32 + 16 + 48) + 32 * 32) / 1e6, 1)
     run_stage(make_stage("evaluate", {**asked, "evaluators": ["retrieval"], "label": "texts"}), run, ONE)
     assert set(result(run, "texts")["scores"]) == {"mae"}
-    assert "the generator has no row: retrieval can say nothing of it" in result(run, "texts")["warnings"]
+    assert "the generator has no row: retrieval cannot evaluate it" in result(run, "texts")["warnings"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"generator": "tiny", "generator_blocks": ["up_block"]}, r"unknown block of UNet2DConditionModel 'up_block'"),
         ({"generator": "tiny", "generator_timesteps": []}, "generator_timesteps must be one or more of 0 to 999"),
@@ -657,13 +720,13 @@ def test_a_generator_has_patches_on_the_grid_of_the_encoder(run, stable_diffusio
         ({"generator": {"name": "tiny", "dtype": "float16"}}, "backbone tiny.dtype: unknown setting"),
     ],
 )
-def test_a_generator_that_cannot_be_read_is_told(run, settings, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_generator_settings_are_refused(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
         run_stage(make_stage("evaluate", settings), run, ONE)
 
 
-def test_an_encoder_that_is_called_as_another_row_is_refused(tmp_path):
+def test_an_encoder_with_the_name_of_another_row_is_refused(tmp_path):
     for name, stage in (("pixels", Evaluate()), ("generator", Evaluate(generator=Choice("tiny")))):
-        with pytest.raises(ConfigError, match="called as another row"):
-            rows_of(stage, tmp_path / name, ())
-    assert rows_of(Evaluate(), tmp_path / "generator", [EVALUATORS.build("knn")])["generator"] == "encoder"
+        with pytest.raises(ConfigError, match="has the name of another row"):
+            table_rows(stage, tmp_path / name, ())
+    assert table_rows(Evaluate(), tmp_path / "generator", [EVALUATORS.build("knn")])["generator"] == "encoder"

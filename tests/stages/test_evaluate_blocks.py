@@ -14,9 +14,9 @@ from synthgen.evaluators import EVALUATORS
 from synthgen.evaluators._extraction import Extractor
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._eval_data import gathered
-from synthgen.stages._eval_rows import extractor_of
-from synthgen.stages._eval_sources import Source, spread_out
+from synthgen.stages._eval_data import image_data, stratified_sample
+from synthgen.stages._eval_rows import make_extractor
+from synthgen.stages._eval_sources import Source
 from synthgen.stages.evaluate import Evaluate
 from tests.models import HALF, WIDTH
 from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
@@ -50,7 +50,7 @@ def test_an_attention_head_reads_encoders_and_the_generator(run, stable_diffusio
     assert found["patch_memory_mb"] == round(images * 2 * tokens / 1e6, 1)
 
 
-def test_maps_that_do_not_fit_are_of_fewer_images(run):  # noqa: F811
+def test_maps_that_do_not_fit_use_fewer_images(run):  # noqa: F811
     """The other evaluators still have all of them."""
     each = 2 * 2 * 64 * 32
     stage = Evaluate(evaluators=(attentive(), Choice("knn")), patch_memory=20 * each / 1e9)
@@ -62,14 +62,14 @@ def test_maps_that_do_not_fit_are_of_fewer_images(run):  # noqa: F811
 
 def test_images_without_labels_have_no_maps(run):  # noqa: F811
     stage, probe = Evaluate(), EVALUATORS.build(attentive())
-    extractor = extractor_of(stage, run, run.folder("pretrain") / "mae", Worker(), [probe])
+    extractor = make_extractor(stage, run, run.folder("pretrain") / "mae", Worker(), [probe])
     sources = {
         "train": Source("train", str(run.folder("shards") / "train")),
         "test": Source("test", str(run.folder("shards") / "val")),
     }
     del sources["train"].labels[3]
-    data = gathered(sources, extractor, ("encoder", "random"), 1.0, lambda count: None, {"warnings": []})
-    train, _ = data["encoder"].mapped()
+    data = image_data(sources, extractor, ("encoder", "random"), 1.0, lambda count: None, {"warnings": []})
+    train, _ = data["encoder"].feature_maps()
     numbers = sorted(sources["train"].labels)
     assert train.keys == tuple(sources["train"].samples.key(number) for number in numbers)
     classes = sorted(set(sources["train"].labels.values()))
@@ -85,13 +85,13 @@ def test_images_without_labels_have_no_maps(run):  # noqa: F811
     torch.testing.assert_close(block[5, 0].flatten(1).mT.float(), tokens, atol=5e-3, rtol=5e-3)
 
 
-def test_latents_are_of_a_generator(run):  # noqa: F811
+def test_latents_need_a_generator(run):  # noqa: F811
     diffeed = Choice("diffeed")
-    with pytest.raises(ConfigError, match="diffeed judges a diffusion model and not an encoder; give --generator"):
+    with pytest.raises(ConfigError, match="diffeed needs a diffusion model, not an encoder; give --generator"):
         run_stage(Evaluate(evaluators=(diffeed,)), run, ONE)
 
 
-def test_a_generator_that_cannot_have_feedback_is_refused_before_images_are_read(run, stable_diffusion, monkeypatch):  # noqa: F811
+def test_a_generator_without_feedback_is_refused_before_images_are_read(run, stable_diffusion, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Extractor, "extract", None)
     stage = Evaluate(
         generator=Choice(str(stable_diffusion)), generator_timesteps=(40, 80), evaluators=(Choice("diffeed"),)
@@ -100,7 +100,7 @@ def test_a_generator_that_cannot_have_feedback_is_refused_before_images_are_read
         run_stage(stage, run, ONE)
 
 
-def test_a_unet_with_feedback_is_judged_alone(run, stable_diffusion):  # noqa: F811
+def test_diffeed_has_scores_for_the_generator_alone(run, stable_diffusion):  # noqa: F811
     """Beside an encoder, of which it says nothing."""
     evaluators = (Choice("diffeed", HEAD), Choice("diffeed", {**HEAD, "feedback": False}), Choice("knn"))
     run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=evaluators), run, ONE)
@@ -116,32 +116,32 @@ def test_a_unet_with_feedback_is_judged_alone(run, stable_diffusion):  # noqa: F
     assert found["patch_memory_mb"] == round(images * 4 * 4 * 16 * 16 / 1e6, 1)
 
 
-def test_feedback_is_for_a_generator_also_where_there_is_no_encoder(run):  # noqa: F811
+def test_feedback_needs_a_generator_also_without_an_encoder(run):  # noqa: F811
     shutil.rmtree(run.folder("pretrain"))
-    with pytest.raises(ConfigError, match="diffeed judges a diffusion model and not an encoder; give --generator"):
+    with pytest.raises(ConfigError, match="diffeed needs a diffusion model, not an encoder; give --generator"):
         run_stage(Evaluate(evaluators=(Choice("diffeed"),)), run, ONE)
 
 
-def test_what_is_left_of_too_many_images_has_all_their_classes():
+def test_a_stratified_sample_has_all_classes():
     """However the classes follow one another."""
     turns = tuple(range(5000))  # ten classes in turn
-    kept = spread_out(turns, 500)
+    kept = stratified_sample(turns, 500)
     assert len(kept) == len(set(kept)) == 500
     assert {number % 10 for number in kept} == set(range(10))
     assert all(10 * place <= number < 10 * place + 10 for place, number in enumerate(kept))
-    assert spread_out(turns, 6000) == turns
+    assert stratified_sample(turns, 6000) == turns
 
 
-def test_only_images_that_are_kept_are_seen(run):  # noqa: F811
+def test_only_images_that_are_kept_are_processed(run):  # noqa: F811
     each = 2 * 64 * 32
     probe = EVALUATORS.build(attentive())
-    extractor = extractor_of(Evaluate(baselines=False), run, run.folder("pretrain") / "mae", Worker(), [probe])
+    extractor = make_extractor(Evaluate(baselines=False), run, run.folder("pretrain") / "mae", Worker(), [probe])
     seen, ticks, result = [], [], {"warnings": []}
     network = extractor.networks["encoder"]
     network.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     names = {"train": "train", "test": "val"}
     sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
-    gathered(sources, extractor, ("encoder",), 20 * each / 1e9, ticks.append, result)
+    image_data(sources, extractor, ("encoder",), 20 * each / 1e9, ticks.append, result)
     assert sum(seen) == 20
     assert sum(ticks) == 40
     assert "few test images (6)" in " ".join(result["warnings"])

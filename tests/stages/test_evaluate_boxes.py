@@ -1,4 +1,4 @@
-"""Detection on images with boxes and no masks, and what is said where there are neither."""
+"""Detection on images with boxes and no masks, and the errors where there are neither."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from synthgen.config import Choice
 from synthgen.errors import ConfigError
 from synthgen.image import encode_png
 from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
-from synthgen.plan.eval_counts import _known
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages._eval_sources import Source, looked_at
+from synthgen.stages._eval_sources import Source, used_samples
 from synthgen.stages.evaluate import Evaluate
 from synthgen.stores.tar import TarWriter
 from tests.stages.test_evaluate import ONE, result
@@ -52,7 +51,7 @@ def asked(tmp_path: Path) -> dict:
     return {"encoder": str(tmp_path / "enc"), "evaluators": (DETECTION,), "label": "found", "baselines": False}
 
 
-def test_boxes_alone_will_do_for_detection(asked, tmp_path):
+def test_detection_on_boxes_alone(asked, tmp_path):
     asked |= {name: write_boxed(tmp_path / f"{name}.tar", bare=2) for name in ("train", "test")}
     run = Run.create(tmp_path / "run")
     run_stage(Evaluate(**asked | {"baselines": True}), run, ONE)
@@ -65,7 +64,7 @@ def test_boxes_alone_will_do_for_detection(asked, tmp_path):
     assert "few test images with masks or boxes (8): the intervals are wide" in found["warnings"]
 
 
-def test_where_pixels_are_asked_for_too_only_masks_count(asked, tmp_path):
+def test_only_images_with_masks_count_if_pixels_are_needed(asked, tmp_path):
     asked |= {name: write_boxed(tmp_path / f"{name}.tar", masks=5) for name in ("train", "test")}
     run = Run.create(tmp_path / "run")
     run_stage(Evaluate(**asked | {"evaluators": (DETECTION, SEGMENTATION), "label": "both"}), run, ONE)
@@ -74,7 +73,7 @@ def test_where_pixels_are_asked_for_too_only_masks_count(asked, tmp_path):
     assert both["scores"]["enc"]["detection"]["images"] == both["scores"]["enc"]["segmentation"]["images"] == 5
 
 
-def test_what_is_lacking_is_told_by_name(asked, tmp_path):
+def test_missing_boxes_and_masks_are_named(asked, tmp_path):
     good, bare = write_boxed(tmp_path / "good.tar"), write_boxed(tmp_path / "bare.tar", 0, bare=3)
     run = Run.create(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"no image of .*bare.tar has masks or boxes; give --test tars with boxes in"):
@@ -92,7 +91,8 @@ def test_classes_of_boxes_may_be_labels(asked, tmp_path):
     run_stage(Evaluate(**asked, train=train, test=test, mask_classes="label"), run, ONE)
     found = result(run, "found")
     assert found["scores"]["enc"]["detection"]["classes"] == 1
-    assert "3 of 6 test images with masks or boxes have no label and one word: left out" in found["warnings"]
+    warning = "3 of 6 test images with masks or boxes are left out: they have no label, or not exactly one word"
+    assert warning in found["warnings"]
 
 
 def write_many(path: Path) -> str:
@@ -106,9 +106,7 @@ def write_many(path: Path) -> str:
     return str(path)
 
 
-def test_a_plan_counts_boxes_as_the_evaluation_does(tmp_path):
+def test_images_with_masks_or_boxes_are_used(tmp_path):
     source = Source("test", write_boxed(tmp_path / "test.tar", masks=5, bare=2))
     for needs, count in (({"boxes"}, 8), ({"patches"}, 5), ({"boxes", "patches"}, 5), ({"features"}, 0)):
-        known = _known(source, needs)
-        assert known.masked == known.images == len(looked_at(source, needs)) == count
-        assert known.words == min(count, 1)
+        assert len(used_samples(source, needs)) == count

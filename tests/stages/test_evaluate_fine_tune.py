@@ -14,8 +14,8 @@ from synthgen.evaluators import EVALUATORS
 from synthgen.progress import Progress
 from synthgen.runner import run_stage
 from synthgen.stages import Worker
-from synthgen.stages._eval_data import gathered
-from synthgen.stages._eval_rows import extractor_of
+from synthgen.stages._eval_data import image_data
+from synthgen.stages._eval_rows import make_extractor
 from synthgen.stages._eval_sources import Source
 from synthgen.stages.evaluate import Evaluate
 from tests.stages.test_evaluate import ONE, result, run, source  # noqa: F401
@@ -27,16 +27,16 @@ IMAGE = 3 * 32 * 32  # bytes
 def gather(run, stage, memory, told):  # noqa: F811
     """The data of fine-tuning alone, and how many images the encoder saw for it."""
     folder, seen = run.folder("pretrain") / "mae", list[int]()
-    extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
+    extractor = make_extractor(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
     for network in extractor.networks.values():
         network.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     names = {"train": "train", "test": "val"}
     sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
-    data = gathered(sources, extractor, ("encoder", "random"), memory, lambda count: None, told)
+    data = image_data(sources, extractor, ("encoder", "random"), memory, lambda count: None, told)
     return data, extractor, sources, seen
 
 
-def test_the_encoder_and_a_random_one_are_trained_further(run):  # noqa: F811
+def test_the_encoder_and_a_random_one_are_fine_tuned(run):  # noqa: F811
     """Beside an evaluator that sees the frozen ones, as it does alone."""
     run_stage(Evaluate(evaluators=(QUICK, Choice("knn"))), run, ONE)
     run_stage(Evaluate(evaluators=(Choice("knn"),), label="alone"), run, ONE)
@@ -68,7 +68,7 @@ def test_a_long_training_learns_colours(run):  # noqa: F811
     assert scores["mae"]["fine_tune"]["accuracy"] > 0.8
 
 
-def test_the_images_are_kept_and_no_network_sees_them(run):  # noqa: F811
+def test_images_are_kept_and_no_network_runs(run):  # noqa: F811
     told = {"warnings": []}
     data, extractor, sources, seen = gather(run, Evaluate(pool="cls"), 1.0, told)
     assert seen == []
@@ -88,7 +88,7 @@ def test_the_images_are_kept_and_no_network_sees_them(run):  # noqa: F811
             assert torch.equal(side.pixels[number], torch.tensor(view.image))
 
 
-def test_images_that_do_not_fit_are_fewer(run):  # noqa: F811
+def test_images_that_do_not_fit_are_left_out(run):  # noqa: F811
     told = {"warnings": []}
     data, *_ = gather(run, Evaluate(), 20.5 * IMAGE / 1e9, told)
     train, test, _ = data["encoder"].images()
@@ -98,7 +98,7 @@ def test_images_that_do_not_fit_are_fewer(run):  # noqa: F811
     assert told["patch_memory_mb"] == round(20 * IMAGE / 1e6, 1)
 
 
-def test_how_far_it_is_is_told_by_name(run):  # noqa: F811
+def test_progress_names_evaluator_and_row(run):  # noqa: F811
     told = []
 
     class Remarks(Progress):
@@ -114,7 +114,7 @@ def test_how_far_it_is_is_told_by_name(run):  # noqa: F811
     assert told[3:] == ["knn of mae"]
 
 
-def test_a_generator_is_trained_further_beside_a_fresh_one(run, stable_diffusion):  # noqa: F811
+def test_a_generator_and_a_random_one_are_fine_tuned(run, stable_diffusion):  # noqa: F811
     """And beside encoders, of which each has its own pixels; knn says nothing of the fresh one."""
     stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK, Choice("knn")))
     run_stage(stage, run, ONE)
@@ -141,21 +141,21 @@ def test_a_generator_is_trained_further_beside_a_fresh_one(run, stable_diffusion
     assert alone["patch_memory_mb"] == round(40 * 3 * side**2 / 1e6, 1)
 
 
-def test_the_encoders_figures_are_the_same_beside_a_generator(run, stable_diffusion):  # noqa: F811
+def test_a_generator_does_not_change_the_scores_of_the_encoder(run, stable_diffusion):  # noqa: F811
     run_stage(Evaluate(evaluators=(QUICK,)), run, ONE)
     run_stage(Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,)), run, ONE)
     alone, beside = (result(run, name)["scores"] for name in ("mae", "mae-generator"))
     assert {row: beside[row] for row in alone} == alone
 
 
-def test_a_generator_is_seen_at_its_own_size(run, stable_diffusion):  # noqa: F811
+def test_a_generator_gets_images_at_its_own_size(run, stable_diffusion):  # noqa: F811
     told = {"warnings": []}
     stage = Evaluate(generator=Choice(str(stable_diffusion)))
     names, folder = {"train": "train", "test": "val"}, run.folder("pretrain") / "mae"
-    extractor = extractor_of(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
+    extractor = make_extractor(stage, run, folder, Worker(), [EVALUATORS.build(QUICK)])
     sources = {name: Source(name, str(run.folder("shards") / split)) for name, split in names.items()}
     kinds = ("encoder", "generator", "random generator")
-    data = gathered(sources, extractor, kinds, 1.0, lambda count: None, told)
+    data = image_data(sources, extractor, kinds, 1.0, lambda count: None, told)
     train, _, reader = data["generator"].images()
     assert reader is extractor.generator
     assert (data["generator"].random_init, data["random generator"].random_init) == (False, True)
@@ -168,21 +168,21 @@ def test_a_generator_is_seen_at_its_own_size(run, stable_diffusion):  # noqa: F8
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"generator_timesteps": (50, 150)}, "at one timestep"),
         ({"generator_blocks": ("mid_block", "up_blocks.0.attentions.0")}, "up to one block"),
         ({"generator_inversion_steps": 5}, "on noised images"),
     ],
 )
-def test_what_cannot_be_trained_is_told_beforehand(run, stable_diffusion, monkeypatch, how, said):  # noqa: F811
+def test_untrainable_settings_are_refused_before_images_are_read(run, stable_diffusion, monkeypatch, how, message):  # noqa: F811
     monkeypatch.setattr("synthgen.evaluators._extraction.Extractor.extract", None)
     stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(QUICK,), **how)
-    with pytest.raises(ConfigError, match=f"a generator is fine-tuned {said}"), stage.open(run, Worker()) as work:
+    with pytest.raises(ConfigError, match=f"a generator is fine-tuned {message}"), stage.open(run, Worker()) as work:
         work(0)
 
 
-def test_beside_latents_the_generator_is_not_read(run, stable_diffusion, monkeypatch):  # noqa: F811
+def test_pixels_and_latents_need_no_activations(run, stable_diffusion, monkeypatch):  # noqa: F811
     """Pixels and latents need no activations."""
     from synthgen.diffusion.features import FeatureReader
 

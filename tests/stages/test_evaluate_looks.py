@@ -1,4 +1,4 @@
-"""What evaluate looks at: each file once for a command, text towers whole, and no row that nobody judges."""
+"""What evaluate looks at: each file once for a command, text towers whole, and no row that nobody has a score for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from synthgen.models.vit import EncoderConfig, VisionTransformer, save_encoder
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Worker, _eval_sources
-from synthgen.stages._eval_rows import extractor_of
+from synthgen.stages._eval_rows import make_extractor
 from synthgen.stages.evaluate import Evaluate
 from tests.stages.test_evaluate import ONE, add_text_tower, result
 
@@ -64,7 +64,7 @@ def write_folder(folder: Path, each: int) -> str:
     return str(folder)
 
 
-def test_each_file_is_looked_at_once_for_a_command(encoder, tmp_path, monkeypatch):
+def test_each_file_is_hashed_once_per_command(encoder, tmp_path, monkeypatch):
     """And once before, to see whether anything has changed since the scores were made."""
     looks, state = Counter(), _eval_sources._file_state
     monkeypatch.setattr(_eval_sources, "_file_state", lambda file: looks.update([file]) or state(file))
@@ -83,16 +83,16 @@ def test_each_file_is_looked_at_once_for_a_command(encoder, tmp_path, monkeypatc
     assert not done.done(run, 0)  # what was seen in one command counts in no other
 
 
-def test_scores_are_of_what_stood_there_before_it_was_read(encoder, tmp_path, monkeypatch):
+def test_inputs_are_hashed_before_they_are_read(encoder, tmp_path, monkeypatch):
     train, test = write_folder(tmp_path / "train", 4), write_folder(tmp_path / "test", 3)
     stage, run = Evaluate(encoder=str(encoder), train=train, test=test, **QUICK), Run.create(tmp_path / "run")
-    judge = Evaluate.judge_images
+    judge = Evaluate.score_images
 
     def judge_and_lose(self, *given):
         judge(self, *given)
         (tmp_path / "train" / "dark" / "3.png").unlink()
 
-    monkeypatch.setattr(Evaluate, "judge_images", judge_and_lose)
+    monkeypatch.setattr(Evaluate, "score_images", judge_and_lose)
     run_stage(stage, run, ONE)
     noted, now = result(run, "enc-test")["inputs"], stage.complete().inputs(run)
     assert {name for name in now if now[name] != noted[name]} == {"train"}
@@ -122,10 +122,10 @@ def test_another_text_tower_makes_the_scores_of_texts_stale(encoder, tmp_path, n
         (["linear_probe", DENSE], False, {"encoder"}, {"encoder"}),
     ],
 )
-def test_no_more_is_kept_than_is_judged(encoder, tmp_path, asked, baselines, features, patches):
+def test_only_features_that_are_scored_are_kept(encoder, tmp_path, asked, baselines, features, patches):
     evaluators = [EVALUATORS.build(one) for one in asked]
     stage = Evaluate(encoder=str(encoder), baselines=baselines)
-    extractor = extractor_of(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators)
+    extractor = make_extractor(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators)
     found = extractor.extract(Drawn(), range(6), range(6) if patches else (), (), lambda count: None)
     assert set(found.features) == features
     assert set(found.patches) == patches
@@ -134,14 +134,14 @@ def test_no_more_is_kept_than_is_judged(encoder, tmp_path, asked, baselines, fea
         assert held == extractor.patch_bytes
 
 
-def test_a_network_that_nobody_judges_frozen_sees_no_image(encoder, tmp_path):
+def test_fine_tuning_alone_runs_no_frozen_network(encoder, tmp_path):
     """Fine-tuning begins with a random one too, and takes a copy."""
     evaluators = [EVALUATORS.build("fine_tune"), EVALUATORS.build(Choice("attentive_probe"))]
     stage, seen = Evaluate(encoder=str(encoder)), []
-    extractor = extractor_of(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators)
+    extractor = make_extractor(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators)
     assert set(extractor.networks) == {"encoder", "random"}
     assert extractor.rows == {"images": {"encoder", "random"}, "maps": {"encoder", "random"}}
-    alone = extractor_of(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators[:1])
+    alone = make_extractor(stage, Run.create(tmp_path / "run"), encoder, Worker(), evaluators[:1])
     for network in alone.networks.values():
         network.register_forward_hook(lambda *given: seen.append(1))
     alone.extract(Drawn(), range(6), (), range(6), lambda count: None)

@@ -57,7 +57,7 @@ def test_the_same_encoder_has_the_same_scores(run, source):
     assert tower["tower"]["knn"] == own["own"]["knn"]
 
 
-def test_a_tower_is_trained_further(run, source):
+def test_a_tower_is_fine_tuned(run, source):
     choice = Choice("fine_tune", {"steps": 3, "seeds": 1, "batch_size": 8})
     for name in ("own", "tower"):
         run_stage(Evaluate(encoder=str(source / name), evaluators=(choice,)), run, ONE)
@@ -65,7 +65,7 @@ def test_a_tower_is_trained_further(run, source):
     assert tower == pytest.approx(own, abs=0.1)
 
 
-def test_a_model_of_the_hub_is_called_by_its_name_there(run, source, monkeypatch):
+def test_a_model_of_the_hub_has_its_name_as_label(run, source, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(source / "tower"))
     run_stage(Evaluate(encoder="somebody/vit-small", evaluators=(Choice("knn", {}),)), run, ONE)
     found = result(run, "vit-small")
@@ -73,7 +73,7 @@ def test_a_model_of_the_hub_is_called_by_its_name_there(run, source, monkeypatch
     assert found["encoder"] == "somebody/vit-small"
 
 
-def test_scores_of_another_tower_in_its_place_are_not_taken_for_its_own(run, source, tmp_path):
+def test_another_tower_in_the_same_folder_makes_the_scores_stale(run, source, tmp_path):
     folder = Path(shutil.copytree(source / "tower", tmp_path / "tower"))
     stage = Evaluate(encoder=str(folder), evaluators=(Choice("knn", {}),)).complete()
     run_stage(stage, run, ONE)
@@ -85,7 +85,7 @@ def test_scores_of_another_tower_in_its_place_are_not_taken_for_its_own(run, sou
         run_stage(stage, run, ONE)
 
 
-def test_a_tower_without_a_class_token_has_none_to_give(run, tmp_path):
+def test_a_tower_without_a_class_token(run, tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     siglip = SiglipVisionModel(SiglipVisionConfig(**shape, image_size=32, patch_size=8))
     siglip.save_pretrained(tmp_path / "siglip")

@@ -299,7 +299,7 @@ def test_a_transformer_is_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"timesteps": [50, 150]}, r"one timestep, not at \[50, 150\]; give one generator_timesteps"),
         (
@@ -310,8 +310,8 @@ def test_a_transformer_is_refused(make, tmp_path):
         ({"inversion_steps": 10}, "noised images and no inverted ones; leave generator_inversion_steps 0"),
     ],
 )
-def test_what_the_reader_must_not_tell(small, how, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_reader_settings_are_refused(small, how, message):
+    with pytest.raises(ConfigError, match=message):
         make_network(small, **how)
 
 
@@ -325,7 +325,7 @@ def test_maps_that_are_no_numbers_are_refused(small):
 @pytest.mark.parametrize(
     "options", [{"steps": 0}, {"width": 12}, {"learning_rate": 0.0}, {"batch_size": 0}, {"seeds": 0}]
 )
-def test_settings_that_make_no_sense_are_refused(options):
+def test_bad_settings_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         Diffeed(**options)
 
@@ -361,7 +361,7 @@ def data(small) -> EvalData:
 
 
 @pytest.mark.parametrize("feedback", [True, False])
-def test_plain_classes_are_learned_and_scores_repeat(data, feedback):
+def test_classes_are_learned_and_scores_are_reproducible(data, feedback):
     evaluator = Diffeed(feedback=feedback, **QUICK)
     network = data.reader.model.network
     before = [weight.clone() for weight in network.parameters()]
@@ -372,14 +372,14 @@ def test_plain_classes_are_learned_and_scores_repeat(data, feedback):
     assert evaluator.evaluate(data) == scores
 
 
-def test_layers_learn_by_batches_and_are_judged_by_running_means(data):
+def test_batch_norm_uses_batches_in_training_and_running_means_in_evaluation(data):
     network = FeedbackNetwork(data.reader)
     diffeed, given, head = Diffeed(**QUICK), data.train_latents, AttentiveHead([(16, 8, 8)], 1, 3, width=16)
 
     def scores(learner, latents, numbers):
         return learner(network.noised(latents.values[numbers], [latents.keys[number] for number in numbers]))
 
-    learner = diffeed.learned(lambda: Learner(network, head), scores, given, "cpu", 0)
+    learner = diffeed.train(lambda: Learner(network, head), scores, given, "cpu", 0)
     assert not learner.training
     assert len(learner.layers) == len(network.pairs)
     assert all(int(layer[1].num_batches_tracked) == QUICK["steps"] for layer in learner.layers)
@@ -409,7 +409,7 @@ def test_a_class_that_training_lacks_counts_as_wrong(data):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
-def test_too_little_memory_is_said(error, data, monkeypatch):
+def test_out_of_memory_is_explained(error, data, monkeypatch):
     def full(*_):
         raise error
 

@@ -26,9 +26,9 @@ from synthgen.evaluators import (
 from synthgen.evaluators._bootstrap import interval, mean_with_interval, spread
 from synthgen.evaluators._heads import Standardize
 from synthgen.evaluators.detection import (
+    DetectionFigures,
     Detections,
-    Judged,
-    _suppressed,
+    _non_maximum_suppression,
     assign,
     average_precision,
     focal_loss,
@@ -83,7 +83,7 @@ def test_knn_takes_small_sets_and_unknown_classes():
     assert EVALUATORS.build("knn").evaluate(EvalData(train=train, test=test))["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_of_copies_of_an_image_all_vote_in_whatever_order():
+def test_equally_near_copies_all_vote():
     """Five copies are the nearest, and two would have votes: of their classes the one of most copies wins."""
     train = LabelledFeatures(torch.tensor([[1.0, 0]] * 5 + [[0, 1.0]] * 3), torch.tensor([2, 1, 0, 1, 2, 0, 0, 0]))
     evaluator = EVALUATORS.build(Choice("knn", {"k": 2}))
@@ -94,7 +94,7 @@ def test_of_copies_of_an_image_all_vote_in_whatever_order():
 
 
 @pytest.mark.parametrize("k", [5, 20, 100])
-def test_of_a_collapsed_encoder_knn_has_the_score_of_the_majority_class(k):
+def test_knn_on_constant_features_predicts_the_majority_class(k):
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 15 + [1] * 20 + [2] * 15)
     train = LabelledFeatures(torch.ones(50, 64) + 1e-8 * torch.randn(50, 64, generator=generator), labels)
@@ -106,7 +106,7 @@ def test_of_a_collapsed_encoder_knn_has_the_score_of_the_majority_class(k):
         assert evaluator.evaluate(EvalData(train=mixed, test=test))["accuracy"] == pytest.approx(1 / 4)
 
 
-def test_images_in_another_order_are_other_neighbours_to_no_row():
+def test_the_order_of_training_images_changes_no_neighbour():
     """Among 400 rows on a grid many are equally near; keys tell which image is which."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randint(-1, 2, (400, 3), generator=generator).float()
@@ -146,7 +146,7 @@ def test_probe_reads_what_is_linear_and_nothing_else():
         assert low <= probe.evaluate(data)["accuracy"] <= high
 
 
-def test_probe_does_not_mind_scale_or_dead_features():
+def test_probe_ignores_scale_and_dead_features():
     train, test = clouds(60, 1), clouds(30, 2)
 
     def stretched(split):
@@ -200,7 +200,7 @@ def test_nothing_shared_is_an_error():
 # -- intervals
 
 
-def test_interval_covers_as_often_as_it_says():
+def test_interval_has_its_coverage():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
@@ -226,7 +226,7 @@ def test_interval_of_any_score_is_that_of_the_mean():
     )  # sets have as many images
 
 
-def test_interval_holds_the_score_where_redrawn_sets_miss_a_class():
+def test_interval_contains_the_score_if_resampled_sets_miss_a_class():
     """Ten classes, one image each, one of them found: sets that miss it score 0, others up to the whole."""
     found = np.eye(10)[0]
 
@@ -351,11 +351,11 @@ def test_nothing_found_is_zero():
         torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
     )
     judged = average_precision(nothing, scenes)
-    assert isinstance(judged, Judged)
+    assert isinstance(judged, DetectionFigures)
     assert (judged.ap, judged.resampled(np.ones((1, 4)))[0]) == (0, 0)
 
 
-def test_cells_learn_the_smallest_box_that_holds_them():
+def test_cells_are_assigned_the_smallest_box():
     boxes = torch.tensor([[0.0, 0, 8, 8], [3, 3, 5, 5], [6.1, 6.1, 6.4, 6.4]])
     learned, sides = assign(boxes, torch.tensor([1, 2, 3]), 8)
     grid = learned.view(8, 8)
@@ -381,7 +381,7 @@ def test_focal_loss_by_hand():
 
 def test_overlapping_boxes_of_a_class_are_dropped():
     boxes = torch.tensor([[[0.0, 0, 4, 4], [0, 0, 4, 3.8], [0, 0, 4, 3.7], [5, 5, 8, 8]]])
-    assert _suppressed(boxes, torch.tensor([[1, 1, 2, 1]]), 0.6).tolist() == [[True, False, True, True]]
+    assert _non_maximum_suppression(boxes, torch.tensor([[1, 1, 2, 1]]), 0.6).tolist() == [[True, False, True, True]]
 
 
 # -- retrieval
@@ -431,7 +431,7 @@ def test_chance_is_what_random_vectors_reach():
         )
 
 
-def test_a_missing_library_is_named_with_its_extra():
+def test_a_missing_library_is_named():
     script = (
         "import sys; sys.modules['pycocotools'] = None\n"
         "from synthgen.errors import MissingDependency\n"
@@ -443,13 +443,13 @@ def test_a_missing_library_is_named_with_its_extra():
     assert "pip install pycocotools" in told.stdout
 
 
-@pytest.mark.parametrize("accessor", ["labelled", "mapped", "latents", "images"])
+@pytest.mark.parametrize("accessor", ["labelled", "feature_maps", "latents", "images"])
 def test_images_without_labels_are_an_error(accessor):
     with pytest.raises(ConfigError, match="no labelled images to train on, or none to evaluate on"):
         getattr(EvalData(), accessor)()
 
 
-def test_what_else_an_evaluator_lacks_is_named():
+def test_missing_parts_of_the_data_are_named():
     latents = Latents(torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), ("a", "b"))
     with pytest.raises(ConfigError, match="no generator that the latents are of"):
         EvalData(train_latents=latents, test_latents=latents).latents()

@@ -14,7 +14,7 @@ from transformers import BeitConfig, BeitModel
 
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import EvalData, LabelledImages
-from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
+from synthgen.evaluators.fine_tune import FineTune, Learner, parameter_groups, rate_share
 from synthgen.models.transformers_encoder import load_tower
 from tests.evaluation import make_encoder, make_pictured
 
@@ -34,13 +34,13 @@ def test_every_layer_of_the_encoder_learns():
     found = FineTune(**QUICK).evaluate(make())
     assert found["accuracy"] == found["train_accuracy"] == 1.0
     assert found["seeds"] == 2
-    frozen = FineTune(**QUICK | {"layer_decay": 1e-6}).learned(make(), 0)
+    frozen = FineTune(**QUICK | {"layer_decay": 1e-6}).train(make(), 0)
     start = make_encoder()
     assert all(
         torch.allclose(weight, frozen.encoder.get_parameter(name), atol=1e-3)
         for name, weight in start.blocks.named_parameters(prefix="blocks")
     )
-    learned = FineTune(**QUICK).learned(make(), 0)
+    learned = FineTune(**QUICK).train(make(), 0)
     moved = [
         float((weight - learned.encoder.get_parameter(name)).detach().abs().max())
         for name, weight in start.named_parameters()
@@ -49,7 +49,7 @@ def test_every_layer_of_the_encoder_learns():
     assert min(moved) > 1e-2
 
 
-def test_the_encoder_is_left_as_it_was():
+def test_the_encoder_is_not_changed():
     data = make()
     data.encoder.blocks[0].requires_grad_(False)
     before = {name: value.clone() for name, value in data.encoder.state_dict().items()}
@@ -61,7 +61,7 @@ def test_the_encoder_is_left_as_it_was():
     assert not data.encoder.blocks[0].attn.qkv.weight.requires_grad
 
 
-def test_the_order_of_images_changes_no_figure_at_all():
+def test_the_order_of_images_changes_no_figure():
     """Not even the interval, and not where they were drawn at random."""
     data = make(known=False)
     other = dataclasses.replace(data, train_images=shuffled(data.train_images), test_images=shuffled(data.test_images))
@@ -69,7 +69,7 @@ def test_the_order_of_images_changes_no_figure_at_all():
     assert FineTune(**QUICK).evaluate(other) == FineTune(**QUICK).evaluate(data)
 
 
-def test_nothing_is_dropped_while_it_learns(tmp_path):
+def test_no_dropout_in_training(tmp_path):
     """Drop path of BEiT would make each look another one."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     beit = BeitModel(BeitConfig(**shape, image_size=16, patch_size=4, drop_path_rate=0.9, layer_scale_init_value=1.0))
@@ -90,7 +90,7 @@ def shuffled(given: LabelledImages) -> LabelledImages:
     return LabelledImages(given.pixels[order], given.labels[order], tuple(given.keys[row] for row in order))
 
 
-def test_what_is_drawn_elsewhere_does_not_matter():
+def test_the_global_generator_does_not_matter():
     torch.manual_seed(1)
     first = FineTune(**QUICK).evaluate(make(known=False))
     torch.manual_seed(2)
@@ -102,7 +102,7 @@ def test_what_is_drawn_elsewhere_does_not_matter():
 
 def test_other_seeds_are_other_trainings():
     evaluator, data = FineTune(**QUICK), make()
-    one, again, other = (evaluator.learned(data, seed).classify.weight for seed in (0, 0, 1))
+    one, again, other = (evaluator.train(data, seed).classify.weight for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.allclose(one, other, atol=1e-3)
 
@@ -121,7 +121,7 @@ def test_fewer_images_than_a_batch_are_a_batch():
     assert [sorted(numbers.tolist()) for _, numbers in drawn] == [list(range(6))] * 5
 
 
-def test_how_far_it_is_is_told():
+def test_progress_is_described():
     told = []
     FineTune(**QUICK).evaluate(make(describe=told.append))
     assert len(told) == 6
@@ -137,7 +137,7 @@ def normal(pixels, config):
     return (pixels.float() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
 
 
-def test_views_are_of_the_images_they_are_said_to_be():
+def test_views_match_their_indices():
     """Of an image of one colour every crop and mirror image is of that colour."""
     colours = torch.arange(20, dtype=torch.uint8)[:, None] * torch.tensor([12, 3, 7], dtype=torch.uint8)
     pixels = colours[:, None, None].expand(-1, 16, 16, -1).contiguous()
@@ -150,13 +150,13 @@ def test_views_are_of_the_images_they_are_said_to_be():
     assert len(seen) > 16  # two epochs of two batches, each without the four images that fill none, and one batch
 
 
-def test_an_image_is_never_seen_twice_alike():
+def test_views_of_an_image_differ():
     train = make_pictured(1, 1, known=True)
     views = [images for images, _ in FineTune(steps=8).batches(train, make_encoder().config, 0)]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(views, 2))
 
 
-def test_an_image_is_judged_whole():
+def test_test_images_are_not_cropped():
     given, encoder = make_pictured(8, 1, known=True), make_encoder()
     learner = Learner(encoder, 3)
     torch.nn.init.normal_(learner.classify.weight)
@@ -171,18 +171,18 @@ def test_rates_fall_from_layer_to_layer():
     """As in MAE's code, counted by hand for two blocks."""
     learner = Learner(make_encoder(), 3)
     expected = {"cls_token": 0.125, "patch_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5, "norm": 1.0}
-    groups = layers(learner, 0.5, 0.05)
+    groups = parameter_groups(learner, 0.5, 0.05)
     rates = {id(weight): (group["share"], group["weight_decay"]) for group in groups for weight in group["params"]}
     assert len(rates) == len(list(learner.parameters()))
     for name, weight in learner.named_parameters():
         (own,) = {rate for start, rate in expected.items() if name.startswith(f"encoder.{start}")} or {1.0}
-        assert share(name, learner.encoder, 0.5) == own, name
+        assert rate_share(name, learner.encoder, 0.5) == own, name
         assert rates[id(weight)] == (own, 0.0 if name.endswith(("bias", "_token")) or "norm" in name else 0.05), name
     assert {part for part, _ in rates.values()} == {0.125, 0.25, 0.5, 1.0}
-    assert {group["share"] for group in layers(learner, 1.0, 0.05)} == {1.0}
+    assert {group["share"] for group in parameter_groups(learner, 1.0, 0.05)} == {1.0}
 
 
-def test_the_rate_rises_and_falls_to_nothing():
+def test_the_learning_rate_schedule():
     evaluator = FineTune(steps=100, learning_rate=0.5, warmup_ratio=0.1)
     rates = [evaluator.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.5 * (step + 1) / 11 for step in range(10)])
@@ -196,7 +196,7 @@ def test_a_step_is_that_of_plain_adamw():
     """One step by hand, of every weight."""
     data = make(train=6)
     evaluator = FineTune(steps=1, batch_size=6, warmup_ratio=0.0, layer_decay=0.5, max_norm=0.0, label_smoothing=0.1)
-    learned = evaluator.learned(data, 0)
+    learned = evaluator.train(data, 0)
     images, numbers = next(evaluator.batches(data.train_images, data.encoder.config, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -204,7 +204,7 @@ def test_a_step_is_that_of_plain_adamw():
     targets = F.one_hot(data.train_images.labels[numbers], 3) * 0.9 + 0.1 / 3
     (-(start(images).log_softmax(1) * targets).sum(1).mean()).backward()
     for name, weight in start.named_parameters():
-        rate = 1e-3 * share(name, start.encoder, 0.5)
+        rate = 1e-3 * rate_share(name, start.encoder, 0.5)
         kept = 1.0 if weight.ndim == 1 or name.endswith("_token") else 1 - rate * 0.05
         expected = kept * weight - rate * weight.grad / (weight.grad.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(learned.get_parameter(name), expected, atol=2e-6, rtol=1e-4)
@@ -224,18 +224,18 @@ def test_the_class_token_can_be_the_feature():
 
 
 @pytest.mark.parametrize("rate", [1.0, 10.0, 1e20])
-def test_a_training_that_went_wrong_has_no_score(rate):
+def test_a_diverged_training_has_no_score(rate):
     """Also one that ends in finite numbers, no better than a guess."""
     with pytest.raises(ConfigError, match=r"diverged; give .* a lower learning_rate \(its loss rose to "):
         FineTune(**QUICK | {"learning_rate": rate, "steps": 40}).evaluate(make())
 
 
-def test_a_last_step_that_goes_wrong_has_no_score_either():
+def test_a_diverged_last_step_has_no_score():
     with pytest.raises(ConfigError, match=r"diverged; give .* a lower learning_rate$"):
         FineTune(seeds=1, steps=1, learning_rate=1e30).evaluate(make())
 
 
-def test_images_that_tell_nothing_are_no_divergence():
+def test_uninformative_images_are_no_divergence():
     data = make(known=False)
     same = dataclasses.replace(data.train_images, pixels=torch.full_like(data.train_images.pixels, 100))
     found = FineTune(**QUICK).evaluate(dataclasses.replace(data, train_images=same))
@@ -243,7 +243,7 @@ def test_images_that_tell_nothing_are_no_divergence():
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
-def test_a_device_that_is_too_small_is_told(error, monkeypatch):
+def test_out_of_memory_is_explained(error, monkeypatch):
     def full(self, images, keys):
         raise error
 
@@ -262,7 +262,7 @@ def test_a_device_that_is_too_small_is_told(error, monkeypatch):
         {"label_smoothing": -0.1},
     ],
 )  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(options):
+def test_bad_settings_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=rf"{name}.* must be|must be .*{name}"):
         FineTune(**options)

@@ -171,7 +171,7 @@ def test_the_network_computes_no_further_than_is_read(small):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_what_cannot_be_read_is_told(small):
+def test_unreadable_settings_are_refused(small):
     with pytest.raises(
         UnknownName, match=r"'up_blocks.9'; did you mean .*there are: down_blocks.0.attentions.0, .*mid"
     ):
@@ -216,7 +216,7 @@ def test_blocks_have_maps_of_their_own_size(small):
     assert reader.read(images, KEYS, 8).maps == ()
 
 
-def test_an_inverted_image_is_seen_on_its_way_to_noise(drawn):
+def test_an_inverted_image_is_read_on_its_way_to_noise(drawn):
     """At the steps nearest to the timesteps, without noise; the network stops behind the last of them."""
     backbone, images = drawn[0], pictures()
     model, steps = backbone.family, 10

@@ -19,10 +19,10 @@ from torch import nn
 
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion.features import FeatureReader, block_names
-from synthgen.diffusion.truncated import TruncatedGenerator, _begin_anew
+from synthgen.diffusion.truncated import TruncatedGenerator, _initialize
 from synthgen.errors import ConfigError, SynthgenError
 from synthgen.evaluators import EvalData, LabelledImages
-from synthgen.evaluators.fine_tune import FineTune, Learner, layers, share
+from synthgen.evaluators.fine_tune import FineTune, Learner, parameter_groups, rate_share
 from tests import models
 
 SIDE = 64
@@ -176,7 +176,7 @@ def test_halves_learn_as_float32(make, dtype, tmp_path):
     before = state(backbone.family)
     generator = TruncatedGenerator(reader)
     assert {weight.dtype for weight in generator.parameters()} == {torch.float32}
-    assert generator.halves == (dtype == "bfloat16")
+    assert generator.uses_bfloat16 == (dtype == "bfloat16")
     found = generator(images, KEYS)
     assert found.dtype == torch.float32
     found.square().mean().backward()
@@ -211,7 +211,7 @@ def test_new_weights_are_as_a_new_network_has_them(drawn):
     network = copy.deepcopy(drawn.family.network)
     for weight in network.parameters():
         nn.init.constant_(weight, 7.0)
-    _begin_anew(network, seed=3)
+    _initialize(network, seed=3)
     expected = dict(type(network).from_config(network.config).named_parameters())
     for name, weight in network.named_parameters():
         other = expected[name].detach()
@@ -221,7 +221,7 @@ def test_new_weights_are_as_a_new_network_has_them(drawn):
             assert float(weight.detach().std()) == pytest.approx(float(other.std()), rel=0.75), name
             assert weight.abs().max() < 1.5 * other.abs().max() + 0.1, name
     again = copy.deepcopy(network)
-    _begin_anew(again, seed=3)
+    _initialize(again, seed=3)
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), again.parameters(), strict=True))
 
 
@@ -231,8 +231,8 @@ def test_a_layer_that_does_not_say_how_it_begins_is_refused():
             super().__init__()
             self.table = nn.Parameter(torch.zeros(2, 3))
 
-    with pytest.raises(ConfigError, match="a Odd of the generator cannot begin anew"):
-        _begin_anew(nn.Sequential(Odd()), 0)
+    with pytest.raises(ConfigError, match="a Odd of the generator cannot be initialised at random"):
+        _initialize(nn.Sequential(Odd()), 0)
 
 
 def test_a_fresh_one_is_the_same_each_time_and_another_by_seed(small):
@@ -274,9 +274,9 @@ def test_rates_fall_from_block_to_block(small):
     for name, layer in expected.items():
         assert name in weights
         assert generator.layer(f"network.{name}") == layer, name
-        assert share(f"encoder.network.{name}", generator, 0.5) == 0.5 ** (7 - layer), name
-    assert share("classify.weight", generator, 0.5) == 1.0
-    groups = layers(learner, 0.5, 0.05)
+        assert rate_share(f"encoder.network.{name}", generator, 0.5) == 0.5 ** (7 - layer), name
+    assert rate_share("classify.weight", generator, 0.5) == 1.0
+    groups = parameter_groups(learner, 0.5, 0.05)
     assert sum(len(group["params"]) for group in groups) == len(list(learner.parameters()))
     assert {group["share"] for group in groups} == {0.5**power for power in range(8)}
     assert all((weight.ndim > 1) == (group["weight_decay"] > 0) for group in groups for weight in group["params"])
@@ -321,7 +321,7 @@ def test_all_of_it_moves_and_the_head_alone_with_hardly_any_decay(data):
     start = dict(TruncatedGenerator(data.reader).named_parameters())
 
     def moved(layer_decay):
-        learned = FineTune(**QUICK | {"layer_decay": layer_decay}).learned(data, 0)
+        learned = FineTune(**QUICK | {"layer_decay": layer_decay}).train(data, 0)
         assert not learned.training
         return [
             float((weight - start[name]).detach().abs().max())
@@ -343,7 +343,7 @@ def test_the_order_of_images_changes_no_figure(data):
     assert evaluator.evaluate(dataclasses.replace(data, **images)) == evaluator.evaluate(data)
 
 
-def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(data, monkeypatch):
+def test_noise_is_drawn_anew_in_training_and_once_in_evaluation(data, monkeypatch):
     seen = list[tuple[bool, tuple[str, ...]]]()
     forward = TruncatedGenerator.forward
 
@@ -362,13 +362,13 @@ def test_noise_is_drawn_anew_in_training_and_once_where_it_is_judged(data, monke
 def test_from_scratch_it_begins_with_other_weights(data):
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 1, "generator_learning_rate": 1e-9})
     fresh = dataclasses.replace(data, random_init=True)
-    learned = [evaluator.learned(given, 0).encoder.network.conv_in.weight for given in (data, fresh)]
+    learned = [evaluator.train(given, 0).encoder.network.conv_in.weight for given in (data, fresh)]
     torch.testing.assert_close(learned[0], data.reader.model.network.conv_in.weight)
     assert not torch.allclose(learned[0], learned[1], atol=1e-3)
     torch.testing.assert_close(learned[1], TruncatedGenerator(data.reader, fresh=True).network.conv_in.weight)
 
 
-def test_one_copy_at_a_time_is_held(data, monkeypatch):
+def test_one_copy_at_a_time(data, monkeypatch):
     """Without the garbage collector's help: each is freed before the next one is made."""
     made, alive = list[weakref.ref](), list[int]()
     begin = TruncatedGenerator.__init__
@@ -393,7 +393,7 @@ def test_a_step_is_that_of_plain_adamw(data):
     """One step by hand, of every weight."""
     few = dataclasses.replace(data, train_images=pictured(6, 1, data.reader.image_size))
     evaluator = FineTune(steps=1, batch_size=6, warmup_ratio=0.0, layer_decay=0.5, max_norm=0.0)
-    learned = evaluator.learned(few, 0)
+    learned = evaluator.train(few, 0)
     images, numbers = next(evaluator.batches(few.train_images, learned.encoder.config, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -401,7 +401,7 @@ def test_a_step_is_that_of_plain_adamw(data):
     keys = [f"{few.train_images.keys[number]} at step 0 of training 0" for number in numbers.tolist()]
     F.cross_entropy(start(images, keys), few.train_images.labels[numbers]).backward()
     for name, weight in start.named_parameters():
-        rate = 1e-4 * share(name, start.encoder, 0.5)
+        rate = 1e-4 * rate_share(name, start.encoder, 0.5)
         kept = 1.0 if weight.ndim == 1 else 1 - rate * 0.05
         expected = kept * weight - rate * weight.grad / (weight.grad.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(learned.get_parameter(name), expected, atol=2e-6, rtol=1e-4)
@@ -411,15 +411,15 @@ def test_a_step_is_that_of_plain_adamw(data):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"timesteps": [50, 150]}, r"at one timestep, not at \[50, 150\]; give one generator_timesteps"),
         ({"blocks": ["mid_block", "up_blocks.0.attentions.0"]}, "up to one block, not mid_block, .* generator_blocks"),
         ({"inversion_steps": 10}, "on noised images; leave generator_inversion_steps 0"),
     ],
 )
-def test_what_the_reader_must_not_tell(small, how, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_reader_settings_are_refused(small, how, message):
+    with pytest.raises(ConfigError, match=message):
         TruncatedGenerator(make_reader(small, **how))
 
 
@@ -431,13 +431,13 @@ def test_a_generator_that_gives_no_numbers_is_refused(stable_diffusion):
 
 
 @pytest.mark.parametrize("rate", [1e20, 1e30])
-def test_a_training_that_went_wrong_has_no_score(data, rate):
+def test_a_diverged_training_has_no_score(data, rate):
     with pytest.raises(ConfigError, match="of the generator diverged; give the evaluator a lower generator_learning_r"):
         FineTune(**QUICK | {"generator_learning_rate": rate, "steps": 2}).evaluate(data)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
-def test_too_little_memory_is_said(error, data, monkeypatch):
+def test_out_of_memory_is_explained(error, data, monkeypatch):
     def full(*_):
         raise error
 

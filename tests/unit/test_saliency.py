@@ -15,7 +15,7 @@ from synthgen.errors import ConfigError
 from synthgen.evaluators import EVALUATORS, DenseFeatures, EvalData
 from synthgen.evaluators.saliency import (
     box_ious,
-    compared,
+    compare,
     decoder,
     dice_loss,
     f_curve,
@@ -87,7 +87,7 @@ def test_max_f_is_that_of_the_mean_curve():
     true = drawn("10", "00")
     low, high = np.full((2, 2), 0.1, np.float32), np.full((2, 2), 0.6, np.float32)
     low[0, 0], high[0, 0] = 0.4, 0.9
-    found = compared(np.stack([low, high]), make_truth([true, true]))
+    found = compare(np.stack([low, high]), make_truth([true, true]))
     everything = 1.3 * 1 / (0.3 * 1 + 4)
     assert found.curves.max(1).tolist() == [1, 1]
     assert found.max_f == pytest.approx((1 + everything) / 2)
@@ -97,13 +97,13 @@ def test_images_without_foreground_count_but_not_for_max_f():
     """Of two of them one is left empty. Of an image with neither foreground nor box no box can be right."""
     nothing, disc = np.zeros((4, 4), bool), drawn("0000", "0110", "0110", "0000")
     probabilities = as_probabilities(nothing, disc, disc)
-    found = compared(probabilities, make_truth([nothing, nothing, disc]))
+    found = compare(probabilities, make_truth([nothing, nothing, disc]))
     assert found.ious.tolist() == [1, 0, 1]
     assert found.accuracies.tolist() == [1, 0.75, 1]
     assert (found.max_f, len(found.curves)) == (1, 1)
     assert found.located.tolist() == [True]
     boxes = [[], [[1, 1, 3, 3]], [[0, 0, 1, 1]]]
-    assert compared(probabilities, make_truth([nothing, nothing, disc], boxes)).located.tolist() == [True, False]
+    assert compare(probabilities, make_truth([nothing, nothing, disc], boxes)).located.tolist() == [True, False]
 
 
 def test_every_class_is_foreground():
@@ -112,7 +112,7 @@ def test_every_class_is_foreground():
     scenes = make_truth(masks)
     scenes.pixels[1] *= 7
     scenes = dataclasses.replace(scenes, classes=("background", "disc", *"abcdef"))
-    assert compared(as_probabilities(*masks), scenes).ious.tolist() == [1, 1]
+    assert compare(as_probabilities(*masks), scenes).ious.tolist() == [1, 1]
 
 
 def test_the_box_is_that_of_the_largest_part():
@@ -128,13 +128,13 @@ def test_iou_of_boxes_by_hand():
     assert box_ious((0, 0, 2, 2), others).tolist() == pytest.approx([1 / 3, 1, 0, 1 / 16])
 
 
-def test_located_by_hand():
+def test_corloc_by_hand():
     """Any true box will do; half of the union is enough; without boxes it is the one round the foreground."""
     left, top_row = drawn("1100", "1100", "1100", "1100"), drawn("1111", "0000", "0000", "0000")
     nothing = np.zeros((4, 4), bool)
     boxes = [[[3, 3, 4, 4], [0, 0, 4, 4]], [[3, 3, 4, 4]], [], [[0, 0, 4, 2]]]
     probabilities = as_probabilities(left, left, left, nothing)
-    found = compared(probabilities, make_truth([left, left, top_row, left], boxes))
+    found = compare(probabilities, make_truth([left, left, top_row, left], boxes))
     assert found.located.tolist() == [True, False, False, True]
 
 
@@ -197,7 +197,7 @@ def test_a_decoder_learns_eight_images_by_heart():
     """Features that tell nothing of the foreground: it is remembered, finer than the patches."""
     told = make_scenes(8, 1, known=False, scale=2)
     evaluator = build(seeds=1, steps=80, batch_size=8, width=32, learning_rate=0.02)
-    found = evaluator.judge(evaluator.train(told, "cpu", 0), told, "cpu")
+    found = evaluator.score(evaluator.train(told, "cpu", 0), told, "cpu")
     assert found.ious.min() > 0.9
     assert found.max_f > 0.95
     others = evaluator.evaluate(EvalData(train_scenes=told, test_scenes=make_scenes(8, 2, known=False, scale=2)))
@@ -209,7 +209,7 @@ def test_figures_are_the_means_of_the_seeds():
     train, test = make_scenes(8, 1, known=True), make_scenes(6, 2, known=True)
     evaluator = build(seeds=2, steps=8, width=16)
     numbers = evaluator.evaluate(EvalData(train_scenes=train, test_scenes=test))
-    each = [evaluator.judge(evaluator.train(train, "cpu", seed), test, "cpu") for seed in (0, 1)]
+    each = [evaluator.score(evaluator.train(train, "cpu", seed), test, "cpu") for seed in (0, 1)]
     assert list(numbers) == ["iou", "low", "high", "spread", "max_f", "accuracy", "corloc", "images", "seeds"]
     assert numbers["iou"] == pytest.approx(np.mean([one.ious.mean() for one in each]))
     assert numbers["spread"] == pytest.approx(abs(each[0].ious.mean() - each[1].ious.mean()) / math.sqrt(2))
@@ -232,7 +232,7 @@ def test_classes_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"width": 24}, "width must be a multiple of 16, not 24"),
         ({"width": 0}, "width must be a multiple of 16, not 0"),
@@ -244,13 +244,13 @@ def test_classes_do_not_matter():
         ({"weight_decay": -1.0}, "weight_decay 0 or more"),
     ],
 )
-def test_bad_settings_are_told(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
         build(**options)
 
 
 @pytest.mark.parametrize("side", ["train_scenes", "test_scenes"])
-def test_masks_without_pixels_are_told(side):
+def test_masks_without_pixels_are_refused(side):
     """Boxes alone tell of no foreground."""
     data = EvalData(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
     scenes = getattr(data, side)
@@ -259,7 +259,7 @@ def test_masks_without_pixels_are_told(side):
         build().evaluate(dataclasses.replace(data, **{side: empty}))
 
 
-def test_a_training_that_diverges_is_told():
+def test_a_diverged_training_is_refused():
     data = EvalData(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
     with pytest.raises(ConfigError, match="diverged; give it a lower learning_rate"):
         build(seeds=1, steps=60, width=16, learning_rate=1e9).evaluate(data)
