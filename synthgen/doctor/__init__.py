@@ -10,20 +10,20 @@ from typing import Any
 
 from synthgen.doctor import machine
 from synthgen.doctor.libraries import Extra, extras, has_libraries
-from synthgen.doctor.machine import Device, Disk, Memory, Plan
+from synthgen.doctor.machine import DefaultWorkers, Device, Disk, Memory
 from synthgen.doctor.models import Hosted, Shipped, hosted_model, shipped_model
 from synthgen.doctor.recording import Attention, attention_on
 from synthgen.entries import versions
 
 __all__ = [
     "Attention",
+    "DefaultWorkers",
     "Device",
     "Disk",
     "Examination",
     "Extra",
     "Hosted",
     "Memory",
-    "Plan",
     "Shipped",
     "examine",
 ]
@@ -36,7 +36,7 @@ class Examination:
     versions: dict[str, str]
     platform: str
     devices: tuple[Device, ...]
-    generate: Plan | None
+    generate: DefaultWorkers | None
     attention: tuple[Attention, ...]
     disk: Disk
     memory: Memory
@@ -62,11 +62,11 @@ def examine(run: Path, model: str = "", describe: Callable[[str], None] = lambda
     problems: list[str] = []
     notes: list[str] = []
     devices: tuple[Device, ...] = ()
-    plan, shipped, hosted = None, None, None
+    workers, shipped, hosted = None, None, None
     attention: list[Attention] = []
     describe("checking libraries and devices")
     if has_libraries(problems):
-        devices, plan = machine.devices(problems), machine.plan()
+        devices, workers = machine.devices(problems), machine.default_workers()
         if len(devices) == 1 and Path("/dev/nvidiactl").exists():
             notes.append(
                 "there is an NVIDIA driver, but this torch build finds no GPU; see pytorch.org for one that does"
@@ -83,7 +83,7 @@ def examine(run: Path, model: str = "", describe: Callable[[str], None] = lambda
         versions(),
         platform.platform(),
         devices,
-        plan,
+        workers,
         tuple(attention),
         machine.disk(run, problems),
         machine.memory(),

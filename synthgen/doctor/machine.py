@@ -17,7 +17,7 @@ from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import create_bytes
 
-__all__ = ["Device", "Disk", "Memory", "Plan", "devices", "disk", "memory", "plan"]
+__all__ = ["DefaultWorkers", "Device", "Disk", "Memory", "default_workers", "devices", "disk", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What ``synthgen generate`` uses by default."""
+class DefaultWorkers:
+    """The workers that ``synthgen generate`` starts by default."""
 
     devices: tuple[str, ...]
     workers: int
@@ -93,13 +93,13 @@ def _cpu() -> str:
     return model[1].strip() if model else platform.processor() or platform.machine()
 
 
-def plan() -> Plan:
-    """What ``synthgen generate`` would use."""
+def default_workers() -> DefaultWorkers:
+    """The workers that ``synthgen generate`` starts by default."""
     from synthgen.devices import devices_for
     from synthgen.stages.generate import Generate
 
     found = devices_for(Generate(prompts=""))
-    return Plan(tuple(dict.fromkeys(found)), len(found))
+    return DefaultWorkers(tuple(dict.fromkeys(found)), len(found))
 
 
 def disk(run: Path, problems: list[str]) -> Disk:

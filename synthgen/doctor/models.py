@@ -13,7 +13,6 @@ from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Hosted", "Shipped", "hosted_model", "shipped_model"]
 
-_UNSAFE = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")  # classes of a pipeline
 _WEIGHTS = re.compile(  # with shard number and count, and a variant before or after them
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<early>\w+))?(?:-\d{5}-of-(?P<of>\d{5}))?(?:\.(?P<late>\w+))?\.safetensors"
@@ -25,8 +24,6 @@ class Shipped:
     """The model that ships with synthgen."""
 
     path: str
-    there: bool
-    safetensors: bool  # all weights are safetensors
     bytes: int  # of its weights
     loads: bool
 
@@ -50,18 +47,14 @@ def shipped_model(problems: list[str]) -> Shipped:
     from synthgen import tiny
     from synthgen.backbones import BACKBONES
 
-    files = [path for path in tiny.WEIGHTS.rglob("*") if path.is_file()]
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    safe = bool(weights) and not any(path.suffix in _UNSAFE for path in files)
     loads = False
     try:
         BACKBONES.build("tiny", device="cpu")
         loads = True
     except Exception as error:  # any fault of files or libraries
         problems.append(f"the shipped model does not load ({one_line(error)}); install synthgen again")
-    if loads and not safe:
-        problems.append(f"the shipped model has weights that are not safetensors, in {tiny.WEIGHTS}; delete them")
-    return Shipped(str(tiny.WEIGHTS), bool(files), safe, sum(path.stat().st_size for path in weights), loads)
+    size = sum(path.stat().st_size for path in tiny.WEIGHTS.rglob("*.safetensors"))
+    return Shipped(str(tiny.WEIGHTS), size, loads)
 
 
 def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:

@@ -13,9 +13,9 @@ _YES_NO = {True: "yes", False: "no"}
 
 
 def render(found: Examination, *, whole: bool = False) -> str:
-    """An examination as plain text of at most 100 columns, without its problems and without a newline at its end.
+    """An examination without its problems, as plain text of at most 100 columns.
 
-    With ``whole`` rows are not truncated: for files and pipes.
+    With ``whole``, for files and pipes, rows are not truncated.
     """
     return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
@@ -84,9 +84,7 @@ def _places(found: Examination) -> Iterator[str]:
             f", {size(memory.available)} available" if memory.available is not None else ""
         )
     if shipped is not None:
-        state = "loads" if shipped.loads else "does not load" if shipped.there else "missing"
-        kind = "all safetensors" if shipped.safetensors else "not all safetensors"
-        yield f"shipped model: {state}; {size(shipped.bytes)}, {kind}"
+        yield f"shipped model: {'loads' if shipped.loads else 'does not load'}, {size(shipped.bytes)}"
     if found.model is not None:
         yield from wrap(f"model {_model(found.model)}")
 

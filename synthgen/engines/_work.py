@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from synthgen.errors import SynthgenError
+from synthgen.errors import CorruptFile, SynthgenError
 from synthgen.log import logged_to
 from synthgen.records import Report
 from synthgen.redact import redact
@@ -101,7 +101,8 @@ def open_stage(stage: Stage, run: Run, worker: Worker) -> Iterator[Work]:
                 raise failure from None
             reason = redact(" ".join(str(error).split())) or "no message"
             trace = "" if isinstance(error, SynthgenError) else redact(traceback.format_exc())
-            report = Report(unit, error=f"{type(error).__name__}: {reason}", trace=trace)
+            damaged = str(error.path or "") if isinstance(error, CorruptFile) else ""
+            report = Report(unit, error=f"{type(error).__name__}: {reason}", trace=trace, damaged=damaged)
         seconds = round(time.perf_counter() - started, 3)
         extra = fields | {"unit": unit, "samples": report.count, "seconds": seconds}
         if report.error:

@@ -195,7 +195,11 @@ class WorkerPool:
         return working
 
     def _run_workers(self, units: deque[int], devices: list[str]) -> Iterator[Report]:
-        """Reports of the ``units`` by one worker for each of ``devices``, until no unit or no worker is left."""
+        """Reports of the ``units`` by one worker for each of ``devices``, until no unit or no worker is left.
+
+        If the stage loads a network, the first worker opens it alone: weights are downloaded once, or one error says
+        that they cannot be.
+        """
         workers: dict[Connection[Any, Any], _WorkerProcess] = {}
         failures: Counter[int] = Counter()  # consecutive ones, by the worker's index
         any_ready = False
@@ -205,9 +209,10 @@ class WorkerPool:
             worker = _start_worker(index, devices[index], self.stage, self.run, rank, size)
             workers[worker.conn] = worker
 
+        not_started = deque(range(len(devices)))
         try:
-            for index in range(len(devices)):
-                start(index)
+            for _ in range(1 if self.stage.accelerated else len(devices)):
+                start(not_started.popleft())
             while workers:
                 for conn in wait(list(workers)):
                     worker = workers[conn]  # type: ignore[index]
@@ -216,12 +221,14 @@ class WorkerPool:
                     except (EOFError, OSError):
                         del workers[worker.conn]
                         worker.join()
-                        if worker.out_of_memory and not (any_ready or workers):
+                        if worker.out_of_memory and not (any_ready or workers or not_started):
                             raise (self.own_device_error or worker.out_of_memory) from None
                         if not worker.stopping:
                             restart = self._should_restart(worker, failures, len(devices), len(workers))
                             if restart and units:
                                 start(worker.index)
+                        if not_started and units and not workers:
+                            start(not_started.popleft())
                         continue
                     match message:
                         case Advance(count):
@@ -231,6 +238,8 @@ class WorkerPool:
                         case Ready():
                             any_ready = worker.ready = True
                             worker.assign(units)
+                            while not_started and units:
+                                start(not_started.popleft())
                         case Done(report):
                             del failures[worker.index]
                             worker.assign(units)

@@ -1,8 +1,7 @@
-"""What a pipeline will cost before it starts: images, units, bytes, hours and memory.
+"""Estimate what a pipeline costs before it starts: images, units, bytes, hours and memory.
 
-Prompts are counted line by line, as ``generate`` would read them, images that exist as ``attend`` would
-(:mod:`synthgen.plan.count`). Time, bytes and memory are those of a small sample that is really made
-(:mod:`synthgen.plan.sample`), times what there is. Every figure says what it stands on.
+:mod:`synthgen.plan.count` counts what there is to do, :mod:`synthgen.plan.sample` measures a small sample, and this
+module extrapolates from the sample to all of it. Every figure comes with its basis.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from synthgen.engines import Engine, default_engine
 from synthgen.errors import MissingArtifact, SynthgenError
 from synthgen.pipeline import Pipeline
 from synthgen.plan.count import Counts, count, first_of
+from synthgen.plan.files import tar_files, training_bytes
 from synthgen.plan.meter import Took
 from synthgen.plan.sample import MEASURED, ROUNDS, SECONDS, Sample, sampled
 from synthgen.plan.source import Pictures, survey_copy, survey_pictures
@@ -38,17 +38,17 @@ from synthgen.text import size
 
 __all__ = ["Estimate", "Plan", "StagePlan", "pipeline_of", "plan"]
 
-_FEW = 64  # images of a source that a sample may be made of, unless it needs more
+_FEW = 64  # existing images to choose the sample from, unless it is larger
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure, and what it stands on."""
+    """A figure and its basis."""
 
     value: float
     basis: str  # such as "extrapolated from 48 images in 3 rounds"
-    low: float | None = None  # were all like the cheapest of the rounds that were measured
-    high: float | None = None  # or like the dearest; None where only one was measured
+    low: float | None = None  # if all rounds were like the fastest; None: only one was measured
+    high: float | None = None  # if all were like the slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +68,27 @@ class StagePlan:
     at_best_seconds: Estimate | None = None  # with these workers, and the start, if none slows another down
     memory: Estimate | None = None  # bytes, of each worker
     sample: str = ""  # what was measured, such as "48 images in 3 rounds"
-    bytes: dict[str, Estimate] = field(default_factory=dict)  # of each artifact, whole
+    bytes: dict[str, Estimate] = field(default_factory=dict)  # of each finished artifact
     unknown: str = ""  # why something was not measured
-
-    @property
-    def share_left(self) -> float:
-        """Of the images, those that are left."""
-        return self.images_left / max(self.images, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that ``synthgen plan`` tells."""
+    """Everything that ``synthgen plan`` reports."""
 
     file: str
     run: str
     seed: int
     engine: str
-    prompts: int  # templates applied; 0 where the images are there already
+    prompts: int  # templates applied; 0 for existing images
     images: int
     stages: tuple[StagePlan, ...]
     seconds: Estimate | None  # the sum over the stages that were measured
     at_best_seconds: Estimate | None
     bytes: Estimate | None
     disk_free: int | None  # bytes where the run lies; None: not on a disk of this machine
-    device: str  # that images were drawn on for the sample; empty: there was none
-    notes: tuple[str, ...]  # what a person should know
+    device: str  # on which the images of the sample were made; empty: there was no sample
+    notes: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -101,7 +96,7 @@ class Plan:
 
 
 def pipeline_of(stage: Stage, run: str | Path) -> Pipeline:
-    """A pipeline of one stage, on a run that may be there already."""
+    """A pipeline of one stage, on a run that may exist already."""
     try:
         seed = Run.open(run).seed
     except MissingArtifact:
@@ -123,36 +118,32 @@ def plan(
     Args:
         pipeline: with the stage ``generate`` or ``attend``.
         engine: instead of the pipeline's; see :meth:`~synthgen.pipeline.Pipeline.resolve_engine`.
-        workers: that will share the work; 0: as many as the engine would take here.
-        measure: make a sample; without it there are counts alone, and no model is loaded.
-        sample: images of it, at most; 0: three batches, or what can be drawn in about a minute.
-        describe: is told what is counted or made, before it is.
+        workers: that will share the work; 0: as many as the engine would start here.
+        measure: measure a sample; otherwise only count, and load no model.
+        sample: its images, at most; 0: three batches, or as many as fit in about a minute.
+        describe: called before each step with its description.
 
     Raises:
         PipelineError: it makes no images, or a stage reads what none before it makes.
         MissingArtifact, PromptError, StaleArtifact, ConfigError, MissingWeights: what the run would be refused for.
     """
-    first = first_of(pipeline)
-    engine = pipeline.resolve_engine(engine)
+    first, engine = first_of(pipeline), pipeline.resolve_engine(engine)
     engines = [check_engine(stage, engine) for stage in pipeline.stages]
+    stages = [stage.complete() for stage in pipeline.stages]
     most = sample or ROUNDS * first.batch_size * getattr(first, "window", 1)
     describe(f"counting {', '.join(first.source_names())}")
     survey = _survey(first, most, Run(parse_location(pipeline.run), pipeline.seed))
     notes: list[str] = []
-    lines = [stage.complete() for stage in pipeline.stages]
     describe(f"counting what there is to do in {pipeline.run}")
     counts = count(pipeline, survey, notes)
-    plans = [_counted(stage, counted) for stage, counted in zip(lines, counts, strict=True)]
-    total = counts[lines.index(first)].images
-    device = ""
+    plans = [_counted(stage, counted) for stage, counted in zip(stages, counts, strict=True)]
+    images, device = counts[stages.index(first)].images, ""
     if measure and any(counted.units_left for counted in counts):
-        seconds = inf if sample else SECONDS
-        with sampled(survey, seed=pipeline.seed, most=min(most, total), seconds=seconds) as made:
-            device = _measure(lines, counts, engines, made, workers, plans, describe)
+        with sampled(survey, seed=pipeline.seed, most=min(most, images), seconds=inf if sample else SECONDS) as made:
+            device = _measure(stages, counts, engines, made, workers, plans, describe)
     notes += [f"{plan.stage}: {plan.unknown}" for plan in plans if plan.unknown]
-    whole = _sum(made for plan in plans for made in plan.bytes.values())
-    free = _free(pipeline.run)
-    left = sum(sum(made.value for made in plan.bytes.values()) * plan.share_left for plan in plans)
+    free = _disk_free(pipeline.run)
+    left = sum(made.value * plan.images_left / max(plan.images, 1) for plan in plans for made in plan.bytes.values())
     if free is not None and left > free:
         notes.append(f"{pipeline.run} will take {size(round(left))} more, and {size(free)} are free there")
     return Plan(
@@ -161,11 +152,11 @@ def plan(
         pipeline.seed,
         _name(engines[0]),
         0 if isinstance(survey, Pictures) else survey.count,
-        total,
+        images,
         tuple(plans),
         _sum(plan.seconds for plan in plans if plan.seconds),
         _sum(plan.at_best_seconds for plan in plans if plan.at_best_seconds),
-        whole,
+        _sum(made for plan in plans for made in plan.bytes.values()),
         free,
         device,
         tuple(notes),
@@ -176,14 +167,14 @@ def _survey(stage: Generate | Attend, most: int, run: Run) -> Survey | Pictures:
     if isinstance(stage, Attend):
         return survey_pictures(stage.images, stage.metadata, limit=stage.limit, most=max(_FEW, most))
     own = stage.own_prompts(run)
-    if own is not None:
-        return survey_copy(own)
-    return survey_prompts(stage.prompts, stage.template or None)
+    return survey_prompts(stage.prompts, stage.template or None) if own is None else survey_copy(own)
 
 
 def _counted(stage: Stage, counted: Counts) -> StagePlan:
     numbers = (counted.units, counted.units_left, counted.images, counted.images_left)
     unknown = "" if stage.name in MEASURED else "not estimated"
+    if isinstance(stage, Evaluate) and not counted.evaluation.test:
+        unknown = "not measured, because masks are compared in milliseconds"
     return StagePlan(stage.name, stage.artifacts(), *numbers, counted.basis, unknown=unknown)
 
 
@@ -196,30 +187,28 @@ def _measure(
     plans: list[StagePlan],
     describe: Callable[[str], None],
 ) -> str:
-    """Put estimates into ``plans`` as far as something is left to do; the device that images were drawn on."""
-    device = ""
-    for index, (stage, counted) in enumerate(zip(stages, counts, strict=True)):
-        if not any(later.units_left for later in counts[index:]):
-            break
-        if stage.name not in MEASURED:
+    """Put estimates into ``plans`` up to the last stage with something to do; the device that made the images.
+
+    Raises:
+        SynthgenError: not even the images can be made.
+    """
+    device, last = "", max(index for index, counted in enumerate(counts) if counted.units_left)
+    for index, (stage, counted) in enumerate(zip(stages[: last + 1], counts[: last + 1], strict=True)):
+        if plans[index].unknown:
             continue
         describe(f"trying {stage.name} on a small sample")
         try:
-            took = sample.take(stage, counted)
+            took = sample.measure(stage, counted)
         except SynthgenError as error:
-            if not device:  # not even an image
+            if not device:
                 raise
-            for later, plan in enumerate(plans[index:], start=index):
-                why = (
-                    f"could not be measured: {error}"
-                    if later == index
-                    else f"not measured, because {stage.name} was not"
-                )
-                plans[later] = replace(plan, unknown=why)
+            plans[index] = replace(plans[index], unknown=f"could not be measured: {error}")
+            because = f"not measured, because {stage.name} was not"
+            plans[index + 1 :] = [replace(later, unknown=because) for later in plans[index + 1 :]]
             break
         device = device or took.device
-        plans[index] = _estimated(plans[index], stage, counted, took, engines[index], workers)
-        plans[index] = replace(plans[index], bytes=_bytes(stage, counted, took, sample))
+        estimated = _estimated(plans[index], stage, counted, took, engines[index], workers)
+        plans[index] = replace(estimated, bytes=_bytes(stage, counted, took, sample))
     return device
 
 
@@ -227,27 +216,32 @@ def _measure(
 
 
 def _estimated(plan: StagePlan, stage: Stage, counted: Counts, took: Took, engine: Engine, workers: int) -> StagePlan:
-    """With time and memory."""
-    basis = f"extrapolated from {took.basis}"
-    there, together = _workers(stage, engine, workers, counted.units_left)
-    slowest = counted.images_left / together if stage.collective else _busiest(counted, together)
-    once = took.start_seconds if counted.units_left else 0.0
-    memory = f"the peak by torch on {took.device}" if took.on_gpu else "the peak of a process beyond its start"
-    if took.held:
-        memory += f", and {size(took.held)} for the features of all images (what evaluators copy is as in the sample)"
-    asked = counted.batch_size or getattr(stage, "batch_size", took.batch)
-    asked = min(asked, max(counted.tars, default=asked))  # a batch is never larger than a unit
-    if took.batch < asked:
-        memory += f", in batches of {took.batch}; those of the pipeline are of {asked} and will take more"
+    """``plan`` with time and memory."""
+    basis = "; ".join([f"extrapolated from {took.sample}", *took.parts])
+    started, working = _workers(stage, engine, workers, counted.units_left)
+    slowest = counted.images_left / working if stage.collective else _busiest(counted, working)
+    start = took.start_seconds if counted.units_left else 0.0
     return replace(
         plan,
-        seconds=_scaled(took.rounds, counted.images_left, basis, once),
+        seconds=_scaled(took.rounds, counted.images_left, basis, start),
         start_seconds=took.start_seconds,
-        workers=there,
-        at_best_seconds=_scaled(took.rounds, slowest, basis, once) if there else None,
-        memory=Estimate(took.memory + took.held, memory),
+        workers=started,
+        at_best_seconds=_scaled(took.rounds, slowest, basis, start) if started else None,
+        memory=Estimate(took.memory + took.features, _memory_basis(stage, counted, took)),
         sample=took.sample,
     )
+
+
+def _memory_basis(stage: Stage, counted: Counts, took: Took) -> str:
+    on_gpu = took.device.startswith("cuda")
+    basis = f"the peak by torch on {took.device}" if on_gpu else "the peak of a process beyond its start"
+    if took.features:
+        basis += f", and {size(took.features)} for the features of all images"
+    batch = counted.batch_size or getattr(stage, "batch_size", took.batch)
+    batch = min(batch, max(counted.tars, default=batch))  # a batch is never larger than a unit
+    if took.batch < batch:
+        basis += f", in batches of {took.batch}; those of the pipeline are of {batch} and will take more"
+    return basis
 
 
 def _busiest(counted: Counts, workers: int) -> float:
@@ -255,77 +249,64 @@ def _busiest(counted: Counts, workers: int) -> float:
     return min(counted.images_left, -(-counted.units_left // workers) * max(counted.tars, default=0))
 
 
-def _workers(stage: Stage, engine: Engine, asked: int, units: int) -> tuple[int | None, int]:
-    """How many workers there will be, None where only the engine can tell; and how many of them can work at once."""
-    name, asked = _name(engine), asked or getattr(engine, "workers", 0)
-    if isinstance(stage, Evaluate):  # all of it is one piece of work
+def _workers(stage: Stage, engine: Engine, given: int, units: int) -> tuple[int | None, int]:
+    """The workers that start (None: only the engine knows), and how many of them can work at the same time."""
+    name, given = _name(engine), given or getattr(engine, "workers", 0)
+    if isinstance(stage, Evaluate):  # in one process with every engine
         return 1, 1
     if name == "accelerate":
-        processes = asked or place().size
+        processes = given or place().size
         return processes, processes
     if stage.collective:
         return 1, 1
     if name == "local":
         devices = len(devices_for(stage))
-        there = max(1, min(asked or devices, units))
-        return there, min(there, devices)
-    return asked or None, asked or 1
+        started = max(1, min(given or devices, units))
+        return started, min(started, devices)
+    return given or None, given or 1
 
 
 def _name(engine: Engine) -> str:
     return type(engine).__module__.rpartition(".")[2]
 
 
-def _scaled(rounds: Sequence[float], factor: float, basis: str, once: float = 0.0) -> Estimate:
-    """The mean of the rounds and their bounds, each times ``factor``, plus ``once``."""
-    low, high = (min(rounds), max(rounds)) if len(rounds) > 1 else (None, None)
-    mean, *bounds = (None if each is None else each * factor + once for each in (fmean(rounds), low, high))
-    return Estimate(mean or 0.0, basis, *bounds)
+def _scaled(rounds: Sequence[float], factor: float, basis: str, start: float = 0.0) -> Estimate:
+    """The mean of the rounds and their bounds, each times ``factor``, plus ``start``."""
+    mean, low, high = (each * factor + start for each in (fmean(rounds), min(rounds), max(rounds)))
+    return Estimate(mean, basis, low, high) if len(rounds) > 1 else Estimate(mean, basis)
 
 
 def _bytes(stage: Stage, counted: Counts, took: Took, sample: Sample) -> dict[str, Estimate]:
-    """What each artifact takes on disk, when all is done."""
+    """The size of each finished artifact; scores are a few kilobytes and left out."""
+    from synthgen.train.checkpoint import Checkpoints
+
+    probe, rounds = sample.run("probe"), sample.run("rounds")
     if isinstance(stage, Pretrain):
-        return {stage.artifacts()[0]: _training_bytes(stage, counted, sample)}
-    if isinstance(stage, Evaluate):
-        return {stage.name: Estimate(took.files, "measured: the scores of the sample")}
+        (name,), steps = stage.artifacts(), counted.images // counted.batch_size
+        kept, records = min(Checkpoints.keep, -(-steps // stage.save_every)), -(-steps // stage.log_every)
+        total = training_bytes(rounds.folder(name), checkpoints=kept, snapshots=stage.snapshots, records=records)
+        return {name: Estimate(total, f"measured: one checkpoint, of which {kept} stay; the encoder")}
     found = {}
     for name in stage.artifacts():
-        files = sample.tar_files(name)
-        each = files.content
+        files = tar_files(probe, rounds, name)
+        each, basis = files.content, f"extrapolated from {took.sample}"
         mean, low, high = (files.total(counted.tars, content) for content in (fmean(each), min(each), max(each)))
-        bounds = (low, high) if len(each) > 1 else (None, None)
-        found[name] = Estimate(mean, f"extrapolated from {took.basis}", *bounds)
+        found[name] = Estimate(mean, basis, low, high) if len(each) > 1 else Estimate(mean, basis)
     return found
 
 
-def _training_bytes(stage: Pretrain, counted: Counts, sample: Sample) -> Estimate:
-    from synthgen.train.checkpoint import Checkpoints
-
-    files, steps = sample.training_files(stage), counted.images // counted.batch_size
-    kept = min(Checkpoints.keep, -(-steps // stage.save_every))
-    records = -(-steps // stage.log_every)
-    total = kept * files.checkpoint + files.rest + stage.snapshots * files.encoder + records * files.record
-    return Estimate(total, f"measured: one checkpoint, of which {kept} stay; the encoder")
-
-
 def _sum(estimates: Iterable[Estimate]) -> Estimate | None:
-    """All together; what has no bounds counts as it is in the sum's."""
+    """The sum; an estimate without bounds adds its value to both bounds."""
     parts = list(estimates)
     if not parts:
         return None
-    low, high = (
-        sum(part.value if bound is None else bound for part, bound in zip(parts, bounds, strict=True))
-        for bounds in ([part.low for part in parts], [part.high for part in parts])
-    )
+    low = sum(part.value if part.low is None else part.low for part in parts)
+    high = sum(part.value if part.high is None else part.high for part in parts)
     return Estimate(sum(part.value for part in parts), "sum", low, high)
 
 
-# -- the machine
-
-
-def _free(run: Path) -> int | None:
-    """Bytes that are free where the run lies, or will."""
+def _disk_free(run: Path) -> int | None:
+    """Bytes that are free on the disk of the run; None for a store."""
     folder = parse_location(run)
     if isinstance(folder, RemotePath):
         return None

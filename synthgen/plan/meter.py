@@ -1,4 +1,4 @@
-"""What work costs: a stage does its part of a sample in a process of its own, and time and memory are read off it."""
+"""Time and memory of a stage that works on the sample, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import multiprocessing as mp
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from synthgen.devices import devices_for
-from synthgen.errors import SynthgenError
+from synthgen.errors import SynthgenError, one_line
 from synthgen.progress import Progress
 from synthgen.run import Run
 from synthgen.stages import Stage, Worker
@@ -23,90 +25,71 @@ __all__ = ["Meter", "Took", "in_a_process"]
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What a stage took for its part of the sample."""
+    """What a stage took for the sample."""
 
-    rounds: tuple[float, ...]  # seconds a sample, in each round
-    samples: int  # in all rounds
-    batch: int  # samples that were worked on together
-    start_seconds: float  # from a new process to its first sample
+    rounds: tuple[float, ...]  # seconds an image, in each round
+    images: int  # in all rounds
+    batch: int  # images that were worked on together
+    start_seconds: float  # from a new process to its first image
     device: str
-    memory: int  # bytes at the peak: of torch's on a GPU, else of the process beyond its start
-    parts: tuple[str, ...] = ()  # what the figures stand on besides images: what was measured of each, and how far
-    held: int = 0  # bytes of that memory that the sample did not take, and that all images will
-    files: int = 0  # bytes of what was written, where these do not grow with the images
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the memory is that of a GPU."""
-        return self.device.startswith("cuda")
+    memory: int  # bytes at the peak: of torch's allocator on a GPU, else of the process beyond its start
+    parts: tuple[str, ...] = ()  # what else was measured
+    features: int = 0  # bytes of the features of all images, in addition
 
     @property
     def sample(self) -> str:
         """What was measured."""
-        return f"{counted(self.samples, 'images')} in {counted(len(self.rounds), 'rounds')}"
-
-    @property
-    def basis(self) -> str:
-        """What the figures stand on."""
-        return "; ".join([self.sample, *self.parts])
+        return f"{counted(self.images, 'images')} in {counted(len(self.rounds), 'rounds')}"
 
 
 def in_a_process(measure: Callable[..., Took], *given: Any) -> Took:
-    """What ``measure`` says of ``given`` and a :class:`Meter`, called in a fresh process.
+    """The result of ``measure``, called with ``given`` and a :class:`Meter` in a fresh process.
 
     Raises:
-        SynthgenError: what it raised, or that its process was lost.
+        SynthgenError: ``measure`` failed, or its process was killed.
     """
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, measure, given, time.time()))
-    process.start()
-    theirs.close()
+    with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_call, measure, given, time.time()).result()
+        except BrokenProcessPool:
+            raise SynthgenError("its process was killed, or out of memory") from None
+
+
+def _call(measure: Callable[..., Took], given: tuple[Any, ...], spawned: float) -> Took:
     try:
-        answer: Took | SynthgenError = ours.recv()
-    except EOFError:
-        answer = SynthgenError("its process was killed, or out of memory")
-    except BaseException:
-        process.kill()
+        return measure(*given, Meter(spawned))
+    except SynthgenError:
         raise
-    finally:
-        process.join()
-    if isinstance(answer, SynthgenError):
-        raise answer
-    return answer
-
-
-def _answer(pipe: Any, measure: Callable[..., Took], given: tuple[Any, ...], spawned: float) -> None:
-    try:
-        pipe.send(measure(*given, Meter(spawned)))
-    except SynthgenError as error:
-        pipe.send(error)
-    except Exception as error:  # as engines tell what goes wrong with a unit
-        pipe.send(SynthgenError(f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"))
+    except Exception as error:
+        raise SynthgenError(f"{type(error).__name__}: {one_line(error)}") from None
 
 
 class Meter:
-    """Time and memory of this process; made before anything heavy is imported."""
+    """Time and memory of this process, since it was spawned."""
 
     def __init__(self, spawned: float) -> None:
         self._spawned, self._before = spawned, _resident()["VmRSS"]
         self.start_seconds = 0.0
 
+    def mark_start(self) -> None:
+        """Note when the first image can be worked on; later calls change nothing."""
+        self.start_seconds = self.start_seconds or time.time() - self._spawned
+
     def work(self, stage: Stage, run: Run, progress: Progress | None = None) -> list[float]:
-        """Do ``stage``; the seconds of each unit."""
+        """Run ``stage``; the seconds of each unit."""
         stage = stage.complete()
         taken = []
         with run.claim(stage) as claimed:
             stage = stage.prepare(claimed)
             worker = Worker(device=devices_for(stage)[0], progress=progress or Progress())
             with stage.open(claimed, worker) as work:
-                self.start_seconds = self.start_seconds or time.time() - self._spawned
+                self.mark_start()
                 for unit in stage.plan(claimed):
                     started = time.perf_counter()
                     work(unit)
                     taken.append(time.perf_counter() - started)
             stage.finish(claimed)
-        gc.collect()  # what was loaded for one image need not stay beside what is loaded for many
+        gc.collect()  # a model loaded for one image must not stay beside that of many
         return taken
 
     def memory(self, device: str) -> int:
@@ -119,10 +102,10 @@ class Meter:
 
 
 def _resident() -> dict[str, int]:
-    """Main memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its peak (elsewhere than on Linux both)."""
+    """Main memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its peak (both the peak if not on Linux)."""
     try:
-        told = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        pairs = (line.split(":") for line in told.splitlines() if line.startswith("Vm"))
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        pairs = (line.split(":") for line in lines if line.startswith("Vm"))
         return {name: int(value.split()[0]) * 1024 for name, value in pairs}
     except OSError:
         import resource

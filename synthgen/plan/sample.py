@@ -1,11 +1,12 @@
 """What a plan measures: a few images, masks, a shard, training steps and scores, made in a run that is deleted.
 
-Each stage works in a fresh process, as a worker of its own would: first on one image, which warms everything up and
-tells how much can be afforded, then in a few rounds that count.
+Each stage works in a fresh process, as a worker of its own would: first on one image, to warm up and to see how many
+are affordable, then in a few rounds that count.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from synthgen.devices import devices_for
-from synthgen.plan.evaluate import measure_evaluation
-from synthgen.plan.files import TarFiles, TrainingFiles, repeated, tar_files, training_files
+from synthgen.plan.files import repeated
 from synthgen.plan.meter import Meter, Took, in_a_process
-from synthgen.plan.source import Pictures
+from synthgen.plan.source import Pictures, evenly_spaced
 from synthgen.progress import Progress
 from synthgen.prompts import Survey
 from synthgen.run import Run
@@ -35,23 +35,14 @@ if TYPE_CHECKING:
 __all__ = ["MEASURED", "ROUNDS", "SECONDS", "Sample", "sampled"]
 
 ROUNDS = 3  # that are timed
-SECONDS = 60.0  # that the rounds of a stage should take, unless somebody asks for more
+SECONDS = 60.0  # that the rounds of a stage should take, unless the size of the sample is given
 _FEW = 32  # images of the first training steps
 _TEMPLATES = 8  # that the sample uses at most
 
 
 @contextmanager
 def sampled(survey: Survey | Pictures, *, seed: int, most: int, seconds: float = SECONDS) -> Iterator[Sample]:
-    """A sample of prompts, or of images that exist, in a temporary folder, which is deleted in the end.
-
-    Args:
-        survey: what the prompt file holds, or the source of images.
-        seed: of the run.
-        most: images.
-        seconds: that the rounds of a stage should take.
-    """
-    import tempfile
-
+    """A sample of at most ``most`` prompts or existing images, in a temporary folder that is deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="synthgen-plan-") as folder:
         yield Sample(Path(folder), survey, seed, most, seconds)
 
@@ -63,74 +54,58 @@ class Sample:
     folder: Path
     survey: Survey | Pictures
     seed: int
-    most: int
-    seconds: float
+    most: int  # images
+    seconds: float  # that the rounds of a stage should take
 
-    def take(self, stage: Stage, counted: Counts) -> Took:
-        """Let ``stage`` work on the sample, after those that make what it reads.
+    def measure(self, stage: Stage, counts: Counts) -> Took:
+        """Run ``stage`` on the sample, after those that make what it reads.
 
         Raises:
-            SynthgenError: it cannot, for the reason that it would give in a run.
+            SynthgenError: it fails, for the reason that it would have in a run.
         """
-        return in_a_process(MEASURED[stage.name], stage, self, counted)
+        return in_a_process(MEASURED[stage.name], stage, self, counts)
 
     def run(self, name: str) -> Run:
         """``probe`` or ``rounds``."""
         return Run.create(self.folder / name, seed=self.seed)
 
-    def tar_files(self, artifact: str) -> TarFiles:
-        """What the files of an artifact take."""
-        return tar_files(self.run("probe"), self.run("rounds"), artifact)
-
-    def training_files(self, stage: Pretrain) -> TrainingFiles:
-        """What a training leaves behind."""
-        return training_files(self.run("rounds").folder(*stage.artifacts()))
-
     def first(self, stage: Generate | Attend, images: int, unit_size: int, batch_size: int) -> Generate | Attend:
-        """``stage`` with so many images, of prompts or images of the sample."""
+        """``stage`` with so many images, of the sample's prompts or images."""
         batch_size = min(batch_size, unit_size)
         if isinstance(stage, Attend):
             assert isinstance(self.survey, Pictures)
             folder = self.folder / "pictures"
             if not folder.exists():
                 self.survey.write(folder)
-            seen = replace(stage, images=str(folder), metadata="")
-            return replace(seen, limit=images, unit_size=unit_size, batch_size=batch_size)
+            stage = replace(stage, images=str(folder), metadata="")
+            return replace(stage, limit=images, unit_size=unit_size, batch_size=batch_size)
         assert isinstance(self.survey, Survey)
-        few = _spread(self.survey.templates, min(_TEMPLATES, images))
-        lines = _spread(self.survey.lines, -(-images // max(1, len(few))))
+        templates = evenly_spaced(self.survey.templates, min(_TEMPLATES, images))
+        lines = evenly_spaced(self.survey.lines, -(-images // max(1, len(templates))))
         ending = Path(stage.prompts).suffix if stage.prompts else ".jsonl"  # of the run's own copy
         prompts, template = self.folder / f"prompts{ending}", self.folder / "templates.txt"
         prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        template.write_text("\n".join(few) + "\n", encoding="utf-8")
-        drawn = replace(stage, prompts=str(prompts), template=str(template) if few else "", images_per_prompt=images)
-        return replace(drawn, limit=images, unit_size=unit_size, batch_size=batch_size)
+        template.write_text("\n".join(templates) + "\n", encoding="utf-8")
+        stage = replace(stage, prompts=str(prompts), template=str(template) if templates else "")
+        return replace(stage, images_per_prompt=images, limit=images, unit_size=unit_size, batch_size=batch_size)
 
 
-def _spread(items: tuple[str, ...], count: int) -> list[str]:
-    """``count`` of the items, evenly apart; all, where there are no more."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
+# -- how each stage is measured
 
 
-# -- what each stage does with the sample
-
-
-def _first(stage: Generate | Attend, sample: Sample, counted: Counts, meter: Meter) -> Took:
+def _first(stage: Generate | Attend, sample: Sample, counts: Counts, meter: Meter) -> Took:
     device = devices_for(stage)[0]
-    window = 1 if device == "cpu" else getattr(stage, "window", 1)  # of attend, which chooses images of one shape
+    window = 1 if device == "cpu" else getattr(stage, "window", 1)  # of attend, which groups images of one shape
     (seconds,) = meter.work(sample.first(stage, 1, 1, 1), sample.run("probe"))
     affordable = int(min(sample.most, sample.seconds / seconds))
     size, rounds = rounds_of(min(window * stage.batch_size, stage.unit_size), sample.most, affordable, device)
-    images = size * rounds
-    taken = meter.work(sample.first(stage, images, size, stage.batch_size), sample.run("rounds"))
+    taken = meter.work(sample.first(stage, size * rounds, size, stage.batch_size), sample.run("rounds"))
     each = tuple(seconds / size for seconds in taken)
-    batch = min(stage.batch_size, size)
-    return Took(each, images, batch, meter.start_seconds, device, meter.memory(device))
+    return Took(each, size * rounds, min(stage.batch_size, size), meter.start_seconds, device, meter.memory(device))
 
 
 def rounds_of(batch_size: int, most: int, affordable: int, device: str) -> tuple[int, int]:
-    """How many images to make together, and how often, if there may be ``most`` and time is for ``affordable``.
+    """Images of a round, and the number of rounds, if there are at most ``most`` and ``affordable`` fit in the time.
 
     On a GPU the batch is the pipeline's own, because memory depends on it; on a CPU that may take too long.
     """
@@ -138,38 +113,49 @@ def rounds_of(batch_size: int, most: int, affordable: int, device: str) -> tuple
     return batch, max(1, min(ROUNDS, affordable // batch))
 
 
-def _masks(stage: Stage, sample: Sample, counted: Counts, meter: Meter) -> Took:
+def _masks(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Took:
+    return _unit_by_unit(stage, "masks", sample, meter, "cpu")
+
+
+def _filter(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Took:
+    return _unit_by_unit(stage, "filter", sample, meter, devices_for(stage)[0])
+
+
+def _unit_by_unit(stage: Stage, artifact: str, sample: Sample, meter: Meter, device: str) -> Took:
     meter.work(stage, sample.run("probe"))
     run = sample.run("rounds")
-    return _took(meter, meter.work(stage, run), [len(run.keys("masks", unit)) for unit in run.units("masks")])
+    seconds = meter.work(stage, run)
+    return _took(meter, seconds, [len(run.keys(artifact, unit)) for unit in run.units(artifact)], device)
 
 
-def _shards(stage: Shards, sample: Sample, counted: Counts, meter: Meter) -> Took:
+def _shards(stage: Shards, sample: Sample, counts: Counts, meter: Meter) -> Took:
     run = sample.run("rounds")
     stage = replace(
-        stage, val_ratio=0.0, samples_per_shard=max(len(run.keys("images", unit)) for unit in run.units("images"))
+        stage,
+        filtered=False,
+        val_ratio=0.0,
+        samples_per_shard=max(len(run.keys("images", unit)) for unit in run.units("images")),
     )
     meter.work(stage, sample.run("probe"))
-    taken = meter.work(stage, run)
-    return _took(meter, taken, [stage.size(run, shard) for shard in stage.plan(run)])
+    seconds = meter.work(stage, run)
+    return _took(meter, seconds, [stage.size(run, shard) for shard in stage.plan(run)])
 
 
-def _took(meter: Meter, taken: list[float], counts: list[int]) -> Took:
-    each = tuple(seconds / count for seconds, count in zip(taken, counts, strict=True))
-    return Took(each, sum(counts), 1, meter.start_seconds, "cpu", meter.memory("cpu"))
+def _took(meter: Meter, seconds: list[float], images: list[int], device: str = "cpu") -> Took:
+    each = tuple(taken / count for taken, count in zip(seconds, images, strict=True))
+    return Took(each, sum(images), 1, meter.start_seconds, device, meter.memory(device))
 
 
-def _pretrain(stage: Pretrain, sample: Sample, counted: Counts, meter: Meter) -> Took:
-    device, whole = devices_for(stage)[0], counted.batch_size
-    stage = replace(stage, batch_size=whole, start="")  # which may not be there yet, and costs no step anything
+def _pretrain(stage: Pretrain, sample: Sample, counts: Counts, meter: Meter) -> Took:
+    device, batch = devices_for(stage)[0], counts.batch_size
+    stage = replace(stage, batch_size=batch, start="")  # those weights may not exist yet, and cost a step no time
     if not stage.data:
         tars = sorted(sample.run("rounds").folder("shards").glob("train/*.tar"))
-        stage = replace(stage, data=(str(repeated(tars, sample.folder / "data", whole)),))
-    shares = stage.accumulate
-    few = max(shares, min(whole, _FEW) // shares * shares)
+        stage = replace(stage, data=(str(repeated(tars, sample.folder / "data", batch)),))
+    few = max(stage.accumulate, min(batch, _FEW) // stage.accumulate * stage.accumulate)
     (seconds,) = _steps(stage, few, 2, sample.run("probe"), meter)
-    if device.startswith("cuda") or ROUNDS * whole * seconds < sample.seconds:
-        few = whole
+    if device.startswith("cuda") or ROUNDS * batch * seconds < sample.seconds:
+        few = batch
     taken = _steps(stage, few, ROUNDS + 2, sample.run("rounds"), meter)[:-1]  # the last step writes a checkpoint
     return Took(tuple(taken), few * len(taken), few, meter.start_seconds, device, meter.memory(device))
 
@@ -180,7 +166,7 @@ def _steps(stage: Pretrain, batch: int, count: int, run: Run, meter: Meter) -> l
         stage,
         samples_seen=count * batch,
         batch_size=batch,
-        log_every=1,  # so that a GPU is waited for
+        log_every=1,  # waits for a GPU
         save_every=10**9,
         snapshots=0,
         trackers=(),
@@ -200,16 +186,18 @@ class _StepTimes(Progress):
         self.ends.append(time.perf_counter())
 
 
-def _evaluate(stage: Evaluate, sample: Sample, counted: Counts, meter: Meter) -> Took:
-    assert counted.judged is not None
-    return measure_evaluation(stage, sample, counted.judged, ROUNDS, meter)
+def _evaluate(stage: Evaluate, sample: Sample, counts: Counts, meter: Meter) -> Took:
+    from synthgen.plan.evaluate import measure_evaluation
+
+    return measure_evaluation(stage, sample, counts.evaluation, ROUNDS, meter)
 
 
-#: How each stage is measured; what is not here is not.
+#: How each stage is measured; others are not.
 MEASURED: dict[str, Callable[..., Took]] = {
     "generate": _first,
     "attend": _first,
     "masks": _masks,
+    "filter": _filter,
     "shards": _shards,
     "pretrain": _pretrain,
     "evaluate": _evaluate,

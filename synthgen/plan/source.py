@@ -1,33 +1,28 @@
-"""What a plan looks at in place of a prompt file: images that exist already, or a run's own copy of its prompts.
-
-It is told how many there are, and a few of them from all over. Images are counted as ``attend`` would read them, tar by
-tar or file by file, and never held all at once.
-"""
+"""What a plan counts besides prompt files: existing images, and a run's own copy of its prompts."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from heapq import nsmallest
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from synthgen.captions import TABLES, Caption, iter_listing, read_beside
-from synthgen.errors import ConfigError, MissingArtifact, PromptError
+from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.prompt_copy import PromptCopy
 from synthgen.prompts import Survey, find_words
 from synthgen.records import Prompt
-from synthgen.stores import open_here, parse_location, walk_files
-from synthgen.stores.remote import RemotePath
+from synthgen.stores import open_here
 from synthgen.stores.tar import Member, TarWriter, iter_samples, read_member
 from synthgen.untrusted import read_file
 
-__all__ = ["Pictures", "survey_copy", "survey_pictures"]
+if TYPE_CHECKING:
+    from synthgen.datasets import CaptionedFolder
+
+__all__ = ["Pictures", "evenly_spaced", "survey_copy", "survey_pictures"]
 
 T = TypeVar("T")
 
@@ -35,115 +30,87 @@ _PLAIN_KEY = re.compile(r"[\w/-]{1,90}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A sample of a tar."""
-
-    tar: Path
-    key: str
-    members: dict[str, Member]
-
-    def read(self) -> dict[str, bytes]:
-        """Its members."""
-        with open_here(self.tar) as file:
-            return {name: read_member(file, member) for name, member in self.members.items()}
-
-
-@dataclass(frozen=True)
-class Loose:
-    """An image of a folder, by its name in there, and what is said of it."""
-
-    folder: Path
-    name: str
-    caption: Caption
-
-    @property
-    def key(self) -> str:
-        """The name without its ending."""
-        return Path(self.name).with_suffix("").as_posix()
-
-    def read(self) -> dict[str, bytes]:
-        """What would be its members in a tar."""
-        label = self.caption.label or self.name.rpartition("/")[0].partition("/")[0]
-        said = {"captions": list(self.caption.texts), "words": list(self.caption.words), "label": label}
-        told = json.dumps({key: value for key, value in said.items() if value}, ensure_ascii=False)
-        ending = Path(self.name).suffix.lower().removeprefix(".").replace("bmp", "png")  # tars know no bmp
-        return {ending: read_file(self.folder / self.name), "json": told.encode(errors="replace")}
-
-
-@dataclass(frozen=True)
 class Pictures:
-    """How many images a source holds, and a few of them from all over it."""
+    """How many images a source holds, and some of them, evenly spaced: key, and a function that reads the members."""
 
     count: int
-    few: tuple[Stored | Loose, ...]
+    few: tuple[tuple[str, Callable[[], dict[str, bytes]]], ...]
 
     def write(self, folder: Path) -> None:
-        """Put the few into ``folder``, each as a tar of its own, so that equal keys do no harm."""
+        """Write each of ``few`` into ``folder`` as a tar of its own, because two of them may have the same key."""
         folder.mkdir()
-        for number, one in enumerate(self.few):
-            key = one.key if _PLAIN_KEY.fullmatch(one.key) else f"{number:06d}"
+        for number, (key, read) in enumerate(self.few):
             with TarWriter(folder / f"{number:06d}.tar") as tar:
-                tar.add(key, one.read())
+                tar.add(key if _PLAIN_KEY.fullmatch(key) else f"{number:06d}", read())
 
 
 def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: int = 64) -> Pictures:
-    """Count the images of a tar, a pattern of tars, a folder of tars or of images, and keep in mind ``most`` of them.
-
-    Of tars the headers are read, of a folder the names, of a table a row at a time (COCO's captions are one object, and
-    read whole). With ``limit`` no more tars are read than hold so many.
+    """Count the images of a source as ``attend`` does, and choose ``most`` of them; only headers of tars are read.
 
     Raises:
         MissingArtifact, CorruptFile, PromptError, ConfigError: as :func:`~synthgen.datasets.open_captioned`; captions
-            are those of the few, and what is wrong with others is not seen.
+            in tars are not read.
     """
+    from synthgen.datasets import CaptionedFolder
     from synthgen.datasets.sources import tars_of
 
-    folder = parse_location(source)
-    tars = [] if _has_no_tars(folder) else tars_of(source)
-    if tars and metadata:
+    tars = tars_of(source)
+    if not tars:
+        images = CaptionedFolder(source, metadata)
+        count = min(len(images), limit) if limit else len(images)
+        return Pictures(count, tuple(_loose(images, number) for number in evenly_spaced(range(count), most)))
+    if metadata:
         raise ConfigError(f"{source} holds tars, which have their captions in them; leave --metadata out")
-    if tars:
-        stored = (Stored(tar, *sample) for tar in tars for sample in iter_samples(_checked(tar)))
-        count, few = _spread(islice(stored, limit or None), most)
-        if not count:
-            raise MissingArtifact(f"there are no samples in {source}")
-        return Pictures(count, tuple(few))
-    count, loose = _listed(folder, parse_location(metadata), most) if metadata else _beside(folder, most)
-    return Pictures(min(count, limit) if limit else count, tuple(loose))
+    stored = (
+        (key, partial(_read_members, tar, members)) for tar in tars for key, members in iter_samples(_checked(tar))
+    )
+    count, few = _count(islice(stored, limit or None), most)
+    if not count:
+        raise MissingArtifact(f"there are no samples in {source}")
+    return Pictures(count, tuple(few))
 
 
 def survey_copy(copy: PromptCopy, *, most: int = 64) -> Survey:
-    """What a run's own copy of its prompts holds: ``most`` of them, evenly apart, and their lines as of a ``.jsonl``.
+    """An overview of a run's own copy of its prompts: ``most`` of them, evenly spaced, as lines of a ``.jsonl`` file.
 
     Raises:
-        CorruptFile: one that was looked at cannot be read.
+        CorruptFile: one of these cannot be read.
     """
-    count = min(most, len(copy))
-    prompts = tuple(copy[index * len(copy) // count] for index in range(count))
+    prompts = tuple(copy[index] for index in evenly_spaced(range(len(copy)), most))
     return Survey(len(copy), tuple(map(_line_of, prompts)), prompts, ())
 
 
+def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the items, at equal distances."""
+    count = min(most, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
 def _line_of(prompt: Prompt) -> str:
-    """The line of a ``.jsonl`` file that says this prompt."""
-    told = {} if prompt.label is None else {"label": prompt.label}
+    """A line of a ``.jsonl`` file that is read as this prompt."""
+    label = {} if prompt.label is None else {"label": prompt.label}
     try:
-        plain = tuple(find_words(prompt.text, prompt.words)) == prompt.spans
+        in_order = tuple(find_words(prompt.text, prompt.words)) == prompt.spans
     except ValueError:  # brackets may mark a part of a word
-        plain = False
-    if plain:
-        return json.dumps({"prompt": prompt.text, "words": list(prompt.words), **told}, ensure_ascii=False)
+        in_order = False
+    if in_order:
+        return json.dumps({"prompt": prompt.text, "words": list(prompt.words), **label}, ensure_ascii=False)
     text = prompt.text
     for first, last in sorted(prompt.spans, reverse=True):
         text = f"{text[:first]}[{text[first:last]}]{text[last:]}"
-    return json.dumps({"prompt": text, **told}, ensure_ascii=False)
+    return json.dumps({"prompt": text, **label}, ensure_ascii=False)
 
 
-def _has_no_tars(folder: Path) -> bool:
-    """Whether this is a folder of this machine without tars, told without a list of what is in it."""
-    if isinstance(folder, RemotePath) or not folder.is_dir():
-        return False
-    with os.scandir(folder) as entries:
-        return not any(entry.name.endswith(".tar") for entry in entries)
+def _count(items: Iterable[T], most: int) -> tuple[int, list[T]]:
+    """The number of items, and ``most`` of them, evenly spaced; the others are not kept in memory."""
+    count, step, kept = 0, 1, list[T]()
+    for item in items:
+        if count % step == 0:
+            kept.append(item)
+            if len(kept) == 2 * most:
+                kept, step = kept[::2], 2 * step
+        count += 1
+    return count, evenly_spaced(kept, most)
 
 
 def _checked(tar: Path) -> Path:
@@ -152,74 +119,25 @@ def _checked(tar: Path) -> Path:
     return tar
 
 
-def _spread(items: Iterable[T], most: int) -> tuple[int, list[T]]:
-    """How many there are, and ``most`` of them, evenly apart."""
-    count, step, kept = 0, 1, list[T]()
-    for item in items:
-        if count % step == 0:
-            kept.append(item)
-            if len(kept) == 2 * most:
-                kept, step = kept[::2], 2 * step
-        count += 1
-    return count, [kept[index * len(kept) // most] for index in range(most)] if len(kept) > most else kept
+def _read_members(tar: Path, members: dict[str, Member]) -> dict[str, bytes]:
+    with open_here(tar) as file:
+        return {name: read_member(file, member) for name, member in members.items()}
 
 
-# -- folders
+def _loose(images: CaptionedFolder, number: int) -> tuple[str, Callable[[], dict[str, bytes]]]:
+    """An image of a folder as a sample of a tar."""
+    about = {
+        "captions": list(images.captions(number)),
+        "words": list(images.marked(number)),
+        "label": images.label(number),
+    }
+    about = {name: value for name, value in about.items() if value}
+    return images.key(number), partial(_read_file, images.file(number), json.dumps(about, ensure_ascii=False))
 
 
-def _beside(folder: Path, most: int) -> tuple[int, list[Loose]]:
-    """The images of a folder; captions stand beside them, or in tables in the folder."""
-    tables = list[str]()
-
-    def images() -> Iterator[tuple[str, Caption]]:
-        for path in walk_files(folder, hidden=False):
-            name = path.relative_to(folder).as_posix()
-            if name.rpartition("/")[2] in TABLES:
-                tables.append(name)
-            elif _is_image(name):
-                yield name, Caption()
-
-    count, few = _drawn(images(), most)
-    if not count:
-        raise MissingArtifact(f"there are neither tars nor images in {folder}")
-    said = {name: read_beside(folder / name) for name, _ in few}
-    for table in sorted(tables, key=lambda name: Path(name).parts):
-        for _, name, caption in iter_listing(folder / table, folder):
-            if name in said:
-                said[name] = caption
-            elif not (_is_image(name) and (folder / name).is_file()):
-                raise PromptError(f"{folder / table} names {name!r}, and there is no such image in {folder}")
-    return count, [Loose(folder, name, caption) for name, caption in said.items()]
-
-
-def _listed(folder: Path, metadata: Path, most: int) -> tuple[int, list[Loose]]:
-    """The images of a folder that a table lists."""
-    rows = ((name, caption) for _, name, caption in iter_listing(metadata, folder))
-    count, few = _drawn((row for row in rows if _is_image(row[0]) and (folder / row[0]).is_file()), most)
-    if not count:
-        raise MissingArtifact(f"no image of {folder} is listed in {metadata}; its file names are relative")
-    return count, [Loose(folder, name, caption) for name, caption in few]
-
-
-def _drawn(items: Iterable[tuple[str, Caption]], most: int) -> tuple[int, list[tuple[str, Caption]]]:
-    """How many there are, and ``most`` of them by lot: the same ones in whatever order they come."""
-    count = 0
-
-    def counted() -> Iterator[tuple[str, Caption]]:
-        nonlocal count
-        for count, item in enumerate(items, start=1):  # noqa: B007 - it is what is asked for
-            yield item
-
-    few = nsmallest(most, counted(), key=lambda item: _lot(item[0]))
-    return count, sorted(few, key=lambda item: item[0])
-
-
-def _lot(name: str) -> bytes:
-    return blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-
-
-def _is_image(name: str) -> bool:
+def _read_file(path: Path, about: str) -> dict[str, bytes]:
     from synthgen.datasets.samples import IMAGES
 
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and name.rpartition(".")[2].lower() in (*IMAGES, "bmp")
+    ending = path.suffix.lower().removeprefix(".")
+    name = ending if ending in IMAGES else "png"  # of bmp and gif; decoders look at the content
+    return {name: read_file(path), "json": about.encode(errors="replace")}

@@ -12,10 +12,7 @@ __all__ = ["render"]
 
 
 def render(found: Plan, *, whole: bool = False) -> str:
-    """A plan as plain text of at most 100 columns, without a newline at its end.
-
-    With ``whole`` rows are not truncated: for files and pipes.
-    """
+    """A plan as plain text of at most 100 columns; with ``whole``, for files and pipes, rows are not truncated."""
     return "\n\n".join("\n".join(block) for block in _blocks(found, whole) if block)
 
 
@@ -61,7 +58,7 @@ def _row(stage: StagePlan) -> tuple[str, ...]:
 
 
 def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
-    """The basis of the figures and their limits."""
+    """The basis of the figures, and their limits."""
     yield from wrap(
         f"Extrapolated from a sample that was generated on {found.device} and deleted. Ranges span its fastest and "
         "slowest rounds; variation later in the run or on other machines is not included."
@@ -71,14 +68,13 @@ def _remarks(found: Plan, measured: Sequence[StagePlan]) -> Iterator[str]:
         f"The lower bound is for N workers of the engine {found.engine} that do not slow each other down. All times "
         f"include the start of a worker ({starts})."
     )
+    stages_of: dict[str, list[str]] = {}
     for stage in measured:
         if stage.seconds and ";" in stage.seconds.basis:
             yield from wrap(f"{stage.stage}: {stage.seconds.basis}.")
-    of: dict[str, list[str]] = {}
-    for stage in measured:
-        if stage.memory is not None:
-            of.setdefault(stage.memory.basis, []).append(stage.stage)
-    for basis, stages in of.items():
+        if stage.memory:
+            stages_of.setdefault(stage.memory.basis, []).append(stage.stage)
+    for basis, stages in stages_of.items():
         yield from wrap(f"Memory per worker of {', '.join(stages)}: {basis}.")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import SynthgenError
 from synthgen.image import encode_png
-from synthgen.plan.eval_counts import expected, judged
+from synthgen.plan.count import EvalCounts
 from synthgen.plan.evaluate import measure_evaluation
 from synthgen.plan.meter import Meter
 from synthgen.plan.sample import Sample
@@ -27,7 +28,7 @@ from synthgen.stages.evaluate import Evaluate
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.stores.tar import TarWriter
-from tests.factories import make_generation, make_prompt, make_run
+from tests.factories import make_generation, make_run
 
 LINE = """
 run: {folder}/run
@@ -82,6 +83,7 @@ def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
     for stage in planned.stages:
         assert done[stage.stage].units == stage.units
         assert done[stage.stage].samples == stage.images
+        assert set(stage.bytes) == set(stage.artifacts)
         for name, made in stage.bytes.items():
             assert made.value == pytest.approx(size_of(run.folder(name)), rel=0.15), name  # settings and card are small
     assert len(list(run.folder("shards").rglob("*.tar"))) == shards.units
@@ -129,19 +131,19 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
         truth=str(truth),
         evaluators=(*map(Choice, ("knn", "segmentation", "mask_iou")), Choice("fine_tune", {"seeds": 1})),
     ).complete()
-    own = expected(500, [make_prompt()], [0] * 500, masks=True)
-    found = judged(stage, Run(tmp_path / "planned"), (own, own), None)
-    assert (found.train.images, found.test.images, found.truth) == (500, 6, 6)
+    counts = EvalCounts(train=500, test=6, classes=1, truth=6, encoder=stage.encoder)
     sample = Sample(tmp_path, survey_pictures(str(truth)), seed=0, most=6, seconds=1.0)
-    took = measure_evaluation(stage, sample, found, 2, Meter(time.time()))
+    took = measure_evaluation(stage, sample, counts, 2, Meter(time.time()))
     assert len(took.rounds) == 2
     assert min(took.rounds) > 0
-    assert took.held > 500 * 3 * 32 * 32 * (4 + 1)  # pixels as features and as they are, and what encoders say of them
-    assert took.files > 1000
-    assert [part.partition(":")[0] for part in took.parts] == ["knn", "segmentation", "fine_tune", "masks"]
-    assert "knn: 500 x 6 images" in took.basis
-    assert "segmentation: 256 x 6 images of 500 x 6, 10 of 400 steps" in took.basis
-    assert "fine_tune: 64 x 6 images of 500 x 6, 10 of 300 steps" in took.basis
+    assert took.features > 500 * 3 * 32 * 32 * (4 + 1)  # pixels, as features (float32) and to be augmented (uint8)
+    knn, segmentation, fine_tune = took.parts  # comparing masks is not measured
+    assert knn == "knn: 500 x 6 images"
+    assert segmentation == "segmentation: 256 x 6 images of 500 x 6, 10 of 400 steps"
+    assert fine_tune == "fine_tune: 64 x 6 images of 500 x 6, 10 of 300 steps"
+    own = replace(stage, test="", evaluators=(Choice("knn"),)).complete()
+    took = measure_evaluation(own, replace(sample, seconds=0.0), counts, 1, Meter(time.time()))
+    assert took.images == 2 * 40, "the only tar of the sample has 20 images; time is that of 20 more in each set"
 
 
 @pytest.mark.slow
@@ -151,12 +153,10 @@ def test_a_generator_that_is_trained_further_is_measured(tmp_path, stable_diffus
     run_stage(Shards(val_ratio=0.0), run, Local(workers=1))
     choice = Choice("fine_tune", {"seeds": 1, "batch_size": 2})
     stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(choice,)).complete()
-    own = expected(90, [make_prompt()], [0] * 90, masks=True)
-    found = judged(stage, Run(tmp_path / "planned"), (own, own), None)
     sample = Sample(tmp_path, Pictures(90, ()), seed=0, most=6, seconds=1.0)
-    took = measure_evaluation(stage, sample, found, 1, Meter(time.time()))
+    took = measure_evaluation(stage, sample, EvalCounts(train=90, test=90, classes=1), 1, Meter(time.time()))
     assert min(took.rounds) > 0
-    assert took.held == 180 * 3 * 32 * 32
+    assert took.features == 180 * 3 * 32 * 32
     assert took.parts == ("fine_tune: 64 x 64 images of 90 x 90, 10 of 300 steps",)
 
 

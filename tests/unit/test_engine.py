@@ -263,6 +263,21 @@ def test_a_unit_that_failed_in_its_own_process_is_told_by_all_and_tried_once(tmp
     assert [line["level"] for line in lines(run, 1) if line.get("unit") == 2] == ["warning"]
 
 
+def test_a_failure_file_that_vanishes_is_no_failure(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "r")
+    for unit in (2, 3):
+        run.fail(Numbers(), Report(unit, error="RuntimeError: bad row"))
+    gone = run.tar("numbers", 4).with_suffix(".failed.json")  # another process makes the unit just then
+    listed = accelerate.failure_notes
+    monkeypatch.setattr(accelerate, "failure_notes", lambda folder: [gone, folder / "x.failed.json", *listed(folder)])
+    files = accelerate._failure_files(Numbers(), run)
+    assert set(files) == {2, 3}
+    assert accelerate._read_failure(files[2][0], 2) == Report(2, error="RuntimeError: bad row")
+    files[2][0].unlink()
+    files[3][0].write_text("{}")
+    assert accelerate._read_failure(files[2][0], 2) is accelerate._read_failure(files[3][0], 3) is None
+
+
 @pytest.mark.parametrize(("rank", "size", "says"), [("2", "2", "numbers go from 0 to 1"), ("x", "2", "whole number")])
 def test_a_process_without_a_place_is_told(monkeypatch, rank, size, says):
     set_place(monkeypatch, rank, size)
@@ -355,7 +370,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
 
 def told_by(monkeypatch, capsys, *arguments):
     """What the command line says in one line of error."""
-    from synthgen.cli import main
+    from synthgen.__main__ import main
 
     monkeypatch.setattr(sys, "argv", ["synthgen", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

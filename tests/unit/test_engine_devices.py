@@ -23,7 +23,7 @@ from synthgen.engines._work import DeviceFailed
 from synthgen.engines._worker_pool import MAX_CONSECUTIVE_FAILURES
 from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
-from synthgen.errors import StorageError, SynthgenError, TooLittleMemory, UnitsFailed
+from synthgen.errors import MissingWeights, StorageError, SynthgenError, TooLittleMemory, UnitsFailed
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
@@ -117,7 +117,7 @@ def lines(run):
 
 
 def loads(run):
-    return [line["device"] for line in lines(run) if "unit" not in line]
+    return [line["device"] for line in lines(run) if "unit" not in line and "device" in line]
 
 
 def await_the_ends(run, first, size):
@@ -353,6 +353,54 @@ def test_workers_whose_device_is_full_are_left_out_while_others_work(run, monkey
     assert run_stage(Devices(units=12, full=1), run, Local()).samples == 12
     assert len(loads(run)) == 3
     assert "loaded what numbers needs (cuda:0 has too little memory)" in caplog.text
+
+
+@dataclass(frozen=True)
+class Network(Devices):
+    """``missing`` weights cannot be downloaded."""
+
+    accelerated: ClassVar = True
+
+    missing: bool = False
+
+    @contextmanager
+    def open(self, run, worker):
+        with super().open(run, worker) as work:
+            if self.missing:
+                raise MissingWeights("no weights; fetch them")
+            add_line(run, opened=worker.rank)
+            yield work
+
+
+def test_the_first_worker_loads_a_network_alone(run, monkeypatch, forked):
+    with_devices(monkeypatch, "gpu:0", "gpu:1", "gpu:2")
+    assert run_stage(Network(units=12), run, Local()).samples == 12
+    first, second = lines(run)[:2]
+    assert (first["device"], second) == ("gpu:0", {"opened": 0})
+    assert sorted(loads(run)) == ["gpu:0", "gpu:1", "gpu:2"]
+
+
+def test_weights_that_cannot_be_downloaded_are_one_error_of_one_worker(run, monkeypatch, forked):
+    with_devices(monkeypatch, "gpu:0", "gpu:1", "gpu:2")
+    with pytest.raises(MissingWeights, match=r"^no weights; fetch them$"):
+        run_stage(Network(missing=True), run, Local())
+    assert loads(run) == ["gpu:0"]
+
+
+@pytest.mark.parametrize("settings", [{"full": 1}, {"dead": "gpu:0"}, {"kills": (0,)}])
+def test_if_the_first_worker_ends_another_one_is_started(run, monkeypatch, forked, settings):
+    with_devices(monkeypatch, "gpu:0", "gpu:1", "gpu:2")
+    with suppress(UnitsFailed):
+        run_stage(Network(units=12, **settings), run, Local())
+    assert len(run.units("numbers")) >= 11
+    assert "gpu:1" in loads(run)
+
+
+def test_if_no_device_has_room_for_a_network_the_command_ends(run, monkeypatch, forked):
+    with_devices(monkeypatch, "gpu:0", "gpu:1")
+    with pytest.raises(TooLittleMemory, match="cuda:0 has too little memory"):
+        run_stage(Network(full=-1), run, Local())
+    assert loads(run) == ["gpu:0", "gpu:1"]
 
 
 def test_a_model_that_no_worker_has_room_for_ends_the_command(run, monkeypatch, forked):

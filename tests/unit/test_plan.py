@@ -299,7 +299,7 @@ def test_a_plan_is_told_as_text_and_as_json(tmp_path, monkeypatch):
     told = json.loads(json.dumps(found.plain()))
     assert [stage["stage"] for stage in told["stages"]] == ["generate", "masks", "shards", "pretrain", "evaluate"]
     assert told["seconds"] is None
-    assert "to be judged on" in render(found)
+    assert "to test on" in render(found)
     counts = Counts(3, 3, 12, 12, {5: 2, 2: 1})
     whole = estimated(make_stage("masks", {}), counts, Local())
     reason = "of 5 images in 2 rounds, " * 8

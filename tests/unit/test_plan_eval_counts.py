@@ -9,15 +9,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from synthgen.api import plan_pipeline, plan_stage
+from synthgen.api import plan_stage
 from synthgen.cli import app
 from synthgen.datasets import open_captioned, open_dataset
 from synthgen.errors import ConfigError, MissingArtifact, PromptError
 from synthgen.evaluators import EVALUATORS
 from synthgen.image import encode_png
-from synthgen.plan import eval_timing
-from synthgen.plan.eval_timing import enlarged, tried
+from synthgen.pipeline import read_pipeline
+from synthgen.plan import evaluate, plan
+from synthgen.plan.count import count
+from synthgen.plan.evaluate import enlarged, estimate_seconds
 from synthgen.plan.source import survey_pictures
+from synthgen.prompts import survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
 from synthgen.stages._layout import split_of
@@ -31,9 +34,9 @@ PICTURE = encode_png(make_generation(size=16, grid=4)[0].image)
 def write_tars(folder, *counts, label="disc", masks=False):
     """Tars of captioned images; every third has no label."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, count in enumerate(counts):
+    for number, images in enumerate(counts):
         with TarWriter(folder / f"{number:06d}.tar") as tar:
-            for row in range(count):
+            for row in range(images):
                 told = {"words": ["disc"], **({} if row % 3 == 2 else {"label": f"{label}{row % 2}"})}
                 members = {"png": PICTURE, "txt": f"a disc {row % 5}".encode(), "json": json.dumps(told).encode()}
                 if masks:
@@ -69,7 +72,7 @@ def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
     samples = open_captioned(source)
     found = survey_pictures(source, most=8)
     assert found.count == len(samples)
-    places = [next(i for i in range(len(samples)) if samples.key(i) == one.key) for one in found.few]
+    places = [next(i for i in range(len(samples)) if samples.key(i) == key) for key, _ in found.few]
     assert len(places) == 8
     assert max(b - a for a, b in zip([0, *places], [*places, len(samples)], strict=True)) <= len(samples) / 4
     wanted = {samples.key(i): (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3)) for i in places}
@@ -81,7 +84,7 @@ def test_a_limit_reads_no_further(tmp_path):
     (source / "000002.tar").write_bytes(b"damaged")
     found = survey_pictures(str(source), limit=40, most=5)
     assert found.count == 40
-    assert {one.tar.name for one in found.few} == {"000000.tar", "000001.tar"}
+    assert {key[0] for key, _ in found.few} == {"0", "1"}, "of both tars that are read"
 
 
 def test_equal_keys_of_two_tars_are_two_images(tmp_path):
@@ -94,7 +97,17 @@ def test_equal_keys_of_two_tars_are_two_images(tmp_path):
     assert len(open_dataset(tmp_path / "few")) == 4
 
 
-NAMES = ("cat/1.png", "cat/2.PNG", "dog/3.jpg", "dog/deep/4.webp", "5.bmp", ".hidden/6.png", "dog/.7.png", "notes.md")
+NAMES = (
+    "cat/1.png",
+    "cat/2.PNG",
+    "dog/3.jpg",
+    "dog/deep/4.webp",
+    "5.bmp",
+    "6.GIF",
+    ".hidden/7.png",
+    "dog/.8.png",
+    "9.md",
+)
 
 
 def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
@@ -102,9 +115,9 @@ def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
     (folder / "dog" / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "a fox", "words": ["fox"]}\n')
     samples = open_captioned(folder)
     found = survey_pictures(str(folder))
-    assert found.count == len(samples) == 5
+    assert found.count == len(samples) == 6
     wanted = {}
-    for i in range(5):
+    for i in range(6):
         wanted[samples.key(i)] = (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3))
     assert seen(found, tmp_path / "few") == wanted
     assert [len(survey_pictures(str(folder), most=2).few), survey_pictures(str(folder), limit=3).count] == [2, 3]
@@ -135,16 +148,21 @@ def test_what_attend_would_refuse_a_plan_refuses(tmp_path):
         survey_pictures(str(folder))
 
 
-def test_counting_a_folder_holds_no_names(tmp_path):
-    for number in range(5_000):
-        (tmp_path / f"{number}.jpg").touch()
-    survey_pictures(str(tmp_path), most=4)  # imports what it needs
+def test_counting_tars_keeps_no_names(tmp_path):
+    source = str(write_tars(tmp_path / "tars", 2_000))
+    survey_pictures(source, most=4)  # imports what it needs
     tracemalloc.start()
-    found = survey_pictures(str(tmp_path), most=4)
+    found = survey_pictures(source, most=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.count == 5_000
+    assert found.count == 2_000
     assert peak < 3e5
+
+
+def test_a_limit_takes_the_sample_from_the_first_images_of_a_folder(tmp_path):
+    folder = write_images(tmp_path / "images", [f"{number}.png" for number in range(9)])
+    found = survey_pictures(str(folder), limit=3)
+    assert [key for key, _ in found.few] == ["0", "1", "2"]
 
 
 def test_units_and_images_are_those_of_attend(tmp_path):
@@ -164,7 +182,7 @@ def test_the_command_plans_images_that_exist(tmp_path):
     told = CliRunner().invoke(app, [*given, "--caption", "a {label}", "--set", "unit_size=2"])
     assert told.exit_code == 0, told.output
     found = json.loads(told.output)
-    assert (found["images"], found["stages"][0]["stage"], found["stages"][0]["units"]) == (5, "attend", 3)
+    assert (found["images"], found["stages"][0]["stage"], found["stages"][0]["units"]) == (6, "attend", 3)
     assert not (tmp_path / "run").exists()
     both = CliRunner().invoke(app, [*given, "--prompts", "p.txt"])
     assert isinstance(both.exception, ConfigError)
@@ -175,51 +193,51 @@ def test_the_command_plans_images_that_exist(tmp_path):
 LINES = "a [dog] here\na [cat] and a [hat]\na [car]\na [cow]\n"
 
 
-def line(tmp_path, evaluate, first=None, **stages):
+def write_line(tmp_path, evaluate, **stages):
     (tmp_path / "p.txt").write_text(LINES)
-    first = first or {"generate": {"prompts": str(tmp_path / "p.txt"), "images_per_prompt": 25, "unit_size": 7}}
+    first = {"generate": {"prompts": str(tmp_path / "p.txt"), "images_per_prompt": 25, "unit_size": 7}}
     stages = {**first, "masks": {}, "shards": {"val_ratio": 0.3}, "pretrain": {}, **stages, "evaluate": evaluate}
     (tmp_path / "line.yaml").write_text(json.dumps({"run": str(tmp_path / "run"), "stages": stages}))
-    return plan_pipeline(tmp_path / "line.yaml", measure=False).stages[-1]
+    return read_pipeline(tmp_path / "line.yaml")
 
 
-def labelled_of_run(tmp_path):
-    keys = [(f"{number // 7:06d}{number % 7:04d}", number % 4) for number in range(100)]
-    split = {key: split_of(Run(tmp_path / "run"), key, 0.3) for key, _ in keys}
-    return [sum(split[key] == name for key, prompt in keys if prompt != 1) for name in ("train", "val")]
+def line(tmp_path, evaluate, **stages):
+    return plan(write_line(tmp_path, evaluate, **stages), measure=False).stages[-1]
+
+
+def split_sizes(tmp_path):
+    keys = [f"{number // 7:06d}{number % 7:04d}" for number in range(100)]
+    train = sum(split_of(Run(tmp_path / "run"), key, 0.3) == "train" for key in keys)
+    return train, 100 - train
 
 
 def test_images_of_the_run_are_counted_before_they_are_there(tmp_path):
-    found = line(tmp_path, {})  # the second prompt marks two words, and so its images have no class
-    train, test = labelled_of_run(tmp_path)
-    assert (found.units, found.images, found.images_left) == (1, train + test, train + test)
-    assert found.basis == f"counted: {train} to learn from, {test} to be judged on"
-    assert line(tmp_path, {"evaluators": ["knn", "segmentation"]}).images == 100  # masks need no class
-    named = line(tmp_path, {"evaluators": ["retrieval"]}, pretrain={"method": "vlp"})
-    assert named.images == 100 - sum(
-        split_of(Run(tmp_path / "run"), f"{n // 7:06d}{n % 7:04d}", 0.3) == "train" for n in range(100)
-    )
+    found = line(tmp_path, {})
+    train, test = split_sizes(tmp_path)
+    assert (found.units, found.images, found.images_left) == (1, 100, 100)
+    assert found.basis == f"at most {train:,} to learn from, {test} to test on"
+    assert line(tmp_path, {"evaluators": ["retrieval"]}, pretrain={"method": "vlp"}).images == test
 
 
 def test_images_of_other_sources_are_counted(tmp_path):
     train, test = write_tars(tmp_path / "train", 30, 20), write_tars(tmp_path / "test", 12, masks=True)
-    found = line(tmp_path, {"train": str(train), "test": str(test), "truth": str(test)})
+    found = line(tmp_path, {"evaluators": ["knn"], "train": str(train), "test": str(test)})
     assert found.images == 20 + 14 + 8  # two of three have a label
-    assert found.basis == "counted: 34 to learn from, 8 to be judged on; at most 12 with true masks"
+    assert found.basis == "at most 34 to learn from, 8 to test on"
+    both = line(tmp_path, {"test": str(test), "truth": str(test)})
+    assert both.basis == f"at most {split_sizes(tmp_path)[0]} to learn from, 12 to test on; 12 with true masks"
     masks = line(tmp_path, {"truth": str(test), "evaluators": ["mask_iou"]})
-    assert masks.images == 12
+    assert (masks.images, masks.unknown) == (12, "not measured, because masks are compared in milliseconds")
 
 
-def test_of_large_sources_and_of_captions_the_number_is_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr("synthgen.plan.eval_counts.COMPARED", 10)
-    source = write_tars(tmp_path / "train", 90)
-    found = line(tmp_path, {"train": str(source)})
-    assert found.basis.startswith("expected: ")
-    assert found.images == pytest.approx(60 + labelled_of_run(tmp_path)[1], abs=4)
-    attend = {"attend": {"images": str(write_tars(tmp_path / "images", 60, 40)), "unit_size": 7}}
-    found = line(tmp_path, {}, first=attend)
-    assert found.basis.startswith("expected:")
-    assert found.images == pytest.approx(67, abs=4)
+@pytest.mark.parametrize(("settings", "classes"), [({}, 3), ({"train": "tars"}, 2)])
+def test_classes_are_those_of_the_training_images(tmp_path, settings, classes):
+    """The second of the four prompts marks two words, and so it has no label."""
+    write_tars(tmp_path / "tars", 9)
+    settings = {name: str(tmp_path / value) for name, value in settings.items()}
+    pipeline = write_line(tmp_path, settings)
+    counts = count(pipeline, survey_prompts(tmp_path / "p.txt"), [])
+    assert counts[-1].evaluation.classes == classes
 
 
 @pytest.mark.parametrize(
@@ -256,21 +274,14 @@ class Fake:
 
 @pytest.mark.parametrize("sizes", [(300, 200), (40_000, 900), (50_000, 30_000)])
 @pytest.mark.parametrize("fake", [Fake(step=0), Fake(pair=0, test=0), Fake(pair=0, step=0), Fake(max_steps=7)])
-def test_time_is_drawn_out_by_steps_and_images(monkeypatch, sizes, fake):
-    monkeypatch.setattr(eval_timing, "_timed", lambda evaluator, data: evaluator.seconds(data))
+def test_time_is_extrapolated_by_steps_and_images(monkeypatch, sizes, fake):
+    monkeypatch.setattr(evaluate, "_timed", lambda evaluator, data: evaluator.seconds(data))
     data = replace(make_data(known=True), train_scenes=None, test_scenes=None, pairs=None)
-    taken, basis = tried(fake, data, sizes, 3, 3, 1e9)
+    seconds, basis = estimate_seconds(fake, data, sizes, 3)
     whole = fake.seconds(enlarged(data, sizes, 3))
     mixed = fake == Fake(max_steps=7) and max(sizes) > 4096  # both kinds at once: between what either would give
-    assert taken == pytest.approx([whole] * 3, rel=0.5 if mixed else 1e-9)
+    assert seconds == pytest.approx(whole, rel=0.5 if mixed else 1e-9)
     assert ("10 of at most 500 steps" in basis) == (fake.max_steps == 500)
-
-
-def test_rounds_that_cannot_be_afforded_are_the_mean_of_the_others(monkeypatch):
-    seconds = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(eval_timing, "_whole", lambda evaluator, data: next(seconds))
-    taken, _ = tried(Fake(), make_data(known=True), (20, 10), 3, 3, -1.0)
-    assert taken == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["knn", "linear_probe", "segmentation", "detection", "retrieval", "fine_tune"])
