@@ -21,7 +21,6 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## prompts to encoder on the shipped model, in minutes; ends with a page to look at
 	@$(BIN)/synthgen run pipelines/tiny.yaml
 	@$(BIN)/synthgen view runs/tiny
-	@echo "shards: runs/tiny/shards (see its README.md)"
 
 shards: $(if $(FOUND),,$(STAMP)) ## training tars of RUN (runs/latest)
 	@$(or $(FOUND),$(BIN)/synthgen) shards --run $(RUN)

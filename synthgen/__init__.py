@@ -23,6 +23,7 @@ _PUBLIC = {
     "attend": "synthgen.api",
     "evaluate": "synthgen.api",
     "export_dataset": "synthgen.api",
+    "filter": "synthgen.api",
     "generate": "synthgen.api",
     "load_encoder": "synthgen.models.vit",
     "masks": "synthgen.api",
@@ -32,6 +33,7 @@ _PUBLIC = {
     "run_pipeline": "synthgen.api",
     "samples": "synthgen.api",
     "shards": "synthgen.api",
+    "validate": "synthgen.api",
     "view": "synthgen.api",
 }
 

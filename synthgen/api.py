@@ -1,9 +1,9 @@
-"""What the commands do, as functions. Each stage function has the settings of its stage as keyword arguments.
+"""The commands as functions. A stage's function has the settings of the stage as keyword arguments.
 
-``engine`` is where the work is done: a name, such as ``"local"``, or ``Choice("ray", {"workers": 8})``.
+``engine`` says where units are made: a name, such as ``"local"``, or ``Choice("ray", {"workers": 8})``.
 
-Stages deal their units out to processes, so a script that calls them keeps its calls under
-``if __name__ == "__main__":``, as for all of Python's ``multiprocessing``.
+Stages start worker processes, so a script must call them under ``if __name__ == "__main__":``, as everywhere with
+Python's ``multiprocessing``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from synthgen.stages import make_stage
 
 if TYPE_CHECKING:
     from synthgen.plan import Plan
+    from synthgen.validate import Validation
 
 __all__ = [
     "attend",
     "evaluate",
     "export_dataset",
+    "filter",
     "generate",
     "masks",
     "plan_pipeline",
@@ -33,6 +35,7 @@ __all__ = [
     "run_pipeline",
     "samples",
     "shards",
+    "validate",
     "view",
 ]
 
@@ -103,8 +106,22 @@ def pretrain(run: Run, *, engine: EngineLike = None, progress: Progress | None =
     return _stage("pretrain", run, engine, progress, settings)
 
 
+def filter(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
+    """List the samples that shards leave out; settings as in :class:`synthgen.stages.filter.Filter`.
+
+    Raises:
+        ConfigError: a filter or a setting is unknown or wrong.
+        MissingArtifact: there are no images, or a filter reads masks and some images have none.
+        MissingWeights: a filter's model does not exist or cannot be downloaded.
+        StaleArtifact: the run was filtered with other settings.
+        CorruptFile: a sample cannot be read.
+        UnitsFailed: some units failed; the same call retries them.
+    """
+    return _stage("filter", run, engine, progress, settings)
+
+
 def evaluate(run: Run, *, engine: EngineLike = None, progress: Progress | None = None, **settings: Any) -> Summary:
-    """Ask what an encoder learned; settings as in :class:`synthgen.stages.evaluate.Evaluate`.
+    """Evaluate an encoder; settings as in :class:`synthgen.stages.evaluate.Evaluate`.
 
     Raises:
         ConfigError: a setting is unknown or wrong, the engine cannot run this stage, or an evaluator lacks its data.
@@ -121,7 +138,7 @@ def _stage(name: str, run: Run, engine: EngineLike, progress: Progress | None, s
 
 
 def samples(run: Run) -> Iterator[tuple[Generation, WordMasks | None]]:
-    """Every finished sample of a run: image, maps, and masks where they have been made.
+    """Every finished sample of a run: image and maps, and its masks or None.
 
     Raises:
         MissingArtifact: the run has no images, or a unit of images has no maps.
@@ -151,10 +168,25 @@ def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     return write_page(run, path, limit=limit)
 
 
+def validate(folder: str | Path, *, decode: bool = True) -> Validation:
+    """Check that WebDataset tars, by whoever, can be read by the usual readers; see :mod:`synthgen.validate`.
+
+    Args:
+        folder: of tars, of folders of tars such as ``train`` and ``val``, or a single tar.
+        decode: decode every image and mask.
+
+    Raises:
+        MissingArtifact: there is no tar.
+    """
+    from synthgen.validate import validate_shards
+
+    return validate_shards(folder, decode=decode)
+
+
 def export_dataset(
     run: Run, format: str, folder: Path | None = None, *, progress: Progress | None = None, **settings: Any
 ) -> Summary:
-    """Write the masked samples as ``coco``, ``yolo`` or ``labels``; see :class:`synthgen.interchange.Export`.
+    """Write the masked samples as ``coco``, ``yolo`` or ``labels``; see :class:`synthgen.export.Export`.
 
     Raises:
         ConfigError: a setting is unknown or wrong, or the folder holds something else.
@@ -162,10 +194,10 @@ def export_dataset(
         StaleArtifact: the folder holds an export of other masks, or with other settings.
         CorruptFile: a sample cannot be read, or its masks do not fit it.
     """
-    from synthgen import interchange
+    from synthgen import export
 
-    chosen = build(interchange.Export, {"format": format, **settings}, where="export")
-    return interchange.export_dataset(run, chosen, folder, progress=progress)
+    chosen = build(export.Export, {"format": format, **settings}, where="export")
+    return export.export_dataset(run, chosen, folder, progress=progress)
 
 
 def run_pipeline(
@@ -175,12 +207,12 @@ def run_pipeline(
     engine: EngineLike = None,
     progress: Progress | None = None,
 ) -> list[Summary]:
-    """Run the stages of a pipeline file in order; units that are done are not made again.
+    """Run the stages of a pipeline file in order; finished units are skipped.
 
     Args:
         path: of the file.
-        overrides: settings by their dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
-        engine: instead of that of the file; a bare name keeps the options that the file has for this engine.
+        overrides: settings by dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
+        engine: replaces that of the file; a bare name keeps the options that the file has for this engine.
         progress: receives the progress of each stage.
 
     Raises:
@@ -204,9 +236,9 @@ def plan_pipeline(
     sample: int = 0,
     describe: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """What a pipeline file will cost; nothing is written to its run.
+    """The estimated cost of a pipeline file; writes nothing to its run.
 
-    Arguments as in :func:`run_pipeline`, and the others and the errors as in :func:`synthgen.plan.plan`.
+    Arguments as in :func:`run_pipeline`; the others, and the errors as in :func:`synthgen.plan.plan`.
     """
     from synthgen.pipeline import read_pipeline
     from synthgen.plan import plan
@@ -226,7 +258,7 @@ def plan_stage(
     describe: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> Plan:
-    """What that stage alone with these settings will cost; see :func:`plan_pipeline`."""
+    """The estimated cost of one stage with these settings; see :func:`plan_pipeline`."""
     from synthgen.plan import pipeline_of, plan
 
     pipeline = pipeline_of(make_stage(stage, settings), run)

@@ -47,9 +47,9 @@ _MEMBERS = {
 _CARD = """\
 # {name}
 
-{samples} images {origin}{masks}. Written by synthgen {version}.
+{samples} {origin}{masks}. Written by synthgen {version}.
 
-## What is in it
+## Contents
 
 | split | samples | shards | MB |
 |---|---|---|---|
@@ -106,9 +106,9 @@ With open_clip: `--train-data '{urls}' --dataset-type webdataset` (`sizes.json` 
 
 ## How it was made
 
-Backbone {backbone}, model {model}, run seed {seed}; each image has {own} of its own, in its `json`.
+Backbone {backbone}, model {model}, run seed {seed}. The `json` of each image has {own}.{rejected}
 {mask_note}
-Versions of what they were made with:
+Versions of the libraries:
 
 {versions}
 
@@ -118,8 +118,8 @@ Versions of what they were made with:
 """
 
 _MASK_NOTE = """
-The masks come from the model's attention while it {looked} the image, refined by {refine}. No person
-drew or checked them: they are good to train with and no ground truth to measure with.
+The masks come from the model's attention while it {attended} the image, refined by {refine}. No person
+drew or checked them: use them for training, not as ground truth.
 """
 
 
@@ -269,7 +269,8 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
     splits, versions = description["splits"], description["versions"]
     masks, attended = "mask.png" in description["members"], _attended(description)
     refine = (description["made_from"].get("masks", {}).get("refine") or {}).get("name", "the masks stage")
-    prompts = description["prompts"]
+    prompts, rejected = description["prompts"], description["rejected"]
+    left_out, samples = sum(rejected.values()), _samples(description)
     words, sizes = (sum((Counter(one[name]) for one in splits.values()), Counter()) for name in ("words", "sizes"))
     rows = [
         f"| {name} | {one['samples']} | {one['shards']} | {one['bytes'] / 1e6:.1f} |" for name, one in splits.items()
@@ -278,12 +279,13 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
         **{name: description[name] for name in ("name", "seed", "licence")},
         "backbone": description["backbone"] or "unknown",
         "model": description["model"] or "unknown",
-        "samples": _samples(description),
-        "origin": "that existed before, with their captions"
-        if attended
-        else "made by a model, none of them photographed",
-        "own": "a seed, and as `source` a name" if attended else "a seed",
-        "masks": ", with a mask for each word that was asked for" if masks else "",
+        "samples": samples,
+        "origin": "existing images with captions" if attended else "generated images",
+        "own": "its seed, and its original name as `source`" if attended else "its seed",
+        "rejected": f" A filter left out {left_out} of {left_out + samples} images: {_most(rejected)}."
+        if rejected
+        else "",
+        "masks": ", with a mask for each marked word" if masks else "",
         "splits": "\n".join(rows),
         "labels": f"{len(description['classes'])} classes. " if description["classes"] else "",
         "words": f"Words by number of images: {_most(words)}. " if words else "",
@@ -297,7 +299,7 @@ def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
             f"| `{name}` | {_MEMBERS.get(name, 'the image, RGB')} |" for name in description["members"]
         ),
         "mask_note": _MASK_NOTE.format(
-            looked="looked at" if attended else "made",
+            attended="processed" if attended else "generated",
             refine="synthgen's own attentioncut" if refine == "attentioncut" else refine,  # its energy is not a paper's
         )
         if masks
@@ -311,7 +313,7 @@ def _versions(artifacts: Mapping[str, Mapping[str, str]]) -> str:
     """The versions that each artifact was made with; artifacts with the same versions share a line."""
     names: dict[str, list[str]] = {}
     for name, versions in artifacts.items():
-        listed = ", ".join(f"{library} {version}" for library, version in versions.items()) or "nobody noted them"
+        listed = ", ".join(f"{library} {version}" for library, version in versions.items()) or "not recorded"
         names.setdefault(listed, []).append(name)
     return "\n".join(f"- {', '.join(alike)}: {listed}" for listed, alike in names.items())
 

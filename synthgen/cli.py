@@ -1,8 +1,5 @@
 """The commands: they parse options, call the API and print; there is no logic here.
 
-Exit codes: 0 done; 2 user error (command, file or setting); 3 some units failed (the same command retries only those);
-130 stopped by Ctrl-C (the same command resumes). Anything else is a bug and prints its traceback.
-
 Heavy libraries are imported only by the commands that need them, so ``--help`` is fast.
 """
 
@@ -10,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from synthgen import flags
-from synthgen.errors import ConfigError, SynthgenError, one_line
+from synthgen.errors import ConfigError
 from synthgen.options import (
     backbone_of,
     chosen_of,
@@ -123,6 +119,19 @@ def masks(
     _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, engine_of(engine, workers, address))
 
 
+@app.command("filter", short_help="Choose the samples that shards leave out")
+def filter_samples(
+    run: flags.RunOption = flags.LATEST,
+    filters: flags.FilterOption = None,
+    engine: flags.EngineOption = None,
+    workers: flags.WorkersOption = 0,
+    address: flags.AddressOption = None,
+    settings: flags.SetOption = None,
+) -> None:
+    """List blank, unsafe, unmasked and duplicate images, which shards leave out; nothing is deleted."""
+    _stage("filter", _open(run), {"filters": filters}, settings, engine_of(engine, workers, address))
+
+
 @app.command(short_help="Write WebDataset tars for training")
 def shards(
     run: flags.RunOption = flags.LATEST,
@@ -196,7 +205,7 @@ def run_file(
     address: flags.AddressOption = None,
 ) -> None:
     """Run the stages of a pipeline file; finished units are skipped."""
-    from synthgen.console import progress, say, say_note, say_scores
+    from synthgen.console import progress, say, say_note, say_result, say_scores
     from synthgen.pipeline import read_pipeline
 
     chosen = engine_of(engine, workers, address)
@@ -207,6 +216,7 @@ def run_file(
         return
     for stage, summary in zip(pipeline.stages, pipeline.execute(engine=chosen, progress=progress()), strict=True):
         say(summary)
+        say_result(stage, _open(pipeline.run))
         say_note(pipeline.unevaluated(stage))
     say_scores(_open(pipeline.run))
 
@@ -283,6 +293,22 @@ def export(
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 
+@app.command(short_help="Check WebDataset shards of any program")
+def validate(
+    folder: Annotated[str, typer.Argument(help="Folder of tars, or of folders such as train and val; or a tar.")],
+    decode: Annotated[bool, typer.Option(help="Decode every image and mask.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check that webdataset, wids, Hugging Face datasets and open_clip can read shards. Exit code 2: they cannot."""
+    from synthgen.console import progress
+    from synthgen.validate import render, validate_shards
+
+    found = validate_shards(folder, decode=decode, progress=progress())
+    print(json.dumps(found.plain(), indent=2) if as_json else render(found))
+    if not found.valid:
+        raise typer.Exit(2)
+
+
 @app.command(short_help="Check this machine")
 def doctor(
     run: flags.RunsOption = Path("runs"),
@@ -334,45 +360,14 @@ def _stage(
     name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> None:
     from synthgen import api
-    from synthgen.console import progress, say, say_result
+    from synthgen.console import progress, say, say_result, say_scores
     from synthgen.stages import make_stage
+    from synthgen.stages.evaluate import Evaluate
 
     chosen, settings = chosen_of(run, name, given, extra, engine)
     call: Callable[..., Summary] = getattr(api, name)
     say(call(run, progress=progress(), engine=chosen, **settings))
-    say_result(make_stage(name, settings), run)
-
-
-def _refused(error: OSError) -> str:
-    """The one-line message for what the operating system refuses, such as reading another user's folder."""
-    why = error.strerror or type(error).__name__
-    return f"{one_line(OSError(error.filename))}: {why}; fix this, or give another path"
-
-
-def main() -> None:
-    """Run the command line; a user error is printed as one line without control characters."""
-    from synthgen.redact import redact
-    from synthgen.text import plain
-
-    try:
-        code = app(standalone_mode=False)
-    except SynthgenError as error:
-        print(f"synthgen: {plain(str(error))}", file=sys.stderr)
-        code = error.exit_code
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, FileNotFoundError):
-            print(f"synthgen: {plain(_refused(error))}", file=sys.stderr)
-            sys.exit(2)
-        if not hasattr(error, "format_message"):  # the parser's own errors have one; anything else is a bug
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-            sys.exit(1)
-        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: the bare command asks for help
-            print(error.format_message())
-            sys.exit(0)
-        command = getattr(getattr(error, "ctx", None), "command_path", "synthgen")
-        message = error.format_message().rstrip(".")
-        print(f"synthgen: {plain(redact(message))}; see: {command} --help", file=sys.stderr)
-        code = 2
-    if code == 130:
-        print("synthgen: stopped; run the same command again to resume", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    stage = make_stage(name, settings)
+    say_result(stage, run)
+    if isinstance(stage, Evaluate):
+        say_scores(run, stage.path(run).stem)

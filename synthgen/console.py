@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from synthgen.devices import place
 from synthgen.progress import Progress
+from synthgen.rejected import FILTER, rejected_in_words
 from synthgen.run import Run
 from synthgen.runner import Summary
 from synthgen.stages import Stage
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConsoleProgress", "doing", "progress", "say", "say_note", "say_result", "say_scores", "tell"]
 
-_RESULTS = {"shards": "shards", "pretrain": "encoder"}  # stage → what a later command or another program reads
+_RESULTS = {"shards": "shards", "pretrain": "encoder"}  # stage → what it writes for people and other programs
 
 
 def tell(summary: Summary) -> str:
@@ -40,7 +41,7 @@ def tell(summary: Summary) -> str:
 
 
 def say(summary: Summary) -> None:
-    """Print that line at once, so that in a file it precedes later errors; each of several processes adds its rank."""
+    """Print that line at once, so that it precedes later errors in a file; each of several processes adds its rank."""
     here = place()
     print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary), flush=True)
 
@@ -52,24 +53,24 @@ def say_note(text: str) -> None:
 
 
 def say_scores(run: Run, name: str = "") -> None:
-    """Print the scores of a run's evaluations, or of the one of that name.
+    """Print the scores of a run's evaluations, or of the one called ``name``; of several processes the first one does.
 
     Rows are cut to the width of a terminal, but not in files and pipes.
     """
-    for line in scores(run, name, whole=not sys.stdout.isatty()):
-        print(line)
+    if not place().rank:
+        for line in scores(run, name, whole=not sys.stdout.isatty()):
+            print(line)
 
 
 def say_result(stage: Stage, run: Run) -> None:
-    """Print where shards, an encoder or scores are, and these scores; of several processes the first one does."""
-    if place().rank:
-        return
-    if isinstance(stage, Evaluate):
-        path = stage.path(run)
-        say_scores(run, path.stem)
-        print(f"scores: {path}", flush=True)
-    elif stage.name in _RESULTS:
-        print(f"{_RESULTS[stage.name]}: {run.folder(*stage.artifacts())}", flush=True)
+    """Print where shards, an encoder or scores were written; of several processes the first one does."""
+    if not place().rank:
+        if isinstance(stage, Evaluate):
+            print(f"scores: {stage.path(run)}", flush=True)
+        elif stage.name == FILTER:
+            print(f"rejected: {rejected_in_words(run)}", flush=True)
+        elif stage.name in _RESULTS:
+            print(f"{_RESULTS[stage.name]}: {run.folder(*stage.artifacts())}", flush=True)
 
 
 def doing(command: str) -> Callable[[str], None]:
@@ -122,7 +123,7 @@ class ConsoleProgress(Progress):
         """Move on by ``count`` samples."""
         self._done += count
         now = time.monotonic()
-        if not self._measured:  # libraries and models were loaded before the first samples; that is no rate
+        if not self._measured:  # the time before the first samples went into loading libraries and models
             self._measured, self._started, self._before = True, now, self._done
         rate = (self._done - self._before) / max(now - self._started, 1e-6)
         if self._bar is not None and self._task is not None:
@@ -136,7 +137,7 @@ class ConsoleProgress(Progress):
             )
 
     def skip(self, count: int) -> None:
-        """Move on by ``count`` samples that an earlier call made; they do not count for the rate."""
+        """Move on by ``count`` samples that were made before; they do not count for the rate."""
         self._done += count
         self._before += count
         self._started = time.monotonic()
@@ -155,5 +156,5 @@ class ConsoleProgress(Progress):
 
 
 def _rate_text(rate: float) -> str:
-    """A rate with two significant digits, or all of those before the point."""
+    """A rate with two significant digits, or all digits before the point."""
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -16,6 +16,7 @@ __all__ = [
     "CaptionOption",
     "EngineOption",
     "EvaluatorOption",
+    "FilterOption",
     "FitOption",
     "ImagesOption",
     "InversionOption",
@@ -129,6 +130,13 @@ MethodOption = Annotated[
 EvaluatorOption = Annotated[
     list[str] | None,
     typer.Option(help="Evaluator: knn, linear_probe, ... (see synthgen schema evaluate.evaluators); repeatable."),
+]
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        help="Filter: blank, unsafe, unmasked, duplicate or clip; repeatable.  [default: all but clip]",
+    ),
 ]
 PlannedPromptsOption = Annotated[
     str | None, typer.Option(help="Plan `synthgen generate` on this prompt file (instead of a pipeline file).")

@@ -29,6 +29,7 @@ _PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
     "attend.backbone": (Registry("synthgen.backbones"), ("device",)),
     "generate.backbone": (Registry("synthgen.backbones"), ("device",)),
     "masks.refine": (Registry("synthgen.refiners"), ()),
+    "filter.filters": (Registry("synthgen.filters"), ()),
     "pretrain.method": (Registry("synthgen.methods"), ("encoder",)),
     "evaluate.evaluators": (Registry("synthgen.evaluators"), ()),
     "engine": (Registry("synthgen.engines"), ()),

@@ -1,4 +1,4 @@
-"""Which sample lies in which shard: a function of the run's seed and of what its done marks count."""
+"""Which sample goes into which shard: a function of the run's seed and its done marks."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from synthgen.run import Run, digest
 
 __all__ = ["Shard", "lay_out", "split_again", "split_of"]
 
-_MOST = 10_000  # samples of a unit: a key has four digits for them
+_MAX_SAMPLES = 10_000  # of a unit: a key has four digits for them
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of the plan: what it holds, in order."""
+    """One planned tar: its samples in order."""
 
     split: str  # "train" or "val"
     number: int  # from 0 in each split
-    samples: array[int]  # their keys as numbers, for a worker knows all shards
+    samples: array[int]  # keys as numbers, to save memory: every worker has the list of all shards
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def keys(self) -> list[str]:
-        """The ten digits of each sample."""
+        """The keys of the samples, ten digits each."""
         return [f"{sample:010}" for sample in self.samples]
 
     @property
     def file(self) -> str:
-        """The path of the tar under the shards folder."""
+        """The path of the tar in the shards folder."""
         return f"{self.split}/{self.number:06d}.tar"
 
 
@@ -46,18 +46,25 @@ def lay_out(
     *,
     val_ratio: float,
     shuffle: bool,
+    rejected: Collection[str] = (),
     units: Collection[int] | None = None,
     content: str = "",
 ) -> tuple[Shard, ...]:
-    """Every shard, those of train first. The done marks of the image units are read, and no tar.
+    """Every shard, those of train first. Reads the done marks of the image units, but no tar.
 
-    Of ``units`` alone, where they are given; with ``content``, which is what
-    :func:`~synthgen.stages._units.content_of` said of them, no other images are laid out for them.
+    Args:
+        run: with images.
+        samples_per_shard: the last shard of a split may have fewer.
+        val_ratio: share of the samples that go to val.
+        shuffle: whether units, and the samples of a shard, are put in random order.
+        rejected: the keys of samples to leave out.
+        units: the image units to use; by default all.
+        content: what :func:`~synthgen.stages._units.content_of` returned for them, to detect changes; "": not checked.
 
     Raises:
-        MissingArtifact: there is no image.
+        MissingArtifact: there is no image, or every one is rejected.
         CorruptFile: a done mark counts more samples than a unit can hold.
-        StaleArtifact: the units there are no longer have that content.
+        StaleArtifact: the units no longer have that content.
     """
     found, seen = {}, []
     for unit, mark in run.iter_marks("images"):
@@ -66,13 +73,14 @@ def lay_out(
             seen.append([unit, mark["sha256"]])
     if content and digest(sorted(seen)) != content:
         raise StaleArtifact(
-            f"the images of {run.path} are no longer those that this command began with: another made or deleted some; "
-            "when it has ended, run this one again"
+            f"the images of {run.path} have changed since this command started: another one made or deleted some; "
+            "when that has ended, run this one again"
         )
     splits = {"train": array("Q"), "val": array("Q")}
     for unit in sorted(found, key=lambda unit: _draw(run, "unit", unit) if shuffle else unit):
         for sample in found[unit]:
-            splits[split_of(run, f"{sample:010}", val_ratio)].append(sample)
+            if (key := f"{sample:010}") not in rejected:
+                splits[split_of(run, key, val_ratio)].append(sample)
     shards = []
     for split, samples in splits.items():
         for number, start in enumerate(range(0, len(samples), samples_per_shard)):
@@ -80,39 +88,43 @@ def lay_out(
             if shuffle:
                 chunk = array("Q", sorted(chunk, key=lambda sample: _draw(run, "order", f"{sample:010}")))
             shards.append(Shard(split, number, chunk))
+    if not shards and any(found.values()):
+        raise MissingArtifact(
+            f"every image of {run.path} is rejected; see: synthgen status {shlex.quote(str(run.path))}"
+        )
     if not shards:
         raise MissingArtifact(f"{run.path} has no image to pack; run: {run.remedy('images')}")
     return tuple(shards)
 
 
 def _samples(run: Run, unit: int, mark: Mapping[str, Any]) -> array[int]:
-    """The samples of an image unit, their keys as numbers: as many as its done mark counts, but for those that failed.
+    """The keys of an image unit's samples as numbers, without those that failed, from its done mark.
 
     Raises:
-        CorruptFile: they are more than a unit can hold.
+        CorruptFile: there are more than a unit can hold.
     """
     failed = mark.get("failed")
     failed = failed if isinstance(failed, dict) else {}
     first, count = int(sample_key(unit, 0)), mark["count"] + len(failed)
-    if count > _MOST:
+    if count > _MAX_SAMPLES:
         path = run.tar("images", unit)
         raise CorruptFile(
-            f"the done mark of {path} tells of {count} samples; delete both and run: {run.remedy('images')}"
+            f"the done mark of {path} counts {count} samples; delete both and run: {run.remedy('images')}"
         )
     return array("Q", (sample for sample in range(first, first + count) if f"{sample:010}" not in failed))
 
 
 def split_of(run: Run, key: str, val_ratio: float) -> str:
-    """The split of a sample: "val" for a share of ``val_ratio`` of all, else "train"."""
+    """The split of a sample: "val" with probability ``val_ratio``, else "train"."""
     return "val" if _draw(run, "split", key) < val_ratio * 2**64 else "train"
 
 
 def split_again(run: Run) -> str:
-    """What gives a few images a val split, in words: packed shards keep the split that they have."""
+    """Advice on how to get a val split from few images: the shards must be packed anew."""
     path, folder = shlex.quote(str(run.path)), shlex.quote(str(run.folder("shards")))
     return f"delete {folder} and run: synthgen shards --val-ratio 0.3 --run {path}"
 
 
 def _draw(run: Run, purpose: str, name: str | int) -> int:
-    """A number in [0, 2**64) that depends on the run's seed, the purpose and the name, whatever the numpy version."""
+    """A number in [0, 2**64) that depends only on the run's seed, the purpose and the name."""
     return int.from_bytes(blake2b(f"{run.seed}:{purpose}:{name}".encode(), digest_size=8).digest(), "big")

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,20 @@ from synthgen.card import (
     wids_index,
 )
 from synthgen.columns import Column, unit_of
-from synthgen.errors import CorruptFile, MissingArtifact
+from synthgen.config import check_range
+from synthgen.entries import failure_notes
+from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
-from synthgen.prompt_copy import iter_lines
 from synthgen.records import Report
+from synthgen.rejected import FILTER, count_rejected, read_rejected
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, runtime_field
+from synthgen.stages._classes import classes_of
 from synthgen.stages._layout import Shard, lay_out, split_again
 from synthgen.stages._units import content_of, need_masks
 from synthgen.stores import listing
-from synthgen.stores.tar import TarWriter, read_tar, storage_error, write_bytes, write_json
+from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
 from synthgen.units import checked_mark
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
@@ -55,13 +58,13 @@ _INDEXES = {"train": "index.json", "val": "index-val.json"}  # split → its wid
 class Shards(Stage):
     """Join image, text, masks, label and metadata of each sample, and pack many units into one tar.
 
-    Units are small, so that little is lost when a run dies; training reads best from large tars. A sample's split
-    depends on the run's seed and its key alone. Equal inputs and settings give equal bytes.
+    Units are small, so that a killed run loses little; training reads best from large tars. The split of a sample
+    depends only on the run's seed and its key. Equal inputs and settings give equal bytes.
     """
 
     name: ClassVar = "shards"
-    reads: ClassVar[tuple[str, ...]] = ("images", "masks")
     writes: ClassVar = ("shards",)
+    uses: ClassVar = (FILTER,)
 
     samples_per_shard: int = 1000
     val_ratio: float = 0.05  # share of the samples that go to val; 0: no val split
@@ -70,27 +73,28 @@ class Shards(Stage):
     quality: int = 95  # of jpg and webp, 1 to 100; png is without loss
     masks: bool = True  # False: no mask.png, and the masks stage need not have run
     instances: bool = True  # the json tells the separate objects of a mask apart; False: each mask is one
+    filtered: bool = True  # leave out the samples that the filter stage rejected; without that stage, none
     _units: frozenset[int] | None = runtime_field()  # the image units to pack; later ones go into no shard of this call
     _labels: list[str] | None = runtime_field()  # the classes, so that workers need not read every json
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, not {self.samples_per_shard}")
-        if not 0 <= self.val_ratio < 1:
-            raise ValueError(f"val_ratio must be at least 0 and below 1, not {self.val_ratio}")
+        check_range(ge=1, samples_per_shard=self.samples_per_shard)
+        check_range(ge=0, lt=1, val_ratio=self.val_ratio)
+        check_range(ge=1, le=100, quality=self.quality)
         if self.image_format not in ("jpg", "png", "webp"):
             raise ValueError(f"image_format must be jpg, png or webp, not {self.image_format!r}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be from 1 to 100, not {self.quality}")
-        if not self.masks:
-            object.__setattr__(self, "reads", ("images",))
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Images and masks; with ``masks=false`` images only."""
+        return ("images", "masks") if self.masks else ("images",)
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The content of the units that are there, so that shards of fewer units are not taken for these.
+        """The content of the existing units, so that shards of other units have another fingerprint.
 
         Raises:
-            MissingArtifact: some images have no masks yet.
-            StaleArtifact: a unit was made with other settings than its artifact.
+            MissingArtifact: some images have no masks yet, or were not filtered yet.
+            StaleArtifact: a unit was made with other settings than those of its artifact.
             CorruptFile: see :func:`~synthgen.stages._units.content_of`.
         """
         units = run.units("images")
@@ -98,41 +102,51 @@ class Shards(Stage):
         if self.masks:
             need_masks(run, units, otherwise=", or leave masks out with --set masks=false")
             found["units of masks"] = content_of(run, "masks", units)
+        if rejected := self.rejected(run):
+            found["rejected samples"] = digest(rejected)
         return found
 
+    def rejected(self, run: Run) -> dict[str, str]:
+        """The samples to leave out, each with its reason.
+
+        Raises:
+            MissingArtifact, CorruptFile: see :func:`~synthgen.rejected.read_rejected`.
+        """
+        return read_rejected(run) if self.filtered else {}
+
     def prepare(self, run: Run) -> Self:
-        """Fix which units are packed, and find the classes: for attended images that is one reading of every json.
+        """Fix which units are packed, and list the classes: for attended images this reads every json.
 
         Raises:
             CorruptFile: a label cannot be read.
-            StaleArtifact: the units are no longer those that :meth:`inputs` found.
+            StaleArtifact: the units have changed since :meth:`inputs`.
         """
         stage = self.with_runtime(_units=frozenset(run.units("images")))
         stage.layout(run)
-        return stage.with_runtime(_labels=_classes(run, stage._units))
+        return stage.with_runtime(_labels=classes_of(run, stage._units))
 
     def classes(self, run: Run) -> list[str]:
-        """The labels in the order of their numbers; none where a sample may be without."""
-        return _classes(run, self._units) if self._labels is None else self._labels
+        """The labels in the order of their numbers; none if a sample may have no label."""
+        return classes_of(run, self._units) if self._labels is None else self._labels
 
     def layout(self, run: Run) -> Sequence[Shard]:
-        """Every shard with its samples: reads the done marks of all image units, once for as long as none is added.
+        """Every shard with its samples, from the done marks of all image units; cached until a unit is added.
 
-        In a run that was claimed (see :meth:`Run.claim`) it is the same in every process, whatever comes meanwhile.
+        In a claimed run (see :meth:`Run.claim`) it is the same in every process, even if units are added meanwhile.
 
         Raises:
             MissingArtifact, CorruptFile, StaleArtifact: see :func:`~synthgen.stages._layout.lay_out`.
         """
-        if "shards" in run.claimed:  # which names the content of all units
+        if "shards" in run.claimed:  # its fingerprint covers the content of all units
             return _layout(self, run, run.claimed["shards"]["fingerprint"])
-        return _layout(self, run, digest(sorted(listing(run.folder("images")))))
+        return _layout(self, run, digest([sorted(listing(run.folder("images"))), self.rejected(run)]))
 
     def plan(self, run: Run) -> list[int]:
         """Unit n is the n-th shard of the layout: train first, then val."""
         return list(range(len(self.layout(run))))
 
     def planned(self, run: Run) -> int:
-        """How many shards there are: once they are finished, as ``dataset.json`` says."""
+        """How many shards there are; of finished ones as ``dataset.json`` lists them."""
         try:
             listed = read_json(read_file(run.folder("shards") / "dataset.json"), MAX_BYTES)["shards"]
         except (OSError, ValueError, LookupError, TypeError):
@@ -144,7 +158,7 @@ class Shards(Stage):
         return len(self.layout(run)[unit])
 
     def done(self, run: Run, unit: int) -> bool:
-        """Whether tar, parquet and commit mark of a shard are there with the present settings."""
+        """Whether a shard has its tar, parquet and ``_stats.json``, with the present settings."""
         return _done(run, self.layout(run)[unit], run.artifact("shards")["fingerprint"])
 
     def todo(self, run: Run) -> list[int]:
@@ -158,15 +172,14 @@ class Shards(Stage):
         shards, packer = self.layout(run), Packer(self, run)
 
         def work(unit: int) -> Report:
-            started = time.perf_counter()
             packer.pack(shards[unit], worker.progress.advance)
-            run.tar("shards", unit).with_suffix(".failed.json").unlink(missing_ok=True)
-            return Report(unit, len(shards[unit]), time.perf_counter() - started)
+            run.clear_failure(self, unit)
+            return Report(unit, len(shards[unit]))
 
         yield work
 
     def finish(self, run: Run) -> None:
-        """Write what describes the whole: sizes, wids indexes, ``dataset.json`` and the card."""
+        """Write the files that describe all shards: sizes, wids indexes, ``dataset.json`` and the card."""
         folder = run.folder("shards")
         rows = [_row(run, shard) for shard in self.layout(run)]
         for split, index in _INDEXES.items():
@@ -183,17 +196,19 @@ class Shards(Stage):
                 sum(row["samples"] for row in rows), run.path, self.val_ratio, split_again(run),
             )  # fmt: skip
         write_bytes(folder / "README.md", dataset_card(description).encode())
-        for note in folder.glob("*.failed.json"):  # of a shard that was made since, by a worker that was killed then
-            note.unlink(missing_ok=True)
+        for path in failure_notes(folder):  # a worker was killed before it removed them
+            path.unlink(missing_ok=True)
 
     def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What ``dataset.json`` holds."""
+        """The content of ``dataset.json``."""
         folder = run.folder("shards")
         counted = {split: count_split(folder, [row for row in rows if row["split"] == split]) for split in _INDEXES}
         splits = {split: counts for split, (counts, _) in counted.items() if counts["samples"]}
         prompts = prompt_figures(*(prompts for _, prompts in counted.values()))
         classes = self.classes(run)
         members = [self.image_format, "txt", "json"] + ["mask.png"] * self.masks + ["cls"] * bool(classes)
+        rejected = self.rejected(run)
+        sources = (*self.reads, *([FILTER] if rejected else []))
         return {
             "schema_version": SCHEMA_VERSION,
             "name": run.path.resolve().name,
@@ -202,11 +217,12 @@ class Shards(Stage):
             "made_by": run.artifact("images")["stage"],
             "members": sorted(members),
             "settings": self.settings(),
-            "made_from": {name: run.artifact(name)["settings"] for name in self.reads},
-            "made_with": {name: run.artifact(name).get("versions", {}) for name in self.reads},
+            "made_from": {name: run.artifact(name)["settings"] for name in sources},
+            "made_with": {name: run.artifact(name).get("versions", {}) for name in sources},
             "classes": classes,
             "splits": splits,
             "prompts": prompts,
+            "rejected": count_rejected(rejected.values()),
             "shards": rows,
             "versions": versions(),
         }
@@ -214,12 +230,15 @@ class Shards(Stage):
 
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    claimed = run.claimed.get("shards")
+    claimed, rejected = run.claimed.get("shards"), stage.rejected(run)
+    if claimed and rejected and digest(rejected) != claimed["inputs"].get("rejected samples"):
+        raise StaleArtifact(f"the samples of {run.path} were filtered again since this command started; run it again")
     return lay_out(
         run,
         stage.samples_per_shard,
         val_ratio=stage.val_ratio,
         shuffle=stage.shuffle,
+        rejected=rejected,
         units=stage._units if claimed else None,
         content=claimed["inputs"]["units of images"] if claimed else "",
     )
@@ -229,29 +248,26 @@ def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
 
 
 class Packer:
-    """Writes shards; made once a worker."""
+    """Writes shards; each worker has one."""
 
     def __init__(self, stage: Shards, run: Run) -> None:
         self.stage, self.run = stage, run
         self.fingerprint = run.artifact("shards")["fingerprint"]
         self.source = source_of(run)
-        self.verified: set[tuple[str, int]] = set()  # units that have their sha256: val looks at all of them again
+        self.verified: set[tuple[str, int]] = set()  # units whose sha256 was checked: val reads them all again
         self.classes = {label: number for number, label in enumerate(stage.classes(run))}
 
     def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
-        """Write the tar, its parquet, and last the ``_stats.json`` that says both are whole.
+        """Write the tar, its parquet, and last the ``_stats.json`` that marks both as complete.
 
         Raises:
-            MissingArtifact, CorruptFile: a sample's image or masks are not there, or not readable.
+            MissingArtifact, CorruptFile: a sample's image or masks are missing or damaged.
+            StaleArtifact: another command has given the folder other settings.
             StorageError: the disk is full or the folder may not be written to.
         """
         columns = {name: Column(self.run, name, self.verified) for name in self.stage.reads}
         path = self.run.folder("shards") / shard.file
         mark = path.with_name(f"{path.stem}_stats.json")
-        try:
-            mark.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(mark, error) from error
         started, rows = time.time(), []
         with TarWriter(path) as tar:
             for key in self.words_first(shard.keys, columns):
@@ -259,6 +275,11 @@ class Packer:
                 tar.add(key, members)
                 rows.append(row)
                 tick(1)
+            self.run.keep_settings("shards", self.run.artifact("shards"))
+            try:
+                mark.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error(mark, error) from error
         write_bytes(path.with_suffix(".parquet"), parquet_bytes(rows, masks=self.stage.masks))
         ended = time.time()
         stats = {"count": tar.count, "successes": tar.count, "failed": 0, "status_dict": {"success": tar.count}}
@@ -329,11 +350,11 @@ def _has_all_lists(key: str, columns: Mapping[str, Column]) -> bool:
     return bool(codecs.decode_meta(key, columns["images"].read(key, "json")).get("words"))
 
 
-# -- what shards say of themselves
+# -- descriptions of shards
 
 
 def _stats(run: Run, shard: Shard) -> dict[str, Any] | None:
-    """The commit mark of a shard, or None where it is not done."""
+    """The ``_stats.json`` of a shard, or None if it is not done."""
     path = run.folder("shards") / shard.file
     try:
         return checked_mark(read_json(read_file(path.with_name(f"{path.stem}_stats.json"))))
@@ -354,40 +375,16 @@ def _done(run: Run, shard: Shard, fingerprint: str) -> bool:
 
 def _row(run: Run, shard: Shard) -> dict[str, Any]:
     stats = _stats(run, shard)
-    if stats is None:  # it was there a moment ago
+    if stats is None:  # another command has removed it
         raise MissingArtifact(f"{run.folder('shards') / shard.file} is not finished; run the same command again")
     counts = {"samples": stats["count"], "bytes": stats["bytes"], "sha256": stats["sha256"]}
     return {"file": shard.file, "split": shard.split, **counts}
 
 
 def source_of(run: Run) -> dict[str, str]:
-    """Which backbone made the images (or looked at them), which model it ran, and what may be done with them."""
+    """The backbone and model that made (or attended) the images, and the licence of the images."""
     images = run.artifact("images")
     backbone = images["settings"].get("backbone") or {}
     name, made = str(backbone.get("name", "")), images["stage"] != "attend"
     licence = BACKBONES.load(name).licence if made and name in BACKBONES.names() else _FOREIGN
     return {"backbone": name, "model": str(backbone.get("model") or name), "licence": licence}
-
-
-def _label(data: bytes, path: Path) -> str:
-    try:
-        label = read_json(data)["label"]
-    except (ValueError, LookupError, TypeError):
-        raise CorruptFile(f"the labels in {path} cannot be read; delete it and run the stage that made it") from None
-    return label if isinstance(label, str) else ""
-
-
-def _classes(run: Run, units: Collection[int] | None) -> list[str]:
-    """The labels in the order of the run's prompts (of these units, where there are none); none where one has none."""
-    path = run.path / "prompts.jsonl"
-    if path.is_file():
-        labels = (_label(line, path) for line in iter_lines(path))
-    else:
-        tars = (run.tar("images", unit) for unit in sorted(units or run.units("images")))
-        labels = (_label(members.get("json", b""), tar) for tar in tars for _, members in read_tar(tar, {"json"}))
-    found: dict[str, None] = {}
-    for label in labels:
-        if not label:
-            return []
-        found[label] = None
-    return list(found)
