@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -21,7 +22,7 @@ _MAX_COCO = 2**29  # bytes of a COCO captions file; the largest, of 2017, has 92
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The captions and the label of one image."""
+    """The captions of one image, its words and its label."""
 
     texts: tuple[str, ...] = ()  # none, one or several
     words: tuple[str, ...] = ()  # the words to mask, if they are listed
@@ -56,7 +57,7 @@ def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, 
     """
     readers, kind = {".jsonl": _json_rows, ".csv": _csv_rows, ".json": _coco_rows}, path.suffix.lower()
     if kind not in readers:
-        raise PromptError(f"{path} is no list of captions; give a .jsonl, a .csv, or COCO's captions as .json")
+        raise PromptError(f"{path} is not a list of captions; give a .jsonl, a .csv, or COCO's captions as .json")
     own = folder is not None and kind != ".json" and path.is_relative_to(folder)
     under = path.parent.relative_to(folder).as_posix() if folder and own else "."
     try:
@@ -69,7 +70,7 @@ def iter_listing(path: Path, folder: Path | None = None) -> Iterator[tuple[str, 
     except FileNotFoundError:
         raise MissingArtifact(f"there is no file {path}; give one with --metadata FILE") from None
     except csv.Error as error:
-        quotes = "; put quotes round a whole text and double those within it" if '"' in str(error) else ""
+        quotes = "; put quotes around a whole text and double those within it" if '"' in str(error) else ""
         raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}{quotes}") from None
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PromptError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
@@ -83,7 +84,7 @@ def read_beside(image: Path) -> Caption:
     """
     path = image.with_suffix(".txt")
     if path.exists() and not path.is_file():  # a pipe may never end
-        raise PromptError(f"{path} cannot be read: it is no plain file")
+        raise PromptError(f"{path} cannot be read: it is not a regular file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)
@@ -104,7 +105,7 @@ def inside(name: Any) -> PurePosixPath:
         ValueError: ``name`` is not a file name, or leads outside the folder.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ValueError("there is no text under 'file_name'")
+        raise ValueError("'file_name' must be the name of a file")
     path = PurePosixPath(name.replace("\\", "/"))
     if (
         not path.parts
@@ -125,7 +126,7 @@ def _caption(row: Mapping[str, Any]) -> Caption:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("the caption must be a text")
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError("'words' must be a list of words that stand in the caption")
+        raise ValueError("'words' must be a list of words of the caption")
     if label is not None and not isinstance(label, str | int):
         raise ValueError("'label' must be a text or a whole number")
     stripped = (" ".join(visible(text).split()) for text in texts)
@@ -141,9 +142,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = read_json(line)
+            row = read_json(line, unique_keys=True)
         except ValueError as error:
-            raise PromptError(f"{path}, line {number}: not JSON: {error}") from None
+            raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise PromptError(f"{path}, line {number}: expected an object with file_name and text")
         yield f"line {number}", row
@@ -156,19 +157,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         columns.pop()
     rows.fieldnames = columns
     if "file_name" not in columns:
-        raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns, parted by commas")
+        raise PromptError(f"{path} has no column 'file_name'; its first line must name the columns, with commas")
     if twice := next((name for name in ("file_name", *TEXT_KEYS, "words", "label") if columns.count(name) > 1), None):
         raise PromptError(f"{path} has two columns {twice!r}; keep one")
     others = [name for name in columns if name and name != "file_name"]
     if others and not {*TEXT_KEYS, "label"} & {*others}:  # file_name alone just selects the images
         raise PromptError(
             f"{path} has no column 'text', 'caption', 'prompt' or 'label', but {shortened(', '.join(others))}; name "
-            "that of the captions 'text', or leave 'file_name' alone where there are none"
+            "the column of the captions 'text', or keep only 'file_name' if there are none"
         )
     for row in rows:
         where, more = f"line {rows.line_num}", row.pop(None, ())
         if any(field.strip() for field in more):
-            raise PromptError(f"{path}, {where}: it has more fields than columns; put quotes round a text with commas")
+            raise PromptError(f"{path}, {where}: it has more fields than columns; put quotes around a text with commas")
         listed = [word.strip() for word in (row.get("words") or "").split(";")]
         yield where, {**row, "words": [word for word in listed if word]}
 
@@ -178,7 +179,10 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     images, annotations = (_rows(path, content, name) for name in ("images", "annotations"))
     captions = [row for row in annotations if "caption" in row]
     if not captions:
-        raise PromptError(f"{path} holds no captions; of COCO's files give captions_*.json")
+        raise PromptError(f"{path} has no captions; of COCO's files, give captions_*.json")
+    ids = Counter(str(image.get("id")) for image in images)
+    if twice := next((name for name, count in ids.items() if count > 1), None):
+        raise PromptError(f"{path} has two images with the id {shortened(twice)}; captions name images by their id")
     texts: dict[str, list[Any]] = {}
     for row in sorted(captions, key=lambda row: row["id"] if isinstance(row.get("id"), int) else 0):
         texts.setdefault(str(row.get("image_id")), []).append(row["caption"])

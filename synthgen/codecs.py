@@ -79,16 +79,18 @@ def prompt_from_json(value: Mapping[str, Any]) -> Prompt:
     text, words, label = value["prompt"], _texts(value["words"], "words"), value["label"] or None
     spans = tuple((operator.index(start), operator.index(stop)) for start, stop in value["spans"])
     if not isinstance(text, str) or not isinstance(label, str | None):
-        raise ValueError("its prompt or its label is no text")
+        raise ValueError("its prompt or label is not a text")
     return Prompt(text, words, spans, label)
 
 
 def encode_image(generation: Generation) -> dict[str, bytes]:
-    """The image as PNG, and its prompt, seed, warnings and source as JSON."""
+    """The image as PNG, and its prompt, seed, warnings, source and words that were cut off as JSON."""
     request = generation.request
     meta = {**prompt_to_json(request.prompt), "seed": request.seed, "warnings": list(generation.warnings)}
     if request.source:
         meta["source"] = request.source
+    if generation.words_cut_off:
+        meta["words_cut_off"] = list(generation.words_cut_off)
     return {"png": encode_png(generation.image), "json": _json(meta)}
 
 
@@ -125,7 +127,7 @@ def decode_maps(key: str, members: Members, words: tuple[str, ...]) -> Maps:
         if len(weights) != len(words):
             raise ValueError(f"{len(weights)} maps for {len(words)} words")
         if weights.shape[1:] != affinity.shape[1:]:
-            raise ValueError(f"its weights lie on another grid {weights.shape[1:]} than its affinity")
+            raise ValueError(f"its weights have the grid {weights.shape[1:]}, its affinity {affinity.shape[1:]}")
         maps = Maps(words, weights, affinity)
     except _UNREADABLE as error:
         raise _corrupt(key, "maps", error) from None
@@ -139,7 +141,8 @@ def decode_generation(key: str, image: Members, maps: Members) -> Generation:
         CorruptFile: a member is missing or unreadable.
     """
     request, pixels, warnings = decode_image(key, image)
-    return Generation(request, pixels, decode_maps(key, maps, request.prompt.words), warnings)
+    cut_off = decode_meta(key, image)["words_cut_off"]
+    return Generation(request, pixels, decode_maps(key, maps, request.prompt.words), warnings, words_cut_off=cut_off)
 
 
 def encode_masks(masks: WordMasks) -> dict[str, bytes]:
@@ -154,7 +157,7 @@ def encode_masks(masks: WordMasks) -> dict[str, bytes]:
 
 
 def decode_masks(key: str, members: Members) -> WordMasks:
-    """The inverse of :func:`encode_masks`; measures that are absent, as in older runs, are None.
+    """The inverse of :func:`encode_masks`.
 
     Raises:
         CorruptFile: a member is missing or unreadable.
@@ -166,8 +169,9 @@ def decode_masks(key: str, members: Members) -> WordMasks:
         labels, scores = arrays["labels"], arrays["scores"]
         if len(scores) != len(words) or len(dropped) not in (0, len(words)):
             raise ValueError(f"{len(scores)} scores and {len(dropped)} reasons for {len(words)} words")
-        measured = [_measured(meta.get("masks"), name, len(words)) for name in _MEASURED]
-        return WordMasks(words, labels_to_masks(labels, len(words)), scores, dropped, *measured)
+        values = labels_to_masks(labels, len(words))
+        measured = [_measured(meta["masks"], name, len(words)) for name in _MEASURED]
+        return WordMasks(words, values, scores, dropped, *measured)
     except _UNREADABLE as error:
         raise _corrupt(key, "masks", error) from None
 
@@ -226,16 +230,16 @@ def read_npz(data: bytes, **wanted: tuple[type[np.generic], int]) -> dict[str, S
         for name, (kind, axes) in wanted.items():
             entry = archive.getinfo(f"{name}.npy")
             if entry.file_size > _MAX_ARRAY or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} is larger than {_MAX_ARRAY:,} bytes, or packed as numpy does not")
+                raise ValueError(f"{name} is larger than {_MAX_ARRAY:,} bytes, or compressed as numpy never does")
             with archive.open(entry) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
-                    raise ValueError(f"{name} is of another version of numpy's format")
+                    raise ValueError(f"{name} is in another version of numpy's format")
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
                 body = file.read(entry.file_size)
             if dtype != kind or len(shape) != axes or min(shape) < 0:
-                raise ValueError(f"{name} is {dtype} of {len(shape)} axes, not {np.dtype(kind)} of {axes}")
+                raise ValueError(f"{name} is {dtype} with {len(shape)} axes, not {np.dtype(kind)} with {axes}")
             if math.prod(shape) * dtype.itemsize != len(body):
-                raise ValueError(f"{name} says that it is of shape {shape}, and has {len(body)} bytes")
+                raise ValueError(f"{name} says that its shape is {shape}, but has {len(body)} bytes")
             array = np.frombuffer(body, dtype)
             found[name] = np.array(array.reshape(shape[::-1]).T if fortran else array.reshape(shape))  # a writable copy
     return found
@@ -249,23 +253,22 @@ def _npz(**arrays: Shaped[np.ndarray, "..."]) -> bytes:
 
 def _measured(described: Any, name: str, num_words: int) -> Float32[np.ndarray, " words"] | None:
     """A measure of each mask from its description; None if it was not measured."""
-    if described is None:
-        return None
     if not isinstance(described, list) or len(described) != num_words:
         raise ValueError(f"its masks are not {num_words} descriptions")
-    figures = [mask[name] for mask in described]
-    return None if UNKNOWN in figures else np.array([float(figure) for figure in figures], np.float32)
+    values = [mask[name] for mask in described]
+    return None if UNKNOWN in values else np.array([float(value) for value in values], np.float32)
 
 
 def decode_meta(key: str, members: Members) -> dict[str, Any]:
-    """The json of a sample as plain data, for callers that need only a few of its values.
+    """The json of a sample as plain data, for callers that need only a few of its values; ``words`` always exists.
 
     Raises:
-        CorruptFile: it is missing or not a JSON object, or it has ``words`` that are not a list of texts.
+        CorruptFile: it is missing or not a JSON object, or its words are not a list of texts.
     """
     try:
         meta = _object(members["json"])
-        _texts(meta.get("words", []), "words")
+        for name in ("words", "words_cut_off"):
+            meta[name] = _texts(meta.get(name, []), name)
         return meta
     except _UNREADABLE as error:
         raise _corrupt(key, "json", error) from None
@@ -280,7 +283,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"its {name} are no list of texts")
+        raise ValueError(f"its {name} are not a list of texts")
     return tuple(value)
 
 

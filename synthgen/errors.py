@@ -1,28 +1,43 @@
-"""Errors that a person can act on: each message says what was wrong, where, and what to do.
+"""User errors: each message says what is wrong, where, and what to do.
 
-The command line prints them in one line. :class:`SynthgenError` and its children end with exit code 2,
-:class:`UnitsFailed` with 3. Anything else is a bug and keeps its traceback.
+The command line prints them in one line and exits with code 2 (:class:`UnitsFailed`: 3). Any other exception is a bug
+and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 from synthgen.redact import redact
 
 
 class SynthgenError(Exception):
-    """Something that the person at the keyboard can put right. Its text never holds a password or token."""
+    """An error that the user can fix. Its text never contains a password or token.
+
+    Args:
+        problem: what is wrong, and where.
+        advice: what to do; the text is both, with a semicolon between. May be part of ``problem`` unless a caller
+            needs the problem alone.
+    """
 
     exit_code = 2
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(*map(redact, (problem, advice) if advice else (problem,)))
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
+    @property
+    def problem(self) -> str:
+        """The text without ``advice``."""
+        return str(self.args[0])
 
 
 class ConfigError(SynthgenError):
-    """A setting is unknown, missing or of the wrong kind."""
+    """A setting is unknown, missing or of the wrong type."""
 
 
 class UnknownName(ConfigError):
@@ -38,23 +53,31 @@ class UnknownName(ConfigError):
 
 
 class PromptError(SynthgenError):
-    """A prompt file cannot be read as one."""
+    """A prompt or caption, or a file of them, cannot be read."""
 
 
 class PipelineError(ConfigError):
-    """A pipeline file does not describe a line that can run."""
+    """A pipeline file does not describe stages that can run."""
 
 
 class MissingArtifact(SynthgenError):
-    """A stage needs what an earlier one has not made yet."""
+    """A stage needs the output of an earlier one, which is missing."""
 
 
 class StaleArtifact(SynthgenError):
-    """A folder was made with other settings, or from other inputs, than those asked for now."""
+    """A folder was made with other settings, or from other inputs, than those given now."""
 
 
 class CorruptFile(SynthgenError):
-    """A tar, or a member of one, cannot be read."""
+    """A tar, or a member of one, cannot be read.
+
+    Args:
+        path: the file, if its checksum is wrong.
+    """
+
+    def __init__(self, problem: str, advice: str = "", *, path: Path | None = None) -> None:
+        super().__init__(problem, advice)
+        self.path = path
 
 
 class MissingDependency(SynthgenError):
@@ -66,7 +89,7 @@ class MissingWeights(SynthgenError):
 
 
 class TooLittleMemory(SynthgenError):
-    """A device cannot hold a model; fewer of them it might."""
+    """A device has too little memory for that many copies of a model; fewer might fit."""
 
 
 class StorageError(SynthgenError):
@@ -80,5 +103,5 @@ class UnitsFailed(SynthgenError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without secrets, in one line of at most 300 characters; its kind where it says nothing."""
+    """The text of an error, without secrets, in one line of at most 300 characters; its type if it has no text."""
     return redact(" ".join(str(error).split()))[:300] or type(error).__name__

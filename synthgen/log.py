@@ -19,26 +19,26 @@ from synthgen.stores.remote import RemotePath
 
 __all__ = ["logged_to"]
 
-_SHARE = 0.05  # largest share of the time spent on uploading to a store, which cannot append
-_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+_UPLOAD_SHARE = 0.05  # largest share of the time to spend on uploads to a store, which cannot append
+_STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class JsonLines(logging.Handler):
-    """Appends a line for each record: time, level, message, host, process, and the fields passed as ``extra``.
+    """Appends a line for each record: time, level, message, host, process id, and the fields passed as ``extra``.
 
-    Each line is one append, so several processes may share a file. A store cannot append, so there each process has a
-    file of its own, which is uploaded now and then, and at the end. Errors of writing a log are ignored: they must not
+    Each line is one append, so several processes may share a file. In a store, which cannot append, each process has a
+    file of its own, uploaded from time to time and at the end. Errors while writing are ignored, so that logging cannot
     stop the work.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.INFO)
-        self._whose = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         if isinstance(path, RemotePath):
-            path = path.with_stem("-".join([path.stem, *map(str, self._whose.values())]))
+            path = path.with_stem("-".join([path.stem, *map(str, self._process.values())]))
         self._file = AppendFile(path)
         self._next = 0.0  # time of the next upload
-        self._busy = False
+        self._writing = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one line."""
@@ -46,13 +46,13 @@ class JsonLines(logging.Handler):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD},
-            **self._whose,
+            **{name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS},
+            **self._process,
         }
         text = json.dumps(redacted(line), ensure_ascii=False, default=lambda value: redact(str(value)))
-        if self._busy:  # the store's client logs the upload of this log
+        if self._writing:  # the store's client logs the upload of this log
             return
-        self._busy = True
+        self._writing = True
         try:
             self._file.add(text)
             if time.monotonic() >= self._next:
@@ -60,7 +60,7 @@ class JsonLines(logging.Handler):
         except (OSError, SynthgenError):
             return
         finally:
-            self._busy = False
+            self._writing = False
 
     def flush(self) -> None:
         """Upload lines that are not in a store yet."""
@@ -68,7 +68,7 @@ class JsonLines(logging.Handler):
         with suppress(SynthgenError):
             self._file.flush()
         ended = time.monotonic()
-        self._next = ended + (ended - started) / _SHARE
+        self._next = ended + (ended - started) / _UPLOAD_SHARE
 
 
 @contextmanager

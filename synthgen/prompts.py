@@ -128,7 +128,7 @@ def survey_prompts(path: str | Path, template: str | Path | None = None, *, most
 def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that contain a prompt, with their numbers."""
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):  # each line would become a prompt unparsed
-        raise PromptError(f"{path}: prompts come from a .txt file (a line each) or a .jsonl file (an object each)")
+        raise PromptError(f"{path}: prompts come from a .txt file (one per line) or a .jsonl file (an object per line)")
     found = False
     for number, line in _lines(path, "prompt file", "--prompts"):
         if line.startswith("#") and not _is_json(path):
@@ -136,7 +136,7 @@ def _prompt_lines(path: Path) -> Iterator[tuple[int, str]]:
         found = True
         yield number, line
     if not found:
-        raise PromptError(f"{path} holds no prompt; write one a line, such as: a photo of a [dog] in a park")
+        raise PromptError(f"{path} holds no prompt; write one per line, such as: a photo of a [dog] in a park")
 
 
 def _parsed(path: Path) -> Iterator[Prompt]:
@@ -146,7 +146,7 @@ def _parsed(path: Path) -> Iterator[Prompt]:
 def _parse(path: Path, number: int, line: str) -> Prompt:
     try:
         if not _is_json(path) and is_object(line):
-            raise ValueError("it is a JSON object, and this is a file of plain text; name the file .jsonl")
+            raise ValueError("it is a JSON object in a file of plain text; name the file .jsonl")
         return _within_bounds(_parse_json(line) if _is_json(path) else parse_line(line))
     except ValueError as error:
         raise PromptError(f"{path}, line {number}: {error}") from None
@@ -176,7 +176,7 @@ def read_templates(path: str | Path) -> list[str]:
             )
         templates.append(line)
     if not templates:
-        raise PromptError(f"{path} holds no template; write one a line, such as: a photo of a {{}} in a park")
+        raise PromptError(f"{path} holds no template; write one per line, such as: a photo of a {{}} in a park")
     return templates
 
 
@@ -192,7 +192,7 @@ def parse_line(line: str) -> Prompt:
     for piece in _BRACKETS.split(line):
         if piece == "[":
             if start is not None:
-                raise ValueError("a '[' stands inside brackets; close the first with ']'")
+                raise ValueError("a '[' is inside brackets; close the first with ']'")
             start = len(text)
         elif piece == "]":
             if start is None:
@@ -221,9 +221,9 @@ def _parse_json(line: str) -> Prompt:
     brackets in ``prompt`` count, as in a text file.
     """
     try:
-        row = read_json(line)
+        row = read_json(line, unique_keys=True)
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError("expected an object with a text under 'prompt'")
     unknown = sorted(set(row) - {"prompt", "words", "label"})
@@ -240,7 +240,7 @@ def _parse_json(line: str) -> Prompt:
         spans = find_words(text, [visible(word) for word in words])
         prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
     else:
-        raise ValueError("'words' must be a list of words that stand in the prompt")
+        raise ValueError("'words' must be a list of words of the prompt")
     return Prompt(prompt.text, prompt.words, prompt.spans, prompt.label if label is None else visible(str(label)))
 
 
@@ -275,7 +275,7 @@ def find_words(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
         else:
             return [found[number] for number in range(len(named))]
     word, prompt = shortened(words[number]), shortened(text)
-    raise ValueError(f"the word {word!r} does not stand in the prompt {prompt!r} (or not so often)")
+    raise ValueError(f"the word {word!r} is not in the prompt {prompt!r} (or not that often)")
 
 
 def _free_place(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from synthgen.records import Prompt
 
-__all__ = ["PromptTokenizer", "WordTokens", "locate_in_encoders", "locate_words", "words_cut_off"]
+__all__ = ["PromptTokenizer", "WordTokens", "locate_in_encoders", "locate_words"]
 
 _WHOLE = 100_000  # more tokens than any prompt has: tokenize all of it, then apply the limit of the pipeline
 
@@ -29,15 +29,15 @@ class WordTokens:
     """The token positions of a prompt's words in the text that is attended to."""
 
     positions: tuple[tuple[int, ...], ...]  # one tuple per word, empty if the word was cut off
-    warnings: tuple[str, ...]  # for the user, such as a prompt that was cut
+    warnings: tuple[str, ...]  # for the user: where a prompt was cut off, and which of its words have no mask
 
 
 def locate_in_encoders(encoders: Sequence[PromptTokenizer], prompt: Prompt) -> WordTokens:
     """Find the tokens of each marked word of ``prompt`` in all text encoders of a model.
 
     Encoders with the same start (Stable Diffusion XL's two) share positions; if they split a word differently, the
-    positions of both count. A word is cut off if no encoder reads it; each such word has its own warning, also the
-    second of two equal words.
+    positions of both count. A word is cut off if no encoder reads it; each such word has a warning, also the second
+    of two equal words.
 
     Raises:
         ValueError: a tokenizer provides no offsets (a slow one).
@@ -47,28 +47,21 @@ def locate_in_encoders(encoders: Sequence[PromptTokenizer], prompt: Prompt) -> W
     for k in range(len(prompt.words)):
         places = {encoder.start + at for encoder, one in zip(encoders, found, strict=True) for at in one.positions[k]}
         positions.append(tuple(sorted(places)))
-    of_words = {_cut_off(word) for word in prompt.words}
-    others = [*dict.fromkeys(warning for one in found for warning in one.warnings if warning not in of_words)]
-    lost = [_cut_off(word) for word, places in zip(prompt.words, positions, strict=True) if not places]
-    return WordTokens(tuple(positions), (*others[:1], *lost, *others[1:]))
-
-
-def words_cut_off(warnings: Iterable[str]) -> list[str]:
-    """The marked words of a sample that every text encoder cut off, from its warnings."""
-    found = (re.fullmatch(r"the word ['\"](.*)['\"] is cut off and has no mask", warning) for warning in warnings)
-    return [match[1] for match in found if match]
-
-
-def _cut_off(word: str) -> str:
-    return f'the word "{word}" is cut off and has no mask'
+    warnings = [*dict.fromkeys(warning for one in found for warning in one.warnings)]
+    warnings += [
+        f'the word "{word}" is cut off and has no mask'
+        for word, places in zip(prompt.words, positions, strict=True)
+        if not places
+    ]
+    return WordTokens(tuple(positions), tuple(warnings))
 
 
 def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> WordTokens:
     """Find the tokens of each marked word of ``prompt``, as the pipeline will tokenize it.
 
-    The prompt is cut at ``length`` tokens, by default the tokenizer's own. Start, end and padding tokens are never
-    counted. Positions come from the tokenizer's character offsets, so any script, words of many tokens, and the second
-    of two equal words are handled. A learned embedding of several vectors counts as as many tokens.
+    The prompt is cut at ``length`` tokens, by default the tokenizer's own limit, with a warning. Start, end and padding
+    tokens are never counted. Positions come from the tokenizer's character offsets, so any script, words of many
+    tokens, and the second of two equal words are handled. A learned embedding of several vectors is as many tokens.
 
     Raises:
         ValueError: the tokenizer provides no offsets (a slow one).
@@ -79,27 +72,23 @@ def locate_words(tokenizer: Any, prompt: Prompt, length: int | None = None) -> W
     text, spans = _expanded(tokenizer, prompt)
     encoded = tokenizer(text, truncation=True, max_length=_WHOLE, return_offsets_mapping=True)
     offsets: Sequence[tuple[int, int]] = encoded["offset_mapping"]
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # not the unknown token, which may well be a word
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # not the unknown token, which may well be a word
     spelled = [
         (position, first, last)
         for position, (first, last) in enumerate(offsets)
-        if last > first and encoded["input_ids"][position] not in marks
+        if last > first and encoded["input_ids"][position] not in special
     ]
     cut = len(offsets) > limit
     kept = [token for token in spelled if token[0] < limit - 1] if cut else spelled  # the last place is the end token
     reached = max((last for _, _, last in kept), default=0)
-    warnings = []
-    if cut:
-        rest = text[reached:].strip()
-        warnings.append(f"the prompt is longer than the {limit} tokens the model reads; left out: {rest!r}")
-    positions = []
-    for word, (start, stop) in zip(prompt.words, spans, strict=True):
-        found = tuple(position for position, first, last in kept if first < stop and last > start)
-        if cut and stop > reached:
-            warnings.append(_cut_off(word))
-            found = ()
-        positions.append(found)
-    return WordTokens(tuple(positions), tuple(warnings))
+    too_long = f"the prompt is longer than the {limit} tokens the model reads; left out: {text[reached:].strip()!r}"
+    positions = [
+        ()
+        if cut and stop > reached
+        else tuple(position for position, first, last in kept if first < stop and last > start)
+        for start, stop in spans
+    ]
+    return WordTokens(tuple(positions), (too_long,) if cut else ())
 
 
 def _expanded(tokenizer: Any, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:

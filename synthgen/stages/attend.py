@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,24 +21,23 @@ from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_k
 from synthgen.run import Run, digest
 from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import images_of, least_of_pair, warn_of_fewer
+from synthgen.stages._units import least_of_pair, num_images, warn_of_fewer
+from synthgen.untrusted import MAX_WORDS
 
 if TYPE_CHECKING:
     from synthgen.datasets import ImageDataset
 
 __all__ = ["Attend"]
 
-_MAX_WORDS = 255  # the most values of a label image
-_LONGEST = 2.0  # the largest aspect ratio at which the network processes an image
-_ADVICE = re.compile(r"; (?:delete|get|give|name) .*", re.DOTALL)  # how to repair a sample: the run would refuse it
+_MAX_ASPECT = 2.0  # the largest aspect ratio at which the network processes an image
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """An image in the two sizes that are needed of it, so that a photo is not kept at its own."""
+    """An image in the two sizes that are needed, so that a large photo is not kept in memory."""
 
     request: Request
-    seen: UInt8[np.ndarray, "h w 3"]  # what the network sees
+    model_input: UInt8[np.ndarray, "h w 3"]
     stored: UInt8[np.ndarray, "H W 3"]
     failed: str = ""  # why there is no image; empty: there is one
 
@@ -115,8 +113,8 @@ class Attend(Stage):
         _dataset.cache_clear()  # captions may have changed since an earlier call in this process
         samples = self._samples()
         if isinstance(samples, CaptionedFolder):
-            captions = [[one.texts, one.words, samples.label(number)] for number, one in enumerate(samples.said)]
-            found["captions"] = digest(captions)
+            numbers = range(len(samples))
+            found["captions"] = digest([[samples.captions(n), samples.marked(n), samples.label(n)] for n in numbers])
         return found
 
     def check_sources(self, run: Run) -> None:
@@ -139,7 +137,7 @@ class Attend(Stage):
         warn_of_fewer(self, run)
         samples, first = self._samples(), None
         is_folder = isinstance(samples, CaptionedFolder)
-        for number in range(self.asked(run)):
+        for number in range(self.num_samples(run)):
             try:
                 prompt_of(samples, number, self.caption)
                 if not is_folder:
@@ -156,11 +154,11 @@ class Attend(Stage):
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(-(-self.asked(run) // self.unit_size)))
+        return list(range(-(-self.num_samples(run) // self.unit_size)))
 
     def size(self, run: Run, unit: int) -> int:
         """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
-        return min(self.unit_size, images_of(self, run) - unit * self.unit_size)
+        return min(self.unit_size, num_images(self, run) - unit * self.unit_size)
 
     def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
         """See :func:`~synthgen.stages._units.least_of_pair`."""
@@ -176,7 +174,7 @@ class Attend(Stage):
         def window(unit: int, rows: range, unreadable: set[str]) -> list[Generation]:
             pictures = [self.read(run, unit, row, backbone) for row in rows]
             unreadable |= {one.request.key for one in pictures if one.failed}
-            return self.look(backbone, pictures)
+            return self.record(backbone, pictures)
 
         def batches(unit: int, unreadable: set[str]) -> Iterator[list[Generation]]:
             total, step = self.size(run, unit), self.window * self.batch_size
@@ -198,29 +196,28 @@ class Attend(Stage):
             image = samples[number].image
             request = replace(request, prompt=prompt_of(samples, number, self.caption))
         except (CorruptFile, PromptError) as error:
-            reason = _ADVICE.sub("", str(error))
             nothing = np.zeros((1, 1, 3), np.uint8)
-            return _Picture(request, nothing, nothing, failed=reason)
-        return _Picture(request, resize(image, self.seen_size(image, backbone)), shrunk(image, self.max_side))
+            return _Picture(request, nothing, nothing, failed=error.problem)  # no advice: the run keeps to its files
+        return _Picture(request, resize(image, self.input_size(image, backbone)), shrunk(image, self.max_side))
 
-    def look(self, backbone: Backbone, pictures: Sequence[_Picture]) -> list[Generation]:
-        """The same generations in the same order, with maps; images of one shape share batches."""
-        made = [Generation(one.request, one.stored, _nothing(), failed=one.failed) for one in pictures]
+    def record(self, backbone: Backbone, pictures: Sequence[_Picture]) -> list[Generation]:
+        """The images with their maps, in the same order; images of one shape share batches."""
+        made = [Generation(one.request, one.stored, _no_maps(), failed=one.failed) for one in pictures]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for place, one in enumerate(pictures):
             if not one.failed:
-                shapes.setdefault(one.seen.shape, []).append(place)
+                shapes.setdefault(one.model_input.shape, []).append(place)
         for places in shapes.values():
             for start in range(0, len(places), self.batch_size):
                 few = places[start : start + self.batch_size]
-                pixels = np.stack([pictures[place].seen for place in few])
+                pixels = np.stack([pictures[place].model_input for place in few])
                 requests = [pictures[place].request for place in few]
                 records = backbone.attend(pixels, requests, self.timesteps, self.inversion_steps)
                 for place, record in zip(few, records, strict=True):
                     made[place] = replace(record, image=pictures[place].stored)
         return made
 
-    def seen_size(self, image: UInt8[np.ndarray, "H W 3"], backbone: Backbone) -> tuple[int, int]:
+    def input_size(self, image: UInt8[np.ndarray, "H W 3"], backbone: Backbone) -> tuple[int, int]:
         """Height and width, in pixels, at which the network processes an image."""
         if self.fit == "stretch":
             return backbone.size
@@ -229,7 +226,7 @@ class Attend(Stage):
     def _samples(self) -> ImageDataset:
         return _dataset(self.images, self.metadata)
 
-    def asked(self, run: Run) -> int:
+    def num_samples(self, run: Run) -> int:
         """Images in all."""
         total = len(self._samples())
         return min(total, self.limit) if self.limit else total
@@ -243,10 +240,11 @@ def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
     """
     from synthgen.captions import LONGEST
 
-    text, label = next(iter(samples.captions(number)), ""), samples.label(number)
+    name, label = f"sample {samples.key(number)}", samples.label(number)
+    text = next(iter(samples.captions(number)), "")
+    if not text:
+        return _from_template(name, template, label)
     try:
-        if not text:
-            return _from_template(template, label)
         if len(text) > LONGEST:
             raise ValueError(f"its caption has {len(text)} characters or more; {LONGEST} are the most")
         if words := samples.marked(number):
@@ -254,27 +252,29 @@ def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
             prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
         else:
             prompt = parse_line(text)
-        if len(prompt.words) > _MAX_WORDS:
-            raise ValueError(
-                f"its caption asks for {len(prompt.words)} masks; {_MAX_WORDS} are the most, so mark fewer"
-            )
+        if len(prompt.words) > MAX_WORDS:
+            raise ValueError(f"its caption asks for {len(prompt.words)} masks; {MAX_WORDS} are the most, so mark fewer")
     except ValueError as error:
-        raise PromptError(f"sample {samples.key(number)}: {error}") from None
+        raise PromptError(f"{name}: {error}") from None
     return replace(prompt, label=label or prompt.label)
 
 
-def _from_template(template: str, label: str | None) -> Prompt:
+def _from_template(name: str, template: str, label: str | None) -> Prompt:
+    """The prompt of an image without a caption; ``name`` is that of the sample."""
     if not template:
-        raise ValueError(
-            "it has no caption; give it a txt (a member of its tar, or a file next to it), or a row in metadata.jsonl, "
-            "or one to all that have none with --caption 'a photo of a {label}'"
+        raise PromptError(
+            f"{name}: it has no caption",
+            "give it a txt (a member of its tar, or a file next to it), or a row in metadata.jsonl, or one to all that "
+            "have none with --caption 'a photo of a {label}'",
         )
     if "{label}" not in template:
         return replace(parse_line(template), label=label)
     word = " ".join((label or "").replace("_", " ").split())
     if not word or word.isdecimal():
         known = f"its class is only a number, {word}" if word else "it has neither caption nor class"
-        raise ValueError(f"{known}; name the class by a folder around it, or by label in its json or metadata row")
+        raise PromptError(
+            f"{name}: {known}", "name the class by a folder around it, or by label in its json or metadata row"
+        )
     (prompt,) = expand([Prompt(word, (word,), ((0, len(word)),), label)], [template.replace("{label}", "{}")])
     return prompt
 
@@ -284,7 +284,7 @@ def fitted_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) ->
 
     Proportions beyond 2 : 1 become 2 : 1. An image with the proportions of ``size`` gets exactly ``size``.
     """
-    ratio = min(max(shape[1] / shape[0], 1 / _LONGEST), _LONGEST)
+    ratio = min(max(shape[1] / shape[0], 1 / _MAX_ASPECT), _MAX_ASPECT)
     if math.isclose(ratio, size[1] / size[0]):
         return size
     height = math.sqrt(size[0] * size[1] / ratio)
@@ -301,7 +301,7 @@ def shrunk(image: UInt8[np.ndarray, "H W 3"], max_side: int) -> UInt8[np.ndarray
     return resize(image, (height, width))
 
 
-def _nothing() -> Maps:
+def _no_maps() -> Maps:
     return Maps((), np.zeros((0, 1, 1), np.float16), np.zeros((0, 1, 1), np.float16))
 
 

@@ -1,17 +1,19 @@
-"""The progress of each artifact of a run, from its done marks and the run's manifest."""
+"""The progress of each artifact of a run, from its done marks and its settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from synthgen.config import build
+from synthgen.entries import FAILED
 from synthgen.run import Run
-from synthgen.stages import STAGES, Stage
+from synthgen.stages import STAGES
 from synthgen.status.reading import is_number, read_object, read_objects
 from synthgen.stores import listing
 from synthgen.units import rows_of
@@ -35,6 +37,7 @@ class ArtifactStatus:
     bytes: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)  # unit → reason
+    damaged: dict[int, str] = field(default_factory=dict)  # failed unit → file of an earlier stage that is damaged
     left_out: dict[str, str] = field(default_factory=dict)  # key → reason, of the first few samples that were left out
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class ArtifactStatus:
         return self.samples / self.seconds if self.seconds else 0.0
 
 
-Hear = Callable[[str, Mapping[str, Any]], None]  # called with the stem of a done file, such as "000012", and its mark
+OnMark = Callable[[str, Mapping[str, Any]], None]  # called with the stem of a done mark, such as "000012", and the mark
 
 
 def artifact_status(
@@ -54,21 +57,20 @@ def artifact_status(
     entry: Mapping[str, Any],
     earlier: Mapping[str, ArtifactStatus],
     problems: list[str],
-    hear: Hear = lambda stem, mark: None,
+    on_mark: OnMark = lambda stem, mark: None,
 ) -> ArtifactStatus:
-    """The progress of an artifact. ``hear`` is called with each done mark; only one is held at a time."""
+    """The progress of an artifact. ``on_mark`` is called with each done mark; only one is in memory at a time."""
     folder = run.folder(name)
     files = listing(folder)
-    failures = {}
-    for file in sorted(files):
-        if (unit := file.removesuffix(".failed.json")).isdecimal() and unit != file:
-            failures[int(unit)] = str(read_object(folder / file, problems).get("error", "no reason was recorded"))
-    sums = _Sums()
+    failures, damaged = dict[int, str](), dict[int, str]()
+    for unit in _numbers(files, FAILED):
+        failure = read_object(folder / f"{unit}{FAILED}", problems)
+        failures[int(unit)] = str(failure.get("error", "no reason was recorded"))
+        if failure.get("damaged"):
+            damaged[int(unit)] = str(failure["damaged"])
     known = {f"{unit:06d}" for unit in failures}
-    stage = _stage_of(entry)
-    least = _least(
-        run, name, stage, [int(file[:-5]) for file in files if file.endswith(".json") and file[:-5].isdecimal()]
-    )
+    planned, least = _plan(run, name, entry, [int(unit) for unit in _numbers(files, ".json")])
+    sums = _Sums()
     for stem, length, mark in _marks(folder, files, problems):
         known.add(stem)
         if length is not None and _is_done(length, mark, entry):
@@ -76,8 +78,7 @@ def artifact_status(
             sums.add(mark, is_whole)
             if stem.isdecimal() and is_whole:
                 failures.pop(int(stem), None)  # done by a later attempt
-            hear(stem, mark)
-    planned = _planned(run, stage)
+            on_mark(stem, mark)
     if planned is None:  # a stage mostly has as many units as its inputs
         inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
         planned = max([len(known), *inputs])
@@ -91,6 +92,7 @@ def artifact_status(
         sums.bytes,
         sums.notes,
         failures,
+        {unit: path for unit, path in damaged.items() if unit in failures},
         sums.left_out,
         dict(entry.get("settings") or {}),
         dict(entry.get("versions") or {}),
@@ -128,15 +130,23 @@ def _marks(
 
     ``000012.json`` marks a unit, ``train/000012_stats.json`` a shard and ``done.json`` a training.
     """
-    names = [name for name in sorted(files) if name == "done.json" or (name.endswith(".json") and name[:-5].isdigit())]
-    for name, mark in read_objects(folder, names, problems):
-        whole = "encoder.safetensors" if name == "done.json" else f"{name[:-5]}.tar"
-        yield f"{0:06d}" if name == "done.json" else name[:-5], files.get(whole), mark
+    if "done.json" in files:
+        yield f"{0:06d}", files.get("encoder.safetensors"), read_object(folder / "done.json", problems)
+    for name, mark in read_objects(folder, [f"{unit}.json" for unit in _numbers(files, ".json")], problems):
+        unit = name.removesuffix(".json")
+        yield unit, files.get(f"{unit}.tar"), mark
     for split in _SPLITS:
         inner = listing(folder / split)
-        names = [name for name in sorted(inner) if name.endswith("_stats.json") and name[:-11].isdigit()]
+        names = [f"{shard}_stats.json" for shard in _numbers(inner, "_stats.json")]
         for name, mark in read_objects(folder / split, names, problems):
-            yield f"{split}/{name[:-11]}", inner.get(f"{name[:-11]}.tar"), mark
+            shard = name.removesuffix("_stats.json")
+            yield f"{split}/{shard}", inner.get(f"{shard}.tar"), mark
+
+
+def _numbers(files: Iterable[str], ending: str) -> list[str]:
+    """The numbers of the files whose names are a number and ``ending``, in order."""
+    stems = (name.removesuffix(ending) for name in files if name.endswith(ending))
+    return sorted(stem for stem in stems if stem.isascii() and stem.isdecimal())
 
 
 def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
@@ -147,26 +157,19 @@ def _is_done(length: int, mark: Mapping[str, Any], entry: Mapping[str, Any]) -> 
     return sane and mark.get("fingerprint") == entry.get("fingerprint") and mark.get("bytes", length) == length
 
 
-def _stage_of(entry: Mapping[str, Any]) -> Stage | None:
-    """The stage that made an artifact, or None if it cannot be rebuilt from the manifest."""
-    try:
-        name = str(entry["stage"])
-        return build(STAGES.load(name), entry["settings"], where=name)
-    except Exception:  # a stage of another version: status must still answer
-        return None
+def _plan(
+    run: Run, artifact: str, entry: Mapping[str, Any], units: Sequence[int]
+) -> tuple[int | None, Mapping[int, int]]:
+    """How many units the stage plans (None if it cannot say), and how many samples each of ``units`` needs.
 
-
-def _planned(run: Run, stage: Stage | None) -> int | None:
-    """How many units the stage plans, or None if nobody can tell."""
-    try:
-        return None if stage is None else stage.planned(run)
-    except Exception:  # a lost input
-        return None
-
-
-def _least(run: Run, artifact: str, stage: Stage | None, units: Sequence[int]) -> Mapping[int, int]:
-    """How many samples each unit must hold to be done (see :meth:`~synthgen.stages.Stage.least`), as far as known."""
-    try:
-        return {} if stage is None else stage.least(run, artifact, units)
-    except Exception:  # a lost input
-        return {}
+    See :meth:`~synthgen.stages.Stage.least`. Any error is ignored: a status is wanted also if an input is lost, or if
+    this installation does not have the stage.
+    """
+    planned: int | None = None
+    least: Mapping[int, int] = {}
+    with suppress(Exception):
+        stage = build(STAGES.load(str(entry["stage"])), entry["settings"], where=str(entry["stage"]))
+        with suppress(Exception):
+            planned = stage.planned(run)
+        least = stage.least(run, artifact, units)
+    return planned, least

@@ -15,8 +15,6 @@ from synthgen.status.reading import is_number, read_object
 
 __all__ = ["Evaluation", "Score", "Training", "evaluations", "training_in"]
 
-_NOT_SCORES = {"settings", "versions", "inputs", "seed", "seconds", "train", "test"}  # of a file without ``scores``
-
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -35,7 +33,7 @@ class Score:
     of: str  # the model, such as "mae" or its baseline "random encoder"
     evaluator: str
     values: dict[str, float]  # the main metric comes first; ``low`` and ``high`` are its interval, NaN without one
-    test: str = ""  # images or true masks that it is of; empty where the file does not say
+    test: str = ""  # the images or true masks of the test; empty if the file does not say
 
     @property
     def main(self) -> tuple[str, float]:
@@ -77,14 +75,12 @@ def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
     found = []
     for path in sorted(run.folder("evaluate").glob("*.json")):
         value = read_object(path, problems)
-        scores = value.get("scores")
-        if not isinstance(scores, dict):
-            scores = {key: item for key, item in value.items() if key not in _NOT_SCORES}
-        warnings, tests = value.get("warnings"), _test_sets(value)
+        scores, warnings, tests = value.get("scores"), value.get("warnings"), _test_sets(value)
+        rows = _score_rows(scores) if isinstance(scores, dict) else ()
         found.append(
             Evaluation(
                 path.stem,
-                tuple(replace(row, test=tests[row.of == "masks"]) for row in _score_rows(scores)),
+                tuple(replace(row, test=tests[row.of == "masks"]) for row in rows),
                 tuple(str(warning) for warning in warnings) if isinstance(warnings, list) else (),
                 float(value["seconds"]) if is_number(value.get("seconds")) else 0.0,
             )
@@ -93,7 +89,7 @@ def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:
 
 
 def _test_sets(value: Mapping[str, Any]) -> tuple[str, str]:
-    """What the scores of models are of, and what those of masks are, by the settings of an evaluation."""
+    """The test set of the scores of models, and that of the scores of masks, from the settings of an evaluation."""
     settings = value.get("settings")
     if not isinstance(settings, dict) or not {"test", "truth"} <= settings.keys():
         return "", ""

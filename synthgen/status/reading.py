@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,34 @@ __all__ = ["finite", "is_number", "read_object", "read_objects"]
 
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in a file. An unreadable one is listed in ``problems`` and counts as empty."""
-    return _object(path, lambda: read_file(path), problems)
-
-
-def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same for several files of a folder, read in batches and held one at a time; missing ones come last."""
-    left = dict.fromkeys(names)
-    for name, data in read_many(folder, names, MAX_JSON):
-        del left[name]
-        yield name, _object(folder / name, partial(bytes, data), problems)
-    for name in left:
-        yield name, _object(folder / name, _gone, problems)
-
-
-def _gone() -> bytes:
-    raise ValueError("it is missing or may not be read")
-
-
-def _object(path: Path, content: Callable[[], bytes], problems: list[str]) -> dict[str, Any]:
     try:
-        value = read_json(content(), MAX_BYTES, finite=False)
+        return _parse(read_file(path))
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read ({error}); delete it and run its stage again")
         return {}
+
+
+def read_objects(folder: Path, names: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same for several files of a folder, read in batches; only one is in memory at a time."""
+    unread = dict.fromkeys(names)
+    for name, data in read_many(folder, names, MAX_JSON):
+        try:
+            value = _parse(data)
+        except ValueError:
+            continue
+        del unread[name]
+        yield name, value
+    for name in unread:  # to report the error
+        yield name, read_object(folder / name, problems)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    value = read_json(data, MAX_BYTES, finite=False)
     return value if isinstance(value, dict) else {}
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that fits a float; NaN and infinity count."""
+    """Whether a value is a number that fits a float; NaN and infinity count."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 

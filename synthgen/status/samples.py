@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthgen.attention.words import words_cut_off
 from synthgen.codecs import decode_meta
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
 from synthgen.status.artifacts import FEW
 from synthgen.status.reading import is_number, read_object
-from synthgen.stores import listing
 from synthgen.stores.tar import read_tar
-from synthgen.tallies import CUT_OFF, Tallies, Tally
+from synthgen.tallies import Tallies
 
-__all__ = ["Counted", "Dropped", "Shards", "finished_shards"]
+__all__ = ["Dropped", "MaskCounts", "Shards", "finished_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,78 +35,60 @@ class Dropped:
     key: str
     word: str
     reason: str
+    cut_off: bool = False  # the word never had a mask, as no text encoder reads it
 
 
-class Counted:
-    """Masks by class and by word: from the done marks, or from the tars of units whose marks have no tallies."""
+class MaskCounts:
+    """Masks by class and by word, and the first few words without a mask."""
 
     def __init__(self) -> None:
-        self._tallies = Tallies()
-        self._tallied: set[str] = set()  # names of tars
-        self._first: list[Dropped] = []
-        self._named, self._sources = 0, dict[str, bool]()  # tars to take examples from; whether words were cut off
+        self.tallies = Tallies()
+        self._examples: list[tuple[str, bool]] = []  # tars to take examples from, and whether words were cut off
+        self._num_examples = 0
 
-    def hear(self, unit: str, mark: Mapping[str, Any]) -> None:
-        """Count the tallies in the mark of a unit."""
-        with suppress(ValueError):
-            self._tallies.add(mark.get("tallies"))
-            self._tallied.add(f"{unit}.tar")
-            notes = mark.get("notes") or {}
-            if (lost := notes.get("dropped", 0) + notes.get("words cut off", 0)) and self._named < FEW:
-                self._named += lost
-                self._sources[f"{unit}.tar"] = bool(notes.get("words cut off"))
-
-    def ranked(self, run: Run, problems: list[str]) -> tuple[tuple[Tally, ...], tuple[Tally, ...]]:
-        """Classes and words, most samples first, once all marks have been counted."""
-        folder = run.folder("masks")
-        for name in sorted(listing(folder).keys() - self._tallied):
-            if name.endswith(".tar") and name[:1].isdigit():
-                with _reporting(problems):
-                    for sample in _samples(folder / name, run.folder("images") / name):
-                        self._tallies.count(*sample[1:])
-                        self._name(*sample)
-        return self._tallies.ranked()
+    def add(self, folder: Path, unit: str, mark: Mapping[str, Any], problems: list[str]) -> None:
+        """Add the counts in the done mark of a unit."""
+        try:
+            tallies = Tallies.from_plain(mark.get("tallies"))
+        except ValueError as error:
+            problems.append(
+                f"the tallies in {folder / unit}.json cannot be read ({error}); delete it and make it again"
+            )
+            return
+        self.tallies.add(tallies)
+        dropped = sum(sum(tally.dropped.values()) for tally in tallies.words.values())
+        cut_off = sum(tally.cut_off for tally in tallies.words.values())
+        if dropped + cut_off and self._num_examples < FEW:
+            self._num_examples += dropped + cut_off
+            self._examples.append((f"{unit}.tar", cut_off > 0))
 
     def first_dropped(self, run: Run, problems: list[str]) -> tuple[Dropped, ...]:
-        """The first few words without a mask, once all marks have been counted; read from one or two tars."""
-        for name, cut_off in self._sources.items():
-            with _reporting(problems):
-                for sample in _samples(run.folder("masks") / name, run.folder("images") / name if cut_off else None):
-                    self._name(*sample)
-        return tuple(sorted(self._first, key=lambda one: one.key)[:FEW])
-
-    def _name(self, key: str, label: str, words: Sequence[str], reasons: Sequence[str]) -> None:
-        few = [Dropped(key, word, reason) for word, reason in zip(words, reasons, strict=True) if reason]
-        self._first += few[: max(0, 2 * FEW - len(self._first))]
-
-
-@contextmanager
-def _reporting(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except (SynthgenError, OSError, KeyError, ValueError, TypeError) as error:
-        problems.append(str(error))
+        """The first few words without a mask, once all marks were added; read from one or two tars."""
+        found: list[Dropped] = []
+        for name, cut_off in self._examples:
+            try:
+                found += _without_mask(run.folder("masks") / name)
+                found += _cut_off(run.folder("images") / name) if cut_off else ()
+            except (SynthgenError, OSError) as error:
+                problems.append(str(error))
+        return tuple(sorted(found, key=lambda one: one.key)[:FEW])
 
 
-def _samples(masks: Path, images: Path | None) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """For each sample of a unit its key, class, words, and for each word why it has no mask, or "".
-
-    Without ``images`` neither the class nor words that were cut off are known.
-    """
-    about = {key: _about(members) for key, members in read_tar(images, ("json",))} if images else {}
-    for key, record in [(key, decode_meta(key, members)) for key, members in read_tar(masks, ("json",))]:
-        wanted = [str(word) for word in record.get("words", ())]
-        dropped = record.get("dropped")
-        reasons = [str(reason) for reason in dropped] if isinstance(dropped, list) else []
-        reasons += [""] * (len(wanted) - len(reasons))
-        label, lost = about.get(key, ("", []))
-        yield key, label, wanted + lost, reasons[: len(wanted)] + [CUT_OFF] * len(lost)
+def _without_mask(tar: Path) -> Iterator[Dropped]:
+    """The words of a unit's samples whose masks were dropped."""
+    for key, members in read_tar(tar, ("json",)):
+        meta = decode_meta(key, members)
+        dropped = meta.get("dropped")
+        for word, reason in zip(meta["words"], dropped if isinstance(dropped, list) else (), strict=False):
+            if reason:
+                yield Dropped(key, word, str(reason))
 
 
-def _about(members: Mapping[str, bytes]) -> tuple[str, list[str]]:
-    """The class of a sample, and the words that the text encoder cut off."""
-    meta = decode_meta("", members)
-    return str(meta.get("label") or ""), words_cut_off(str(one) for one in meta.get("warnings") or ())
+def _cut_off(tar: Path) -> Iterator[Dropped]:
+    """The words of a unit's samples that no text encoder reads."""
+    for key, members in read_tar(tar, ("json",)):
+        for word in decode_meta(key, members)["words_cut_off"]:
+            yield Dropped(key, word, "no text encoder reads this far into the prompt", cut_off=True)
 
 
 def finished_shards(run: Run, problems: list[str]) -> Shards | None:

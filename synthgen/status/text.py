@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from synthgen.rejected import FILTER, REJECTED
 from synthgen.run import Run
 from synthgen.status import Evaluation, RunStatus, Tally, evaluations
-from synthgen.tallies import CUT_OFF, kind_of
 from synthgen.text import counted, duration, plain, size, table, wrap
 
 __all__ = ["render", "scores", "short_names"]
@@ -43,9 +43,7 @@ def _blocks(state: RunStatus, whole: bool) -> Iterator[list[str]]:
                     item.name,
                     item.stage,
                     f"{item.done}/{item.planned}" + (f", {len(item.failures)} failed" if item.failures else ""),
-                    f"{item.samples:,}"
-                    if item.samples or not item.done
-                    else "",  # a training has no samples of its own
+                    f"{item.samples:,}" if item.samples or not item.done else "",  # a training has no samples
                     "" if item.name == "maps" else duration(item.seconds),  # measured with images
                     f"{item.rate:.3g}" if item.rate and item.name != "maps" else "",
                     size(item.bytes) if item.bytes else "",
@@ -85,13 +83,9 @@ def _blocks(state: RunStatus, whole: bool) -> Iterator[list[str]]:
 
 
 def _failure_block(state: RunStatus) -> Iterator[list[str]]:
-    reasons: dict[tuple[str, str], set[int]] = {}
-    for artifact in state.artifacts:
-        for unit, reason in artifact.failures.items():
-            reasons.setdefault((artifact.stage, reason), set()).add(unit)
     lines = []
-    for (stage, reason), units in reasons.items():
-        shown = ", ".join(f"{unit:06d}" for unit in sorted(units)[:8]) + (", ..." if len(units) > 8 else "")
+    for (stage, reason), units in state.failures.items():
+        shown = ", ".join(f"{unit:06d}" for unit in units[:8]) + (", ..." if len(units) > 8 else "")
         lines += wrap(f"failed: {stage} {shown}: {reason}")
     yield lines
     yield [line for problem in state.problems for line in wrap(f"problem: {problem}")]
@@ -103,11 +97,16 @@ def _left_out(state: RunStatus) -> Iterator[str]:
         if artifact.left_out:
             for key, reason in artifact.left_out.items():
                 yield from wrap(f"left out: {artifact.stage} {key}: {reason}")
-            all_of = counted(artifact.notes.get("failed samples", len(artifact.left_out)), "samples")
-            yield from wrap(
-                f"left out in total: {all_of}; the reasons are under failed in "
-                f"{state.path}/{artifact.name}/NNNNNN.json, where NNNNNN are the first six digits of the key"
-            )
+            if artifact.name == FILTER:
+                total = sum(artifact.notes.values())
+                listed = f"in {state.path}/{FILTER}/{REJECTED}"
+            else:
+                total = artifact.notes.get("failed samples", len(artifact.left_out))
+                listed = (
+                    f"under failed in {state.path}/{artifact.name}/NNNNNN.json, where NNNNNN are the first six digits "
+                    "of the key"
+                )
+            yield from wrap(f"left out in total: {counted(total, 'samples')}; the reasons are {listed}")
 
 
 def _score_block(evaluations: Sequence[Evaluation], whole: bool) -> list[str]:
@@ -151,21 +150,22 @@ def _mask_block(state: RunStatus) -> Iterator[str]:
     kept += f" ({_reasons(state.dropped)})" if dropped else ""
     yield from wrap(f"{kept}, {cut_off} cut off" if state.words_cut_off else kept)
     for one in state.first_dropped:
-        lost = one.reason == CUT_OFF
-        yield from wrap(
-            f"{one.key} {one.word}: {one.reason}" if lost else f"dropped: {one.key} {one.word}: {one.reason}"
-        )
+        yield from wrap(f"{'cut off' if one.cut_off else 'dropped'}: {one.key} {one.word}: {one.reason}")
     if dropped:
         yield from wrap(
             f"dropped in total: {counted(dropped, 'masks')}; the reasons are under dropped in the json of each sample, "
             f"in {state.path}/masks/NNNNNN.tar"
         )
     if state.words_cut_off:
-        yield from wrap(f"cut off in total: {cut_off}; they are under warnings in {state.path}/images")
+        yield from wrap(
+            f"cut off in total: {cut_off}; they are under words_cut_off in the json of each sample, "
+            f"in {state.path}/images/NNNNNN.tar"
+        )
 
 
-def _reasons(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(dropped.items(), key=lambda item: -item[1]))
+def _reasons(dropped: Mapping[str, int], cut_off: int = 0) -> str:
+    counts = [*sorted(dropped.items(), key=lambda item: -item[1]), *([("cut off", cut_off)] if cut_off else [])]
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts)
 
 
 def _tally_block(kind: str, tallies: Sequence[Tally], whole: bool) -> list[str]:
@@ -176,8 +176,8 @@ def _tally_block(kind: str, tallies: Sequence[Tally], whole: bool) -> list[str]:
             tally.name,
             f"{tally.samples:,}",
             f"{tally.masks:,}",
-            f"{sum(count for kind, count in tally.dropped.items() if kind != kind_of(CUT_OFF)):,}",
-            _reasons(tally.dropped),
+            f"{sum(tally.dropped.values()):,}",
+            _reasons(tally.dropped, tally.cut_off),
         )
         for tally in tallies[:_MAX_ROWS]
     ]

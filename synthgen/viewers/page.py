@@ -11,8 +11,10 @@ import base64
 import dataclasses
 import html
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png, resize
 from synthgen.mask_shape import UNKNOWN, describe_masks
 from synthgen.records import Maps, Prompt, WordMasks
+from synthgen.rejected import read_rejected
 from synthgen.run import Run
 from synthgen.status import RunStatus, Training, finite, status
 from synthgen.stores import listing, parse_location
@@ -40,10 +43,10 @@ CURVE_POINTS = 240  # of a loss curve
 
 
 def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
-    """Write the page of a run (to ``view.html`` in it, unless ``path`` says otherwise) and return where it is.
+    """Write the page of a run, by default to ``view.html`` in it, and return its path.
 
-    ``limit`` samples, spread evenly over the finished units, are shown. A tar that cannot be read is named on the
-    page instead of raised.
+    ``limit`` samples, spread evenly over the finished units, are shown. A tar that cannot be read is named on the page
+    and raises no error.
     """
     if limit < 0:
         raise ValueError(f"limit must be at least 0, not {limit}")
@@ -54,7 +57,7 @@ def write_page(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = _template()
     path = run.path / "view.html" if path is None else parse_location(path)
-    write_bytes(path, "".join((before, html.escape(_name(run)), between, text, after)).encode(errors="replace"))
+    write_bytes(path, "".join((before, html.escape(_name(run.path)), between, text, after)).encode(errors="replace"))
     return path
 
 
@@ -65,8 +68,8 @@ def _template() -> tuple[str, str, str]:
     return before, between, after
 
 
-def _name(run: Run) -> str:
-    return run.path.resolve().name or str(run.path)
+def _name(path: Path) -> str:
+    return path.resolve().name or str(path)
 
 
 # -- the samples
@@ -79,6 +82,11 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
     made = {artifact.name for artifact in state.artifacts}
     if "images" not in made:
         return [], []
+    try:
+        rejected = read_rejected(run)
+    except (SynthgenError, OSError) as error:
+        rejected = {}
+        problems.append(str(error))
     for unit, rows in _spread(run, limit, problems).items():
         try:
             keys = run.keys("images", unit)
@@ -86,7 +94,10 @@ def _samples(run: Run, state: RunStatus, limit: int) -> tuple[list[dict[str, Any
             images = dict(read_tar(run.tar("images", unit), ("png", "json"), wanted))
             maps = _column(run, "maps", unit, ("maps.npz",), wanted, problems) if "maps" in made else {}
             masks = _column(run, "masks", unit, ("masks.npz", "json"), wanted, problems) if "masks" in made else {}
-            found += [_sample(key, members, maps.get(key), masks.get(key)) for key, members in images.items()]
+            for key, members in images.items():
+                sample = _sample(key, members, maps.get(key), masks.get(key))
+                sample["warnings"] += [f"rejected by the filter {rejected[key]}"] if key in rejected else []
+                found.append(sample)
         except (SynthgenError, OSError) as error:
             problems.append(str(error))
     return found, problems
@@ -104,18 +115,17 @@ def _spread(run: Run, limit: int, problems: list[str]) -> dict[int, list[int]]:
     if lost := sorted(marked - {unit for unit, _ in counts}):
         others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         problems.append(
-            f"{run.tar('images', lost[0])}{others}: missing, cut off, or not what the done mark tells of; "
+            f"{run.tar('images', lost[0])}{others}: missing, cut off, or not the file of its done mark; "
             f"delete it and run: {run.remedy('images')}"
         )
-    total = sum(count for _, count in counts)
+    ends = list(accumulate(count for _, count in counts))
+    total = ends[-1] if ends else 0
     num = min(limit, total)
     rows: dict[int, list[int]] = {}
-    first, chosen = 0, 0
-    for unit, count in counts:
-        while chosen < num and (place := chosen * total // num) < first + count:
-            rows.setdefault(unit, []).append(place - first)
-            chosen += 1
-        first += count
+    for place in (index * total // num for index in range(num)):
+        number = bisect_right(ends, place)
+        unit, count = counts[number]
+        rows.setdefault(unit, []).append(place - (ends[number] - count))
     return rows
 
 
@@ -240,12 +250,8 @@ def _uri(kind: str, data: bytes) -> str:
 
 def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
     """All data of a page except its samples."""
-    failures: dict[tuple[str, str], set[int]] = {}
-    for artifact in state.artifacts:
-        for unit, reason in artifact.failures.items():
-            failures.setdefault((artifact.stage, reason), set()).add(unit)
     return {
-        "run": state.path.resolve().name or str(state.path),
+        "run": _name(state.path),
         "seed": str(state.seed),
         "next": state.advice,
         "artifacts": [
@@ -266,11 +272,12 @@ def _summary(state: RunStatus, problems: list[str]) -> dict[str, Any]:
             for item in state.artifacts
         ],
         "failures": [
-            {"stage": stage, "units": sorted(units), "reason": reason} for (stage, reason), units in failures.items()
+            {"stage": stage, "units": units, "reason": reason} for (stage, reason), units in state.failures.items()
         ],
         "problems": list(dict.fromkeys([*state.problems, *problems])),
         "num_masks": sum(tally.masks for tally in state.words),
         "dropped": state.dropped,
+        "words_cut_off": state.words_cut_off,
         "num_labels": len(state.labels),
         "labels": [dataclasses.asdict(tally) for tally in state.labels[:MAX_TALLIES]],
         "num_words": len(state.words),

@@ -48,7 +48,7 @@ def one_line(told, code=2):
 
 def test_help_imports_nothing_heavy():
     script = (
-        "import sys\nsys.argv = ['synthgen', '--help']\nfrom synthgen.cli import main\n"
+        "import sys\nsys.argv = ['synthgen', '--help']\nfrom synthgen.__main__ import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'yaml', 'rich', 'scipy', 'PIL'}\n"
         "heavy &= set(sys.modules)\n"
@@ -112,7 +112,7 @@ def test_every_command_and_part_appears_in_the_docs():
 def test_what_cannot_be_done_is_told_in_one_line(typed, tmp_path, arguments, says):
     (tmp_path / "p.txt").write_text("a [dog]\n")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "run.yaml").write_text("seed: 0\nartifacts: {}\n")
+    (tmp_path / "empty" / "run.yaml").write_text("seed: 0\n")
     assert says in one_line(typed(*arguments, cwd=tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "empty"}  # no run was begun
 
@@ -149,12 +149,12 @@ def test_what_lies_elsewhere_is_judged_without_a_run_before(typed, tmp_path):
     assert told.stdout.splitlines()[0].startswith("evaluate: 5 samples in")  # images, not the one unit
     told = typed("evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}")
     assert "nothing to do" in told.stdout
-    assert told.stdout.endswith(f"\nscores: {scores}\n")
+    assert told.stdout.splitlines()[1] == f"scores: {scores}"
     again = ["evaluate", "--run", tmp_path / "new", "--truth", masks, "--set", f"predicted={masks}", "--label", "mine"]
     told = typed(*again)  # it prints its own scores alone
-    assert [line.split()[0] for line in told.stdout.splitlines()[2:3]] == ["mine"]
+    assert [line.split()[0] for line in told.stdout.splitlines()[1:4]] == ["scores:", "evaluation", "mine"]
     assert "masks-val" not in told.stdout
-    assert told.stdout.endswith(f"\nscores: {scores.with_name('mine.json')}\n")
+    assert told.stdout.splitlines()[1] == f"scores: {scores.with_name('mine.json')}"
 
 
 def test_a_dry_run_says_what_each_stage_reads_and_makes(typed, tmp_path):

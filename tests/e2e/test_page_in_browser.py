@@ -289,8 +289,20 @@ def test_the_head_tells_counts_timings_and_failures(page: Page, tmp_path) -> Non
     page.until(lambda: sum(card.is_displayed() for card in page.all(".card")) == 4)
     card = page.card("0000000001")
     page.hover(page.one(".word.lost", card))
-    page.until(lambda: "dropped: covers" in card.text)
+    page.until(lambda: "dropped: too small: covers" in card.text)
     assert not page.pixels(page.one("canvas[data-kind=after]", card))[..., 3].any()
+
+
+def test_words_that_were_cut_off_are_counted_apart_from_dropped_masks(page: Page, tmp_path) -> None:
+    run = make_run(tmp_path / "run", units=1)
+    mark = run.tar("masks", 0).with_suffix(".json")
+    words = {"disc": {"samples": 4, "masks": 3, "dropped": {"too small": 1}}, "lamp": {"samples": 2, "cut_off": 2}}
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"tallies": {"labels": {}, "words": words}}))
+    page.open(run)
+    assert "dropped 1 cut off 2 words 2" in " ".join(page.text(".facts").split())
+    page.one(".panel summary").click()
+    rows = [row.text.split() for row in page.all(".panel[open] tbody tr")]
+    assert rows == [["disc", "4", "3", "1", "1", "too", "small"], ["lamp", "2", "0", "0", "2", "cut", "off"]]
 
 
 def test_prompts_that_hold_markup_are_shown_as_text(page: Page, tmp_path) -> None:

@@ -253,7 +253,7 @@ def test_a_folder_goes_all_the_way(photos, settings, tmp_path):
     assert (described["made_by"], described["classes"]) == ("attend", ["shapes"])
     assert "licence of where they come from" in described["licence"]
     card = (run.folder("shards") / "README.md").read_text()
-    assert "5 images that existed before, with their captions" in card
+    assert "5 existing images with captions, with a mask for each marked word" in card
     assert "synthetic" not in card
     packed = dict(read_tar(run.folder("shards") / "train" / "000000.tar"))
     truth = {f"shapes/{row}": (photos / f"shapes/{row}.png").read_bytes() for row in range(5)}
@@ -432,7 +432,7 @@ def test_a_caption_that_cannot_be_used_costs_one_sample_of_a_tar(settings, tmp_p
         "0000000000": "sample 000000000: a '[' is not closed with ']'",
         "0000000002": "sample 000000002: it has no caption",
         "0000000003": "sample 000000003: its caption asks for 256 masks; 255 are the most, so mark fewer",
-        "0000000004": "sample 000000004: the word 'cat' does not stand in the prompt 'a dog' (or not so often)",
+        "0000000004": "sample 000000004: the word 'cat' is not in the prompt 'a dog' (or not that often)",
     }
     assert api.attend(run, engine=HERE, **given).done_before == 1
 

@@ -1,4 +1,4 @@
-"""Status: what is done, what failed and why, and what comes next, also of runs that are not as they should be."""
+"""Status: what is done, what failed and why, and what to run next, also of damaged runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.status import Evaluation, RunStatus, Score, Tally, status
 from synthgen.status.text import render, scores, short_names
-from synthgen.tallies import CUT_OFF, Tallies, kind_of
+from synthgen.tallies import Tallies
 from synthgen.text import duration, size
 from tests.factories import Drawn, TrueMasks, make_run
 
@@ -45,13 +45,17 @@ class Picky(TrueMasks):
                 good(unit)
                 found = {key: codecs.decode_masks(key, members) for key, members in run.read("masks", unit)}
                 run.tar("masks", unit).with_suffix(".json").unlink()  # what is done is not written again
+                labels = {key: codecs.decode_meta(key, members)["label"] for key, members in run.read("images", unit)}
+                tallies = Tallies()
                 with run.write("masks", unit) as masks:
                     for number, (key, value) in enumerate(found.items()):
-                        reason = f"covers 0.{number + 1}1% of the image, less than 0.50%"
+                        reason = f"too small: covers 0.{number + 1}1% of the image, less than 0.50%"
                         dropped = tuple(reason if word == "square" else "" for word in value.words)
                         kept = value.values & [[[not one]] for one in dropped]
                         masks.add(key, codecs.encode_masks(WordMasks(value.words, kept, value.scores, dropped)))
                         masks.note("dropped", sum(map(bool, dropped)))
+                        tallies.count(labels[key], value.words, dropped)
+                    masks.about["tallies"] = tallies.plain()
                 return Report(unit, len(found))
 
             yield work
@@ -116,16 +120,15 @@ def test_a_unit_whose_tar_is_gone_or_cut_off_is_not_done(run):
 def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
     masks_of(run, Picky())  # unit 0 has disc, square, disc + square, square, disc, disc + square
     state = status(run)
-    squares = {"less than 0.50%": 4}
+    squares = {"too small": 4}
     assert state.words == (Tally("disc", 4, 4, {}), Tally("square", 4, 0, squares))
-    assert state.labels == (Tally("disc", 4, 4, {"less than 0.50%": 2}), Tally("square", 2, 0, {"less than 0.50%": 2}))
+    assert state.labels == (Tally("disc", 4, 4, {"too small": 2}), Tally("square", 2, 0, {"too small": 2}))
     assert by_name(state)["masks"].notes == {"dropped": 4}
-    assert "4 less than 0.50%" in render(state)
-    assert "masks: 4 kept, 4 dropped (4 less than 0.50%)" in render(state)
+    assert "masks: 4 kept, 4 dropped (4 too small)" in render(state)
     assert state.dropped == squares
     plain = json.loads(json.dumps(state.plain(), allow_nan=False))
     assert plain["dropped"] == squares
-    assert plain["words"][1] == {"name": "square", "samples": 4, "masks": 0, "dropped": squares}
+    assert plain["words"][1] == {"name": "square", "samples": 4, "masks": 0, "dropped": squares, "cut_off": 0}
     assert plain["path"] == str(run.path)
     assert status(run, counts=False).words == ()
 
@@ -134,10 +137,11 @@ def test_the_first_masks_that_were_dropped_are_named_and_where_all_of_them_stand
     masks_of(run, Picky())
     state = status(run)
     assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [
-        (f"000000000{row}", "square", f"covers 0.{row + 1}1% of the image, less than 0.50%") for row in (1, 2, 3)
+        (f"000000000{row}", "square", f"too small: covers 0.{row + 1}1% of the image, less than 0.50%")
+        for row in (1, 2, 3)
     ]
     text = " ".join(render(state).split())
-    assert "dropped: 0000000001 square: covers 0.21% of the image, less than 0.50%" in text
+    assert "dropped: 0000000001 square: too small: covers 0.21% of the image, less than 0.50%" in text
     assert text.count("dropped: 0") == 3
     assert f"dropped in total: 4 masks; the reasons are under dropped in the json of each sample, in {run.path}" in text
     assert state.plain()["first_dropped"][0]["word"] == "square"
@@ -151,14 +155,16 @@ def test_words_that_were_cut_off_are_named_too(tmp_path):
     with run.write("images", 1) as images:
         for key, parts in members.items():
             about = json.loads(parts["json"])
-            about["warnings"] = ['the word "lamp" is cut off and has no mask'] * (key == "0000010002")
+            about["words_cut_off"] = ["lamp"] * (key == "0000010002")
             images.add(key, parts | {"json": json.dumps(about).encode()})
     run_stage(Masks(min_area=0.001), run, Local(workers=1))
     state = status(run)
-    assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [("0000010002", "lamp", CUT_OFF)]
+    assert [(one.key, one.word, one.cut_off) for one in state.first_dropped] == [("0000010002", "lamp", True)]
     text = " ".join(render(state).split())
-    assert f"cut off in total: 1 word; they are under warnings in {run.path}/images" in text
+    assert "cut off: 0000010002 lamp: no text encoder reads this far" in text
+    assert f"cut off in total: 1 word; they are under words_cut_off in the json of each sample, in {run.path}" in text
     assert "dropped in total" not in text
+    assert "lamp 1 0 0 1 cut off" in text  # of the words: samples, masks, dropped, reasons
     kept = by_name(state)["masks"].notes["masks"]
     assert f"{kept} masks, 1 word cut off" in text  # of the stage, and of all masks: the same words
     assert f"masks: {kept} kept, 0 dropped, 1 word cut off" in text
@@ -171,7 +177,7 @@ def test_a_few_are_named_in_the_order_of_their_keys(tmp_path):
     keys = [one.key for one in state.first_dropped]
     assert len(keys) == 3 < sum(state.dropped.values())
     assert keys == sorted(keys)
-    assert "under warnings" not in render(state)
+    assert "cut off" not in render(state)
 
 
 def test_samples_that_a_stage_left_out_are_named_and_where_all_of_them_are_listed(tmp_path):
@@ -214,12 +220,6 @@ def test_a_score_of_one_image_has_no_interval(run):
     assert scores(run)[1].split() == ["a", "mae", "knn", "accuracy", "1", "-"]
 
 
-def test_a_reason_is_counted_by_what_stands_before_its_colon():
-    assert kind_of("too small: covers 0.31% of the image, less than 0.50%") == "too small"
-    assert kind_of("covers 0.31% of the image, less than 0.50%") == "less than 0.50%"  # of older runs
-    assert kind_of("is empty") == "is empty"
-
-
 def test_many_words_are_a_few_rows_and_all_in_the_json(tmp_path):
     words = tuple(Tally(f"word {number}", 2, 1, {"empty": 1}) for number in range(500))
     state = RunStatus(tmp_path, 0, (), words=words, evaluations=(Evaluation("e", (Score("a", "b", {"c": math.nan}),)),))
@@ -233,14 +233,22 @@ def test_many_words_are_a_few_rows_and_all_in_the_json(tmp_path):
     json.dumps(plain, allow_nan=False)
 
 
-def test_a_tar_that_cannot_be_read_is_named_and_the_rest_still_told(tmp_path):
-    run = make_run(tmp_path / "demo")
+def set_mark(run, unit, **values):
+    mark = run.tar("masks", unit).with_suffix(".json")
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | values))
+
+
+def test_files_that_cannot_be_read_are_named_and_the_rest_is_counted(tmp_path):
+    run = make_run(tmp_path / "demo", masks=False)
+    run_stage(Masks(min_area=0.2), run, Local(workers=1))
     whole = run.tar("masks", 0).read_bytes()
-    run.tar("masks", 0).write_bytes(whole[:700])
+    run.tar("masks", 0).write_bytes(whole[:700].ljust(len(whole), b"x"))
     run.tar("images", 0).with_suffix(".json").write_text("{not json")
+    set_mark(run, 1, tallies={"words": 3})
     state = status(run)
     assert any("masks/000000.tar" in problem for problem in state.problems)
     assert any("images/000000.json" in problem for problem in state.problems)
+    assert any("masks/000001.json cannot be read" in problem for problem in state.problems)
     assert sum(tally.samples for tally in state.labels) == 6
     assert "problem:" in render(state)
 
@@ -338,10 +346,8 @@ def test_an_encoder_may_be_called_as_what_else_stands_in_the_file(run, name):
     scores_of = {name: {"knn": {"accuracy": 0.5}}, "pixels": {"knn": {"accuracy": 0.25}}}
     told = {"scores": scores_of, "seed": 3, "seconds": 2, "settings": {"k": 20}, "test": {"images": 14}}
     (run.path / "evaluate" / "a.json").write_text(json.dumps(told))
-    (run.path / "evaluate" / "b.json").write_text(json.dumps({**told, "scores": None, "mae": {"accuracy": 0.75}}))
-    first, second = status(run).evaluations
-    assert [(score.of, score.main[1]) for score in first.scores] == [(name, 0.5), ("pixels", 0.25)]
-    assert [score.main for score in second.scores] == [("accuracy", 0.75)]
+    (found,) = status(run).evaluations
+    assert [(score.of, score.main[1]) for score in found.scores] == [(name, 0.5), ("pixels", 0.25)]
 
 
 def test_strange_files_of_others_do_not_stop_it(run):
@@ -356,7 +362,7 @@ def test_strange_files_of_others_do_not_stop_it(run):
         (run.path / path).write_text(text)
     state = status(run)
     assert state.shards.splits == {"train": 3, "val": 0}
-    assert [len(one.scores) for one in state.evaluations] == [0, 1, 0]
+    assert [len(one.scores) for one in state.evaluations] == [0, 0, 0]
     assert any("broken.json" in problem for problem in state.problems)
     assert render(state)
 
@@ -424,18 +430,34 @@ def test_no_torch_is_imported(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(run.path)], check=True)
 
 
-def test_done_marks_tell_what_the_tars_would(tmp_path):
+def test_done_marks_count_what_the_tars_hold(tmp_path):
     run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
     run_stage(Masks(min_area=0.2), run, Local(workers=1))
-    told = status(run)
-    assert told.dropped
-    for unit in range(3):
-        mark = run.tar("masks", unit).with_suffix(".json")
-        plain = json.loads(mark.read_text())
-        assert plain.pop("tallies")["words"]
-        if unit:  # of an older version: counted from the tars
-            mark.write_text(json.dumps(plain))
-    assert (status(run).labels, status(run).words) == (told.labels, told.words)
+    masks = [codecs.decode_masks(key, members) for unit in range(3) for key, members in run.read("masks", unit)]
+    kept = [word for one in masks for word, reason in zip(one.words, one.dropped, strict=True) if not reason]
+    counts = {tally.name: (tally.samples, tally.masks) for tally in status(run).words}
+    assert counts == {word: (sum(word in one.words for one in masks), kept.count(word)) for word in ("disc", "square")}
+    assert sum(status(run).dropped.values()) == sum(bool(reason) for one in masks for reason in one.dropped) > 0
+
+
+def test_a_unit_that_failed_on_a_damaged_tar_gets_the_advice_to_make_that_tar_again(tmp_path):
+    run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
+    data = bytearray(run.tar("images", 1).read_bytes())
+    data[700] ^= 1
+    run.tar("images", 1).write_bytes(data)
+    masks_of(run, Masks())
+    path = run.tar("images", 1)
+    assert by_name(status(run))["masks"].damaged == {1: str(path)}
+    assert status(run).advice == (
+        f"{path} is damaged: delete it, regenerate it with synthgen generate --run {run.path}, "
+        f"then run synthgen masks --run {run.path}"
+    )
+    data[700] ^= 1
+    path.write_bytes(data)  # mended: the masks are just made again
+    assert "it retries the failed unit" in status(run).advice
+    run.tar("images", 1).write_bytes(data)
+    (run.folder("masks") / "000001.failed.json").write_text('{"error": "CorruptFile: images/000001.tar is old"}')
+    assert "it retries the failed unit" in status(run).advice
 
 
 def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
@@ -461,11 +483,12 @@ def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("broken", [1, {"words": 3}, {"labels": {}, "words": {"a": {"masks": -1}}}])
 def test_counts_that_are_none_are_not_added(broken):
     tallies = Tallies()
-    tallies.count("disc", ["disc", "disc", "square"], ["", "too small: ...", "empty: ..."])
-    before = tallies.plain()
-    assert before["words"]["disc"] == {"samples": 1, "masks": 1, "dropped": {"too small": 1}}
+    tallies.count("disc", ["disc", "disc", "square"], ["", "too small: ...", "empty: ..."], ["lamp", "disc"])
+    plain = tallies.plain()
+    assert plain["words"]["disc"] == {"samples": 1, "masks": 1, "dropped": {"too small": 1}, "cut_off": 1}
+    assert plain["words"]["lamp"] == {"samples": 1, "cut_off": 1}
+    assert Tallies.from_plain(plain).plain() == plain
     with pytest.raises(ValueError, match="count"):
-        tallies.add(broken)
-    assert tallies.plain() == before
-    tallies.add(before)
-    assert tallies.labels["disc"].dropped == {"too small": 2, "empty": 2}
+        Tallies.from_plain(broken)
+    tallies.add(Tallies.from_plain(plain))
+    assert tallies.labels["disc"] == Tally("disc", 2, 2, {"too small": 2, "empty": 2}, 4)

@@ -25,6 +25,7 @@ from synthgen.stages import Work, Worker
 from synthgen.stages.masks import Masks
 from synthgen.status import RunStatus, Tally
 from synthgen.stores.remote import RemotePath
+from synthgen.tallies import Tallies
 from synthgen.viewers.page import _attention, _segments, _spread, _summary, write_page
 from tests.factories import Drawn, TrueMasks, make_generation, make_prompt, make_run
 
@@ -239,6 +240,7 @@ class Wide(TrueMasks):
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         def work(unit: int) -> Report:
             with run.write("masks", unit) as masks:
+                masks.about["tallies"] = Tallies().plain()
                 for key, members in run.read("images", unit):
                     request, image, _ = codecs.decode_image(key, members)
                     words = request.prompt.words
@@ -304,9 +306,11 @@ def test_what_was_measured_of_masks_is_on_the_page_and_nothing_where_nobody_did(
 
 def test_tables_of_words_are_bounded(tmp_path):
     words = tuple(Tally(f"word {number}", 2, 1, {"empty": 1, "too small": number % 2}) for number in range(500))
+    words += (Tally("lamp", 1, cut_off=3),)
     data = _summary(RunStatus(tmp_path, 0, (), words=words), [])
-    assert (len(data["words"]), data["num_words"], data["num_masks"]) == (200, 500, 500)
+    assert (len(data["words"]), data["num_words"], data["num_masks"]) == (200, 501, 500)
     assert data["dropped"] == {"empty": 500, "too small": 250}
+    assert data["words_cut_off"] == 3
 
 
 def test_flat_or_broken_or_absent_attention_is_drawn_as_none():

@@ -1,4 +1,4 @@
-"""What is said of images in a folder, in every form that people keep it in, and what is said of broken ones."""
+"""Captions of images in a folder: every supported form, and broken ones."""
 
 from __future__ import annotations
 
@@ -71,6 +71,13 @@ def test_a_table_in_a_folder_below_has_names_from_there(folder: Path) -> None:
     assert said(open_captioned(folder)) == EXPECTED
 
 
+def test_an_image_in_two_tables_is_refused(folder: Path) -> None:
+    write(folder / "metadata.jsonl", ROWS)
+    write(folder / "sub/metadata.jsonl", [{"file_name": "b.png", "text": "another"}])
+    with pytest.raises(PromptError, match=r"sub/metadata\.jsonl lists 'sub/b\.png', which another table lists as well"):
+        open_captioned(folder)
+
+
 def test_a_file_elsewhere_says_which_images_count(folder: Path, tmp_path: Path) -> None:
     rows = [*ROWS, {"file_name": "absent.png", "text": "nothing"}]
     samples = open_captioned(folder, write(tmp_path / "some.jsonl", rows))
@@ -95,6 +102,10 @@ def test_captions_of_coco(folder: Path, tmp_path: Path) -> None:
     samples = open_captioned(folder, path)
     assert said(samples) == {"a": ("A dog runs.", ("dog", "runs"), None), "sub/c": EXPECTED["sub/c"]}
     assert samples.captions(0) == ("A dog runs.", "second")
+    content["images"][2]["id"] = 5
+    path.write_text(json.dumps(content))
+    with pytest.raises(PromptError, match="two images with the id 5"):
+        open_captioned(folder, path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,8 @@ def test_a_file_name_stays_in_its_folder(folder: Path, name: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "line 1: not JSON"),
+        ("{", "line 1: not valid JSON"),
+        ('{"file_name": "a.png", "text": "a dog", "text": "a cat"}', "line 1: .*the key 'text' stands twice; keep one"),
         ("[]", "line 1: expected an object"),
         ('{"file_name": "a.png", "text": 5}', "line 1: the caption must be a text"),
         ('{"file_name": "a.png", "text": "a dog", "words": "dog"}', "'words' must be a list"),
@@ -121,7 +133,7 @@ def test_a_file_name_stays_in_its_folder(folder: Path, name: Any) -> None:
         ('{"file_name": "a.png", "label": {}}', "'label' must be"),
         ('{"file_name": "a.png"}\n{"file_name": "./a.png"}', "line 2: the file 'a.png' is listed twice"),
         ('{"file_name": "none.png", "text": "a dog"}', "names 'none.png', and there is no such image"),
-        ("[" * 100_000, "cannot be read|not JSON"),
+        ("[" * 100_000, "cannot be read|not valid JSON"),
         (b"\xff\xfe", "cannot be read"),
     ],
 )
@@ -142,7 +154,7 @@ def test_a_broken_table_is_named(folder: Path, content: str | bytes, said: str) 
         ("a.json", '{"images": [1], "annotations": []}', "no list 'images' of objects"),
         ("a.json", '{"images": [], "annotations": [{"segmentation": []}]}', r"captions_\*\.json"),
         ("a.json", '{"images": [{"file_name": "../x"}], "annotations": [{"caption": "x"}]}', "image 1: the file name"),
-        ("a.parquet", "", "is no list of captions"),
+        ("a.parquet", "", "is not a list of captions"),
     ],
 )
 def test_a_broken_list_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -292,10 +304,10 @@ def test_labels_alone_and_names_alone_are_tables_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("file_name,text\na.png,x\nb.png,a dog, big\n", "line 3: it has more fields than columns; put quotes round"),
+        ("file_name,text\na.png,x\nb.png,a dog, big\n", "line 3: it has more fields than columns; put quotes around"),
         ("file_name,text,\na.png,a dog, big\n", "line 2: it has more fields than columns"),
-        ('file_name,text\na.png, "Stop" says a sign\n', "put quotes round a whole text and double those within it"),
-        ("file_name,description\na.png,a dog\n", "no column 'text', .* but description; name that .* 'text'"),
+        ('file_name,text\na.png, "Stop" says a sign\n', "put quotes around a whole text and double those within it"),
+        ("file_name,description\na.png,a dog\n", "no column 'text', .* but description; name the column .* 'text'"),
         ("file_name,words\na.png,dog\n", "no column 'text', .* but words"),
         ("file_name,text,Text\na.png,x,y\n", "two columns 'text'; keep one"),
         ("file_name;text\na.png;a dog\n", "no column 'file_name'; its first line must name .*commas"),

@@ -26,7 +26,7 @@ from synthgen.records import Prompt
 @pytest.mark.parametrize("name", ["p.csv", "p.TSV", "p.json", "p.parquet"])
 def test_a_table_is_not_drawn_line_by_line(tmp_path, name):
     (tmp_path / name).write_text("prompt,words\na dog,dog\n")
-    with pytest.raises(PromptError, match=r"prompts come from a \.txt file \(a line each\) or a \.jsonl file"):
+    with pytest.raises(PromptError, match=r"prompts come from a \.txt file \(one per line\) or a \.jsonl file"):
         read_prompts(tmp_path / name)
 
 
@@ -106,10 +106,11 @@ def test_jsonl_with_words_and_label(tmp_path):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{", "not JSON"), ("[]", "expected an object"), ('{"prompt": ""}', "expected an object"),
-        ('{"prompt": "a dog", "words": ["cat"]}', "'cat' does not stand"),
-        ('{"prompt": "a dog", "words": ["dog", "dog"]}', "not so often"),
-        ('{"prompt": "a doghouse", "words": ["dog"]}', "does not stand"),
+        ("{", "not valid JSON"), ('{"prompt": "a [dog]", "prompt": "a [cat]"}', "the key 'prompt' stands twice"),
+        ("[]", "expected an object"), ('{"prompt": ""}', "expected an object"),
+        ('{"prompt": "a dog", "words": ["cat"]}', "'cat' is not in the prompt"),
+        ('{"prompt": "a dog", "words": ["dog", "dog"]}', "not that often"),
+        ('{"prompt": "a doghouse", "words": ["dog"]}', "is not in the prompt"),
         ('{"prompt": "a dog", "words": "dog"}', "must be a list"), ('{"prompt": "a dog", "lable": "x"}', "'lable'"),
     ],
 )  # fmt: skip
@@ -199,7 +200,7 @@ def test_brackets_in_a_template_are_refused_by_its_line(tmp_path, template):
 )
 def test_longer_words_are_placed_first_and_given_back_in_their_order(text, words, starts):
     if starts is None:
-        with pytest.raises(ValueError, match="not so often"):
+        with pytest.raises(ValueError, match="not that often"):
             find_words(text, words)
         return
     spans = find_words(text, words)
@@ -239,7 +240,7 @@ def test_combining_marks_belong_to_their_letters(line, words):
 )
 def test_where_a_word_ends_in_other_scripts(text, words, found):
     if found is None:
-        with pytest.raises(ValueError, match="does not stand"):
+        with pytest.raises(ValueError, match="is not in the prompt"):
             find_words(text, words)
     else:
         assert [text[first:last] for first, last in find_words(text, words)] == found
@@ -362,7 +363,7 @@ def test_places_are_those_that_patterns_find():
             expected = placed(text, words)
             both += expected is not None
             if expected is None:
-                with pytest.raises(ValueError, match="does not stand"):
+                with pytest.raises(ValueError, match="is not in the prompt"):
                     find_words(text, words)
             else:
                 assert find_words(text, words) == expected

@@ -1,7 +1,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from synthgen.attention.words import PromptTokenizer, locate_in_encoders, locate_words, words_cut_off
+from synthgen.attention.words import PromptTokenizer, locate_in_encoders, locate_words
 from synthgen.prompts import parse_line
 from synthgen.records import Prompt
 
@@ -42,20 +42,23 @@ def test_punctuation_case_and_other_scripts(tokenizer):
     assert not warnings
 
 
-def test_a_word_that_fell_off_the_end_is_a_warning(tokenizer):
+def test_a_word_beyond_the_limit_has_no_positions_but_a_warning(tokenizer):
     words, warnings = spelled(tokenizer, "a [dog] and an [umbrella umbrella]")
     assert words == ["dog ", ""]
     assert "longer than the 16 tokens" in warnings[0]
-    assert '"umbrella umbrella" is cut off' in warnings[1]
-    assert words_cut_off(warnings) == ["umbrella umbrella"]
-    assert words_cut_off(["""the word "cat's" is cut off and has no mask""", "the word is cut off"]) == ["cat's"]
+    prompt = parse_line("a [dog] and an [umbrella umbrella]")
+    found = locate_in_encoders([PromptTokenizer(tokenizer, 16)], prompt)
+    assert found.warnings == (warnings[0], 'the word "umbrella umbrella" is cut off and has no mask')
+    assert [bool(positions) for positions in found.positions] == [True, False]
 
 
 @pytest.mark.parametrize("word", ["cat's", "a\\b", "café\xa0noir", "\u200bdog", 'the "big" cat\'s'])
-def test_a_word_that_was_cut_off_is_told_as_it_is(tokenizer, word):
+def test_a_word_that_was_cut_off_is_named_unchanged(tokenizer, word):
     text = "a dog and a cat and a dog and a cat and a dog and " + word
     prompt = Prompt(text, (word,), ((len(text) - len(word), len(text)),))
-    assert words_cut_off(locate_words(tokenizer, prompt).warnings) == [word]
+    found = locate_in_encoders([PromptTokenizer(tokenizer, 16)], prompt)
+    assert found.positions == ((),)
+    assert found.warnings[1:] == (f'the word "{word}" is cut off and has no mask',)
 
 
 def test_no_special_token_ever_counts(tokenizer):
@@ -63,22 +66,20 @@ def test_no_special_token_ever_counts(tokenizer):
     assert locate_words(tokenizer, prompt).positions == ((1,), (2,), (3,))
 
 
-def test_each_word_that_was_cut_off_is_told_also_beside_an_equal_one_that_was_read(tokenizer):
+def test_each_word_that_was_cut_off_has_a_warning_also_beside_an_equal_one_that_was_read(tokenizer):
     cats = "and a cat " * 4
     long, short = PromptTokenizer(tokenizer, 16), PromptTokenizer(tokenizer, 12)
     for encoders in ([long], [long, short]):
         prompt = parse_line(f"a [dog] {cats}and a [dog] and a [dog]")
         found = locate_in_encoders(encoders, prompt)
         assert [bool(positions) for positions in found.positions] == [True, False, False]
-        assert words_cut_off(found.warnings) == ["dog", "dog"]
-        assert ["longer than the" in warning for warning in found.warnings] == [True, False, False] + [True] * (
-            len(encoders) - 1
-        )
+        *too_long, second, third = found.warnings
+        assert second == third == 'the word "dog" is cut off and has no mask'
+        assert ["longer than the" in warning for warning in too_long] == [True] * len(encoders)
 
 
 def test_a_word_that_one_encoder_reads_is_not_cut_off(tokenizer):
     prompt = parse_line("a photo of a cat and a [dog]")
     found = locate_in_encoders([PromptTokenizer(tokenizer, 6), PromptTokenizer(tokenizer, 16, start=6)], prompt)
     assert found.positions == ((14,),)
-    assert words_cut_off(found.warnings) == []
-    assert len(found.warnings) == 1
+    assert ["longer than the 6 tokens" in warning for warning in found.warnings] == [True]

@@ -15,12 +15,13 @@ import yaml
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from synthgen import codecs, interchange
+from synthgen import codecs, export
 from synthgen.api import export_dataset
 from synthgen.cli import main
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
-from synthgen.interchange import compress_counts, formats, join_corners, outlines, run_lengths
+from synthgen.export import formats
+from synthgen.export.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, split
 from synthgen.records import Generation, Maps, Prompt, Request, WordMasks
 from synthgen.run import Run
@@ -299,7 +300,7 @@ def test_the_coco_api_draws_our_outlines_and_packs_the_same_text(make: Callable[
 def test_coco_says_whether_a_model_made_the_images(tmp_path: Path) -> None:
     run = make_own(tmp_path / "run", [("0000000000", ("dog",))])
     noted = run.folder("images") / "settings.yaml"
-    for stage, told in (("generate", "images made by a model"), ("attend", "images that existed before")):
+    for stage, told in (("generate", "generated images, masks from"), ("attend", "existing images, masks from")):
         noted.write_text(noted.read_text().replace("stage: generate", f"stage: {stage}"))
         export_dataset(run, "coco", tmp_path / stage)
         for name in formats.Coco.summaries:
@@ -483,7 +484,7 @@ def test_an_image_without_masks_stays(tmp_path: Path) -> None:
 
 def test_a_key_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     run = make_own(tmp_path / "run", [("../../out", ("dog",))])
-    with pytest.raises(CorruptFile, match="name of a file"):
+    with pytest.raises(CorruptFile, match="leads out of its folder"):
         export_dataset(run, "coco")
     assert not list(tmp_path.rglob("*.png"))
 
@@ -522,7 +523,7 @@ def test_units_that_a_killed_coco_export_described_are_not_decoded_again(
     whole, read = tmp_path / "whole", list[int]()
     export_dataset(source, "coco", whole)
     assert not (whole / "annotations/parts").exists()
-    real, read_samples = formats.write_chunks, interchange._samples
+    real, read_samples = formats.write_chunks, export._samples
 
     def samples(run: Run, unit: int) -> Iterator[formats.Sample]:
         read.append(unit)
@@ -536,7 +537,7 @@ def test_units_that_a_killed_coco_export_described_are_not_decoded_again(
 
         monkeypatch.setattr(formats, "write_chunks", write)
 
-    monkeypatch.setattr(interchange, "_samples", samples)
+    monkeypatch.setattr(export, "_samples", samples)
     for doomed, units in (("000001.jsonl", [0, 1]), ("instances.json", [1]), ("captions.json", [])):
         write_but(doomed)
         read.clear()
@@ -568,7 +569,7 @@ def test_a_part_that_is_gone_or_damaged_is_named_unless_another_export_has_ended
         part.write_bytes(damage)
         with pytest.raises(CorruptFile, match=rf"^{part} cannot be read; delete it and run the same command again$"):
             coco.finish([0])
-        assert not coco.described
+        assert not coco.is_finished
     with pytest.raises(MissingArtifact, match=rf"^{coco.part(1)} is gone; run the same command again$"):
         coco.finish([1])
 

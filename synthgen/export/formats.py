@@ -19,8 +19,8 @@ from PIL import Image
 
 from synthgen import codecs
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
+from synthgen.export.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.image import encode_jpeg, encode_png
-from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
 from synthgen.mask_shape import box, describe_masks, split
 from synthgen.records import Prompt, WordMasks
 from synthgen.run import Run
@@ -28,7 +28,6 @@ from synthgen.stages._layout import split_of
 from synthgen.stages.shards import Shards, source_of
 from synthgen.stores import open_here
 from synthgen.stores.tar import write_bytes, write_chunks
-from synthgen.untrusted import visible
 
 __all__ = ["WRITERS", "Export", "Sample", "Writer"]
 
@@ -45,6 +44,7 @@ class Export:
     rle: bool = False  # coco: masks as compressed run lengths instead of polygons
     instances: bool = True  # coco, yolo: one annotation per separate object of a mask; False: one per mask
     val_ratio: float | None = None  # yolo: share of the samples in val; None: that of the run's shards
+    filtered: bool = True  # leave out the samples that the filter stage rejected; without that stage, none
 
     def __post_init__(self) -> None:
         if self.format not in _IMAGE_FORMATS:
@@ -92,11 +92,11 @@ class Writer(ABC):
         self.numbers = {name: number for number, name in enumerate(names)}
 
     @property
-    def described(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all summary files exist."""
         return all((self.folder / name).is_file() for name in self.summaries)
 
-    def written(self, unit: int, keys: Iterable[str]) -> bool:
+    def has_unit(self, unit: int, keys: Iterable[str]) -> bool:
         """Whether all files of the samples of a unit exist."""
         return all(path.is_file() for key in keys for path in self.files(key))
 
@@ -105,21 +105,9 @@ class Writer(ABC):
         for sample in samples:
             self.add(sample)
 
-    def files(self, key: str) -> tuple[Path, ...]:
-        """The files of a sample, its image first.
-
-        Raises:
-            CorruptFile: the key cannot be a file name inside the folder.
-        """
-        if (
-            key.startswith("/") or "\\" in key or ".." in key.split("/") or visible(key) != key
-        ):  # keys of attended images may contain folders
-            raise CorruptFile(f"the key {key!r} of {self.run.path} cannot be the name of a file")
-        return self.paths(key)
-
     @abstractmethod
-    def paths(self, key: str) -> tuple[Path, ...]:
-        """The files of a sample, for a key that :meth:`files` has checked."""
+    def files(self, key: str) -> tuple[Path, ...]:
+        """The files of a sample, its image first."""
 
     @abstractmethod
     def add(self, sample: Sample) -> None:
@@ -151,15 +139,15 @@ class Coco(Writer):
 
     summaries: ClassVar = ("annotations/instances.json", "annotations/captions.json")
 
-    def paths(self, key: str) -> tuple[Path, ...]:
+    def files(self, key: str) -> tuple[Path, ...]:
         return (self.folder / "images" / f"{key}.{self.settings.image_format}",)
 
     def part(self, unit: int) -> Path:
         """The file with a line for each image of a unit, followed by a line for each annotation; without ids."""
         return self.folder / "annotations" / "parts" / f"{unit:06d}.jsonl"
 
-    def written(self, unit: int, keys: Iterable[str]) -> bool:
-        return super().written(unit, keys) and (self.described or self.part(unit).is_file())
+    def has_unit(self, unit: int, keys: Iterable[str]) -> bool:
+        return super().has_unit(unit, keys) and (self.is_finished or self.part(unit).is_file())
 
     def write(self, unit: int, samples: Iterable[Sample]) -> None:
         write_chunks(self.part(unit), (line for sample in samples for line in self.lines(sample)))
@@ -203,7 +191,7 @@ class Coco(Writer):
         return [outline.ravel().tolist() for outline in outlines(mask)]
 
     def finish(self, units: Sequence[int]) -> None:
-        if self.described:
+        if self.is_finished:
             return
         instances, captions = (self.folder / name for name in self.summaries)
         categories = [{"id": number + 1, "name": name} for name, number in self.numbers.items()]
@@ -220,14 +208,13 @@ class Coco(Writer):
             write_chunks(instances, _document(self.head(), lists))
             write_chunks(captions, _document(self.head(), {"images": plain, "annotations": listed}))
         except MissingArtifact:
-            if not self.described:  # else a parallel export has finished and deleted the parts
+            if not self.is_finished:  # else a parallel export has finished and deleted the parts
                 raise
 
     def head(self) -> dict[str, Any]:
         """The first keys of both files."""
-        origin = "images made by a model, masks from its attention"
-        if self.run.artifact("images")["stage"] == "attend":
-            origin = "images that existed before, masks from the attention of a model that looked at them"
+        attended = self.run.artifact("images")["stage"] == "attend"
+        origin = f"{'existing' if attended else 'generated'} images, masks from the attention of a diffusion model"
         return {
             "info": {"description": f"{self.run.path.resolve().name}: {origin}", "version": "1.0"},
             "licenses": [{"id": 1, "name": source_of(self.run)["licence"], "url": ""}],
@@ -276,7 +263,7 @@ class Yolo(Writer):
 
     summaries: ClassVar = ("data.yaml",)
 
-    def paths(self, key: str) -> tuple[Path, ...]:
+    def files(self, key: str) -> tuple[Path, ...]:
         split = split_of(self.run, key, self.settings.val_ratio or 0.0)
         image = self.folder / "images" / split / f"{key}.{self.settings.image_format}"
         return image, self.folder / "labels" / split / f"{key}.txt"
@@ -311,7 +298,7 @@ class Labels(Writer):
 
     summaries: ClassVar = ("classes.txt",)
 
-    def paths(self, key: str) -> tuple[Path, ...]:
+    def files(self, key: str) -> tuple[Path, ...]:
         image = self.folder / "images" / f"{key}.{self.settings.image_format}"
         return image, self.folder / "labels" / f"{key}.png"
 

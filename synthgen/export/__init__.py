@@ -6,15 +6,15 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from synthgen import __version__, codecs
 from synthgen.config import dump
 from synthgen.errors import ConfigError, CorruptFile, StaleArtifact
-from synthgen.interchange.formats import WRITERS, Export, Sample
-from synthgen.interchange.polygons import compress_counts, join_corners, outlines, run_lengths
+from synthgen.export.formats import WRITERS, Export, Sample
+from synthgen.rejected import read_rejected
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
 from synthgen.stages._units import content_of, need_masks
@@ -23,7 +23,7 @@ from synthgen.stores import parse_location, temporaries
 from synthgen.stores.tar import is_abandoned, read_tar, write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["Export", "compress_counts", "export_dataset", "join_corners", "outlines", "run_lengths"]
+__all__ = ["Export", "export_dataset"]
 
 _MARK = "export.json"  # written first: identifies the export, so that two are never mixed in a folder
 _SOURCES = "sources.csv"  # the original names of images from the stage attend
@@ -44,34 +44,36 @@ def export_dataset(
     progress = progress or Progress()
     settings = settings.complete(run)
     folder = parse_location(folder) if folder else run.path / f"export-{settings.format}"
-    units = _masked_units(run)
-    entry = _entry(run, settings, units)
+    units = run.units("images")
+    need_masks(run, units)
+    rejected = read_rejected(run) if settings.filtered else {}
+    entry = _entry(run, settings, units, rejected)
     _check(folder, entry)
     writer = WRITERS[settings.format](run, settings, folder, _names(run, units))
-    todo = [unit for unit in units if not writer.written(unit, run.keys("images", unit))]
+    kept = {unit: [key for key in run.keys("images", unit) if key not in rejected] for unit in units}
+    todo = [unit for unit in units if not writer.has_unit(unit, kept[unit])]
     summary = Summary("export", len(units), len(units) - len(todo))
-    if writer.described and not todo:
+    if writer.is_finished and not todo:
         writer.tidy()
         return summary
     if not (folder / _MARK).is_file():
         write_json(folder / _MARK, entry)
-    counts = {unit: int(mark["count"]) for unit, mark in run.iter_marks("images")}
-    sizes = {unit: counts.get(unit, 0) for unit in units}
+    sizes = {unit: len(keys) for unit, keys in kept.items()}
     total, started, notes = sum(sizes.values()), time.perf_counter(), Counter[str]()
     progress.start("export", total, total - sum(sizes[unit] for unit in todo))
 
-    def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
+    def count(samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
             yield sample
-            kept = int(sample.masks.values.any(axis=(1, 2)).sum())
-            notes.update({"masks": kept, "dropped": len(sample.masks.words) - kept})
+            num_masks = int(sample.masks.values.any(axis=(1, 2)).sum())
+            notes.update({"masks": num_masks, "dropped": len(sample.masks.words) - num_masks})
             summary.samples += 1
             progress.advance(1)
 
     try:
         for unit in todo:
-            writer.write(unit, counted(_samples(run, unit)))
-        _keep_sources(run, units, folder)
+            writer.write(unit, count(_samples(run, unit, rejected)))
+        _write_sources(run, units, folder, rejected)
         writer.finish(units)
         writer.tidy()
     finally:
@@ -86,24 +88,22 @@ def export_dataset(
 # -- the samples to export, and the state of the folder
 
 
-def _masked_units(run: Run) -> list[int]:
-    units = run.units("images")
-    need_masks(run, units)
-    return units
-
-
-def _samples(run: Run, unit: int) -> Iterator[Sample]:
+def _samples(run: Run, unit: int, rejected: Collection[str]) -> Iterator[Sample]:
     found = dict(run.read("masks", unit))
     for key, members in run.read("images", unit):
+        if key in rejected:
+            continue
         request, pixels, _ = codecs.decode_image(key, members)
         masks = codecs.decode_masks(key, found[key]) if key in found else None
         if masks is None or masks.words != request.prompt.words or masks.values.shape[1:] != pixels.shape[:2]:
-            path = run.tar("masks", unit)
-            raise CorruptFile(f"the masks of sample {key} do not fit its image; delete {path} and make it again")
+            raise CorruptFile(
+                f"the masks of sample {key} do not fit its image",
+                f"delete {run.tar('masks', unit)} and run: {run.remedy('masks')}",
+            )
         yield Sample(key, request.prompt, members["png"], pixels, masks)
 
 
-def _keep_sources(run: Run, units: Sequence[int], folder: Path) -> None:
+def _write_sources(run: Run, units: Sequence[int], folder: Path, rejected: Collection[str]) -> None:
     """For images from the stage attend, write each image's key and its original name."""
     if run.artifact("images")["stage"] != "attend":
         return
@@ -112,7 +112,8 @@ def _keep_sources(run: Run, units: Sequence[int], folder: Path) -> None:
     table.writerow(("key", "source"))
     for unit in units:
         for key, members in read_tar(run.tar("images", unit), names={"json"}):
-            table.writerow((key, str(codecs.decode_meta(key, members).get("source", ""))))
+            if key not in rejected:
+                table.writerow((key, str(codecs.decode_meta(key, members).get("source", ""))))
     write_bytes(folder / _SOURCES, text.getvalue().encode())
 
 
@@ -121,19 +122,15 @@ def _names(run: Run, units: Sequence[int]) -> list[str]:
     names: set[str] = set()
     for unit in units:
         for key, members in read_tar(run.tar("masks", unit), names={"json"}):
-            try:
-                names.update(read_json(members["json"])["words"])
-            except (LookupError, TypeError, ValueError):
-                path = run.tar("masks", unit)
-                raise CorruptFile(
-                    f"the words of sample {key} cannot be read; delete {path} and make it again"
-                ) from None
+            names.update(codecs.decode_meta(key, members)["words"])
     return sorted(names)
 
 
-def _entry(run: Run, settings: Export, units: Sequence[int]) -> dict[str, Any]:
+def _entry(run: Run, settings: Export, units: Sequence[int], rejected: Mapping[str, str]) -> dict[str, Any]:
     """The contents of ``export.json``."""
     inputs = {f"units of {name}": content_of(run, name, units) for name in ("images", "masks")}
+    if rejected:
+        inputs["rejected samples"] = digest(rejected)
     plain = dump(settings)
     return {
         "name": run.path.resolve().name,
@@ -153,9 +150,7 @@ def _check(folder: Path, entry: Mapping[str, Any]) -> None:
         same, old = before["fingerprint"] == entry["fingerprint"], {**before["settings"], **before["inputs"]}
     except (FileNotFoundError, NotADirectoryError):
         if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
-            raise ConfigError(
-                f"{folder} is there and was not written by synthgen export; choose another --out"
-            ) from None
+            raise ConfigError(f"{folder} was not written by synthgen export; choose another --out") from None
         return
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"{folder / _MARK} cannot be read; delete {folder} or choose another --out") from None
@@ -165,5 +160,5 @@ def _check(folder: Path, entry: Mapping[str, Any]) -> None:
         changes += [f"the {name} have changed" for name, value in entry["inputs"].items() if old.get(name) != value]
         raise StaleArtifact(
             f"{folder} was exported differently: {'; '.join(changes) or 'from another run'}; "
-            f"choose another --out, or delete {folder} to make it anew"
+            f"choose another --out, or delete {folder} to export again"
         )

@@ -1,4 +1,4 @@
-"""What a loader process could not read is told in the words of its error."""
+"""A loader process passes on errors unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from synthgen.errors import CorruptFile
 from synthgen.loader import Reader
 from synthgen.stages._loader_errors import explaining_lost_workers
 
-SAID = "sample 3 of here.tar: a wrong byte; delete it"
+MESSAGE = "sample 3 of here.tar: a wrong byte; delete it"
 
 
 class Broken(Dataset[int]):
@@ -18,14 +18,14 @@ class Broken(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         if index == 3:
-            raise CorruptFile(SAID)
+            raise CorruptFile(MESSAGE)
         return index
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_a_process_is_raised_as_it_is(num_workers: int) -> None:
+def test_an_error_of_a_loader_process_is_raised_unchanged(num_workers: int) -> None:
     rows = iter(Reader(Broken(), default_collate, num_workers=num_workers))
     assert [int(next(rows)) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(CorruptFile) as caught, explaining_lost_workers():
         next(rows)
-    assert str(caught.value) == SAID
+    assert str(caught.value) == MESSAGE
