@@ -47,7 +47,7 @@ def decode_rgb(data: bytes, *, upright: bool = False) -> UInt8[np.ndarray, "H W 
     with _opened(data, _FORMATS) as image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # I: before Pillow 11
         if image.mode in ("I", "F") and not deep:
-            raise OSError("its pixels are numbers of 32 bits, and nothing says which is white; save it with 8 bits")
+            raise OSError("its pixels are 32-bit numbers of unknown range; save it with 8 bits")
         turned = ImageOps.exif_transpose(image) if upright else image
         if deep:
             turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
@@ -62,7 +62,7 @@ def decode_labels(data: bytes) -> UInt8[np.ndarray, "H W"]:
     """
     with _opened(data, ("PNG",)) as image:
         if image.mode not in ("L", "P", "1"):
-            raise OSError(f"its masks are a picture of mode {image.mode}, not one of 8-bit numbers")
+            raise OSError(f"its masks have the mode {image.mode}; save them with 8-bit grey or a palette")
         return np.asarray(image if image.mode != "1" else image.convert("L"), np.uint8)
 
 
@@ -75,7 +75,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
                 raise OSError(f"it has {image.width} x {image.height} pixels; {MAX_PIXELS:,} are the most")
             yield image
     except UnidentifiedImageError:
-        raise OSError("cannot identify image file: it is none, or of a format that is not read") from None
+        raise OSError("cannot identify image file: it is damaged, or its format is not supported") from None
     except OSError:
         raise
     except Exception as error:  # on malicious bytes Pillow may raise any type

@@ -1,4 +1,4 @@
-"""How the options of a command become settings."""
+"""Turn the options of a command into settings."""
 
 from __future__ import annotations
 
@@ -170,15 +170,15 @@ def chosen_of(
     chosen = settings.pop("engine")
     chosen = Choice.of({"name": default_engine(), **chosen} if isinstance(chosen, dict) else chosen)
     settings = resume_settings(run, stage, settings) if run else settings
-    make_stage(stage, settings)  # checked first: an unknown setting could have the name of another argument
+    make_stage(stage, settings)  # check them first: an unknown setting might have the name of another argument
     return chosen, settings
 
 
 def resume_settings(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a command: those that the folder of its stage was made with, replaced by the ``given`` ones.
+    """The settings of a command: those recorded in the folder of its stage, replaced by the ``given`` ones.
 
-    The folder counts where something was made in it, or where nothing is given. Functions of the API and pipeline files
-    state all settings themselves.
+    A folder without units is ignored if any setting is given. Pipeline files and functions of the API do not use this:
+    they state all settings.
 
     Raises:
         MissingArtifact: a required setting is missing, and the folder has no settings yet.
@@ -203,12 +203,12 @@ def resume_settings(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str,
     before = {name: value for name, value in entry["settings"].items() if name in known}
     settings = merge_settings(before, given)
     if "label" in given and kind.folder_of(settings | {"label": before.get("label", "")}) == folder:
-        settings["label"] = before.get("label", "")  # the folder has that name anyway
+        settings["label"] = before.get("label", "")  # which names the same folder
     return settings
 
 
 def overrides_of(run: Path | None, extra: list[str] | None, engine: dict[str, Any]) -> dict[str, Any]:
-    """What replaces settings of a pipeline file, by dotted paths: ``--set``, and its run where ``--run`` is given.
+    """The settings that replace those of a pipeline file, by dotted paths: those of ``--set``, and ``--run``.
 
     Raises:
         ConfigError: ``--set`` asks for another run or ``engine`` than the options do.
@@ -298,7 +298,7 @@ def export_of(format: str, image_format: str | None, extra: list[str] | None) ->
         ConfigError: a setting is unknown or has the wrong type, or two values of one are asked for.
     """
     from synthgen.config import check
-    from synthgen.interchange import Export
+    from synthgen.export import Export
 
     settings = with_set({"format": format, "image_format": image_format}, extra)
     check(Export, settings, where="export")

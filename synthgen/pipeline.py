@@ -1,4 +1,4 @@
-"""Pipeline files: one YAML, one experiment. Read it, check it, run its stages."""
+"""Pipeline files: one YAML file describes one experiment. Read and check it, then run its stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEYS = ("run", "seed", "engine", "stages")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A line of stages over one run directory. A stage may come several times, each time with other settings."""
+    """Stages and the run that they work on. A stage may occur several times, with different settings."""
 
     path: Path
     run: Path
@@ -36,11 +36,11 @@ class Pipeline:
     stages: tuple[Stage, ...]
 
     def select(self, *, only: str = "", first: str = "", last: str = "") -> Pipeline:
-        """The same line with one stage, or from ``first`` to ``last``, both included.
+        """The same pipeline with only one stage, or with those from ``first`` to ``last``, both included.
 
         Raises:
-            UnknownName: the line has no such stage.
-            ConfigError: ``only`` is given beside the others, or ``first`` comes after ``last``.
+            UnknownName: the pipeline has no such stage.
+            ConfigError: ``only`` is given with one of the others, or ``first`` comes after ``last``.
         """
         if only and (first or last):
             other = f"--from {first}" if first else f"--to {last}"
@@ -56,13 +56,13 @@ class Pipeline:
         return Pipeline(self.path, self.run, self.seed, self.engine, self.stages[start:stop])
 
     def resolve_engine(self, given: EngineLike | Mapping[str, Any] = None) -> Engine | Choice:
-        """The engine to run on: that of the file where none is ``given``.
+        """The engine to run on: the file's if none is ``given``.
 
-        A name or a mapping of options keeps the options that the file has for that engine. A :class:`Choice` or an
-        engine is taken as it is.
+        A name or a mapping is merged with the options that the file has for that engine. A :class:`Choice` or an engine
+        is used unchanged.
 
         Raises:
-            ConfigError: the mapping has a ``name`` that is no text.
+            ConfigError: the mapping has a ``name`` that is not a text.
         """
         if not given:
             return self.engine
@@ -74,13 +74,13 @@ class Pipeline:
         return Choice.of({**(self.engine.dump() if same else {}), **given})
 
     def dry_run(self, engine: EngineLike | Mapping[str, Any] = None) -> list[str]:
-        """What would run, a line each, after a check that all sources of the stages are there. Nothing is written.
+        """Check that all sources of the stages exist, and describe what would run, a line each. Writes nothing.
 
-        What lies in the run's own folder may be made by a stage before; an encoder may be on the hub, which is not
-        asked.
+        Sources in the run's own folder may be written by an earlier stage, and encoders may be on the hub: these are
+        not checked.
 
         Raises:
-            MissingArtifact, PromptError, CorruptFile, ConfigError: the run would be refused for it.
+            MissingArtifact, PromptError, CorruptFile, ConfigError: as for the run itself.
         """
         run, made = Run(parse_location(self.run), self.seed), set[str]()
         there, engine = run.is_there, self.resolve_engine(engine)
@@ -103,10 +103,10 @@ class Pipeline:
     def execute(
         self, *, engine: EngineLike | Mapping[str, Any] = None, progress: Progress | None = None
     ) -> Iterator[Summary]:
-        """Run each stage; yields its summary when it has ended. For ``engine`` see :meth:`resolve_engine`.
+        """Run the stages, and yield the summary of each when it has ended. For ``engine`` see :meth:`resolve_engine`.
 
         Raises:
-            ConfigError: the engine cannot run one of the stages; nothing has run.
+            ConfigError: the engine cannot run one of the stages; no stage was run.
         """
         engine = self.resolve_engine(engine)
         engines = [check_engine(stage, engine) for stage in self.stages]
@@ -115,11 +115,11 @@ class Pipeline:
                 yield run_stage(stage, run, made, progress)
 
     def unevaluated(self, stage: Stage) -> str:
-        """A note on the trainings that ``stage``, an evaluation that names no encoder, left out; empty without any."""
+        """A note on the trainings that ``stage``, an evaluation without an encoder setting, left out; "" for none."""
         if not isinstance(stage, Evaluate) or stage.encoder:
             return ""
         run = Run.open(self.run)
-        if not stage.judges_images(run) or (chosen := stage.encoder_folder(run)) is None:
+        if not stage.needs_images(run) or (chosen := stage.encoder_folder(run)) is None:
             return ""
         named = {parse_location(one.encoder).absolute() for one in self.stages if isinstance(one, Evaluate)}
         trainings = [run.folder(*one.artifacts()) for one in self.stages if isinstance(one, Pretrain)]
@@ -134,16 +134,16 @@ class Pipeline:
 
 
 def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pipeline:
-    """Read a pipeline file, put ``overrides`` in, and check all of it before anything runs.
+    """Read a pipeline file, apply ``overrides``, and check all of it before anything runs.
 
     Args:
         path: of the file.
-        overrides: values by their dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
+        overrides: values by dotted paths, such as ``{"stages.masks.min_area": 0.01}``.
 
     Raises:
         MissingArtifact: there is no such file.
-        PipelineError: it cannot be read, is not YAML, or its stages do not follow from one another.
-        ConfigError: a setting is unknown, missing or of the wrong kind; names it with its dotted path.
+        PipelineError: it cannot be read, is not YAML, or a stage comes before one whose output it reads.
+        ConfigError: a setting is unknown, missing or of the wrong type; names it with its dotted path.
     """
     path = Path(path)
     content = _load(path)
@@ -160,11 +160,12 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(run, str):
         raise PipelineError(f"{path}: 'seed' must be a whole number and 'run' a folder")
     stages = [stage for name, values in settings.items() for stage in _stages(path, name, values)]
-    _distinct(path, stages)
+    _check_artifacts(path, stages)
+    _check_order(path, stages)
     engine = content.get("engine") or {}
-    if isinstance(engine, dict):  # options alone are those of the engine that is there by default
+    if isinstance(engine, dict):  # options without a name are those of the default engine
         engine = {"name": default_engine(), **engine}
-    return Pipeline(path, run_folder(run), seed, Choice.of(engine), tuple(_ordered(path, stages)))
+    return Pipeline(path, run_folder(run), seed, Choice.of(engine), tuple(stages))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -177,12 +178,12 @@ def _load(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise PipelineError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise PipelineError(f"{path} holds no settings; it needs 'stages' at least")
+        raise PipelineError(f"{path} has no settings; it needs at least 'stages'")
     return content
 
 
 def _put(content: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set what ``dotted`` leads to; where a stage comes several times, each time."""
+    """Set the value at the path ``dotted``; in every entry of a stage that has a list of settings."""
     places, (*path, last) = [content], dotted.split(".")
     for step in path:
         places = [inner for place in places for inner in _within(place, step, dotted)]
@@ -196,8 +197,8 @@ def _within(content: dict[str, Any], step: str, dotted: str) -> list[dict[str, A
         raise PipelineError(f"--set {dotted}: {step!r} is a name; write it as {{name: {inner}}} in the file")
     found = inner if isinstance(inner, list) else [{} if inner is None else inner]
     if not all(isinstance(one, dict) for one in found):
-        raise PipelineError(f"--set {dotted}: {step!r} holds no settings")
-    found = [dict(one) for one in found]  # what an alias of YAML stands for several times is changed at one place
+        raise PipelineError(f"--set {dotted}: {step!r} has no settings")
+    found = [dict(one) for one in found]  # copies: a YAML alias is the same object in several places
     content[step] = found if isinstance(inner, list) else found[0]
     return found
 
@@ -210,12 +211,12 @@ def _stages(path: Path, name: str, values: Any) -> Iterator[Stage]:
         if not isinstance(settings, dict | None):
             raise PipelineError(f"{path}: stages.{name} must hold settings, not {settings!r:.200}")
         stage = make_stage(name, settings or {})
-        stage.complete()  # a part that does not exist, or an option that it does not take, is told before anything runs
+        stage.complete()  # raises for an unknown part or option
         yield stage
 
 
-def _distinct(path: Path, stages: Sequence[Stage]) -> None:
-    """See that no two write into the same folder."""
+def _check_artifacts(path: Path, stages: Sequence[Stage]) -> None:
+    """Check that no two stages write the same artifact."""
     seen: dict[str, str] = {}
     for stage in stages:
         for artifact in stage.artifacts():
@@ -227,16 +228,15 @@ def _distinct(path: Path, stages: Sequence[Stage]) -> None:
             seen[artifact] = stage.name
 
 
-def _ordered(path: Path, stages: Sequence[Stage]) -> Sequence[Stage]:
-    """The stages as they stand in the file, if each finds before it what it reads from a stage of the same file."""
+def _check_order(path: Path, stages: Sequence[Stage]) -> None:
+    """Check that no stage comes before one whose output it reads or takes into account."""
     writers = {artifact: stage.name for stage in stages for artifact in stage.writes}
     made: set[str] = set()
     for stage in stages:
-        for artifact in stage.reads:
+        for artifact in (*stage.reads, *stage.uses):
             if artifact in writers and artifact not in made:
                 raise PipelineError(
-                    f"{path}: stages.{stage.name} reads {artifact}, which stages.{writers[artifact]} makes after it; "
+                    f"{path}: stages.{stage.name} uses {artifact}, which stages.{writers[artifact]} makes after it; "
                     "put it first"
                 )
         made.update(stage.writes)
-    return stages

@@ -28,7 +28,7 @@ from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Content", "PromptCopy", "check_copy", "content_of", "iter_lines", "keep_copy", "open_copy"]
 
-_EVERY = 256  # lines per block, the smallest amount that is read
+_EVERY = 256  # lines per block; a block is read at once
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
@@ -77,7 +77,7 @@ def check_copy(folder: Path, sha256: str) -> None:
     """
     copy = _open(folder, sha256)
     if not _is_whole(copy.path, copy.content):
-        raise CorruptFile(f"{copy.path} is gone, cut off, or a byte of it is wrong; {_anew(folder)}")
+        raise CorruptFile(f"{copy.path} is missing, cut off, or a byte of it is wrong; {_anew(folder)}")
 
 
 @lru_cache(maxsize=4)
@@ -138,7 +138,7 @@ class PromptCopy:
         try:
             return read_range(self.path, start, end).split(b"\n")
         except FileNotFoundError:
-            raise self._corrupt("it is gone") from None
+            raise self._corrupt("it is missing") from None
         except (OSError, EOFError) as error:
             raise self._corrupt(str(error)) from None
 
@@ -228,7 +228,7 @@ def _validated(value: Any) -> Content:
         or edges[0] != 0
         or not all(0 < end - start <= MAX_BYTES for start, end in pairwise(edges))
     ):
-        raise ValueError("it is no mark of prompts")
+        raise ValueError("it is not a done mark of prompts")
     return content
 
 

@@ -13,6 +13,9 @@ AFFINITY_OFFSETS: tuple[tuple[int, int], ...] = tuple(
     (step * row, step * column) for step in (1, 2, 4) for row, column in ((0, 1), (1, 0), (1, 1), (1, -1))
 )
 
+#: The warning of a sample that the model's own safety checker flagged.
+SAFETY_WARNING = "the safety checker objects to this image"
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -53,6 +56,7 @@ class Generation:
     maps: Maps
     warnings: tuple[str, ...] = ()  # what a user should know about a sample that is still usable
     failed: str = ""  # why there is no usable image; empty: there is one
+    words_cut_off: tuple[str, ...] = ()  # marked words that no text encoder reads: the prompt is too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,10 @@ class Report:
 
     unit: int
     count: int = 0  # samples written
-    seconds: float = 0.0
     error: str = ""  # empty: the unit is done
     trace: str = ""  # traceback of an unexpected error
     device_suspect: bool = False  # whether the only device that tried the unit may be the cause
+    damaged: str = ""  # the file of an earlier stage whose checksum is wrong, if that is the error
     notes: dict[str, int] = field(default_factory=dict)  # counts by remark, such as {"dropped": 3}
 
 

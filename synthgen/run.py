@@ -23,7 +23,7 @@ from synthgen.entries import (
     validate_entry,
     versions,
 )
-from synthgen.errors import ConfigError, MissingArtifact, StaleArtifact, SynthgenError
+from synthgen.errors import MissingArtifact, StaleArtifact, SynthgenError
 from synthgen.records import Report
 from synthgen.redact import redact
 from synthgen.stores import parse_location
@@ -36,29 +36,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "digest", "versions"]
 
-_MADE_BY = {"images": "generate", "maps": "generate", "masks": "masks", "shards": "shards", "pretrain": "pretrain"}
+_OWN = ("masks", "filter", "shards", "pretrain")  # artifacts with the name of their stage
+_MADE_BY = {"images": "generate", "maps": "generate"} | dict(zip(_OWN, _OWN, strict=True))  # in this order
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder, here or in a store (``s3://bucket/run``), in which stages find and leave what they make.
+    """A folder, here or in a store (``s3://bucket/run``), that stages read from and write to.
 
-    ``<artifact>/000012.tar`` holds a unit. The ``000012.json`` beside it comes last and is its done mark: count,
-    sha256, seconds and fingerprint. ``000012.failed.json`` says why a unit failed, and ``settings.yaml`` what all of
-    them are made with: whoever writes it first decides, and other settings are refused. There is no other bookkeeping,
-    and nothing is locked, so any number of workers and people may work on one run.
+    A stage writes artifacts, folders of the run: ``images``, ``maps``, ``masks``, ``shards``, ``pretrain/<label>``.
+    ``<artifact>/000012.tar`` is a unit. ``000012.json``, written last, is its done mark: count, sha256, seconds and
+    fingerprint. ``000012.failed.json`` says why a unit failed. ``settings.yaml`` records what all units are made with:
+    the first command that writes it decides, and other settings are refused. There is no other bookkeeping and a run is
+    never locked, so any number of commands may work on it.
     """
 
     path: Path  # as ``parse_location`` gives it
     seed: int = 0
-    claimed: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see ``claim``
+    claimed: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # see :meth:`claim`
 
     @classmethod
     def create(cls, path: str | Path, *, seed: int | None = None) -> Run:
-        """Open the run at ``path``; make it where it is not there yet (with seed 0 unless one is given).
+        """Open the run at ``path``, or create it (with seed 0 unless one is given).
 
         Raises:
-            StaleArtifact: the run is there and has another seed.
+            StaleArtifact: the run exists and has another seed.
         """
         run = cls(parse_location(path), seed or 0)
         file = run.path / "run.yaml"
@@ -67,25 +69,25 @@ class Run:
         before = cls.open(path)
         if seed is None or seed == before.seed:
             return before
-        if not before.manifest()["artifacts"]:  # nothing has been made with the old one
+        if not before.manifest()["artifacts"]:  # nothing was made with the old seed
             write_bytes(file, as_yaml({"seed": seed}))
             entries = list(before.manifest()["artifacts"].values())
             if not entries:
                 return run
-            write_bytes(file, as_yaml({"seed": entries[0].get("seed", before.seed)}))  # of another command, just now
+            write_bytes(file, as_yaml({"seed": entries[0].get("seed", before.seed)}))  # another command was faster
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
     @contextmanager
     def create_or_roll_back(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
-        """:meth:`create`; a run that was not there before is removed if the block fails and nothing else is in it."""
+        """:meth:`create`; a new run is removed again if the block fails and has written nothing to it."""
         folder = parse_location(path)
         there = exists(folder)
         run = cls.create(path, seed=seed)
         try:
             yield run
         except BaseException:
-            with suppress(OSError):  # another command has just written into it, or removed it
+            with suppress(OSError):  # another command has just written to it, or removed it
                 if not there and [entry.name for entry in folder.iterdir()] == ["run.yaml"]:
                     (folder / "run.yaml").unlink()
                     folder.rmdir()
@@ -93,19 +95,20 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open a run that exists.
+        """Open an existing run.
 
         Raises:
             MissingArtifact: there is no run at ``path``.
             ConfigError: its ``run.yaml`` cannot be read.
         """
         path = parse_location(path)
-        if not cls(path).is_there:
+        entry = read_entry(path / "run.yaml", "seed", int) if cls(path).is_there else None
+        if entry is None:
             raise MissingArtifact(
                 f"there is no run at {path}; make one with: "
                 f"synthgen generate --prompts FILE --run {shlex.quote(str(path))}"
             )
-        return cls(path, cls(path)._run_yaml()["seed"])
+        return cls(path, entry["seed"])
 
     @property
     def is_there(self) -> bool:
@@ -115,37 +118,34 @@ class Run:
     # -- settings and fingerprint of each artifact
 
     def manifest(self) -> dict[str, Any]:
-        """The run's seed, and for each of its ``artifacts`` what :meth:`artifact` says, in the order of the stages."""
-        run = self._run_yaml()
-        artifacts = dict(run["artifacts"])
-        for path in (*self.path.glob(f"*/{SETTINGS}"), *self.path.glob(f"*/*/{SETTINGS}")):
-            if (entry := read_entry(path, "fingerprint", str)) is not None:
-                artifacts[path.parent.relative_to(self.path).as_posix()] = entry
-        for name, entry in artifacts.items():
-            validate_entry(entry, self.folder(str(name)) / SETTINGS)
-        places = {name: place for place, name in enumerate(_MADE_BY)}
-        names = sorted(artifacts, key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
-        return run | {"artifacts": {name: artifacts[name] for name in names}}
+        """The run's ``seed``, and its ``artifacts`` in the order of the stages: for each what :meth:`artifact` returns.
 
-    def _run_yaml(self) -> dict[str, Any]:
-        value = read_entry(self.path / "run.yaml", "seed", int)
-        if value is None:
-            raise ConfigError(f"{self.path}/run.yaml is gone; restore it or start a new run")
-        if not isinstance(value.setdefault("artifacts", {}), dict):  # older runs note all artifacts here
-            raise ConfigError(f"{self.path}/run.yaml is no run's: its artifacts are no mapping; start a new run")
-        return value
+        Raises:
+            ConfigError: a ``settings.yaml`` cannot be read.
+        """
+        files = (*self.path.glob(f"*/{SETTINGS}"), *self.path.glob(f"*/*/{SETTINGS}"))
+        names = [file.parent.relative_to(self.path).as_posix() for file in files]
+        places = {name: place for place, name in enumerate(_MADE_BY)}
+        names.sort(key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
+        entries = {name: self.find_artifact(name) for name in names}
+        return {"seed": self.seed, "artifacts": {name: entry for name, entry in entries.items() if entry is not None}}
 
     def find_artifact(self, name: str) -> dict[str, Any] | None:
-        """What an artifact is made with, as :meth:`artifact` returns it, or None where no stage has started on it."""
+        """What :meth:`artifact` returns, or None if no stage has started on it.
+
+        Raises:
+            ConfigError: its ``settings.yaml`` cannot be read.
+        """
         path = self.folder(name) / SETTINGS
-        entry = read_entry(path, "fingerprint", str) or self._run_yaml()["artifacts"].get(name)
+        entry = read_entry(path, "fingerprint", str)
         return None if entry is None else validate_entry(entry, path)
 
     def artifact(self, name: str) -> dict[str, Any]:
-        """What an artifact is made with: stage, settings, inputs, fingerprint, versions.
+        """What an artifact is made with: stage, seed, settings, inputs, fingerprint, versions.
 
         Raises:
             MissingArtifact: it has not been made; names the stage to run first.
+            ConfigError: its ``settings.yaml`` cannot be read.
         """
         entry = self.claimed[name] if name in self.claimed else self.find_artifact(name)
         if entry is None:
@@ -153,14 +153,14 @@ class Run:
         return entry
 
     def missing_artifact(self, name: str) -> MissingArtifact:
-        """The error that an artifact has not been made, with the stage to run first."""
+        """The error for an artifact that has not been made; names the stage to run first."""
         stage = _MADE_BY.get(name.partition("/")[0], name)
-        given = "--prompts FILE " if stage == "generate" else ""
-        first = f"synthgen {stage} {given}--run {shlex.quote(str(self.path))}"
-        return MissingArtifact(f"{self.path} has no {name} yet; first run: {first}")
+        prompts = "--prompts FILE " if stage == "generate" else ""
+        command = f"synthgen {stage} {prompts}--run {shlex.quote(str(self.path))}"
+        return MissingArtifact(f"{self.path} has no {name} yet; first run: {command}")
 
     def remedy(self, name: str) -> str:
-        """The command that makes what an artifact lacks, with the settings in its folder."""
+        """The command that makes the missing units of an artifact, with the settings in its folder."""
         stage, _, label = name.partition("/")
         entry = self.claimed.get(name) or self.find_artifact(name)
         stage = str(entry["stage"]) if entry else _MADE_BY.get(stage, stage)
@@ -168,40 +168,38 @@ class Run:
         return f"synthgen {stage} {label}--run {shlex.quote(str(self.path))}"
 
     def check(self, stage: Stage) -> dict[str, Any]:
-        """Check that the inputs of ``stage`` are there and that its folders have its settings, or none.
+        """Check that the inputs of ``stage`` exist and that its folders have the same settings or none; writes nothing.
 
         Returns:
-            The entry for their ``settings.yaml``, with the growing settings that ask for most. Nothing is written.
+            The entry for their ``settings.yaml``. Growing settings are those of ``stage``, unless they ask for fewer
+            samples than the run holds and the recorded ones ask for more.
 
         Raises:
-            MissingArtifact: an input is missing; the message names the stage to run first.
-            StaleArtifact: a folder was made with other settings or from other inputs; the message names them.
+            MissingArtifact: an input is missing; names the stage to run first.
+            StaleArtifact: a folder was made with other settings or from other inputs; names them.
         """
-        settings = stage.fingerprinted()
         inputs = {name: self.artifact(name)["fingerprint"] for name in stage.reads}
         inputs |= {redact(name): value for name, value in stage.inputs(self).items()}
-        (fingerprint, older), largest = stage.fingerprints(self.seed, inputs), stage
+        now = {"stage": stage.name, "seed": self.seed, "settings": stage.fingerprinted(), "inputs": inputs}
+        fingerprint, recorded = digest(now), stage
         for name in stage.artifacts():
             before = self.find_artifact(name)
-            if before is None:
-                continue
-            if before["fingerprint"] == fingerprint:
-                largest = largest.at_least(self, before["settings"])
-            elif before["fingerprint"] == older:
-                fingerprint = older
-            elif not self._is_free(name):
-                now = {"settings": settings, "inputs": inputs}
-                raise made_differently(self.folder(name), before, now, stage.hashed_names())
-        entry = {"stage": stage.name, "seed": self.seed, "settings": largest.recorded_settings(self), "inputs": inputs}
-        return entry | {"fingerprint": fingerprint}
+            if before is not None and before["fingerprint"] == fingerprint:
+                larger = recorded.at_least(self, before["settings"])
+                made = self.finished_units(name, fingerprint) if larger is not recorded else {}
+                if sum(made.values()) > recorded.num_samples(self):
+                    recorded = larger
+            elif before is not None and not self._is_free(name):
+                raise made_differently(self.folder(name), before, now)
+        return now | {"settings": recorded.recorded_settings(self), "fingerprint": fingerprint}
 
     @contextmanager
     def claim(self, stage: Stage) -> Iterator[Run]:
         """Write the settings of ``stage`` (see :meth:`record_settings`), and yield a run that keeps them in memory.
 
-        Whatever others do to the folders meanwhile, that run works with these settings or not at all (see
-        :meth:`keep_settings`). If the block fails, the settings of folders that nothing came into are removed, so that
-        other settings can be given; where units failed they stay beside the notes, for :mod:`synthgen.status`.
+        Whatever other commands do to the folders in the block, that run uses these settings or fails (see
+        :meth:`keep_settings`). If the block fails, the settings of empty folders are removed, so that others can be
+        given; where units failed they stay beside the failure files, for :mod:`synthgen.status`.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`; or the settings changed before the block ended.
@@ -221,23 +219,25 @@ class Run:
                 self.keep_settings(name, claimed[name])
         except BaseException:
             for name in new:
-                with suppress(OSError, SynthgenError):  # what went wrong before says more
+                with suppress(OSError, SynthgenError):  # the first error says more
                     self._remove_settings(name, entry["fingerprint"])
             raise
 
     def _remove_settings(self, name: str, fingerprint: str) -> None:
-        """Remove the settings of a folder that nothing came into, if they are still those of ``fingerprint``."""
+        """Remove the settings of an empty folder, if they are still those of ``fingerprint``."""
         path = self.folder(name) / SETTINGS
         if self.is_nonempty(name) or failure_notes(self.folder(name)) or read_fingerprint(path) != fingerprint:
             return
         path.unlink(missing_ok=True)
-        self.folder(name).rmdir()  # fails where somebody else is just writing into it
+        self.folder(name).rmdir()  # fails if another command is writing to it
 
     def record_settings(self, stage: Stage) -> list[str]:
-        """Put settings, inputs and versions of ``stage`` into the folders of its artifacts, after :meth:`check`.
+        """Write settings, inputs and versions of ``stage`` to the folders of its artifacts, after :meth:`check`.
+
+        Of several commands that start at the same time the first decides.
 
         Returns:
-            The artifacts that had none of these. Of several commands that begin at once the first decides.
+            The artifacts that had other settings, or none.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
@@ -252,29 +252,29 @@ class Run:
                 continue
             path, data = self.folder(name) / SETTINGS, as_yaml(entry)
             while not (created := create_bytes(path, data)):
-                data = as_yaml(entry | self.check(stage))  # another command may have been first, or ask for more
-                if path.is_file():  # otherwise it has just taken its settings back
+                data = as_yaml(entry | self.check(stage))  # raises if another command was first
+                if path.is_file():  # otherwise it has just removed its settings again
                     write_bytes(path, data)
                     break
-            other = not created and kept is not None and kept["fingerprint"] != entry["fingerprint"]
-            if other:  # all that these made were failures
+            replaced = not created and kept is not None and kept["fingerprint"] != entry["fingerprint"]
+            if replaced:  # all units of the earlier settings failed
                 for failure in failure_notes(self.folder(name)):
                     failure.unlink(missing_ok=True)
-            if created or other:
+            if created or replaced:
                 new.append(name)
         return new
 
     def keep_settings(self, name: str, entry: dict[str, Any]) -> None:
-        """See that an artifact's folder still has the settings ``entry``, and put them back where they are gone.
+        """Check that an artifact's folder still has the settings ``entry``; restore them if they are missing.
 
-        A command asks before each unit takes its name: until the first one has, another command may give the folder
-        other settings (see :meth:`_is_free`), and the same command elsewhere may fail and take these back.
+        Called before each unit is renamed. Until the first one is, another command may give the folder other settings
+        (see :meth:`_is_free`), and the same command elsewhere may fail and remove these.
 
         Raises:
             StaleArtifact: the folder has other settings.
         """
         path = self.folder(name) / SETTINGS
-        while (found := read_fingerprint(path) or (self.find_artifact(name) or {}).get("fingerprint")) is None:
+        while (found := read_fingerprint(path)) is None:
             if create_bytes(path, as_yaml(entry)):
                 return
         if found != entry["fingerprint"]:
@@ -282,51 +282,51 @@ class Run:
 
     def _given_to_another(self, name: str) -> StaleArtifact:
         return StaleArtifact(
-            f"another command has given {self.folder(name)} other settings since this one started, which adds nothing "
-            "more to it; choose another --run folder for one of the two"
+            f"another command has given {self.folder(name)} other settings since this one started, so this one stops; "
+            "choose another --run folder for one of the two"
         )
 
     def is_nonempty(self, name: str) -> bool:
-        """Whether anything was made of an artifact, or is being made: its settings, logs and failures are nothing."""
+        """Whether an artifact's folder has, or is about to get, any file besides its settings, logs and failures."""
         return any(True for _ in made_in(self.folder(name)))
 
     def _is_free(self, name: str) -> bool:
-        """Whether other settings may take the place of those in a folder: nothing is there, or all of it failed."""
-        in_use = (self.folder(name) / SETTINGS).is_file()  # maybe by a command that is about to make something
+        """Whether other settings may replace those of a folder: it is empty, or all of its units failed."""
+        in_use = (self.folder(name) / SETTINGS).is_file()  # a command may be about to make its first unit
         return not self.is_nonempty(name) and (not in_use or bool(failure_notes(self.folder(name))))
 
     # -- units
 
     def folder(self, artifact: str) -> Path:
-        """Where an artifact lies."""
+        """The folder of an artifact."""
         return self.path / artifact
 
     def tar(self, artifact: str, unit: int) -> Path:
-        """Where a unit of an artifact lies."""
+        """The file of a unit of an artifact."""
         return self.path / artifact / f"{unit:06d}.tar"
 
     def mark(self, artifact: str, unit: int) -> dict[str, Any] | None:
-        """The done mark of a unit, or None where it is not done."""
+        """The done mark of a unit, or None if it has none."""
         return read_mark(self.tar(artifact, unit).with_suffix(".json"))
 
     def has_unit(self, artifact: str, unit: int, fingerprint: str, least: int = 0) -> bool:
-        """Whether a unit of at least so many samples is there, whole, and made with the settings of ``fingerprint``."""
+        """Whether a unit is complete, has this fingerprint, and was made of at least ``least`` samples."""
         return is_finished(self.tar(artifact, unit), fingerprint, least)
 
     def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The done marks of all units whose tars are there and as long as their marks say, one after another."""
+        """The number and done mark of each unit whose tar has the length in its mark."""
         return iter_marks(self.folder(artifact))
 
     def finished_units(self, artifact: str, fingerprint: str) -> dict[int, int]:
-        """The units for which :meth:`has_unit` is true, read together: how many samples each was made of."""
+        """The units for which :meth:`has_unit` is true, each with the number of samples that it was made of."""
         return {unit: rows_of(mark) for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
 
     def units(self, artifact: str) -> list[int]:
-        """The numbers of the units of an artifact that are done, in order.
+        """The numbers of an artifact's units that have done marks, in order.
 
         Raises:
             MissingArtifact: there are none; names the stage to run first.
-            StaleArtifact: some were made with other settings than the folder's.
+            StaleArtifact: some were made with other settings than those of the folder.
         """
         fingerprint = self.artifact(artifact)["fingerprint"]
         found = units_in(self.folder(artifact))
@@ -336,29 +336,29 @@ class Run:
         if others:
             raise StaleArtifact(
                 f"{len(others)} of {len(found)} units of {self.folder(artifact)} were made with other settings than "
-                f"its {SETTINGS} tells (first: {others[0]:06d}); make them anew: {self.remedy(artifact)}"
+                f"those in its {SETTINGS} (first: {others[0]:06d}); make them anew: {self.remedy(artifact)}"
             )
         return list(found)
 
     def write(self, artifact: str, unit: int) -> UnitWriter:
-        """A context in which samples are added to a unit; the unit is there when the context ends well."""
+        """A context manager to which samples are added; the unit appears when the block ends without an error."""
         return UnitWriter(self, artifact, unit)
 
     def read(self, artifact: str, unit: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The samples of a unit in order: key, and each member's bytes.
 
         Raises:
-            MissingArtifact, CorruptFile: the unit is not there, or not as it was written.
+            MissingArtifact, CorruptFile: the unit is missing or damaged.
         """
         self.verify(artifact, unit)
         return read_tar(self.tar(artifact, unit))
 
     def verify(self, artifact: str, unit: int) -> None:
-        """See that a unit has the sha256 that its done mark tells. One that is cut off says more when it is read.
+        """Check the sha256 of a unit against its done mark. A truncated tar passes: reading it names the last key.
 
         Raises:
-            MissingArtifact: it is not there.
-            CorruptFile: it has another.
+            MissingArtifact: the unit is missing.
+            CorruptFile: it has another sha256.
         """
         mark, path = self.mark(artifact, unit), self.tar(artifact, unit)
         if mark is not None and self.has_unit(artifact, unit, mark["fingerprint"]):
@@ -371,7 +371,7 @@ class Run:
         return [key for key, _ in index_tar(self.tar(artifact, unit))]
 
     def fail(self, stage: Stage, report: Report) -> None:
-        """Note why a unit failed, beside where its tar would be; a later success takes the note away.
+        """Write why a unit failed beside its tar; a later success removes the file.
 
         Raises:
             StaleArtifact: another command has given the folder other settings.
@@ -380,19 +380,18 @@ class Run:
             if name in self.claimed:
                 self.keep_settings(name, self.claimed[name])
             path = self.tar(name, report.unit).with_suffix(FAILED)
-            reason = {"error": redact(report.error), "trace": redact(report.trace)}
-            write_json(path, {"unit": report.unit, **reason, "device_suspect": report.device_suspect})
+            texts = {name: redact(getattr(report, name)) for name in ("error", "trace", "damaged")}
+            write_json(path, {"unit": report.unit, **texts, "device_suspect": report.device_suspect})
 
     def clear_failure(self, stage: Stage, unit: int) -> None:
-        """Remove the note of a failure: the unit is done."""
+        """Remove the failure file of a unit that is done."""
         for name in stage.artifacts():
             self.tar(name, unit).with_suffix(FAILED).unlink(missing_ok=True)
 
     def failures(self, artifact: str) -> dict[int, str]:
         """The units of an artifact that failed when they were last tried, each with its reason.
 
-        A worker that is killed between the done mark of a unit and the end of its note leaves the note: it counts no
-        more.
+        Units that are done are left out: a worker may be killed before it removes their failure files.
         """
         found, entry = read_failures(self.folder(artifact)), self.find_artifact(artifact)
         if entry is None:

@@ -1,4 +1,7 @@
-"""Run one stage: give the units that are not done to an engine, and collect its reports."""
+"""Run one stage: find the units that are not done, give them to an engine, and collect its reports.
+
+Only this module resumes: stages and engines get nothing but units that are still to be made.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Summary:
-    """The result of one call of a stage."""
+    """The result of one call of :func:`run_stage`."""
 
     stage: str
     units: int = 0  # of the plan
-    done_before: int = 0  # units that an earlier call finished
+    done_before: int = 0  # units that were done before this call
     samples: int = 0  # made in this call
     seconds: float = 0.0
     notes: dict[str, int] = field(default_factory=dict)  # counts by remark, see ``Report``
@@ -48,14 +51,14 @@ def check_engine(stage: Stage, engine: EngineLike) -> Engine:
         engine = ENGINES.build(engine or default_engine())
     if stage.collective and not engine.collective:
         raise ConfigError(
-            f"{stage.name} is one piece of work, and the engine {type(engine).__name__.lower()} deals out many; run it "
-            f"alone with --engine local, or on several GPUs with: accelerate launch -m synthgen {stage.name}"
+            f"{stage.name} is a single unit, which the workers of {type(engine).__name__.lower()} cannot share; "
+            f"run it alone with --engine local, or on several GPUs with: accelerate launch -m synthgen {stage.name}"
         )
     return engine
 
 
 def run_stage(stage: Stage, run: Run, engine: EngineLike = None, progress: Progress | None = None) -> Summary:
-    """Make the units of ``stage`` that are not done yet. Several processes may do so on one run at the same time.
+    """Make the units of ``stage`` that are not done. Several processes may do so on one run at the same time.
 
     Raises:
         MissingArtifact, StaleArtifact: see :meth:`Run.check`.
@@ -89,7 +92,7 @@ def _run_units(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Su
         finally:
             progress.stop()
     summary.seconds = time.perf_counter() - started
-    for report in [report for report in failed if stage.done(run, report.unit)]:  # by another command, meanwhile
+    for report in [report for report in failed if stage.done(run, report.unit)]:  # made by another command
         run.clear_failure(stage, report.unit)
         failed.remove(report)
     if failed:
@@ -105,7 +108,7 @@ def _run_units(stage: Stage, run: Run, engine: Engine, progress: Progress) -> Su
 
 
 def _remove_leftovers(stage: Stage, run: Run) -> None:
-    """Remove the files that killed processes left half written."""
+    """Remove partial files of killed processes."""
     for name in stage.artifacts():
         for path in temporaries(run.folder(name)):
             if is_abandoned(path):

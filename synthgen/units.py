@@ -1,18 +1,22 @@
-"""A unit of an artifact: its tar is written whole, and then the done mark that says so."""
+"""Units: the tars of an artifact, each with a done mark.
+
+A unit is a number, the same in ``images``, ``maps`` and ``masks``. Its tar appears whole (``000012.tar``), and then the
+done mark beside it (``000012.json``): a unit without one, or with one of other settings, is made again.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from synthgen.entries import failure_notes
+from synthgen.entries import FAILED, failure_notes
 from synthgen.stores import listing, read_many, stamps
-from synthgen.stores._failures import is_of_system, unreadable
+from synthgen.stores._failures import is_system_error, unreadable
 from synthgen.stores._lock import locked
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import TarWriter, write_json
@@ -35,10 +39,10 @@ __all__ = [
 
 
 def checked_mark(value: Any) -> dict[str, Any]:
-    """A done mark, if it is one.
+    """``value``, if it is a done mark.
 
     Raises:
-        ValueError: it is none of synthgen's.
+        ValueError: it is not.
     """
     counts = ("count", "bytes")
     if (
@@ -50,20 +54,20 @@ def checked_mark(value: Any) -> dict[str, Any]:
         or not all(isinstance(count, int) for count in notes.values())
         or not isinstance(value.get("failed", {}), dict | int)
     ):
-        raise ValueError("it is no done mark")
+        raise ValueError("it is not a done mark")
     return value
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:
-    """The done mark at ``path``, or None where there is none.
+    """The done mark at ``path``, or None if there is none, or no valid one.
 
     Raises:
-        StorageError: it is there, and the system does not let it be read.
+        StorageError: the system cannot read the file.
     """
     try:
         return checked_mark(read_json(read_file(path, MAX_JSON)))
     except OSError as error:
-        if is_of_system(error):
+        if is_system_error(error):
             raise unreadable(path, error) from None
         return None
     except ValueError:
@@ -71,9 +75,9 @@ def read_mark(path: Path) -> dict[str, Any] | None:
 
 
 def iter_marks(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The done marks of all units in a folder whose tars are there and as long as their marks say.
+    """The number and done mark of each unit in a folder whose tar has the length in its mark.
 
-    They are read together, but all of a large run would take much memory.
+    Marks are read in batches and yielded one by one, as those of a large run would fill the memory.
     """
     sizes = listing(folder)
     for name, mark in _read_marks(folder, [name for name in sizes if _is_mark(name)]):
@@ -82,13 +86,13 @@ def iter_marks(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def rows_of(mark: Mapping[str, Any]) -> int:
-    """How many samples a unit was made of, by its done mark: those in its tar, and those that failed."""
+    """How many samples a unit was made of: those in its tar, and those that failed."""
     failed = mark.get("failed")
     return int(mark.get("count", 0)) + (len(failed) if isinstance(failed, dict) else 0)
 
 
 def is_finished(tar: Path, fingerprint: str, least: int = 0) -> bool:
-    """Whether a unit is whole, and made of ``least`` samples or more with the settings of ``fingerprint``."""
+    """Whether a unit is complete, has this fingerprint, and was made of at least ``least`` samples."""
     mark = read_mark(tar.with_suffix(".json"))
     if mark is None or mark["fingerprint"] != fingerprint or rows_of(mark) < least:
         return False
@@ -99,17 +103,17 @@ def is_finished(tar: Path, fingerprint: str, least: int = 0) -> bool:
 
 
 def units_in(folder: Path) -> dict[int, tuple[str, int]]:
-    """The units in a folder that have done marks, in order: fingerprint and count; ("", 0) where a mark is unreadable.
+    """Fingerprint and count of each unit in a folder that has a done mark, in order; ("", 0) for an invalid mark.
 
-    The marks are read again only when one of the files has changed.
+    The marks are read again only if one of the files has changed.
     """
     files = ((name, *stamp) for name, stamp in stamps(folder).items() if _is_mark(name))
     return dict(_units_in(folder, tuple(sorted(files))))
 
 
 def counts_of(folder: Path, units: Sequence[int]) -> dict[int, int]:
-    """How many samples the tars of these units hold, by their done marks; units without one are left out."""
-    if len(units) == 1:  # a worker asks for one after another, while the marks of others change
+    """How many samples the tars of these units hold; units without a done mark are left out."""
+    if len(units) == 1:  # workers ask for one unit at a time, while other marks change
         mark = read_mark(folder / f"{units[0]:06d}.json")
         return {} if mark is None else {units[0]: int(mark["count"])}
     found = units_in(folder)
@@ -130,7 +134,7 @@ def _is_mark(name: str) -> bool:
 
 
 def _read_marks(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Done marks by their files' names; None for what is no mark."""
+    """Each file name with its done mark; None for an invalid one."""
     for name, data in read_many(folder, sorted(names), MAX_JSON):
         try:
             yield name, checked_mark(read_json(data))
@@ -139,11 +143,11 @@ def _read_marks(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str,
 
 
 def read_failures(folder: Path) -> dict[int, str]:
-    """The units in a folder that have notes of a failure, each with its reason."""
+    """The units in a folder that have failure files, each with its reason."""
     found = {}
     for path in failure_notes(folder):
         unit = path.name.partition(".")[0]
-        if not (unit.isascii() and unit.isdecimal()):  # not one of ours
+        if not (unit.isascii() and unit.isdecimal()):  # not a file of synthgen
             continue
         try:
             found[int(unit)] = str(read_json(read_file(path, MAX_JSON))["error"])
@@ -159,9 +163,9 @@ class UnitWriter:
         self.run, self.artifact, self.unit = run, artifact, unit
         self.notes: dict[str, int] = {}
         self.failed: dict[str, str] = {}
-        self.about: dict[str, Any] = {}  # what else its done mark is to tell
-        self.second = ""  # the other artifact of the unit, where there is one that is written after this one
-        self.first: UnitWriter | None = None  # that of the other, where it is written before this one
+        self.about: dict[str, Any] = {}  # further fields of the done mark
+        self.second = ""  # the artifact that belongs to this one and is written after it: "maps" for "images"
+        self.first: UnitWriter | None = None  # the writer of the artifact that this one belongs to
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
@@ -181,41 +185,47 @@ class UnitWriter:
         return self._tar.count
 
     def note(self, remark: str, count: int = 1) -> None:
-        """Count a remark, such as "dropped", for ``status`` and ``view``."""
+        """Count a remark, such as "dropped", which ``status`` and ``view`` show."""
         self.notes[remark] = self.notes.get(remark, 0) + count
 
     def fail(self, key: str, reason: str) -> None:
-        """Leave a sample out and keep its reason in the done mark; it is counted in the notes."""
+        """Leave a sample out; its reason goes to the done mark."""
         self.failed[key] = reason
         self.note("failed samples")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._tar.__exit__(kind, error, trace)
+            return
         path = self._tar.path
-        with ExitStack() as stack:
-            if kind is None and not isinstance(path, RemotePath):  # in a store there is no lock
-                stack.enter_context(locked(path.with_name(f".{path.stem}.lock")))
-            self._end(kind, error, trace)
+        with nullcontext() if isinstance(path, RemotePath) else locked(path.with_name(f".{path.stem}.lock")):
+            self._commit()
 
-    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def _commit(self) -> None:
+        """Rename the tar and write its done mark, unless another worker has made the unit."""
         path = self._tar.path
+        mark = path.with_suffix(".json")
         try:
-            if kind is None:
-                self._tar.seal()
-            made = kind is None and self._is_made()
-            if kind is None and not made:
+            self._tar.seal()
+            made = self._is_made()
+            if made:
+                self._tar.discard()
+            else:
                 self.run.keep_settings(self.artifact, self._entry)
-        except BaseException as failed:  # the disk is full, say: nothing half written stays
+                if self.second and self._sha256_of(self.artifact) not in (
+                    "",
+                    self.sha256,
+                ):  # its maps are of other images
+                    self.run.tar(self.second, self.unit).with_suffix(".json").unlink(missing_ok=True)
+                mark.unlink(missing_ok=True)
+        except BaseException as failed:  # for example the disk is full: leave no partial file
             self._tar.__exit__(type(failed), failed, failed.__traceback__)
             raise
-        if made:  # by another worker, meanwhile
-            self._tar.discard()
-        elif kind is None:
-            path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of another tar
-        self._tar.__exit__(kind, error, trace)
-        if kind is None and not made:
-            mark = {
+        self._tar.__exit__(None, None, None)
+        if not made:
+            content = {
                 "count": self._tar.count,
                 "bytes": self._tar.size,
                 "sha256": self._tar.sha256,
@@ -225,17 +235,16 @@ class UnitWriter:
                 **({"failed": self.failed} if self.failed else {}),
                 **self.about,
             }
-            write_json(path.with_suffix(".json"), mark)
-        if kind is None:
-            path.with_suffix(".failed.json").unlink(missing_ok=True)
+            write_json(mark, content)
+        path.with_suffix(FAILED).unlink(missing_ok=True)
 
     def _is_made(self) -> bool:
-        """Whether what is there stays: it has the same bytes, or those of another kind of device, and is whole.
+        """Whether to keep the existing unit: it is complete, and has the same bytes or those of another kind of device.
 
-        A unit of fewer samples than these, of a run that has grown since, is replaced; one of more never is.
+        A unit with fewer samples is replaced (the run has grown), one with more never is.
 
-        Of two artifacts of one unit, such as images and their maps, both come from one worker. So what another left of
-        one alone is replaced if its bytes differ, and the second is kept only beside the first that belongs to it.
+        Images and maps of a unit must come from one worker. So if a killed worker left only one of them, it is replaced
+        if its bytes differ; and maps are kept only if the images that they belong to were kept too.
         """
         rows = self.count + len(self.failed)
         there = self.run.has_unit(self.artifact, self.unit, self._fingerprint, rows)
@@ -254,7 +263,7 @@ class UnitWriter:
 
     @property
     def sha256(self) -> str:
-        """That of the tar, once it is sealed."""
+        """The checksum of the tar, once it is sealed."""
         return self._tar.sha256
 
     def _sha256_of(self, artifact: str) -> str:

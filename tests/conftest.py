@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 _CHECKED = (
     "records attention refiners codecs graphcut mask_shape mask_quality models methods "
-    "loader datasets augment evaluators train export interchange"
+    "loader datasets augment evaluators train export"
 )
 _hook = install_import_hook([f"synthgen.{name}" for name in _CHECKED.split()], "beartype.beartype")
 

@@ -16,6 +16,7 @@ from synthgen.records import AFFINITY_OFFSETS, Generation, Maps, Prompt, Report,
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages import Stage, Work, Worker
+from synthgen.tallies import Tallies
 
 WORDS = ("disc", "square")
 
@@ -80,6 +81,7 @@ class Drawn(Stage):
     units: int = 2
     unit_size: int = 6
     image_size: int = 64
+    distinct: int = 0  # so many images, again and again; 0: all are different
 
     def plan(self, run: Run) -> list[int]:
         return list(range(self.units))
@@ -93,6 +95,7 @@ class Drawn(Stage):
             with run.write("maps", unit) as maps, run.write("images", unit) as images:
                 for row in range(self.unit_size):
                     number = unit * self.unit_size + row
+                    number %= self.distinct or number + 1
                     words = WORDS if number % 3 == 2 else (WORDS[number % 2],)
                     generation, _ = make_generation(
                         sample_key(unit, row), words, self.image_size, seed=number, label=words[0]
@@ -122,6 +125,7 @@ class TrueMasks(Stage):
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
         def work(unit: int) -> Report:
+            tallies = Tallies()
             with run.write("masks", unit) as masks:
                 for key, members in run.read("images", unit):
                     request, image, _ = codecs.decode_image(key, members)
@@ -129,15 +133,19 @@ class TrueMasks(Stage):
                     words = request.prompt.words
                     scores = np.full(len(words), 0.5, np.float32)
                     masks.add(key, codecs.encode_masks(WordMasks(words, truth, scores, ("",) * len(words))))
+                    tallies.count(request.prompt.label or "", words, ("",) * len(words))
+                masks.about["tallies"] = tallies.plain()
             return Report(unit, self.size(run, unit))
 
         yield work
 
 
-def make_run(path: Path, *, units: int = 2, unit_size: int = 6, image_size: int = 64, masks: bool = True) -> Run:
+def make_run(
+    path: Path, *, units: int = 2, unit_size: int = 6, image_size: int = 64, masks: bool = True, distinct: int = 0
+) -> Run:
     """A run with images, maps and (unless ``masks`` is False) masks of drawn discs and squares."""
     run = Run.create(path)
-    run_stage(Drawn(units=units, unit_size=unit_size, image_size=image_size), run, Local(workers=1))
+    run_stage(Drawn(units, unit_size, image_size, distinct), run, Local(workers=1))
     if masks:
         run_stage(TrueMasks(), run, Local(workers=1))
     return run

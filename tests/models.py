@@ -335,3 +335,24 @@ def make_pixart_sigma(folder: Path, *, seed: int = 0) -> Path:
         text_encoder=text_encoder,
     )
     return _save(pipeline, folder)
+
+
+# -- models of images and texts
+
+
+def make_clip(folder: Path, *, size: int = 32, seed: int = 0) -> Path:
+    """A CLIP with tokenizer and processor, as on the hub."""
+    torch.manual_seed(seed)
+    make_tokenizer(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS, "intermediate_size": DOUBLE}
+    special = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
+    config = transformers.CLIPConfig(
+        text_config={**shape, **special, "vocab_size": len(vocab), "max_position_embeddings": 16},
+        vision_config={**shape, "image_size": size, "patch_size": 8},
+        projection_dim=WIDTH,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    processor = {"size": {"shortest_edge": size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder

@@ -19,13 +19,12 @@ from synthgen.attention.words import PromptTokenizer, WordTokens, locate_in_enco
 from synthgen.diffusion.memory import AdaptiveBatches
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
-from synthgen.records import Generation, Maps, Request
+from synthgen.records import SAFETY_WARNING, Generation, Maps, Request
 
-__all__ = ["BLACK", "FLAGGED", "RETRIES", "UNSEEN", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
+__all__ = ["BLACK", "RETRIES", "UNSEEN", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
 
 RETRIES = 2  # number of other seeds to try for a failed image
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
-FLAGGED = "the safety checker objects to this image"
 UNSEEN = "its attention came out with values that are no numbers; try another dtype"
 
 T = TypeVar("T")
@@ -187,7 +186,7 @@ class DiffusionBackbone(ABC):
                 replace(
                     generation,
                     failed="" if generation.image.any() else BLACK,
-                    warnings=(*generation.warnings, *([FLAGGED] if flag else [])),
+                    warnings=(*generation.warnings, *([SAFETY_WARNING] if flag else [])),
                 )
                 for generation, flag in zip(made, self.flagged(images), strict=True)
             ]
@@ -390,5 +389,7 @@ def _records(
             spans=tuple(request.prompt.spans[number] for number in kept),
         )
         maps = Maps(prompt.words, weights, affinity)
-        generations.append(Generation(replace(request, prompt=prompt), image, maps, found.warnings))
+        cut_off = [word for word, positions in zip(request.prompt.words, found.positions, strict=True) if not positions]
+        request = replace(request, prompt=prompt)
+        generations.append(Generation(request, image, maps, found.warnings, words_cut_off=tuple(cut_off)))
     return generations

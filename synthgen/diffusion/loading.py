@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,18 +184,28 @@ def pipeline_class(model: str) -> str:
 
 
 def _index(model: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
     if "/" not in model and not Path(model).exists():  # neither a hub id nor a folder: no need to ask the hub
         raise UnknownName(f"{UnknownName.among('model', model, SHORT_NAMES)}; a folder or a hub id will do too")
     try:
-        path = Path(model) / _INDEX if Path(model).exists() else Path(hf_hub_download(model, _INDEX))
-        index = read_json(read_file(path))
+        index = read_json(read_file(_index_path(model)))
     except (OSError, ValueError) as error:
         raise _missing(model, error) from None
     if not isinstance(index, dict):
         raise _missing(model, ValueError("its model_index.json is not an object"))
     return dict(index)
+
+
+def _index_path(model: str) -> Path:
+    """The index of a model: in its folder, in the hub's cache, or else downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    if Path(model).exists():
+        return Path(model) / _INDEX
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; the error comes in one line
+    try:
+        return Path(hf_hub_download(model, _INDEX, local_files_only=True))
+    except OSError:  # not in the cache
+        return Path(hf_hub_download(model, _INDEX))
 
 
 def _refuse_code(model: str, index: dict[str, Any]) -> None:

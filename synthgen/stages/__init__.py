@@ -1,4 +1,18 @@
-"""Stages: each reads what earlier ones wrote and writes folders of its own."""
+"""Stages: each reads artifacts of a run and writes others.
+
+How the parts work together:
+
+- A :class:`~synthgen.run.Run` is a folder. Each *artifact* in it (``images``, ``masks``, ...) consists of *units*: tars
+  of a few samples that are made, and retried, together.
+- A :class:`Stage` (``generate``, ``masks``, ...) holds the settings of one step. :meth:`Stage.plan` lists its units,
+  :meth:`Stage.open` loads a model or the like and returns a function that makes one unit.
+- :func:`synthgen.runner.run_stage` checks that the run's settings are the same, finds the units that are not done, and
+  gives them to an *engine* (:mod:`synthgen.engines`).
+- The engine distributes the units over :class:`Worker` processes. Each opens the stage once, then writes unit after
+  unit: the tar, and last its done mark (:mod:`synthgen.units`). It answers with a :class:`~synthgen.records.Report`.
+
+So a killed command loses only the units in progress, and the same command makes the remaining ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from synthgen.config import build, dump
-from synthgen.entries import digest
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.redact import redacted
@@ -22,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "Stage", "Work", "Worker", "growing", "make_stage", "runtime_field", "unhashed"]
 
-Work = Callable[[int], Report]
+Work = Callable[[int], Report]  # makes the unit of a number
 
 
 @dataclass(frozen=True)
@@ -41,9 +54,9 @@ def unhashed(default: Any) -> Any:
 
 
 def growing(default: Any) -> Any:
-    """A setting that only says how many samples there are: a larger one adds samples to those of a smaller one.
+    """A setting that only limits how many samples there are: a larger value adds samples to those of a run.
 
-    It is in no fingerprint. Of two commands on one run, the settings that ask for more samples are recorded.
+    It is not part of the fingerprint. :meth:`synthgen.run.Run.check` says which value is recorded.
     """
     return dataclasses.field(default=default, metadata={"growing": True})
 
@@ -60,19 +73,20 @@ class Stage(ABC):
     name: ClassVar[str]  # the command, and the name in a pipeline file
     reads: ClassVar[tuple[str, ...]]
     writes: ClassVar[tuple[str, ...]]
+    uses: ClassVar[tuple[str, ...]] = ()  # artifacts that the stage takes into account if the run has them
     collective: ClassVar[bool] = False  # False: units are dealt out. True: one unit for all workers (training)
     accelerated: ClassVar[bool] = False  # True: a worker for every GPU where there are any
 
     def artifacts(self) -> tuple[str, ...]:
-        """The folders that this stage fills, under the run."""
+        """The folders of the run that this stage writes."""
         return self.writes
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """What else the result depends on besides settings and artifacts read: a name and a hash each."""
+        """What the result depends on besides settings and artifacts: names, each with a hash."""
         return {}
 
     def complete(self) -> Self:
-        """The same stage with every option of its parts spelled out, so that a changed default is a changed setting.
+        """The same stage with every option of its parts filled in, so that a changed default is a changed setting.
 
         Raises:
             UnknownName, ConfigError: a part that the settings name does not exist, or does not take an option.
@@ -80,14 +94,14 @@ class Stage(ABC):
         return self
 
     def check_sources(self, run: Run) -> None:
-        """Check that what the stage reads beside the artifacts of ``run`` is there. Nothing is written.
+        """Check that the sources outside the run, such as a prompt file, exist. Writes nothing.
 
         Raises:
             SynthgenError: something is missing or cannot be read.
         """
 
     def prepare(self, run: Run) -> Self:
-        """Called once before the units, when inputs and settings have been checked; the stage to work with."""
+        """Called once before any unit, after inputs and settings were checked; returns the stage to open."""
         return self
 
     def with_runtime(self, **values: Any) -> Self:
@@ -98,19 +112,19 @@ class Stage(ABC):
         return stage
 
     def source_names(self) -> tuple[str, ...]:
-        """What the stage works from, for people: artifacts of its run, and what it was given beside them."""
+        """The sources of the stage for a person: artifacts of its run, and files or folders that were given."""
         return self.reads
 
     @abstractmethod
     def plan(self, run: Run) -> list[int]:
-        """The numbers of the units there are, done or not. Cheap and deterministic."""
+        """The numbers of all units, done or not. Cheap and deterministic."""
 
     def planned(self, run: Run) -> int:
-        """How many units the plan has, for a report; stages whose plan costs much may know it otherwise."""
+        """How many units the plan has; stages with an expensive plan may count them differently."""
         return len(self.plan(run))
 
     def todo(self, run: Run) -> list[int]:
-        """The units of the plan that are not done yet with the present settings."""
+        """The units of the plan that are not done with the present settings."""
         names, plan = self.artifacts(), self.plan(run)
         if not names or type(self).done is not Stage.done:
             return [unit for unit in plan if not self.done(run, unit)]
@@ -122,7 +136,7 @@ class Stage(ABC):
         return [unit for unit in plan if unit in undone]
 
     def done(self, run: Run, unit: int) -> bool:
-        """Whether a unit is done with the present settings, by whoever did it."""
+        """Whether a unit is done with the present settings."""
         names = self.artifacts()
         return bool(names) and all(
             run.has_unit(name, unit, run.artifact(name)["fingerprint"], self.least(run, name, [unit]).get(unit, 0))
@@ -132,27 +146,27 @@ class Stage(ABC):
     def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
         """How many samples each unit of an artifact must hold to be done, failed ones included; by default any number.
 
-        Only stages whose units can grow say more.
+        Stages whose units can grow override it.
         """
         return {}
 
     @abstractmethod
     def size(self, run: Run, unit: int) -> int:
-        """How many samples the unit holds, for the progress bar."""
+        """How many samples the unit has, for the progress bar."""
 
     def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
-        """How many samples each of the units holds."""
+        """How many samples each of the units has."""
         return {unit: self.size(run, unit) for unit in units}
 
     @abstractmethod
     def open(self, run: Run, worker: Worker) -> AbstractContextManager[Work]:
-        """What works on a unit. Heavy: called once a worker."""
+        """A context manager that yields a function which makes one unit. Slow: called once per worker."""
 
     def finish(self, run: Run) -> None:
         """Called once when every unit is done."""
 
-    def asked(self, run: Run) -> int:
-        """How many samples the growing settings ask for; stages without such settings ask for 0."""
+    def num_samples(self, run: Run) -> int:
+        """How many samples the growing settings ask for; 0 for stages without such settings."""
         return 0
 
     def at_least(self, run: Run, before: Mapping[str, Any]) -> Self:
@@ -162,59 +176,35 @@ class Stage(ABC):
         if all(getattr(self, name) == value for name, value in recorded.items()):
             return self
         other = dataclasses.replace(self, **recorded)
-        return other if other.asked(run) > self.asked(run) else self
+        return other if other.num_samples(run) > self.num_samples(run) else self
 
     def settings(self) -> dict[str, Any]:
-        """Every setting with its value, as plain data without passwords and tokens: it is written down."""
+        """Every setting with its value, as plain data to be recorded: without passwords and tokens."""
         plain: dict[str, Any] = redacted(dump(self))
         return plain
 
     def recorded_settings(self, run: Run) -> dict[str, Any]:
-        """The settings as they are written down in ``run``."""
+        """The settings as they are recorded in ``run``."""
         return self.settings()
 
     @classmethod
     def folder_of(cls, settings: Mapping[str, Any]) -> str:
-        """The artifact whose settings a command with these settings goes on with."""
+        """The artifact whose recorded settings a command with these settings starts from."""
         return cls.writes[0]
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The settings that the result depends on."""
-        kept = self.hashed_names()
-        return {name: value for name, value in self.settings().items() if name in kept}
-
-    def hashed_names(self) -> list[str]:
-        """The names of the settings that the result depends on; those that only make it larger are not among them."""
-        return [
-            item.name
-            for item in dataclasses.fields(self)
-            if not (item.metadata.get("unhashed") or item.metadata.get("growing"))
-        ]
-
-    def fingerprints(self, seed: int, inputs: Mapping[str, str]) -> tuple[str, str]:
-        """The fingerprint for a run's seed and inputs, and the one of earlier versions, in which no setting could grow.
-
-        In the first, growing settings have their defaults whatever is asked for. A run with the second one goes on with
-        the settings that it was made with, but does not grow.
-        """
-        settings, growing = (
-            self.fingerprinted(),
-            [item for item in dataclasses.fields(self) if "growing" in item.metadata],
-        )
-        plain = {"stage": self.name, "seed": seed, "inputs": dict(inputs)}
-        defaults = {item.name: item.default for item in growing}
-        given = {item.name: getattr(self, item.name) for item in growing}
-        first, second = (digest(plain | {"settings": settings | values}) for values in (defaults, given))
-        return first, second
+        """The settings that the result depends on; growing settings only make it larger."""
+        left_out = {item.name for item in dataclasses.fields(self) if {"unhashed", "growing"} & item.metadata.keys()}
+        return {name: value for name, value in self.settings().items() if name not in left_out}
 
 
 STAGES: Registry[Stage] = Registry(__name__)
 
 
 def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
-    """The stage of that name, its settings checked.
+    """The stage of that name, with checked settings.
 
     Raises:
-        UnknownName, ConfigError: there is no such stage or setting; names the nearest.
+        UnknownName, ConfigError: there is no such stage or setting; suggests the closest name.
     """
     return build(STAGES.load(name), settings, where=f"stages.{name}", listed=name)

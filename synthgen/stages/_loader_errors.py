@@ -1,4 +1,4 @@
-"""The loader processes of a stage: what is said when one of them is killed."""
+"""A one-line error for loader processes that are killed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ __all__ = ["explaining_lost_workers"]
 
 @contextmanager
 def explaining_lost_workers() -> Iterator[None]:
-    """Say in one line that a loader process was killed; torch says it in a traceback, wherever the stage may be.
+    """Turn torch's errors about a killed loader process, with long tracebacks, into one line.
 
-    What such a process could not read it hands over itself (see :class:`synthgen.loader.Reader`).
+    Errors in reading samples are passed on by the process itself (see :class:`synthgen.loader.Reader`).
 
     Raises:
-        SynthgenError: one was.
+        SynthgenError: a loader process was killed.
     """
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError):
-            if "DataLoader worker" not in str(error):
-                raise
-        else:  # the pipe is broken; what torch raises from the signal is on its way
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        if not isinstance(error, RuntimeError):  # a broken pipe: torch's signal handler raises its own error soon
             with suppress(RuntimeError):
                 time.sleep(0.5)
         raise SynthgenError(
-            f"a process that reads samples was lost ({' '.join(str(error).split()).rstrip('.')}), for want of memory "
-            "mostly; fewer num_workers need less; run the same command again: what is done stays done"
+            f"a process that reads samples was lost ({' '.join(str(error).split()).rstrip('.')}), mostly for lack of "
+            "memory; fewer num_workers need less; run the same command again: what is done stays done"
         ) from None

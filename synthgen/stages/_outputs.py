@@ -1,4 +1,4 @@
-"""What a training leaves behind: the encoder in two forms, what its method adds, and last its done mark."""
+"""The files that a training writes at its end: the encoder in two forms, those of its method, and last a done mark."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _EXPORTED = "transformers"
 def save_outputs(
     method: Method, folder: Path, about: Mapping[str, Any], done: Mapping[str, Any], *, export: bool
 ) -> None:
-    """Write all that a training leaves into ``folder``.
+    """Write the results of a training to ``folder``.
 
     Args:
-        method: at the end of it, on the CPU.
+        method: the trained method, on the CPU.
         folder: of the training.
-        about: what ``config.json`` says beside the shape of the encoder.
-        done: what ``done.json`` says beside hashes and versions.
-        export: write ``transformers/`` too.
+        about: fields of ``config.json`` besides the shape of the encoder.
+        done: fields of ``done.json`` besides hashes and versions.
+        export: whether to write ``transformers/`` too.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: a file cannot be written.
     """
     from synthgen.models.transformers_vit import save_transformers
     from synthgen.models.vit import save_encoder
@@ -50,7 +50,7 @@ def save_outputs(
 
 
 def is_complete(folder: Path, fingerprint: str) -> bool:
-    """Whether all of it is there, whole, and of a training with this fingerprint."""
+    """Whether ``folder`` has the undamaged results of a training with this fingerprint."""
     try:
         done = read_json(read_file(folder / "done.json"), finite=False)
         whole = all(sha256_of(folder / name) == sha256 for name, sha256 in weights_of(done).items())
@@ -60,15 +60,15 @@ def is_complete(folder: Path, fingerprint: str) -> bool:
 
 
 def export_missing(folder: Path) -> None:
-    """Write ``transformers/`` of a finished training that was made without, or where writing it was broken off.
+    """Write the ``transformers/`` of a finished training, if it is missing or incomplete.
 
     Raises:
         CorruptFile: the encoder cannot be read.
-        StorageError: it cannot be written.
+        StorageError: a file cannot be written.
     """
     from synthgen.models.transformers_vit import save_transformers
     from synthgen.models.vit import load_encoder
 
-    if not (folder / _EXPORTED / "preprocessor_config.json").is_file():  # the last one that is written
+    if not (folder / _EXPORTED / "preprocessor_config.json").is_file():  # the file that is written last
         save_transformers(load_encoder(folder), folder / _EXPORTED)
-        logger.info("%s is written, of a training that was finished before", folder / _EXPORTED)
+        logger.info("wrote %s of a training that was already finished", folder / _EXPORTED)

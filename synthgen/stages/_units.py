@@ -1,4 +1,4 @@
-"""The units that a stage reads: their content, and the commands that make those that are missing."""
+"""The units that a stage reads or writes: their sizes and content, and the commands that make missing ones."""
 
 from __future__ import annotations
 
@@ -10,51 +10,50 @@ from synthgen.run import Run, digest
 from synthgen.stages import Stage
 from synthgen.units import counts_of
 
-__all__ = ["content_of", "images_of", "least_of_pair", "need_masks", "units_without_maps", "warn_of_fewer"]
+__all__ = ["content_of", "least_of_pair", "need_masks", "num_images", "units_without_maps", "warn_of_fewer"]
 
 logger = logging.getLogger(__name__)
 
 
-def images_of(stage: Stage, run: Run) -> int:
-    """How many images ``stage`` or a command before it asks for; the sizes of the units follow from that."""
+def num_images(stage: Stage, run: Run) -> int:
+    """How many images ``stage`` asks for, or the recorded settings if these ask for more: it gives the units' sizes."""
     entry = run.claimed.get("images")
-    return (stage if entry is None else stage.at_least(run, entry["settings"])).asked(run)
+    return (stage if entry is None else stage.at_least(run, entry["settings"])).num_samples(run)
 
 
 def warn_of_fewer(stage: Stage, run: Run) -> None:
-    """Say that fewer images are asked for than a command before asked for; none is deleted."""
-    asked, before = stage.asked(run), images_of(stage, run)
-    if asked < before:
+    """Warn that a run with more images than ``stage`` asks for keeps them."""
+    wanted, recorded = stage.num_samples(run), num_images(stage, run)
+    if wanted < recorded:
         logger.warning(
-            "%s was already asked for %d images, more than the %d of this command: nothing is deleted, and commands "
-            "without a limit go on to all %d",
-            run.path, before, asked, before,
+            "%s has more images than the %d of this command: none is deleted, and commands without a limit go on to %d",
+            run.path, wanted, recorded,
         )  # fmt: skip
 
 
 def least_of_pair(stage: Stage, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-    """How many samples a unit of images must hold to be done; one of maps must hold those of its images."""
+    """How many samples a unit of images must hold to be done; a unit of maps must hold those of its images."""
     return stage.sizes(run, units) if artifact == "images" else counts_of(run.folder("images"), units)
 
 
 def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
-    """A hash of the content of these units (see :meth:`Run.units`), from their done marks.
+    """A hash of the content of these units, from the sha256 in their done marks.
 
     Raises:
-        CorruptFile: a unit is not there, or not as long as its mark says.
+        CorruptFile: a unit is missing, or has another length than in its mark.
     """
     found = {unit: mark["sha256"] for unit, mark in run.iter_marks(artifact)}
     for unit in units:
         if unit not in found:
             raise CorruptFile(
-                f"{run.tar(artifact, unit)} is missing, cut off, or not the one that was made; "
+                f"{run.tar(artifact, unit)} is missing, cut off, or not the file of its done mark; "
                 f"delete it and run: {run.remedy(artifact)}"
             )
     return digest([[unit, found[unit]] for unit in units])
 
 
 def units_without_maps(run: Run) -> list[int]:
-    """The units whose images have no maps, or not all of them, in order: a worker was killed between the two.
+    """The units whose images lack maps, in order: a worker was killed between writing the two.
 
     Raises:
         MissingArtifact: no unit has images, or none has maps.
@@ -68,11 +67,11 @@ def need_masks(run: Run, units: Sequence[int], otherwise: str = "") -> None:
 
     Args:
         run: with images.
-        units: that have images.
-        otherwise: what else can be done, for the end of the error.
+        units: units that have images.
+        otherwise: an alternative, for the end of the error message.
 
     Raises:
-        MissingArtifact: some have none, or fewer than images; names the commands that make them.
+        MissingArtifact: some have none, or fewer masks than images; names the commands that make them.
     """
     masks, images = counts_of(run.folder("masks"), run.units("masks")), counts_of(run.folder("images"), units)
     missing = sorted(unit for unit in units if masks.get(unit, -1) < images.get(unit, 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from synthgen.backbones import BACKBONES
-from synthgen.config import Choice
+from synthgen.config import Choice, check_range
 from synthgen.errors import MissingArtifact, StaleArtifact
 from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, keep_copy, open_copy
 from synthgen.prompts import iter_prompts, request_for
@@ -19,7 +19,7 @@ from synthgen.records import Generation, Request
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import images_of, least_of_pair, warn_of_fewer
+from synthgen.stages._units import least_of_pair, num_images, warn_of_fewer
 
 __all__ = ["Generate"]
 
@@ -28,10 +28,9 @@ __all__ = ["Generate"]
 class Generate(Stage):
     """Make ``images_per_prompt`` images of every prompt, with the attention of its marked words.
 
-    Image ``i`` shows prompt ``i mod P`` of the ``P`` prompts, so a part of a run holds all of them. Its seed comes
-    from the run's seed and its key alone: order and workers change no byte, and ``batch_size`` no more than rounding.
-    So with a larger ``limit`` or ``images_per_prompt``, images are added to those of a run; its last unit, if it is not
-    full, is made again.
+    Image ``i`` shows prompt ``i mod P`` of the ``P`` prompts, so the first images of a run cover all prompts. Its seed
+    depends only on the run's seed and its key: order and workers change no byte, ``batch_size`` changes only rounding.
+    So a larger ``limit`` or ``images_per_prompt`` adds images to a run; a last unit that is not full is made again.
     """
 
     name: ClassVar = "generate"
@@ -48,65 +47,56 @@ class Generate(Stage):
     backbone: Choice = Choice("tiny")
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("images_per_prompt", 1, None),
-            ("limit", 0, None),
-            ("unit_size", 1, 10_000),
-            ("batch_size", 1, None),
-        ):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                raise ValueError(
-                    f"{name} must be at least {least}{f' and at most {most}' if most else ''}, not {value}"
-                )
-
+        check_range(ge=1, images_per_prompt=self.images_per_prompt, batch_size=self.batch_size)
+        check_range(ge=0, limit=self.limit)
+        check_range(ge=1, le=10_000, unit_size=self.unit_size)
         if self.template and not self.prompts:
-            raise ValueError("a template is put over a prompt file; give prompts as well")
+            raise ValueError("a template is applied to a prompt file; give prompts as well")
 
     def source_names(self) -> tuple[str, ...]:
         """The files of prompts and templates."""
         return tuple(self._files()) or ("prompts",)
 
     def complete(self) -> Generate:
-        """With every option of the backbone."""
+        """The same with every option of the backbone filled in."""
         return replace(self, backbone=BACKBONES.complete(self.backbone, "device"))
 
     def inputs(self, run: Run) -> dict[str, str]:
         """The content of the prompt file after templates, or of the run's own copy.
 
         Raises:
-            MissingArtifact, PromptError: there is no such file, or it cannot be read; the run has no copy yet.
+            MissingArtifact, PromptError: there is no such file, it cannot be read, or the run has no copy yet.
         """
-        return {"prompts": self._content().sha256 if self.prompts else _begun(run)["inputs"]["prompts"]}
+        return {"prompts": self._content().sha256 if self.prompts else _images_entry(run)["inputs"]["prompts"]}
 
     def recorded_settings(self, run: Run) -> dict[str, Any]:
-        """The settings; a run that goes on with its own prompts keeps the names of the files that those came from."""
-        before = {} if self.prompts else _begun(run)["settings"]
+        """The settings; without a prompt file, with the names of the files that the run's own prompts came from."""
+        before = {} if self.prompts else _images_entry(run)["settings"]
         return self.settings() | {name: before[name] for name in ("prompts", "template") if name in before}
 
     def own_prompts(self, run: Run) -> PromptCopy | None:
-        """The run's own copy of its prompts, where the stage goes on with that; None where it has a file.
+        """The run's own copy of its prompts; None if the stage has a prompt file.
 
         Raises:
-            MissingArtifact, StaleArtifact: the run has none yet, or not the one that it was begun with.
+            MissingArtifact, StaleArtifact: the run has no copy yet, or a copy of other prompts.
         """
-        return None if self.prompts else open_copy(run.path, _begun(run)["inputs"]["prompts"])
+        return None if self.prompts else open_copy(run.path, _images_entry(run)["inputs"]["prompts"])
 
     def check_sources(self, run: Run) -> None:
         """Check the prompt file, or the run's own copy.
 
         Raises:
-            MissingArtifact, PromptError, CorruptFile: it is not there, or cannot be read.
+            MissingArtifact, PromptError, CorruptFile: it is missing, or cannot be read.
         """
         self.inputs(run)
         if not self.prompts:
             self.prepare(run)
 
     def prepare(self, run: Run) -> Self:
-        """Put the run's own copy of its prompts down, which is what workers read; or see that it is whole.
+        """Write the run's own copy of its prompts, which workers read; without a prompt file, check that copy.
 
         Raises:
-            MissingArtifact, CorruptFile: it is not; names the command that writes it anew.
+            MissingArtifact, CorruptFile: the copy is missing or damaged; names the command that writes it anew.
         """
         if self.prompts:
             keep_copy(run.path, iter_prompts(*self._files()), self._content())
@@ -117,19 +107,19 @@ class Generate(Stage):
 
     def plan(self, run: Run) -> list[int]:
         """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(self._units(self.asked(run))))
+        return list(range(self._units(self.num_samples(run))))
 
     def planned(self, run: Run) -> int:
         """How many units there are, by the run's copy of its prompts where it has one."""
         return self._units(self._planned_images(run))
 
     def size(self, run: Run, unit: int) -> int:
-        """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
-        return min(self.unit_size, images_of(self, run) - unit * self.unit_size)
+        """Images of one unit; if an earlier command asked for more images, as many as that gave it."""
+        return min(self.unit_size, num_images(self, run) - unit * self.unit_size)
 
     def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
         """Images of each unit, by the run's copy of its prompts where it has one."""
-        total = images_of(self, run) if "images" in run.claimed else self._planned_images(run)
+        total = num_images(self, run) if "images" in run.claimed else self._planned_images(run)
         return {unit: min(self.unit_size, total - unit * self.unit_size) for unit in units}
 
     def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
@@ -140,15 +130,15 @@ class Generate(Stage):
         """The images of one unit, in order.
 
         Raises:
-            MissingArtifact, StaleArtifact, CorruptFile: the run's copy of its prompts is not as :meth:`prepare` left
-                it.
+            MissingArtifact, StaleArtifact, CorruptFile: the run's copy of its prompts has changed since
+                :meth:`prepare`.
         """
         prompts = _copy_of(run)
         return [request_for(prompts, run.seed, unit, row, self.unit_size) for row in range(self.size(run, unit))]
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:
-        """Load the backbone; then a unit is its requests in batches."""
+        """Load the backbone; a unit is then generated batch by batch."""
         from synthgen.diffusion import one_thread
 
         backbone = BACKBONES.build(self.backbone, device=worker.device)
@@ -165,11 +155,11 @@ class Generate(Stage):
         return [name for name in (self.prompts, self.template) if name]
 
     def _content(self) -> Content:
-        """What the prompt file holds, templates applied."""
-        return _content(tuple((str(Path(name)), _date(Path(name))) for name in self._files()))
+        """The content of the prompt file, templates applied."""
+        return _content(tuple((name, _mtime(Path(name))) for name in self._files()))
 
-    def asked(self, run: Run) -> int:
-        """Images in all; of a run that is worked on, by its own copy of the prompts."""
+    def num_samples(self, run: Run) -> int:
+        """Images in total; of a claimed run, from its own copy of the prompts."""
         own = "images" in run.claimed or not self.prompts
         return self._images(len(_copy_of(run)) if own else self._content().count)
 
@@ -181,19 +171,19 @@ class Generate(Stage):
         try:
             return self._images(len(_copy_of(run)))
         except (MissingArtifact, StaleArtifact):
-            return self.asked(run)
+            return self.num_samples(run)
 
     def _units(self, images: int) -> int:
         return -(-images // self.unit_size)
 
 
-def _begun(run: Run) -> dict[str, Any]:
-    """What is noted of the images that the run was begun with.
+def _images_entry(run: Run) -> dict[str, Any]:
+    """What the run's images are made with.
 
     Raises:
-        MissingArtifact: nothing is, or they are not made from prompts.
+        MissingArtifact: the run has no images yet, or they are not made from prompts.
     """
-    entry = run.find_artifact("images") if run.is_there else None
+    entry = run.find_artifact("images")
     if entry is None or "prompts" not in entry["inputs"]:
         raise MissingArtifact(
             f"{run.path} has no prompts yet; give some with: "
@@ -207,8 +197,8 @@ def _copy_of(run: Run) -> PromptCopy:
     return open_copy(run.path, run.artifact("images")["inputs"].get("prompts", ""))
 
 
-def _date(path: Path) -> int:
-    """When a file was last written, in nanoseconds; 0 where that cannot be asked, which its reader says in a line."""
+def _mtime(path: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 if that is unknown: reading the file will say why."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -217,5 +207,5 @@ def _date(path: Path) -> int:
 
 @lru_cache(maxsize=2)
 def _content(files: tuple[tuple[str, int], ...]) -> Content:
-    """By the names and dates of the files: a million lines are read once, not for every question."""
+    """Cached by names and times of the files, so that a million lines are read once per command."""
     return content_of(iter_prompts(*(name for name, _ in files)))

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, UInt8
 
 from synthgen import codecs
-from synthgen.attention.words import words_cut_off
-from synthgen.config import Choice
+from synthgen.config import Choice, check_range
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.mask_quality import attention_figures, disagreement, sharpness
 from synthgen.records import Generation, Maps, Report, WordMasks
@@ -23,7 +22,7 @@ from synthgen.refiners.threshold import Threshold
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker
 from synthgen.stages._units import units_without_maps
-from synthgen.tallies import CUT_OFF, Tallies
+from synthgen.tallies import Tallies
 from synthgen.units import counts_of
 
 __all__ = ["Masks"]
@@ -58,19 +57,15 @@ class Masks(Stage):
             raise ValueError(
                 f"min_area and max_area must be shares with 0 <= min < max <= 1, not {self.min_area}, {self.max_area}"
             )
-        if not 0 <= self.min_contrast < 1:
-            raise ValueError(f"min_contrast must be at least 0 and below 1, not {self.min_contrast}")
-        if not 0 < self.max_peak <= 1:
-            raise ValueError(f"max_peak must be above 0 and at most 1, not {self.max_peak}")
-        if not 0 <= self.min_confidence < 1:
-            raise ValueError(f"min_confidence must be at least 0 and below 1, not {self.min_confidence}")
+        check_range(ge=0, lt=1, min_contrast=self.min_contrast, min_confidence=self.min_confidence)
+        check_range(gt=0, le=1, max_peak=self.max_peak)
 
     def complete(self) -> Masks:
-        """The same with every option of the refiner spelled out."""
+        """The same with every option of the refiner filled in."""
         return replace(self, refine=REFINERS.complete(self.refine))
 
     def prepare(self, run: Run) -> Self:
-        """Warn of units that have images and not all their maps: they get no masks."""
+        """Warn of units that lack maps: they get no masks."""
         without = units_without_maps(run)
         if without:
             logger.warning(
@@ -81,7 +76,7 @@ class Masks(Stage):
         return self
 
     def plan(self, run: Run) -> list[int]:
-        """The units that have images, and the maps of all of them."""
+        """The units that have images, and maps of all of them."""
         units = sorted(set(run.units("images")) - set(units_without_maps(run)))
         if not units:
             raise MissingArtifact(f"{run.path} has no finished unit; run: {run.remedy('images')}")
@@ -97,7 +92,7 @@ class Masks(Stage):
         return {unit: counts.get(unit, 0) for unit in units}
 
     def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """Masks of every image; a unit whose images have become more since is made again."""
+        """One sample per image; a unit to which images were added since is made again."""
         return self.sizes(run, units)
 
     @contextmanager
@@ -113,10 +108,9 @@ class Masks(Stage):
                     masks.add(generation.request.key, codecs.encode_masks(found))
                     masks.note("masks", sum(not reason for reason in found.dropped))
                     masks.note("dropped", sum(bool(reason) for reason in found.dropped))
-                    prompt, lost = generation.request.prompt, words_cut_off(generation.warnings)
-                    masks.note("words cut off", len(lost))
-                    reasons = [*found.dropped, *[CUT_OFF] * len(lost)]
-                    tallies.count(prompt.label or "", [*found.words, *lost], reasons)
+                    masks.note("words cut off", len(generation.words_cut_off))
+                    label = generation.request.prompt.label or ""
+                    tallies.count(label, found.words, found.dropped, generation.words_cut_off)
                     worker.progress.advance(1)
                     del found  # before the next image's masks are made
                 masks.about["tallies"] = tallies.plain()
@@ -137,10 +131,10 @@ class Masks(Stage):
         some_pixels = slice(step // 2, None, step)
         values = np.zeros((len(maps.words), *size), bool)
         others = np.zeros_like(values[:, some_pixels, some_pixels])
-        told = [index for index, fault in enumerate(faults) if not fault]
-        if told:  # the other maps are unusable, and refiners may refuse them
-            some = Maps(tuple(maps.words[index] for index in told), maps.weights[told], maps.affinity)
-            values[told], others[told] = refined(refiner, image, some), plain.sample(size, some, step)
+        usable = [index for index, fault in enumerate(faults) if not fault]
+        if usable:  # refiners may refuse the other maps
+            some = Maps(tuple(maps.words[index] for index in usable), maps.weights[usable], maps.affinity)
+            values[usable], others[usable] = refined(refiner, image, some), plain.sample(size, some, step)
         kept = self.keep(values, maps, faults)
         apart = disagreement(kept.values[:, some_pixels, some_pixels], others)
         return replace(kept, sharpness=sharpness(image, kept.values), disagreement=apart)

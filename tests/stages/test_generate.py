@@ -64,6 +64,7 @@ def test_samples_hold_image_prompt_and_maps(finished):
     assert samples[1][0].maps.weights.shape == (2, 8, 8)
     assert samples[2][0].request.prompt.words == ("park",)  # the other word does not fit 16 tokens
     assert "cut off" in samples[2][0].warnings[1]
+    assert [len(generation.words_cut_off) for generation, _ in samples[:3]] == [0, 0, 1]
     assert finished.mark("images", 0)["notes"] == {"samples with warnings": 1}
     seeds = {generation.request.seed for generation, _ in samples}
     assert len(seeds) == 9

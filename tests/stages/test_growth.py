@@ -131,8 +131,10 @@ def test_a_smaller_limit_deletes_nothing_and_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert api.generate(six, engine=HERE, **given, images_per_prompt=2, limit=5).samples == 0
-    (line,) = [record.getMessage() for record in caplog.records if "asked for" in record.getMessage()]
-    assert "already asked for 6 images, more than the 5 of this command: nothing is deleted" in line
+    (line,) = [record.getMessage() for record in caplog.records if "more images" in record.getMessage()]
+    assert (
+        "has more images than the 5 of this command: none is deleted, and commands without a limit go on to 6" in line
+    )
     assert sums(six) == sums(six_once)
     assert limit_of(six) == (2, 0)
     api.generate(six, engine=HERE, **given)  # one image of each prompt, which is what settings say by default
@@ -157,8 +159,8 @@ def test_a_kill_between_the_two_tars_of_a_unit_that_grows(
         patch.setattr(UnitWriter, "__exit__", leave_and_die)
         with pytest.raises(KeyboardInterrupt):
             work_on(six, Generate(**given, images_per_prompt=3).complete())
-    counts = [six.mark(name, 1)["count"] for name in ("images", "maps")]  # type: ignore[index]
-    assert counts == ([4, 2] if after == "images" else [4, 4])
+    counts = [(six.mark(name, 1) or {"count": 0})["count"] for name in ("images", "maps")]
+    assert counts == ([4, 0] if after == "images" else [4, 4])
     if after == "images":  # the maps are those of two images
         assert api.masks(six, engine=HERE).units == 1
         with pytest.raises(MissingArtifact, match=r"1 of 2 units .* have neither all masks nor all maps yet"):
@@ -168,6 +170,35 @@ def test_a_kill_between_the_two_tars_of_a_unit_that_grows(
     assert status(six).advice.startswith("synthgen generate --run")
     make(six, given, images_per_prompt=3)
     assert sums(six) == sums(nine)
+
+
+def test_a_kill_in_growth_leaves_no_maps_of_other_images(
+    six: Run, nine: Run, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first try makes as many good images as there were, but others; its maps are still to come."""
+    add, leave = UnitWriter.add, UnitWriter.__exit__
+
+    def fail_some(self: UnitWriter, key: str, members: Any) -> None:
+        if self.artifact == "images" and key in ("0000010001", "0000010003"):
+            self.fail(key, "out of memory")
+        elif not (self.artifact == "maps" and key in ("0000010001", "0000010003")):
+            add(self, key, members)
+
+    def leave_and_die(self: UnitWriter, *how: Any) -> None:
+        leave(self, *how)
+        if self.artifact == "images" and how[0] is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitWriter, "add", fail_some)
+        patch.setattr(UnitWriter, "__exit__", leave_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            work_on(six, Generate(**given, images_per_prompt=3).complete())
+    assert six.keys("images", 1) == ["0000010000", "0000010002"]
+    assert six.keys("maps", 1) == ["0000010000", "0000010001"]
+    api.generate(six, engine=HERE, **given, images_per_prompt=3)
+    assert six.keys("images", 1) == six.keys("maps", 1)
+    assert list(six.read("maps", 1)) == list(nine.read("maps", 1))
 
 
 def test_a_killed_command_goes_on(six: Run, given: dict[str, Any], tmp_path: Path) -> None:
@@ -255,6 +286,28 @@ def test_status_counts_a_unit_that_is_to_grow_as_open(six: Run, given: dict[str,
     assert status(six).advice.startswith("synthgen generate --run")
 
 
+@pytest.mark.parametrize("made", [6, 8])
+def test_growth_that_was_stopped_can_be_given_up(
+    six: Run, nine: Run, given: dict[str, Any], made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if made == 8:
+        work_on(six, Generate(**given, images_per_prompt=3).complete())
+    with monkeypatch.context() as patch:
+        patch.setattr(Generate, "requests", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.generate(six, engine=HERE, **given, images_per_prompt=3)
+    assert limit_of(six) == (3, 0)
+    for limit in (made, made - 1):  # the second one is fewer than there are
+        assert api.generate(six, engine=HERE, **given, images_per_prompt=3, limit=limit).samples == 0
+        assert limit_of(six) == (3, made)
+    assert status(six).advice.startswith("synthgen shards" if made == 6 else "synthgen masks")
+    make(six, given, images_per_prompt=3)
+    assert sums(six) == sums(nine)
+
+
 def test_a_failure_to_grow_is_reported(six: Run, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any) -> Any:
         raise RuntimeError("no more")
@@ -317,15 +370,3 @@ def test_more_images_are_attended(nine: Run, tmp_path: Path) -> None:
         api.masks(grown, engine=HERE)
     assert sums(grown) == sums(once)
     assert grown.artifact("maps")["settings"]["limit"] == 7
-
-
-def test_a_run_of_an_earlier_version_goes_on_as_it_is(six: Run, given: dict[str, Any]) -> None:
-    stage = Generate(**given, images_per_prompt=2).complete()
-    now, older = stage.fingerprints(six.seed, stage.inputs(six))
-    for path in [*six.path.glob("images/*"), *six.path.glob("maps/*")]:
-        if path.suffix in (".json", ".yaml"):
-            path.write_text(path.read_text().replace(now, older))
-    six.tar("images", 1).unlink()
-    assert api.generate(six, engine=HERE, **given, images_per_prompt=2).samples == 2
-    with pytest.raises(StaleArtifact, match="made differently"):
-        api.generate(six, engine=HERE, **given, images_per_prompt=3)

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from synthgen.records import Maps, Prompt, WordMasks
 from synthgen.refiners.attentioncut import AttentionCut
 from synthgen.refiners.threshold import Threshold
 from synthgen.stages.masks import Masks
-from synthgen.status import status
+from synthgen.status import Tally, status
 from tests.factories import WORDS, make_generation, make_run
 
 
@@ -220,7 +219,7 @@ def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_pa
             decoded = codecs.decode_maps(key, members, tuple(about["words"]))
             weights = np.stack([broken(decoded.weights[0], next(spoil)), *decoded.weights[1:]])
             maps.add(key, codecs.encode_maps(replace(decoded, weights=weights)))
-            about["warnings"] = ["the word 'hat' is cut off and has no mask", "something else"]
+            about["words_cut_off"] = ["hat"]
             images.add(key, picture | {"json": json.dumps(about).encode()})
     summary = api.masks(run, engine=Local(workers=1), refine=Choice("attentioncut"))
     assert summary.samples == 12
@@ -228,7 +227,7 @@ def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_pa
     kinds = {"broken map": 2, "flat map": 2, "no attention": 1, "single cell": 1}
     assert (state.dropped, state.words_cut_off) == (kinds, 6)
     by_word = {tally.name: tally for tally in state.words}
-    assert (by_word["hat"].samples, by_word["hat"].masks, by_word["hat"].dropped) == (6, 0, {"cut off": 6})
+    assert by_word["hat"] == Tally("hat", samples=6, cut_off=6)
     assert sum(tally.masks for tally in state.words) == 16 - 6
     notes = next(one.notes for one in state.artifacts if one.name == "masks")
     assert notes == {"masks": 10, "dropped": 6, "words cut off": 6}
@@ -318,13 +317,10 @@ def test_masks_survive_their_codec():
     assert json.loads(members["json"])["masks"] == describe_masks(found)
 
 
-def test_masks_of_older_runs_are_read():
+def test_masks_that_were_not_measured_survive_their_codec():
     generation, truth = make_generation(words=WORDS)
-    kept = Masks().keep(truth, generation.maps)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, labels=codecs.masks_to_labels(truth), scores=kept.scores)
-    about = {"words": list(WORDS), "dropped": ["", ""]}
-    back = codecs.decode_masks("k", {"masks.npz": buffer.getvalue(), "json": json.dumps(about).encode()})
+    kept = replace(Masks().keep(truth, generation.maps), confidence=None)
+    back = codecs.decode_masks("k", codecs.encode_masks(kept))
     np.testing.assert_array_equal(back.values, truth)
     assert (back.confidence, back.sharpness, back.disagreement) == (None, None, None)
     assert [mask["confidence"] for mask in describe_masks(back)] == [-1.0, -1.0]

@@ -31,7 +31,7 @@ from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact, UnitsFa
 from synthgen.records import Prompt, Report
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
-from synthgen.stages import Stage
+from synthgen.stages import Stage, Worker
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards, _layout
 from synthgen.stores.tar import TarWriter, read_tar
@@ -184,18 +184,6 @@ def test_objects_are_told_apart_unless_that_is_switched_off(source: Path, tmp_pa
         assert mask["instances"][0]["box"] == ([4, 4, 44, 44] if number else [4, 4, 13, 12])
 
 
-def test_masks_of_older_runs_are_packed(run: Run) -> None:
-    members = dict(run.read("masks", 1))
-    run.tar("masks", 1).with_suffix(".json").unlink()
-    with run.write("masks", 1) as masks:
-        for key, old in members.items():
-            about = json.loads(old["json"])
-            masks.add(key, old | {"json": json.dumps({name: about[name] for name in ("words", "dropped")}).encode()})
-    pack(run)
-    (mask, *_) = json.loads(samples(run)["0000010000"]["json"])["masks"]
-    assert (mask["confidence"], mask["sharpness"], mask["disagreement"], mask["components"]) == (-1, -1, -1, 1)
-
-
 def test_a_sample_with_a_mask_comes_first(source: Path, tmp_path: Path) -> None:
     run = copy(source, tmp_path / "run")
     members = dict(run.read("masks", 0))
@@ -253,6 +241,21 @@ def test_a_worker_verifies_each_unit_once(run: Run, monkeypatch: pytest.MonkeyPa
     assert verified == {f"{name}/{unit:06d}.tar": 1 for name in ("images", "masks") for unit in range(3)}
 
 
+def test_a_command_whose_folder_was_given_other_settings_adds_no_shard(run: Run) -> None:
+    stage = Shards(**SETTINGS)
+    late = run.claim(stage)
+    claimed = late.__enter__()
+    prepared = stage.prepare(claimed)
+    (run.folder("shards") / "settings.yaml").unlink()  # the same command elsewhere failed, and took its settings back
+    pack(run, samples_per_shard=12)
+    before = {path: path.read_bytes() for path in run.folder("shards").rglob("*") if path.is_file()}
+    with prepared.open(claimed, Worker()) as work, pytest.raises(StaleArtifact, match="other settings since this one"):
+        work(0)
+    assert {path: path.read_bytes() for path in run.folder("shards").rglob("*") if path.is_file()} == before
+    with pytest.raises(StaleArtifact):
+        late.__exit__(None, None, None)
+
+
 def test_images_that_failed_are_in_no_shard(run: Run) -> None:
     """The done mark knows them: the tars are not read for the layout."""
     unit = run.tar("images", 0)
@@ -271,7 +274,7 @@ def test_images_that_failed_are_in_no_shard(run: Run) -> None:
 def test_a_mark_that_counts_too_many_samples_is_refused(run: Run) -> None:
     mark = run.tar("images", 1).with_suffix(".json")
     mark.write_text(json.dumps(json.loads(mark.read_text()) | {"count": 2**62}))
-    with pytest.raises(CorruptFile, match=r"000001.tar tells of 4611686018427387904 samples; delete both"):
+    with pytest.raises(CorruptFile, match=r"000001.tar counts 4611686018427387904 samples; delete both"):
         Shards().layout(run)
 
 
@@ -393,7 +396,7 @@ def test_prompts_are_counted_in_little_memory():
 def test_the_card_calls_no_other_refiner_our_own(tmp_path: Path, refine: str, told: str) -> None:
     run = make_run(tmp_path / "run", units=1, unit_size=2, masks=False)
     run_stage(Masks(refine=Choice(refine)), run, Local(workers=1))
-    assert f"attention while it made the image, refined by {told}. No person" in card_of(pack(run))
+    assert f"attention while it generated the image, refined by {told}. No person" in card_of(pack(run))
 
 
 # -- settings
@@ -554,10 +557,10 @@ def test_the_layout_of_a_claimed_run_goes_with_the_stage(source: Path, run: Run)
         elsewhere, held = pickle.loads(pickle.dumps((stage, claimed)))
         assert [shard.keys for shard in elsewhere.layout(held)] == before
         _layout.cache_clear()
-        with pytest.raises(StaleArtifact, match=rf"the images of {run.path} are no longer those .* run this one again"):
+        with pytest.raises(StaleArtifact, match=rf"the images of {run.path} have changed since .* run this one again"):
             Shards(**SETTINGS).layout(claimed)  # which of the units are meant is not known
         run.tar("images", 2).unlink()
-        with pytest.raises(StaleArtifact, match="another made or deleted some"):
+        with pytest.raises(StaleArtifact, match="another one made or deleted some"):
             elsewhere.layout(held)
 
 

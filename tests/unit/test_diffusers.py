@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import save_file
 
 from synthgen.attention.recorder import Recorder, _Recording
-from synthgen.attention.words import locate_in_encoders, words_cut_off
+from synthgen.attention.words import locate_in_encoders
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.backbones.tiny import Tiny
-from synthgen.diffusion.backbone import BLACK, FLAGGED, RETRIES
-from synthgen.diffusion.loading import _set_scheduler
+from synthgen.diffusion.backbone import BLACK, RETRIES
+from synthgen.diffusion.loading import _set_scheduler, pipeline_class
 from synthgen.errors import ConfigError, MissingWeights, UnknownName
 from synthgen.prompts import parse_line
-from synthgen.records import Request
+from synthgen.records import SAFETY_WARNING, Request
 from tests import models
 
 OPTIONS: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3.0}
@@ -144,6 +144,17 @@ def test_weights_that_are_not_here_say_how_to_get_them(model: str, monkeypatch: 
             Diffusers(model=model)
 
 
+def test_a_model_in_the_cache_is_found_without_the_hub(
+    stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(model: str, name: str, *, local_files_only: bool = False) -> str:
+        assert local_files_only, "the hub was asked"
+        return str(stable_diffusion / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert pipeline_class("some/model") == "StableDiffusionPipeline"
+
+
 @pytest.mark.parametrize(
     ("name", "says"), [("flux", "did you mean 'flux-dev'?"), ("sd2.1", "there are: flux-dev, flux-schnell, sd-turbo")]
 )
@@ -245,7 +256,7 @@ def test_the_safety_checkers_verdict_is_a_warning_and_never_a_black_image(family
         "Features", (), {"pixel_values": torch.zeros(len(images), 3, 8, 8)}
     )
     flagged = family.generate(ASKED)
-    assert [generation.warnings for generation in flagged] == [(), (FLAGGED,), (FLAGGED,)]
+    assert [generation.warnings for generation in flagged] == [(), (SAFETY_WARNING,), (SAFETY_WARNING,)]
     for one, other in zip(plain, flagged, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
 
@@ -297,7 +308,7 @@ def test_words_behind_a_learned_embedding_of_several_vectors_keep_their_maps(
     spelled = [[read[position - 1] for position in positions] for positions in found.positions]  # the first is a mark
     assert ["".join(word).replace("</w>", "") for word in spelled] == ["cat", "<toy><toy>_1<toy>_2<toy>_3", "dog"]
     long = parse_line("<toy> and <toy> and <toy> and a [dog]")  # 15 vectors and marks before the dog; 16 are read
-    assert words_cut_off(locate_in_encoders(family.encoders(), long).warnings) == ["dog"]
+    assert 'the word "dog" is cut off and has no mask' in locate_in_encoders(family.encoders(), long).warnings
 
 
 def test_a_negative_prompt_without_guidance_is_refused(stable_diffusion: Path) -> None:

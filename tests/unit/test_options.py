@@ -35,7 +35,7 @@ def begun(tmp_path, monkeypatch):
 
 def told_by(monkeypatch, capsys, *arguments):
     """What the command line says: output, and what it says in one line of error."""
-    from synthgen.cli import main
+    from synthgen.__main__ import main
 
     monkeypatch.setattr(sys, "argv", ["synthgen", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
@@ -103,7 +103,7 @@ def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
         (["status", ""], "the run folder has no name; give one"),
         (["doctor", "--run", ""], "the run folder has no name; give one"),
         ([*PLAN, "--run", ""], "the run folder has no name; give one"),
-        (["masks", "--run", "$HOME/r"], "'$HOME/r' begins with what a shell would put in"),
+        (["masks", "--run", "$HOME/r"], "'$HOME/r' begins with a variable or home directory that"),
         (["masks", "--run=~/r"], "there is no run at {at}/r; "),
         (["status", "run s"], "make one with: synthgen generate --prompts FILE --run 'run s'\n"),
         (["masks", "--run", "n" * 300], "cannot be looked at (File name too long); choose another --run folder"),
@@ -170,6 +170,19 @@ def test_a_note_on_a_stage_follows_its_line(monkeypatch, capsys, begun):
     assert out.splitlines() == [*lines, "note: only  some"]
 
 
+def test_a_pipeline_names_its_results_as_single_commands_do(monkeypatch, capsys, begun):
+    stages = "shards: {}, pretrain: {label: a}, evaluate: {truth: t.tar, evaluators: [mask_iou], label: b}"
+    (begun.path.parent / "line.yaml").write_text(f"run: {begun.path}\nstages: {{{stages}}}")
+    done = [Summary(name, units=1, done_before=1) for name in ("shards", "pretrain", "evaluate")]
+    monkeypatch.setattr(Pipeline, "execute", lambda self, **given: iter(done))
+    out, _ = told_by(monkeypatch, capsys, "run", "line.yaml")
+    assert out.splitlines()[1::2] == [
+        f"shards: {begun.path}/shards",
+        f"encoder: {begun.path}/pretrain/a",
+        f"scores: {begun.path}/evaluate/b.json",
+    ]
+
+
 def test_a_plan_without_a_run_is_of_the_default_one_or_of_a_new_one(monkeypatch, capsys, begun):
     """It writes nothing, so that other settings than those of runs/latest are no reason to refuse it."""
     (begun.path.parent / "runs").mkdir()
@@ -194,20 +207,16 @@ def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
     assert ([generate[name] for name in numbers], err) == ([2, 1, 8, 4], "")
     settings = chosen_of(begun, "generate", {"prompts": "p.txt", "template": "", "backbone": None}, None)[1]
     begun.check(make_stage("generate", settings).complete())  # nor does that refuse it
-    monkeypatch.setattr(import_module("synthgen.plan.count"), "COMPARED", 1)
-    assert json.loads(told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path)[0])["images"] == 8
     new = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", "new", "--set", "unit_size=3")[0]
     assert [stage["units"] for stage in json.loads(new)["stages"]] == [1]
     assert not (begun.path.parent / "new").exists()
 
 
 def test_nothing_made_refuses_nothing(begun, monkeypatch, capsys):
-    """Also where the prompts are so many that only settings are compared."""
     for name in ("images", "maps"):
         for path in begun.folder(name).glob("000000.*"):
             path.unlink()
         (begun.folder(name) / "000000.failed.json").write_text('{"error": "no"}')
-    monkeypatch.setattr(import_module("synthgen.plan.count"), "COMPARED", 1)
     out, _ = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "unit_size=1")
     assert [stage["units_left"] for stage in json.loads(out)["stages"]] == [2]
     settings = chosen_of(begun, "generate", {"prompts": "p.txt"}, ["unit_size=1"])[1]

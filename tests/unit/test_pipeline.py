@@ -46,9 +46,9 @@ def test_stages_and_overrides(tmp_path):
         ("run: x", PipelineError, "'stages' must name"),
         ("seed: a\nstages: {masks: {}}", PipelineError, "'seed' must be"),
         ("a: [", PipelineError, "not a YAML file"),
-        ("run: $HOME/x\nstages: {masks: {}}", ConfigError, "'$HOME/x' begins with what a shell would put in"),
+        ("run: $HOME/x\nstages: {masks: {}}", ConfigError, "'$HOME/x' begins with a variable or home directory that"),
         ("run: ''\nstages: {masks: {}}", ConfigError, "the run folder has no name"),
-        ("- a", PipelineError, "holds no settings"),
+        ("- a", PipelineError, "has no settings"),
         ("stages:\n  masks: {}\n  generate: {prompts: p.txt}", PipelineError, "makes after it; put it first"),
     ],
 )

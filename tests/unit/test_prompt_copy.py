@@ -149,7 +149,7 @@ def test_a_damaged_line_is_named_and_may_be_mended(folder):
     with pytest.raises(CorruptFile, match="shorter"):
         prompts[599]
     path.unlink()
-    with pytest.raises(CorruptFile, match="gone"):
+    with pytest.raises(CorruptFile, match="it is missing"):
         prompts[0]
 
 
