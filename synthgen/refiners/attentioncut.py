@@ -97,7 +97,7 @@ class AttentionCut:
     trust: float = 0.8  # weight of the current labelling (against attention) when the histograms are refitted
     cuts: int = 3  # cuts on the first pixel grid; the histograms are refitted between them
     max_rounds: int = 1  # rounds of alpha-expansion on each pixel grid, at most
-    max_size: int = 128  # longest side of the finest grid that is cut, in pixels
+    max_size: int = 512  # longest side of the finest grid that is cut, in pixels
 
     def __post_init__(self) -> None:
         weights = ("affinity", "color", "palette", "smoothness", "band", "rivalry")
