@@ -1,6 +1,6 @@
 """Compose training images for the tiny model: one to three rendered objects over a perspective crop of a panorama.
 
-A composite knows its caption, the words of it that name objects, and the exact mask of each: what no photograph gives.
+Each composite comes with its caption, the words of the caption that name objects, and an exact mask of each word.
 """
 
 import json
@@ -9,6 +9,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -18,11 +19,22 @@ from torch.nn import functional as F
 from synthgen.tiny import IMAGE_SIZE
 from synthgen.tiny.paint import COLOURS
 
-__all__ = ["LAYOUTS", "MAX_OBJECTS", "SCENES", "Composites", "Compositor", "Layout", "Names", "article"]
+__all__ = [
+    "FAMILIAR",
+    "LAYOUTS",
+    "MAX_OBJECTS",
+    "SCENES",
+    "Composites",
+    "Compositor",
+    "Layout",
+    "Names",
+    "article",
+    "preprocess",
+]
 
 FOLDER = Path(__file__).parent
 
-SCENES: dict[str, str] = {  # panorama → how a caption speaks of it
+SCENES: dict[str, str] = {  # panorama → its phrase in captions
     "apartment": "in the apartment",
     "bridge": "on the bridge",
     "city": "in the city",
@@ -42,73 +54,78 @@ SCENES: dict[str, str] = {  # panorama → how a caption speaks of it
     "warehouse": "in the warehouse",
     "workshop": "in the workshop",
 }
-OPENINGS = {"a photo of {}": 0.7, "{}": 0.2, "a picture of {}": 0.1}  # with their shares
+TEMPLATES = {"a photo of {}": 0.7, "{}": 0.2, "a picture of {}": 0.1}  # of captions, with their probabilities
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the objects of a composite stand to one another, and what its caption says of it.
+    """An arrangement of objects, and the phrases that describe it.
 
-    The image is the square [-1, 1]², x to the right and y down. Fields ``{0}``, ``{1}``, ... of a phrase are the
-    objects at the places of that number.
+    The image is the square [-1, 1]², x to the right and y down. In a phrase, ``{k}`` stands for the object at
+    ``centres[k]``.
     """
 
-    share: float  # of all composites
-    places: tuple[tuple[float, float], ...]  # the objects' centres
-    stray: tuple[float, float]  # how far from there, in x and y, at most
-    side: tuple[float, float]  # of an object, as a share of the image's side, from and to
-    phrases: dict[str, float]  # with their shares
-    first_in_front: bool = False  # otherwise any object may hide another
+    weight: float  # relative frequency
+    centres: tuple[tuple[float, float], ...]  # of the objects
+    jitter: tuple[float, float]  # largest offset from a centre, in x and y
+    size: tuple[float, float]  # range of an object's side, as a share of the image's
+    phrases: dict[str, float]  # with their probabilities
+    first_in_front: bool = False  # otherwise the depth order is random
 
 
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(0.55, ((0.0, 0.06),), (0.18, 0.12), (0.62, 0.88), {"{0}": 1.0}),
+    Layout(weight=0.55, centres=((0.0, 0.06),), jitter=(0.18, 0.12), size=(0.62, 0.88), phrases={"{0}": 1.0}),
     Layout(
-        0.24,
-        ((-0.48, 0.1), (0.48, 0.1)),
-        (0.06, 0.2),
-        (0.42, 0.54),
-        {"{0} and {1}": 0.6, "{0} next to {1}": 0.2, "{0} to the left of {1}": 0.1, "{1} to the right of {0}": 0.1},
+        weight=0.24,
+        centres=((-0.48, 0.1), (0.48, 0.1)),
+        jitter=(0.06, 0.2),
+        size=(0.42, 0.54),
+        phrases={
+            "{0} and {1}": 0.6,
+            "{0} next to {1}": 0.2,
+            "{0} to the left of {1}": 0.1,
+            "{1} to the right of {0}": 0.1,
+        },
     ),
     Layout(
-        0.07,
-        ((0.0, -0.48), (0.0, 0.48)),
-        (0.2, 0.04),
-        (0.40, 0.50),
-        {"{0} above {1}": 0.5, "{1} below {0}": 0.5},
+        weight=0.07,
+        centres=((0.0, -0.48), (0.0, 0.48)),
+        jitter=(0.2, 0.04),
+        size=(0.40, 0.50),
+        phrases={"{0} above {1}": 0.5, "{1} below {0}": 0.5},
     ),
     Layout(
-        0.07,
-        ((0.26, 0.32), (-0.2, -0.2)),
-        (0.06, 0.06),
-        (0.50, 0.60),
-        {"{0} in front of {1}": 0.5, "{1} behind {0}": 0.5},
+        weight=0.07,
+        centres=((0.26, 0.32), (-0.2, -0.2)),
+        jitter=(0.06, 0.06),
+        size=(0.50, 0.60),
+        phrases={"{0} in front of {1}": 0.5, "{1} behind {0}": 0.5},
         first_in_front=True,
     ),
     Layout(
-        0.07,
-        ((-0.64, 0.1), (0.0, 0.1), (0.64, 0.1)),
-        (0.03, 0.3),
-        (0.33, 0.38),
-        {"{0}, {1} and {2}": 1.0},
+        weight=0.07,
+        centres=((-0.64, 0.1), (0.0, 0.1), (0.64, 0.1)),
+        jitter=(0.03, 0.3),
+        size=(0.33, 0.38),
+        phrases={"{0}, {1} and {2}": 1.0},
     ),
 )
-MAX_OBJECTS = max(len(layout.places) for layout in LAYOUTS)
+MAX_OBJECTS = max(len(layout.centres) for layout in LAYOUTS)
 
-WITH_SCENE = 0.5  # share of captions that name the scene
-WITH_ALIAS = 0.5  # at most this share of objects is called by an ImageNet name, less where they have few
-PAINTED = 0.4  # share of the objects that have painted renderings; these are called by their colour
-FAMILIAR: tuple[str, ...] = (  # what people try first, and the demo draws
+SCENE_PROBABILITY = 0.5  # that a caption names the scene
+MAX_ALIAS_PROBABILITY = 0.5  # that an object is called by an ImageNet name; lower for objects with few of them
+PAINT_PROBABILITY = 0.4  # that an object with painted renderings is one of them; captions name its colour
+FAMILIAR: tuple[str, ...] = (  # what people try first, and what the demo shows
     *("panda", "cactus", "lion", "strawberry", "elephant", "car", "penguin", "bus", "owl", "tractor", "butterfly"),
     *("rocket", "mushroom", "sailboat", "house", "laptop", "dog", "cat", "horse", "fish", "flower", "tree", "apple"),
     *("pizza", "guitar", "chair", "airplane", "bicycle", "umbrella", "rabbit", "frog", "clock"),
 )
-FAMILIAR_WEIGHT = 3.0  # they are drawn so much more often than the others
-HELD_OUT_YAW = 5.0  # held-out views look at most this far, in degrees, from the seam of a panorama
+FAMILIAR_WEIGHT = 3.0  # how much more often these are sampled than others
+HELD_OUT_YAW = 5.0  # held-out views look at most this many degrees away from the seam of a panorama
 FIELD_OF_VIEW = (56.0, 70.0)  # degrees
-HELD_OUT_FIELD_OF_VIEW = (56.0, 58.0)  # narrower, so that no corner of a view meets one of training's
+HELD_OUT_FIELD_OF_VIEW = (56.0, 58.0)  # narrower, so that no corner of a held-out view is seen in training
 PITCH = (-12.0, 8.0)  # degrees above the horizon
-TILT = 6.0  # degrees that an object leans, at most
+MAX_ROTATION = 6.0  # of an object, degrees
 
 
 def article(name: str) -> str:
@@ -119,9 +136,14 @@ def article(name: str) -> str:
     return f"{'an' if vowel and not consonant else 'a'} {name}"
 
 
+def preprocess(images: Tensor) -> Tensor:
+    """Images, uint8 (b, H, W, 3), as networks take them: float (b, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class Names:
-    """What each object may be called: ``own[k]`` and the ImageNet class names ``aliases[k]``."""
+    """The names of the objects: ``own[k]``, and the ImageNet class names ``aliases[k]`` that captions use as well."""
 
     own: tuple[str, ...]
     aliases: tuple[tuple[str, ...], ...]
@@ -138,13 +160,13 @@ class Names:
         return cls(own, tuple(tuple(aliases[name]) for name in own))
 
     def captions(self) -> list[str]:
-        """Every name and every phrase of the captions, for the tokenizer."""
+        """Every name and every phrase of the captions, to train the tokenizer on."""
         names = [*self.own, *(name for names in self.aliases for name in names)]
         phrases = [phrase for layout in LAYOUTS for phrase in layout.phrases]
-        return [*map(article, names), *COLOURS, *OPENINGS, *phrases, *SCENES.values()]
+        return [*map(article, names), *COLOURS, *TEMPLATES, *phrases, *SCENES.values()]
 
     def weights(self) -> Tensor:
-        """How often each object is drawn, (objects,), sum 1: more where it is familiar or answers to many names."""
+        """The sampling probability of each object, (objects,): higher if it is familiar or has many aliases."""
         weight = torch.tensor([(1 + len(names)) ** 0.25 for names in self.aliases])
         weight[[self.own.index(name) for name in FAMILIAR if name in self.own]] *= FAMILIAR_WEIGHT
         return weight / weight.sum()
@@ -152,40 +174,41 @@ class Names:
 
 @dataclass(frozen=True)
 class Composites:
-    """A batch of b composites; words stand in the order of the caption, masks in that of the words, then empty."""
+    """A batch of b composites; words are in the order of their caption, and masks in the order of the words."""
 
     images: Tensor  # uint8 (b, H, W, 3)
     captions: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]  # without article and colour
-    spans: tuple[tuple[tuple[int, int], ...], ...]  # where each word stands in the caption, in characters
-    objects: tuple[tuple[str, ...], ...]  # the object behind each word
-    masks: Tensor  # bool (b, MAX_OBJECTS, H, W), what is seen of each word
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # of each word in the caption, in characters
+    objects: tuple[tuple[str, ...], ...]  # the object that each word names
+    masks: Tensor  # bool (b, MAX_OBJECTS, H, W), the visible part of each word's object; empty after the last word
 
     def first(self, num: int) -> "Composites":
-        """The first ``num`` of them."""
-        return Composites(
-            self.images[:num],
-            self.captions[:num],
-            self.words[:num],
-            self.spans[:num],
-            self.objects[:num],
-            self.masks[:num],
-        )
+        """The first ``num`` composites."""
+        return Composites(*(field[:num] for field in vars(self).values()))
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object of a composite: which, in what rendering."""
+class Instance(NamedTuple):
+    """One object of a composite."""
 
     object: int
-    rendering: int
+    rendering: int  # row of ``objects.safetensors``
+
+
+class Caption(NamedTuple):
+    """A caption, its words with their spans, and for each word the number of its object in the layout."""
+
+    text: str
+    words: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    positions: tuple[int, ...]
 
 
 class Compositor:
-    """Draws composites on ``device``; the same generator (a CPU one) in the same state gives the same batch.
+    """Samples composites on ``device``; the same state of the generator (a CPU one) gives the same batch.
 
-    Training sees the part of each panorama, and those views of an object, that the held-out set does not: backgrounds
-    share no pixel. Objects of a single drawing are the same in both.
+    Training and held-out composites show different parts of the panoramas, without a common pixel, and different views
+    of an object. Objects with a single rendering are the same in both.
     """
 
     def __init__(self, data: Path, names: Names, *, held_out: bool = False, device: str = "cpu") -> None:
@@ -195,152 +218,152 @@ class Compositor:
         self.colours = [tuple(COLOURS)[k] if k >= 0 else "" for k in objects["colour"].tolist()]
         self.plain: list[list[int]] = [[] for _ in names.own]  # renderings of each object in its own colours
         self.painted: list[list[int]] = [[] for _ in names.own]
-        of, kept_back = objects["object"].tolist(), objects["held_out"].tolist()
-        several = {k for k, back in zip(of, kept_back, strict=True) if back}  # objects with views to hold out
-        for row, k in enumerate(of):
+        owners, is_held_out = objects["object"].tolist(), objects["held_out"].tolist()
+        with_views = {k for k, view in zip(owners, is_held_out, strict=True) if view}  # objects with held-out views
+        for row, k in enumerate(owners):
             if self.colours[row]:
                 self.painted[k].append(row)
-            elif k not in several or kept_back[row] == held_out:
+            elif k not in with_views or is_held_out[row] == held_out:
                 self.plain[k].append(row)
+        self.weights = names.weights() * torch.tensor([bool(rows) for rows in self.plain])
         panoramas = load_file(data / "panoramas.safetensors")
         self.scenes = tuple(SCENES)
         stack = torch.stack([panoramas[scene] for scene in self.scenes]).permute(3, 0, 1, 2).float() / 255
         self.height, self.width = stack.shape[2:]
-        wrapped = torch.cat([stack[..., -1:], stack, stack[..., :1]], dim=3)  # one column more at either end
-        self.atlas = wrapped.reshape(1, 3, -1, self.width + 2).to(self.device)  # panoramas one above the other
-        drawn = torch.tensor([bool(rows) for rows in self.plain])
-        self.weights = names.weights() * drawn
+        wrapped = torch.cat([stack[..., -1:], stack, stack[..., :1]], dim=3)  # one more column at either end
+        self.atlas = wrapped.reshape(1, 3, -1, self.width + 2).to(self.device)  # all panoramas, one below the other
 
-    def draw(self, num: int, generator: torch.Generator, layouts: Sequence[Layout] = LAYOUTS) -> Composites:
-        """Compose ``num`` images, of the ``layouts`` by their shares."""
-        scene = torch.randint(len(self.scenes), (num,), generator=generator)
-        shares = torch.tensor([layout.share for layout in layouts])
-        chosen = [layouts[k] for k in torch.multinomial(shares, num, replacement=True, generator=generator).tolist()]
-        things = [self._things(len(layout.places), generator) for layout in chosen]
-        layers, depth = self._objects(chosen, things, generator)  # b k 4 H W and b k
+    def sample(self, num: int, generator: torch.Generator, layouts: Sequence[Layout] = LAYOUTS) -> Composites:
+        """Compose ``num`` images; layouts are chosen by their weights."""
+        scenes = torch.randint(len(self.scenes), (num,), generator=generator)
+        weights = torch.tensor([layout.weight for layout in layouts])
+        chosen = [layouts[k] for k in torch.multinomial(weights, num, replacement=True, generator=generator).tolist()]
+        instances = [self._instances(len(layout.centres), generator) for layout in chosen]
+        layers, depth = self._render(chosen, instances, generator)  # b k 4 H W and b k
         order = depth.argsort(dim=1)  # back to front
-        behind = torch.gather(layers, 1, order[:, :, None, None, None].expand_as(layers))
-        through = (1 - behind[:, :, 3:]).flip(1).cumprod(1).flip(1)  # light that passes a layer and all before it
-        seen = behind * torch.cat([through[:, 1:], torch.ones_like(through[:, :1])], dim=1)
-        image = self._background(scene, generator) * through[:, 0] + seen[:, :, :3].sum(1)
-        captions, words, spans, places = zip(
-            *(self._caption(*row, generator) for row in zip(chosen, things, scene.tolist(), strict=True)), strict=True
-        )
-        named = torch.tensor([[*row, *range(len(row), MAX_OBJECTS)] for row in places], device=self.device)
-        layer = torch.gather(order.argsort(dim=1), 1, named)  # of each word
+        layers = torch.gather(layers, 1, order[:, :, None, None, None].expand_as(layers))
+        transmittance = (1 - layers[:, :, 3:]).flip(1).cumprod(1).flip(1)  # of each layer and all in front of it
+        in_front = torch.cat([transmittance[:, 1:], torch.ones_like(transmittance[:, :1])], dim=1)
+        visible = layers * in_front
+        image = self._background(scenes, generator) * transmittance[:, 0] + visible[:, :, :3].sum(1)
+        rows = zip(chosen, instances, scenes.tolist(), strict=True)
+        captions = [self._caption(*row, generator) for row in rows]
+        positions = [[*one.positions, *range(len(one.positions), MAX_OBJECTS)] for one in captions]
+        layer = torch.gather(order.argsort(dim=1), 1, torch.tensor(positions, device=self.device))  # of each word
+        alpha = visible[:, :, 3]
         return Composites(
             images=(image.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
-            captions=captions,
-            words=words,
-            spans=spans,
+            captions=tuple(one.text for one in captions),
+            words=tuple(one.words for one in captions),
+            spans=tuple(one.spans for one in captions),
             objects=tuple(
-                tuple(self.names.own[row[place].object] for place in named)
-                for row, named in zip(things, places, strict=True)
+                tuple(self.names.own[row[k].object] for k in one.positions)
+                for row, one in zip(instances, captions, strict=True)
             ),
-            masks=torch.gather(seen[:, :, 3], 1, layer[:, :, None, None].expand_as(seen[:, :, 3])) > 0.5,
+            masks=torch.gather(alpha, 1, layer[:, :, None, None].expand_as(alpha)) > 0.5,
         )
 
-    def _things(self, num: int, generator: torch.Generator) -> list[Thing]:
-        """``num`` different objects, each in one of its renderings."""
-        things = []
+    def _instances(self, num: int, generator: torch.Generator) -> list[Instance]:
+        """Sample ``num`` different objects, each in one of its renderings."""
+        instances = []
         for k in torch.multinomial(self.weights, num, generator=generator).tolist():
-            painted = self.painted[k] and float(torch.rand((), generator=generator)) < PAINTED
-            options = self.painted[k] if painted else self.plain[k]
-            things.append(Thing(k, options[int(torch.randint(len(options), (), generator=generator))]))
-        return things
+            painted = self.painted[k] and float(torch.rand((), generator=generator)) < PAINT_PROBABILITY
+            renderings = self.painted[k] if painted else self.plain[k]
+            instances.append(Instance(k, renderings[int(torch.randint(len(renderings), (), generator=generator))]))
+        return instances
 
-    def _background(self, scene: Tensor, generator: torch.Generator) -> Tensor:
-        """Perspective crops of the panoramas ``scene``, (b, 3, H, W) in [0, 1]."""
-        b, size = len(scene), IMAGE_SIZE
+    def _background(self, scenes: Tensor, generator: torch.Generator) -> Tensor:
+        """Perspective crops of the panoramas ``scenes``, (b, 3, H, W) in [0, 1]."""
+        b, size = len(scenes), IMAGE_SIZE
         if self.held_out:
             yaw = uniform((b,), -HELD_OUT_YAW, HELD_OUT_YAW, generator)
         else:
-            clear = HELD_OUT_YAW + FIELD_OF_VIEW[1] + 4  # a view's corners reach further than its field, by 5° at most
-            yaw = uniform((b,), clear, 360 - clear, generator)
+            margin = HELD_OUT_YAW + FIELD_OF_VIEW[1] + 4  # a view's corners reach up to 5° further than its field
+            yaw = uniform((b,), margin, 360 - margin, generator)
         pitch = uniform((b,), *PITCH, generator).deg2rad().to(self.device)
-        field = HELD_OUT_FIELD_OF_VIEW if self.held_out else FIELD_OF_VIEW
-        half = (uniform((b,), *field, generator) / 2).deg2rad().tan().to(self.device)
+        field_of_view = HELD_OUT_FIELD_OF_VIEW if self.held_out else FIELD_OF_VIEW
+        half = (uniform((b,), *field_of_view, generator) / 2).deg2rad().tan().to(self.device)
         flip = (1 - 2.0 * (torch.rand(b, generator=generator) < 0.5)).to(self.device)
         gain = uniform((b, 1, 1, 1), 0.85, 1.15, generator).to(self.device)
-        yaw, scene = yaw.to(self.device), scene.to(self.device)
+        yaw, scenes = yaw.to(self.device), scenes.to(self.device)
         axis = (torch.arange(size, device=self.device) + 0.5) / size * 2 - 1
-        right = (flip * half)[:, None, None] * axis[None, None, :]  # the view's own axes; forward is 1
+        right = (flip * half)[:, None, None] * axis[None, None, :]  # in camera coordinates, on the plane at distance 1
         down = half[:, None, None] * axis[None, :, None]
         cos, sin = pitch.cos()[:, None, None], pitch.sin()[:, None, None]
         forward, up = (cos + down * sin).expand(b, size, size), sin - down * cos
         azimuth = yaw.deg2rad()[:, None, None] + torch.atan2(right, forward)
         altitude = torch.atan2(up, torch.hypot(right, forward))
         u = azimuth.div(2 * math.pi).remainder(1) * self.width + 1  # pixels from the left edge of the wrapped atlas
-        v = (0.5 - altitude / math.pi) * self.height + scene[:, None, None] * self.height
+        v = (0.5 - altitude / math.pi) * self.height + scenes[:, None, None] * self.height
         grid = torch.stack([u / self.atlas.shape[3], v / self.atlas.shape[2]], dim=-1) * 2 - 1
         crops = F.grid_sample(self.atlas, grid.reshape(1, b * size, size, 2), align_corners=False)
         crops = crops.reshape(3, b, size, size).transpose(0, 1)
         return (crops * gain).clamp(0, 1)
 
-    def _objects(
-        self, layouts: Sequence[Layout], things: Sequence[Sequence[Thing]], generator: torch.Generator
+    def _render(
+        self, layouts: Sequence[Layout], instances: Sequence[Sequence[Instance]], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Place the objects.
 
-        Returns premultiplied layers (b, MAX_OBJECTS, 4, H, W), empty where there is none, and how near each is to the
-        eye, (b, MAX_OBJECTS).
+        Returns premultiplied layers (b, MAX_OBJECTS, 4, H, W), transparent for missing objects, and their order in
+        depth (b, MAX_OBJECTS), larger in front.
         """
-        present = torch.tensor([[k < len(row) for k in range(MAX_OBJECTS)] for row in things])
+        present = torch.tensor([[k < len(row) for k in range(MAX_OBJECTS)] for row in instances])
         num = int(present.sum())
-        of = [layout for layout, row in zip(layouts, things, strict=True) for _ in row]  # a row an object from here on
-        place = torch.tensor([place for layout in layouts for place in layout.places])
-        rendering = torch.tensor([thing.rendering for row in things for thing in row])
-        low, high = torch.tensor([layout.side for layout in of]).T
+        owners = [layout for layout, row in zip(layouts, instances, strict=True) for _ in row]  # of each object
+        centres = torch.tensor([centre for layout in layouts for centre in layout.centres])
+        renderings = torch.tensor([instance.rendering for row in instances for instance in row])
+        low, high = torch.tensor([layout.size for layout in owners]).T
         side = low + (high - low) * torch.rand(num, generator=generator)
-        stray = torch.tensor([layout.stray for layout in of]) * uniform((num, 2), -1, 1, generator)
-        room = (1 - side)[:, None]  # how far the centre may be with the object still inside
-        x, y = (place + stray).clamp(-room, room).T
-        angle = uniform((num,), -TILT, TILT, generator).deg2rad()
+        offsets = torch.tensor([layout.jitter for layout in owners]) * uniform((num, 2), -1, 1, generator)
+        limit = (1 - side)[:, None]  # keeps the object inside the image
+        x, y = (centres + offsets).clamp(-limit, limit).T
+        angle = uniform((num,), -MAX_ROTATION, MAX_ROTATION, generator).deg2rad()
         gain = torch.cat([uniform((num, 1), 0.85, 1.1, generator).expand(num, 3), torch.ones(num, 1)], dim=1)
         cos, sin = angle.cos() / side, angle.sin() / side
-        inverse = torch.stack(  # from the image's square to the object's
+        inverse = torch.stack(  # from coordinates of the image to those of the object
             [torch.stack([cos, sin, -cos * x - sin * y], dim=-1), torch.stack([-sin, cos, sin * x - cos * y], dim=-1)],
             dim=-2,
         ).to(self.device)
         grid = F.affine_grid(inverse, [num, 4, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-        drawn = F.grid_sample(self.rgba[rendering.to(self.device)], grid, align_corners=False)
-        layers = drawn.new_zeros(*present.shape, 4, IMAGE_SIZE, IMAGE_SIZE)
-        layers[present.to(self.device)] = drawn * gain.to(self.device)[:, :, None, None]
+        rendered = F.grid_sample(self.rgba[renderings.to(self.device)], grid, align_corners=False)
+        layers = rendered.new_zeros(*present.shape, 4, IMAGE_SIZE, IMAGE_SIZE)
+        layers[present.to(self.device)] = rendered * gain.to(self.device)[:, :, None, None]
         depth = torch.rand(present.shape, generator=generator)
-        stacked = torch.tensor([layout.first_in_front for layout in layouts])
-        depth[:, 0] += stacked
+        depth[:, 0] += torch.tensor([layout.first_in_front for layout in layouts])
         return layers, depth.to(self.device)
 
     def _caption(
-        self, layout: Layout, things: Sequence[Thing], scene: int, generator: torch.Generator
-    ) -> tuple[str, tuple[str, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
-        """Write a caption: its text, the words that name the objects, where they stand, the place of each object."""
-        phrase, opening = pick(layout.phrases, generator), pick(OPENINGS, generator)
-        template = opening.format(phrase)
-        if float(torch.rand((), generator=generator)) < WITH_SCENE:
+        self, layout: Layout, instances: Sequence[Instance], scene: int, generator: torch.Generator
+    ) -> Caption:
+        """Write the caption of one composite."""
+        phrase, template = choose(layout.phrases, generator), choose(TEMPLATES, generator)
+        template = template.format(phrase)
+        if float(torch.rand((), generator=generator)) < SCENE_PROBABILITY:
             template = f"{template} {SCENES[self.scenes[scene]]}"
-        text, words, spans, places = "", [], [], []
+        text, words, spans, positions = "", [], [], []
         for literal, field, _, _ in string.Formatter().parse(template):
             text += literal
             if field is not None:
-                thing = things[int(field)]
-                word = self._name(thing.object, generator)
-                text += article(f"{self.colours[thing.rendering]} {word}".lstrip())
+                instance = instances[int(field)]
+                word = self._name(instance.object, generator)
+                text += article(f"{self.colours[instance.rendering]} {word}".lstrip())
                 words.append(word)
                 spans.append((len(text) - len(word), len(text)))
-                places.append(int(field))
-        return text, tuple(words), tuple(spans), tuple(places)
+                positions.append(int(field))
+        return Caption(text, tuple(words), tuple(spans), tuple(positions))
 
     def _name(self, k: int, generator: torch.Generator) -> str:
+        """One of the names of an object."""
         aliases = self.names.aliases[k]
-        share = min(WITH_ALIAS, len(aliases) / (len(aliases) + 3))
-        if float(torch.rand((), generator=generator)) < share:
+        probability = min(MAX_ALIAS_PROBABILITY, len(aliases) / (len(aliases) + 3))
+        if float(torch.rand((), generator=generator)) < probability:
             return aliases[int(torch.randint(len(aliases), (), generator=generator))]
         return self.names.own[k]
 
 
-def pick(options: dict[str, float], generator: torch.Generator) -> str:
-    """One of the options, by their shares."""
+def choose(options: dict[str, float], generator: torch.Generator) -> str:
+    """One of the options, by their probabilities."""
     return list(options)[int(torch.multinomial(torch.tensor(list(options.values())), 1, generator=generator))]
 
 

@@ -1,8 +1,8 @@
-"""The 3D models of ``models.json`` as triangles with materials, read from the archives that they come in.
+"""Read the 3D models of ``models.json`` as textured triangles.
 
-The models come from Debian's ``sweethome3d-furniture``, those whose own licence file says CC0. Each is an OBJ file with
-its MTL and textures inside a ``.sh3f`` archive (a zip with a catalogue), and is read from there without unpacking.
-y is up, and z comes to the viewer.
+They come from Debian's ``sweethome3d-furniture``; all are CC0 by their own licence files. Each is an OBJ file with its
+MTL file and textures inside a ``.sh3f`` archive (a zip file with a catalogue), and is read without unpacking the
+archive. y is up, and z points towards the viewer.
 """
 
 import io
@@ -20,21 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Floats", "Ints", "Material", "Mesh", "read_model", "unit"]
+__all__ = ["Floats", "Ints", "Material", "Mesh", "normalize", "read_model"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
-CREASE = 0.8  # cosine up to which a corner's normal may leave its face's
-TEXTURE_SIZE = 256  # pixels a side at most; larger ones are reduced, which also keeps them from aliasing
+MIN_CREASE_COSINE = 0.8  # between a face and its smoothed normal; a sharper edge is shaded flat
+TEXTURE_SIZE = 256  # pixels a side at most; reducing larger textures also prevents aliasing
 MAX_BYTES, MAX_PIXELS, MAX_TRIANGLES = 64 << 20, 64 << 20, 200_000
-MAX_CORNERS = 500  # a polygon with more is taken to be convex
+MAX_CORNERS = 500  # of a polygon for ear clipping; a larger one is treated as convex
 
 
 @dataclass(frozen=True)
 class Material:
-    """A surface: colour in [0, 1], opacity, and where there is one a texture, (h, w, 4) in [0, 1], in place of it."""
+    """A surface: colour and opacity in [0, 1], and an optional texture (h, w, 4) that replaces the colour."""
 
     colour: tuple[float, float, float] = (0.8, 0.8, 0.8)
     opacity: float = 1.0
@@ -45,22 +45,26 @@ class Material:
 class Mesh:
     """A model of t triangles."""
 
-    corners: Floats  # t 3 3
+    vertices: Floats  # t 3 3, the corners of each triangle
     uv: Floats  # t 3 2, v upward
-    material: Ints  # t, places in ``materials``
+    material: Ints  # t, index into ``materials``
     materials: tuple[Material, ...]
-    normals: Floats  # t 3 3, unit
+    normals: Floats  # t 3 3, unit length
 
 
 def read_model(archives: Path, model: str) -> Mesh:
-    """Read "archive stem/model id" from the ``.sh3f`` archives in a folder, turned as its catalogue says."""
-    found = re.fullmatch(r"([\w-]+)/([\w-]+)", model)
-    if found is None:
-        raise ValueError(f'{model!r} is not "archive stem/model id"')
-    stem, name = found.groups()
+    """Read "archive stem/model id" from the ``.sh3f`` archives in a folder, rotated as the catalogue says.
+
+    Raises:
+        ValueError: the archive, the model or one of its files is missing, damaged or too large.
+    """
+    match = re.fullmatch(r"([\w-]+)/([\w-]+)", model)
+    if match is None:
+        raise ValueError(f'{model!r} is not of the form "archive stem/model id"')
+    stem, name = match.groups()
     try:
         with zipfile.ZipFile(archives / f"{stem}.sh3f") as archive:
-            path, rotation = look_up(member(archive, CATALOGUE).decode("latin-1"), name)
+            path, rotation = find_model(read_file(archive, CATALOGUE).decode("latin-1"), name)
             return read_obj(archive, path, rotation)
     except FileNotFoundError as error:
         raise ValueError(f"{model}: no {stem}.sh3f in {archives}") from error
@@ -68,112 +72,109 @@ def read_model(archives: Path, model: str) -> Mesh:
         raise ValueError(f"{model}: {error}") from error
 
 
-def look_up(catalogue: str, name: str) -> tuple[str, Floats]:
-    """Return the path of a model's OBJ file in its archive, and its rotation, (3, 3)."""
+def find_model(catalogue: str, name: str) -> tuple[str, Floats]:
+    """The path of a model's OBJ file in its archive, and the model's rotation, (3, 3)."""
     rows = dict(re.findall(r"^((?:id|model|modelRotation)#\d+)[ \t]*=[ \t]*(.*?)[ \t]*\r?$", catalogue, re.MULTILINE))
     for key, value in rows.items():
         if key.startswith("id#") and value.rpartition("#")[2] == name:
             number = key.removeprefix("id")
-            rotation = numbers(rows.get(f"modelRotation{number}", "1 0 0 0 1 0 0 0 1").split(), 9).reshape(3, 3)
+            rotation = parse_floats(rows.get(f"modelRotation{number}", "1 0 0 0 1 0 0 0 1").split(), 9).reshape(3, 3)
             return rows.get(f"model{number}", "").lstrip("/"), rotation
     raise ValueError("not in the catalogue")
 
 
-def member(archive: zipfile.ZipFile, path: str) -> bytes:
-    """Read one file of an archive, if it is there and not too large."""
+def read_file(archive: zipfile.ZipFile, path: str) -> bytes:
+    """Read a file of an archive, unless it is missing or too large."""
     try:
         info = archive.getinfo(path)
     except KeyError:
         raise ValueError(f"no {path} in the archive") from None
     if info.file_size > MAX_BYTES:
-        raise ValueError(f"{path} has {info.file_size} bytes, more than {MAX_BYTES}")
+        raise ValueError(f"{path} has {info.file_size} bytes; at most {MAX_BYTES} are read")
     return archive.read(info)
 
 
-def numbers(words: Sequence[str], num: int) -> Floats:
-    """Parse the first ``num`` of the words as finite numbers."""
+def parse_floats(words: Sequence[str], num: int) -> Floats:
+    """Parse the first ``num`` words as finite numbers."""
     values = np.array([float(word) for word in words[:num]])
     if len(values) < num or not np.isfinite(values).all():
-        raise ValueError(f"{num} numbers expected, not {' '.join(words)[:60]!r}")
+        raise ValueError(f"expected {num} numbers, not {' '.join(words)[:60]!r}")
     return values
 
 
+# -- geometry
+
+
 def read_obj(archive: zipfile.ZipFile, path: str, rotation: Floats) -> Mesh:
-    """Read an OBJ file and the materials it names; unknown materials are grey."""
-    points: list[list[str]] = []
-    places: list[list[str]] = []
-    polygons: list[list[tuple[int, int]]] = []
-    owners: list[int] = []
-    known: dict[str, Material] = {}
-    used: dict[str, int] = {"": 0}
+    """Read an OBJ file and its materials; a missing material is grey."""
+    positions: list[list[str]] = []
+    texcoords: list[list[str]] = []
+    faces: list[list[tuple[int, int]]] = []
+    face_materials: list[int] = []
+    library: dict[str, Material] = {}
+    names: dict[str, int] = {"": 0}
     current = 0
-    for line in member(archive, path).decode("latin-1").splitlines():
+    for line in read_file(archive, path).decode("latin-1").splitlines():
         key, _, rest = line.strip().partition(" ")
         if key == "v":
-            points.append(rest.split()[:3])
+            positions.append(rest.split()[:3])
         elif key == "vt":
-            places.append([*rest.split(), "0"][:2])
+            texcoords.append([*rest.split(), "0"][:2])
         elif key == "f":
-            polygons.append([corner(word, len(points), len(places)) for word in rest.split()])
-            owners.append(current)
+            faces.append([parse_corner(word, len(positions), len(texcoords)) for word in rest.split()])
+            face_materials.append(current)
         elif key == "usemtl":
-            current = used.setdefault(rest.strip(), len(used))
+            current = names.setdefault(rest.strip(), len(names))
         elif key == "mtllib":
-            known |= read_mtl(archive, beside(path, rest.strip()))
-    xyz = numbers([word for point in points for word in point], 3 * len(points)).reshape(-1, 3) @ rotation.T
-    uv = numbers([word for place in places for word in place], 2 * len(places)).reshape(-1, 2)
-    pieces = [(triangle, owner) for triangle, owner in triangulate(polygons, owners, xyz)]
-    if not 0 < len(pieces) <= MAX_TRIANGLES:
-        raise ValueError(f"{len(pieces)} triangles, not 1 to {MAX_TRIANGLES}")
-    index = np.array([triangle for triangle, _ in pieces])  # t 3 2
+            library |= read_mtl(archive, resolve(path, rest.strip()))
+    xyz = parse_floats([word for row in positions for word in row], 3 * len(positions)).reshape(-1, 3) @ rotation.T
+    uv = parse_floats([word for row in texcoords for word in row], 2 * len(texcoords)).reshape(-1, 2)
+    triangles, material = [], []
+    for face, number in zip(faces, face_materials, strict=True):
+        for corners in triangulate(xyz[[v for v, _ in face]].tolist()):
+            triangles.append([face[k] for k in corners])
+            material.append(number)
+    if not 0 < len(triangles) <= MAX_TRIANGLES:
+        raise ValueError(f"{len(triangles)} triangles, not 1 to {MAX_TRIANGLES}")
+    index = np.array(triangles)  # t 3 2
     return Mesh(
-        corners=xyz[index[:, :, 0]],
-        uv=np.concatenate([uv, np.zeros((1, 2))])[index[:, :, 1]],  # place -1 is none
-        material=np.array([owner for _, owner in pieces], dtype=np.int64),
-        materials=tuple(known.get(name, Material()) for name in used),
-        normals=smooth(xyz, index[:, :, 0]),
+        vertices=xyz[index[:, :, 0]],
+        uv=np.concatenate([uv, np.zeros((1, 2))])[index[:, :, 1]],  # -1 stands for none
+        material=np.array(material, dtype=np.int64),
+        materials=tuple(library.get(name, Material()) for name in names),
+        normals=smooth_normals(xyz, index[:, :, 0]),
     )
 
 
-def corner(word: str, points: int, places: int) -> tuple[int, int]:
-    """Parse "v", "v/vt", "v//vn" or "v/vt/vn" into the places of v and vt from 0, vt -1 where there is none."""
+def parse_corner(word: str, num_positions: int, num_texcoords: int) -> tuple[int, int]:
+    """Parse "v", "v/vt", "v//vn" or "v/vt/vn" into the indices of v and vt, from 0; vt is -1 if there is none."""
     first, _, rest = word.partition("/")
     second = rest.partition("/")[0]
     v, vt = int(first), int(second or 0)
-    v, vt = v - 1 if v > 0 else points + v, vt - 1 if vt >= 0 else places + vt
-    if not (0 <= v < points and -1 <= vt < places):
-        raise ValueError(f"a face names {word!r}, of {points} points and {places} texture places")
+    v, vt = v - 1 if v > 0 else num_positions + v, vt - 1 if vt >= 0 else num_texcoords + vt
+    if not (0 <= v < num_positions and -1 <= vt < num_texcoords):
+        raise ValueError(f"face corner {word!r} is out of range: {num_positions} vertices, {num_texcoords} texcoords")
     return v, vt
 
 
-def triangulate(
-    polygons: Sequence[list[tuple[int, int]]], owners: Sequence[int], xyz: Floats
-) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Cut polygons into triangles: convex ones into fans, others ear by ear."""
-    for polygon, owner in zip(polygons, owners, strict=True):
-        if len(polygon) == 3:
-            yield polygon, owner
-        elif len(polygon) > 3:
-            for a, b, c in ears(xyz[[v for v, _ in polygon]].tolist()):
-                yield [polygon[a], polygon[b], polygon[c]], owner
-
-
-def ears(loop: list[list[float]]) -> Iterator[tuple[int, int, int]]:
-    """Cut one polygon, its points in order, into triangles of places in it."""
+def triangulate(polygon: list[list[float]]) -> Iterator[tuple[int, int, int]]:
+    """Cut a polygon, its points in order, into triangles of indices: a convex one as a fan, others by ear clipping."""
+    if len(polygon) < 3:
+        return
     normal = [0.0, 0.0, 0.0]
-    for (ax, ay, az), (bx, by, bz) in zip(loop, loop[1:] + loop[:1], strict=True):
+    for (ax, ay, az), (bx, by, bz) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
         normal[0] += (ay - by) * (az + bz)
         normal[1] += (az - bz) * (ax + bx)
         normal[2] += (ax - bx) * (ay + by)
-    drop = max(range(3), key=lambda axis: abs(normal[axis]))  # seen along this axis the polygon is largest
+    drop = max(range(3), key=lambda axis: abs(normal[axis]))  # project along the axis with the largest area
     sign = math.copysign(1.0, normal[drop])
-    flat = [(sign * p[(drop + 1) % 3], p[(drop + 2) % 3]) for p in loop]
+    flat = [(sign * p[(drop + 1) % 3], p[(drop + 2) % 3]) for p in polygon]
 
     def turn(a: int, b: int, c: int) -> float:
         (ax, ay), (bx, by), (cx, cy) = flat[a], flat[b], flat[c]
         return (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
 
-    left = list(range(len(loop)))
+    left = list(range(len(polygon)))
     while 3 < len(left) <= MAX_CORNERS:
         triples = [(left[k - 1], left[k], left[(k + 1) % len(left)]) for k in range(len(left))]
         if all(turn(*triple) >= 0 for triple in triples):
@@ -184,56 +185,59 @@ def ears(loop: list[list[float]]) -> Iterator[tuple[int, int, int]]:
                 left.remove(b)
                 yield a, b, c
                 break
-        else:  # it crosses itself: whatever is left becomes a fan
+        else:  # it intersects itself: the rest becomes a fan
             break
     for b, c in pairwise(left[1:]):
         yield left[0], b, c
 
 
-def smooth(xyz: Floats, index: Ints) -> Floats:
-    """Normals (t, 3, 3) at the corners of triangles: of the surface where it is smooth, of the face at its edges."""
+def smooth_normals(xyz: Floats, index: Ints) -> Floats:
+    """Normals (t, 3, 3) at the corners of triangles: averaged over adjacent faces, except at sharp edges."""
     a, b, c = (xyz[index[:, k]] for k in range(3))
     area = np.cross(b - a, c - a)
     mean: Floats = np.stack([np.bincount(index.ravel(), np.repeat(area[:, k], 3), len(xyz)) for k in range(3)], axis=1)
-    face, corners = unit(area)[:, None], unit(mean)[index]
-    return np.where((corners * face).sum(axis=2, keepdims=True) > CREASE, corners, face)
+    face, smooth = normalize(area)[:, None], normalize(mean)[index]
+    return np.where((smooth * face).sum(axis=2, keepdims=True) > MIN_CREASE_COSINE, smooth, face)
 
 
-def unit(vectors: Floats) -> Floats:
-    """Scale to length 1; what has none stays 0."""
+def normalize(vectors: Floats) -> Floats:
+    """Scale vectors to unit length; zero vectors stay zero."""
     length: Floats = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.maximum(length, 1e-30)
 
 
-def beside(path: str, name: str) -> str:
-    """Return the path, inside the archive, of a file that the file ``path`` names."""
+# -- materials
+
+
+def resolve(path: str, name: str) -> str:
+    """The path, inside the archive, of a file that the file ``path`` refers to as ``name``."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), name.replace("\\", "/")))
 
 
 def read_mtl(archive: zipfile.ZipFile, path: str) -> dict[str, Material]:
-    """Read a material library: Kd, d or Tr, and map_Kd. A texture that is not there leaves the colour."""
-    out: dict[str, Material] = {}
+    """Read a material library: Kd, d or Tr, and map_Kd. If a texture is missing, the colour is used."""
+    materials: dict[str, Material] = {}
     colour, opacity = Material.colour, Material.opacity
     texture: NDArray[np.float32] | None = None
     name: str | None = None
     files = set(archive.namelist())
-    for line in [*member(archive, path).decode("latin-1").splitlines(), "newmtl"]:
+    for line in [*read_file(archive, path).decode("latin-1").splitlines(), "newmtl"]:
         key, _, rest = line.strip().partition(" ")
         if key == "newmtl":
             if name is not None:
-                out[name] = Material(colour, opacity, texture)
+                materials[name] = Material(colour, opacity, texture)
             name, colour, opacity, texture = rest.strip(), Material.colour, Material.opacity, None
         elif key == "Kd":
-            red, green, blue = numbers(rest.split(), 3).clip(0, 1).tolist()
+            red, green, blue = parse_floats(rest.split(), 3).clip(0, 1).tolist()
             colour = (red, green, blue)
         elif key in ("d", "Tr"):
-            value = float(numbers(rest.replace("-halo", "").split(), 1)[0].clip(0, 1))
+            value = float(parse_floats(rest.replace("-halo", "").split(), 1)[0].clip(0, 1))
             opacity = value if key == "d" else 1 - value
-        elif key == "map_Kd":
-            options = (beside(path, rest.strip()), beside(path, rest.split()[-1] if rest.strip() else ""))
-            image = next((option for option in options if option in files), None)
-            texture = None if image is None else read_texture(member(archive, image), image)
-    return out
+        elif key == "map_Kd":  # the name may contain spaces, or follow options
+            candidates = (resolve(path, rest.strip()), resolve(path, rest.split()[-1] if rest.strip() else ""))
+            image = next((candidate for candidate in candidates if candidate in files), None)
+            texture = None if image is None else read_texture(read_file(archive, image), image)
+    return materials
 
 
 def read_texture(data: bytes, name: str) -> NDArray[np.float32]:
@@ -241,7 +245,7 @@ def read_texture(data: bytes, name: str) -> NDArray[np.float32]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+                raise ValueError(f"{image.width} × {image.height} pixels; at most {MAX_PIXELS} are read")
             rgba = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"texture {name}: {error}") from error

@@ -1,4 +1,4 @@
-"""The parts of the tiny model before training: autoencoder, text tower, U-Net, scheduler and tokenizer."""
+"""The networks of the tiny model before training, its scheduler and its tokenizer."""
 
 import json
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from synthgen.tiny import IMAGE_SIZE
 
 __all__ = ["MAX_LENGTH", "autoencoder", "scheduler", "text_encoder", "train_tokenizer", "unet"]
 
-MAX_LENGTH = 32  # tokens, the two marks included
-WIDTH = 160  # of the text tower
+MAX_LENGTH = 32  # tokens, with those of start and end
+WIDTH = 160  # of the text encoder
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def autoencoder() -> AutoencoderTiny:
-    """Images (b, 3, 128, 128) in [-1, 1] ↔ latents (b, 4, 16, 16), Stable Diffusion's own compression."""
+    """Images (b, 3, 128, 128) in [-1, 1] ↔ latents (b, 4, 16, 16), as much compression as in Stable Diffusion."""
     channels = (48, 48, 48, 48)
     return AutoencoderTiny(
         encoder_block_out_channels=channels,
@@ -28,7 +28,7 @@ def autoencoder() -> AutoencoderTiny:
 
 
 def unet() -> UNet2DConditionModel:
-    """Self- and cross-attention on 16 × 16 and 8 × 8 (three blocks each) and on 4 × 4 (four blocks)."""
+    """A U-Net with self- and cross-attention on 16 × 16 and 8 × 8 (three blocks each) and on 4 × 4 (four blocks)."""
     channels = (48, 96, 160)
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,
@@ -43,7 +43,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's text tower, two layers."""
+    """A CLIP text encoder of two layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -61,7 +61,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    """Stable Diffusion's noise levels, v-prediction."""
+    """The noise schedule of Stable Diffusion, with v-prediction."""
     return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -72,7 +72,10 @@ def scheduler() -> DPMSolverMultistepScheduler:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CLIPTokenizer:
-    """Learn a byte-level BPE in CLIP's own form, where ``</w>`` ends a word; common words become one token."""
+    """Train a byte-level BPE in the form of CLIP's, where ``</w>`` ends a word.
+
+    The trainer breaks ties between equally frequent pairs at random, so another run gives another vocabulary.
+    """
     clip = CLIPTokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer

@@ -1,7 +1,7 @@
-"""Figures of the model on held-out composites and on what it draws. ``benchmarks/tiny.py`` writes all of them down.
+"""Metrics of the model on held-out composites and on generated images; ``benchmarks/tiny.py`` reports all of them.
 
-Intersection over union (IoU) compares a word's mask with the exact one. A level is a share of a word's largest
-attention; one level for all words is the plainest mask there is.
+The intersection over union (IoU) compares a word's mask with the exact one. A level is a threshold on a word's
+attention, as a share of its maximum; one level for all words gives the simplest masks there are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,31 +31,33 @@ from synthgen.stages.attend import Attend
 from synthgen.stages.masks import Masks
 from synthgen.tiny import WEIGHTS
 from synthgen.tiny.classifier import Classifier, boxes, crop, whole
-from synthgen.tiny.compositor import Composites, article
+from synthgen.tiny.compositor import Composites, article, preprocess
 
 __all__ = [
     "attend",
     "attention_iou",
     "backbone",
-    "classified",
-    "found",
+    "check_masks",
+    "classify",
+    "find_words",
     "mask_ious",
-    "photo",
-    "pixels",
+    "photo_prompt",
+    "psnr",
+    "reconstruct",
     "size_mb",
     "vae_psnr",
 ]
 
-TIMESTEPS = (300, 500, 700)  # of the figure that training logs
+TIMESTEPS = (300, 500, 700)  # of ``attention_iou``
 LEVELS = torch.arange(0.1, 0.9, 0.02)
-BATCH = 16
-MASKS = Masks()  # the bounds of the stage
+BATCH_SIZE = 16
+MASKS = Masks()  # its limits decide which masks are dropped
 REFINERS: dict[str, Refiner] = {"threshold": Threshold(), "attentioncut": AttentionCut()}
 
 
 def backbone(weights: Path = WEIGHTS) -> Backbone:
-    """The backbone ``tiny`` as users get it, or with other weights in place of the shipped ones; at their own size."""
-    from synthgen.backbones.tiny import Tiny  # here, for training wants nothing of it
+    """The backbone ``tiny`` with its defaults, with the pipeline in the folder ``weights``, at that model's size."""
+    from synthgen.backbones.tiny import Tiny  # here, because training does not need it
 
     model = Tiny()
     if weights != WEIGHTS:
@@ -67,31 +69,35 @@ def backbone(weights: Path = WEIGHTS) -> Backbone:
 
 
 def size_mb(folder: Path) -> float:
-    """All files of a folder, in MB of 10⁶ bytes."""
+    """The size of all files in a folder, in MB of 10⁶ bytes."""
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 2)
 
 
-def pixels(images: Tensor) -> Tensor:
-    """uint8 (b, H, W, 3) → float (b, 3, H, W) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+# -- the autoencoder
 
 
 @torch.no_grad()
+def reconstruct(vae: Any, x: Tensor) -> Tensor:
+    """Encode and decode images (b, 3, H, W) in [-1, 1]."""
+    return torch.cat([vae.decode(vae.encode(part).latents).sample for part in torch.split(x, 64)]).clamp(-1, 1)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """The peak signal-to-noise ratio of each image, (b,) in dB; images in [-1, 1]."""
+    return -10 * ((x - y) / 2).square().mean(dim=(1, 2, 3)).log10()
+
+
 def vae_psnr(vae: Any, batches: Iterable[Composites]) -> float:
-    """Mean over images of the autoencoder's peak signal-to-noise ratio, in dB."""
-    errors = []
-    for batch in batches:
-        x = pixels(batch.images)
-        y = vae.decode(vae.encode(x).latents).sample.clamp(-1, 1)
-        errors.append(((x - y) / 2).square().mean(dim=(1, 2, 3)))
-    return round(float(-10 * torch.cat(errors).log10().mean()), 2)
+    """The mean PSNR of an autoencoder over images, in dB."""
+    images = (preprocess(batch.images) for batch in batches)
+    return round(float(torch.cat([psnr(x, reconstruct(vae, x)) for x in images]).mean()), 2)
 
 
-# -- what it draws
+# -- generated images
 
 
-def photo(*names: str) -> Prompt:
-    """Ask for a photo of one thing, or of several: "a photo of a X and a Y", its words marked."""
+def photo_prompt(*names: str) -> Prompt:
+    """The prompt "a photo of a X", or "a photo of a X and a Y", with its words marked."""
     text, spans = "a photo of ", list[tuple[int, int]]()
     for name in names:
         text += f"{' and ' if spans else ''}{article(name)}"
@@ -99,45 +105,52 @@ def photo(*names: str) -> Prompt:
     return Prompt(text, names, tuple(spans), names[0] if len(names) == 1 else None)
 
 
-def classified(classifier: Classifier, images: Sequence[UInt8[np.ndarray, "H W 3"]] | Tensor) -> list[str]:
-    """The name of what each whole image shows, uint8 (n, H, W, 3)."""
+def classify(classifier: Classifier, images: Sequence[UInt8[np.ndarray, "H W 3"]] | Tensor) -> list[str]:
+    """The name of the object in each whole image, uint8 (n, H, W, 3)."""
     stack = images if isinstance(images, Tensor) else torch.from_numpy(np.stack(images))
-    return [name for part in torch.split(stack, BATCH) for name in classifier.classify(whole(part))]
+    return [name for part in torch.split(stack, BATCH_SIZE) for name in classifier.classify(whole(part))]
 
 
-def found(classifier: Classifier, generation: Generation) -> list[bool]:
-    """For each word of the prompt, whether the classifier sees its object in the mask that AttentionCut gives it.
+def find_words(classifier: Classifier, generation: Generation) -> list[bool]:
+    """For each recorded word, whether its AttentionCut mask covers its object, by :func:`check_masks`.
 
-    A word whose mask the stage ``masks`` would drop is not found, nor is one that the tokenizer cut off.
+    A mask that the stage ``masks`` would drop counts as wrong.
     """
     masks = MASKS.keep(REFINERS["attentioncut"].refine(generation.image, generation.maps), generation.maps)
-    return seen(classifier, torch.from_numpy(generation.image), masks.words, torch.from_numpy(masks.values))
+    return check_masks(classifier, torch.from_numpy(generation.image), masks.words, torch.from_numpy(masks.values))
 
 
-def seen(classifier: Classifier, image: Tensor, words: Sequence[str], masks: Tensor) -> list[bool]:
-    """For each word whether the square around its mask shows its object; image uint8 (H, W, 3), masks (words, H, W)."""
+def check_masks(classifier: Classifier, image: Tensor, words: Sequence[str], masks: Tensor) -> list[bool]:
+    """For each word, whether the classifier sees its object in the crop around its mask.
+
+    The image is uint8 (H, W, 3), the masks are bool (words, H, W); an empty mask counts as wrong.
+    """
     if not len(masks):
         return []
     names = classifier.classify(crop(image.expand(len(masks), *image.shape), boxes(masks)))
     return [bool(mask.any()) and name == word for mask, name, word in zip(masks, names, words, strict=True)]
 
 
-# -- where its words point
+# -- masks of held-out composites
 
 
 def attend(model: Backbone, batches: Iterable[Composites]) -> Iterator[tuple[Generation, WordMasks]]:
-    """What the stage ``attend`` records of composites, at its default timesteps, and the exact masks."""
+    """Record composites as the stage ``attend`` does, at its default timesteps; yields them with their exact masks."""
     row = 0
     for batch in batches:
-        prompts = [Prompt(*row) for row in zip(batch.captions, batch.words, batch.spans, strict=True)]
-        for start in range(0, len(prompts), BATCH):
-            few = range(start, min(start + BATCH, len(prompts)))
-            keys = [f"{row + i:09d}" for i in few]
-            requests = [Request(key, prompts[i], sample_seed(0, key)) for key, i in zip(keys, few, strict=True)]
-            images = np.stack([resize(batch.images[i].numpy(), model.size) for i in few])
-            for i, generation in zip(few, model.attend(images, requests, Attend.timesteps), strict=True):
+        prompts = prompts_of(batch)
+        for start in range(0, len(prompts), BATCH_SIZE):
+            rows = range(start, min(start + BATCH_SIZE, len(prompts)))
+            keys = [f"{row + i:09d}" for i in rows]
+            requests = [Request(key, prompts[i], sample_seed(0, key)) for key, i in zip(keys, rows, strict=True)]
+            images = np.stack([resize(batch.images[i].numpy(), model.size) for i in rows])
+            for i, generation in zip(rows, model.attend(images, requests, Attend.timesteps), strict=True):
                 yield generation, word_masks(batch.words[i], batch.masks[i, : len(batch.words[i])].numpy())
         row += len(prompts)
+
+
+def prompts_of(batch: Composites) -> list[Prompt]:
+    return [Prompt(*row) for row in zip(batch.captions, batch.words, batch.spans, strict=True)]
 
 
 def word_masks(words: tuple[str, ...], values: Bool[np.ndarray, "words H W"]) -> WordMasks:
@@ -145,17 +158,17 @@ def word_masks(words: tuple[str, ...], values: Bool[np.ndarray, "words H W"]) ->
 
 
 def mask_ious(samples: Iterable[tuple[Generation, WordMasks]]) -> dict[str, Any]:
-    """Mean IoU of masks by each method with the exact ones, of all images and of those of one, two, ... objects.
+    """The mean IoU of masks by each method, over all images and by their number of objects.
 
-    ``level`` is one level for all words: each half of the images is judged at the one that is best on the other half;
-    ``level in hindsight`` is the best on all of them. No mask is dropped; ``dropped`` is the share of AttentionCut's
+    ``level`` is one level for all words: on each half of the images, the best level of the other half; ``level in
+    hindsight`` is the best level of all images. No mask is dropped; ``dropped`` is the share of AttentionCut's masks
     that the stage ``masks`` would drop.
     """
     predicted: dict[str, dict[str, WordMasks]] = {name: {} for name in ("level", "level in hindsight", *REFINERS)}
     truth, maps, dropped = dict[str, WordMasks](), dict[str, Tensor](), list[bool]()
     for generation, exact in samples:
         key = generation.request.key
-        truth[key], maps[key] = exact, enlarged(generation.maps, exact)
+        truth[key], maps[key] = exact, upsample(generation.maps, exact)
         for name, refiner in REFINERS.items():
             predicted[name][key] = word_masks(generation.maps.words, refiner.refine(generation.image, generation.maps))
         kept = MASKS.keep(predicted["attentioncut"][key].values, generation.maps)
@@ -166,28 +179,30 @@ def mask_ious(samples: Iterable[tuple[Generation, WordMasks]]) -> dict[str, Any]
     levels = [best_level([ious[key] for key in half]) for half in (*reversed(halves), keys)]
     for name, part, level in zip(("level", "level", "level in hindsight"), (*halves, keys), levels, strict=True):
         for key in part:
-            inside = shares(maps[key]) >= level
-            predicted[name][key] = word_masks(truth[key].words, inside.numpy())
+            predicted[name][key] = word_masks(truth[key].words, (relative(maps[key]) >= level).numpy())
     counts = sorted({len(masks.words) for masks in truth.values()})
-    figures: dict[str, Any] = {"images": len(keys), "timesteps": list(Attend.timesteps), "mean_iou": {}}
+    mean_iou: dict[str, dict[str, dict[str, float]]] = {}
     for name, masks in predicted.items():
-        rows = {"all": evaluated(masks, truth)}
+        mean_iou[name] = {"all": evaluate(masks, truth)}
         for count in counts:
-            some = {key: exact for key, exact in truth.items() if len(exact.words) == count}
-            rows[str(count)] = evaluated(masks, some)
-        figures["mean_iou"][name] = rows
-    figures["levels"] = {"halves": levels[:2], "in hindsight": levels[2]}
-    figures["dropped"] = round(sum(dropped) / max(len(dropped), 1), 4)
-    return figures
+            subset = {key: exact for key, exact in truth.items() if len(exact.words) == count}
+            mean_iou[name][str(count)] = evaluate(masks, subset)
+    return {
+        "images": len(keys),
+        "timesteps": list(Attend.timesteps),
+        "mean_iou": mean_iou,
+        "levels": {"halves": levels[:2], "in hindsight": levels[2]},
+        "dropped": round(sum(dropped) / max(len(dropped), 1), 4),
+    }
 
 
-def evaluated(predicted: dict[str, WordMasks], truth: dict[str, WordMasks]) -> dict[str, float]:
-    """What the evaluator ``mask_iou`` says, rounded."""
+def evaluate(predicted: dict[str, WordMasks], truth: dict[str, WordMasks]) -> dict[str, float]:
+    """The scores of the evaluator ``mask_iou``, rounded."""
     return {name: round(value, 4) for name, value in MaskIoU().evaluate(EvalData(None, None, predicted, truth)).items()}
 
 
-def enlarged(maps: Maps, exact: WordMasks) -> Tensor:
-    """The words' cross-attention at the size of the exact masks, (words, H, W); 0 for words that were cut off."""
+def upsample(maps: Maps, exact: WordMasks) -> Tensor:
+    """The cross-attention maps at the size of the exact masks, (words, H, W); 0 for words that were not recorded."""
     large = torch.zeros(exact.values.shape)
     for word, weights in zip(maps.words, torch.from_numpy(maps.weights).float(), strict=True):
         size = exact.values.shape[1:]
@@ -196,54 +211,53 @@ def enlarged(maps: Maps, exact: WordMasks) -> Tensor:
     return large
 
 
-def shares(maps: Tensor) -> Tensor:
-    """Maps (n, H, W) in shares of each one's maximum."""
+def relative(maps: Tensor) -> Tensor:
+    """Maps (n, H, W), each relative to its maximum."""
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
 
 
 def level_ious(maps: Tensor, masks: Tensor) -> Tensor:
     """The IoU of each mask with its map at each of LEVELS; both (n, H, W) → (levels, n)."""
-    share, ious = shares(maps), []
+    shares, ious = relative(maps), []
     for level in LEVELS:
-        inside = share >= level
+        inside = shares >= level
         union = (inside | masks).sum(dim=(1, 2)).clamp(min=1)
         ious.append((inside & masks).sum(dim=(1, 2)) / union)
     return torch.stack(ious)
 
 
 def best_level(ious: Sequence[Tensor]) -> float:
-    """Of LEVELS the one with the best mean of all columns of ``ious``, (levels, n) each."""
+    """The one of LEVELS with the best mean over all columns of ``ious``, (levels, n) each."""
     return round(float(LEVELS[torch.cat(list(ious), dim=1).mean(dim=1).argmax()]), 2)
 
 
-# -- what training logs
+# -- metrics that training logs
 
 
 def attention_iou(pipeline: StableDiffusionPipeline, batches: Iterable[Composites]) -> dict[str, float]:
-    """Mean IoU at the best level of all words, in hindsight, apart for images of one, two and three objects."""
+    """The mean IoU at the best level of all words, in hindsight, by the number of objects in the image."""
     ious: dict[int, list[Tensor]] = {}
     for batch in batches:
         for i, maps in enumerate(attention_maps(pipeline, batch)):
             ious.setdefault(len(maps), []).append(level_ious(maps, batch.masks[i, : len(maps)]))
-    figures = {}
+    metrics = {}
     for count in sorted(ious):
         mean = torch.cat(ious[count], dim=1).mean(dim=1)
-        figures[f"attention_iou_{count}"] = round(float(mean.max()), 3)
-        figures[f"attention_level_{count}"] = best_level(ious[count])
-    return figures
+        metrics[f"attention_iou_{count}"] = round(float(mean.max()), 3)
+        metrics[f"attention_level_{count}"] = best_level(ious[count])
+    return metrics
 
 
 @torch.no_grad()
 def attention_maps(pipeline: StableDiffusionPipeline, batch: Composites) -> list[Tensor]:
-    """The words' cross-attention, (words, H, W) an image: mean over heads, layers on the latent grid and TIMESTEPS."""
-    latents = pipeline.vae.encode(pixels(batch.images)).latents * pipeline.vae.config.scaling_factor
+    """The cross-attention of each image's words, (words, H, W): mean over heads, finest layers and TIMESTEPS."""
+    latents = pipeline.vae.encode(preprocess(batch.images)).latents * pipeline.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     tokens = pipeline.tokenizer(list(batch.captions), padding="max_length", truncation=True, return_tensors="pt")
     context = pipeline.text_encoder(tokens.input_ids).last_hidden_state
-    prompts = [Prompt(*row) for row in zip(batch.captions, batch.words, batch.spans, strict=True)]
-    places = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
+    positions = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts_of(batch)]
     grid = (latents.shape[2], latents.shape[3])
-    with record(pipeline.unet, Recorder(grid, places, uses_cfg=lambda: False, cross_levels=(1,))) as recorder:
+    with record(pipeline.unet, Recorder(grid, positions, uses_cfg=lambda: False, cross_levels=(1,))) as recorder:
         for t in TIMESTEPS:
             alpha = pipeline.scheduler.alphas_cumprod[t]
             pipeline.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, context)

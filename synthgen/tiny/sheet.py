@@ -1,6 +1,6 @@
-"""Draw unselected contact sheets for the model card: ``python -m synthgen.tiny.sheet``.
+"""Make the contact sheets of the model card, unselected: ``python -m synthgen.tiny.sheet``.
 
-Either one image of each of PROMPTS, or, with ``--run``, the first images of a run beside their masks.
+A sheet shows one image per prompt of PROMPTS or, with ``--run``, the first images of a run beside their masks.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from synthgen import api
 from synthgen.run import Run
 from synthgen.tiny import DEFAULT_GUIDANCE, DEFAULT_STEPS, WEIGHTS
 
-__all__ = ["PROMPTS", "draw", "overlay", "pairs", "write_sheet"]
+__all__ = ["PROMPTS", "generate", "overlay", "pairs_of_run", "write_sheet"]
 
 PROMPTS = tuple(
     f"a photo of {text}"
@@ -41,19 +41,21 @@ PROMPTS = tuple(
         "an apple, a banana and a pear",
     )
 )
-COLOURS = ((255, 64, 64), (64, 160, 255), (255, 208, 0), (64, 208, 96), (208, 96, 255))  # of the first words, RGB
+COLOURS = ((255, 64, 64), (64, 160, 255), (255, 208, 0), (64, 208, 96), (208, 96, 255))  # of words in order, RGB
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: tuple[str, ...], steps: int, guidance: float, seed: int) -> Tensor:
-    """Images (b, 3, H, W) in [0, 1] of the prompts, in batches of 16."""
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: tuple[str, ...], steps: int, guidance: float, seed: int
+) -> Tensor:
+    """Generate one image per prompt, in batches of 16: (b, 3, H, W) in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator, "output_type": "pt"}
     return torch.cat([pipeline(list(prompts[i : i + 16]), **options).images for i in range(0, len(prompts), 16)])
 
 
-def pairs(run: Run, num: int) -> Tensor:
-    """The first ``num`` images of a run, each followed by itself under its masks: (2 num, 3, H, W) in [0, 1]."""
+def pairs_of_run(run: Run, num: int) -> Tensor:
+    """The first ``num`` images of a run, each followed by its :func:`overlay`: (2 num, 3, H, W) in [0, 1]."""
     tiles = []
     for generation, masks in itertools.islice(api.samples(run), num):
         values = masks.values if masks is not None else np.zeros((0, *generation.image.shape[:2]), bool)
@@ -62,7 +64,7 @@ def pairs(run: Run, num: int) -> Tensor:
 
 
 def overlay(image: UInt8[np.ndarray, "H W 3"], masks: Bool[np.ndarray, "words H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    """The image with each mask tinted and outlined in its word's colour, and the rest darker."""
+    """The image with each mask tinted and outlined in the colour of its word, and the rest darkened."""
     out = image * np.where(masks.any(axis=0), 1.0, 0.35)[..., None]
     for mask, colour in zip(masks, itertools.cycle(COLOURS), strict=False):
         out[mask] = 0.55 * out[mask] + 0.45 * np.array(colour)
@@ -72,26 +74,26 @@ def overlay(image: UInt8[np.ndarray, "H W 3"], masks: Bool[np.ndarray, "words H 
 
 def write_sheet(path: Path, images: Tensor, columns: int) -> None:
     """Write images (b, 3, H, W) in [0, 1] as one PNG, row by row."""
-    table = images.reshape(-1, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2)  # r H c W 3
-    pixels = (table.flatten(0, 1).flatten(1, 2).clamp(0, 1) * 255).round().to(torch.uint8)
+    rows = images.reshape(-1, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2)  # r H c W 3
+    pixels = (rows.flatten(0, 1).flatten(1, 2).clamp(0, 1) * 255).round().to(torch.uint8)
     Image.fromarray(pixels.numpy()).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m synthgen.tiny.sheet", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    parser.add_argument("--run", type=Path, help="a run whose first images are shown beside their masks")
-    parser.add_argument("--num", type=int, default=32, help="how many of them; a multiple of 4")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="another pipeline to draw with")
+    parser.add_argument("--run", type=Path, help="show the first images of this run beside their masks")
+    parser.add_argument("--num", type=int, default=32, help="number of these images; a multiple of 4")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a pipeline; default: the shipped one")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.run is not None:
-        write_sheet(args.out, pairs(Run.open(args.run), args.num), columns=8)
+        write_sheet(args.out, pairs_of_run(Run.open(args.run), args.num), columns=8)
         return
     pipeline = StableDiffusionPipeline.from_pretrained(args.weights)
-    write_sheet(args.out, draw(pipeline, PROMPTS, args.steps, args.guidance, args.seed), columns=8)
+    write_sheet(args.out, generate(pipeline, PROMPTS, args.steps, args.guidance, args.seed), columns=8)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Composites of 32 px, quick to draw."""
+    """Composites of 32 px, which are fast."""
     monkeypatch.setattr(composing, "IMAGE_SIZE", 32)
 
 
@@ -39,7 +39,7 @@ def pixel(value):
     return value / 127.5 - 1
 
 
-def test_boxes_hold_masks_and_nothing_more():
+def test_boxes_bound_their_masks():
     masks = torch.zeros(3, 8, 12, dtype=torch.bool)
     masks[0, 2:5, 3:11] = True
     masks[1, 7, 0] = True
@@ -47,22 +47,22 @@ def test_boxes_hold_masks_and_nothing_more():
     assert boxes(masks).tolist() == [[3, 2, 11, 5], [0, 3, 5, 8], [0, 0, 0, 0]]
 
 
-def test_a_box_of_its_size_is_cut_out_as_it_is():
+def test_a_box_of_the_input_size_is_cropped_without_resampling():
     image = gradient(128, 128)
     cut = crop(image, torch.tensor([[20.0, 40, 20 + SIZE, 40 + SIZE]]), 0)
     expected = pixel(image[0, 40 : 40 + SIZE, 20 : 20 + SIZE].permute(2, 0, 1).float())
     torch.testing.assert_close(cut[0], expected, atol=1e-4, rtol=0)
 
 
-def test_a_box_is_the_middle_of_a_square_with_a_margin():
-    cut = crop(gradient(128, 128), torch.tensor([[40.0, 60, 80, 70]]), 0.1)  # longer side 40, so 48 with its margins
+def test_the_crop_is_a_square_around_the_box_with_a_margin():
+    cut = crop(gradient(128, 128), torch.tensor([[40.0, 60, 80, 70]]), 0.1)  # longer side 40, so 48 with both margins
     first, last = (((cut[0, :2, k, k] + 1) * 127.5).tolist() for k in (0, -1))
-    inset = 48 / SIZE / 2 - 0.5  # from an edge to the middle of the first pixel, as values count from 0
+    inset = 48 / SIZE / 2 - 0.5  # from the edge to the centre of the first pixel; values count from 0
     assert first == pytest.approx([60 - 24 + inset, 65 - 24 + inset], abs=0.01)
     assert last == pytest.approx([60 + 24 - 1 - inset, 65 + 24 - 1 - inset], abs=0.01)
 
 
-def test_a_square_stays_inside_the_image():
+def test_crops_stay_inside_the_image():
     near_corner = torch.tensor([[100.0, 0, 128, 20], [0, 0, 128, 128], [2, 120, 2, 120]])
     cut = (crop(gradient(128, 128).expand(3, -1, -1, -1), near_corner, torch.tensor([0.5, 0.3, 0.0])) + 1) * 127.5
     side = 56 / SIZE
@@ -72,38 +72,38 @@ def test_a_square_stays_inside_the_image():
     assert cut[2, 0].max() - cut[2, 0].min() < 4
 
 
-def test_whole_images_are_averaged_down():
+def test_whole_images_are_downsampled_by_averaging():
     torch.manual_seed(0)
     images = torch.randint(256, (2, 2 * SIZE, 2 * SIZE, 3), dtype=torch.uint8)
     expected = torch.nn.functional.avg_pool2d(pixel(images.permute(0, 3, 1, 2).float()), 2)
     torch.testing.assert_close(whole(images), expected, atol=1e-4, rtol=0)
 
 
-def test_half_of_what_is_learned_from_is_whole_images_of_one_object(data, small):
+def test_half_of_a_batch_is_whole_images_of_one_object(data, small):
     buffer = Buffer(NAMES.own)
-    batch = Compositor(data, NAMES).draw(32, generator())
+    batch = Compositor(data, NAMES).sample(32, generator())
     buffer.add(batch)
-    x, y = buffer.draw(40, generator())
+    x, y = buffer.sample(40, generator())
     assert x.shape == (40, 3, SIZE, SIZE)
     assert x.abs().max() <= 1
     assert y.shape == (40,)
     alone = {NAMES.own.index(objects[0]) for objects in batch.objects if len(objects) == 1}
     assert set(y[:20].tolist()) <= alone
-    again = buffer.draw(40, generator())
+    again = buffer.sample(40, generator())
     assert torch.equal(x, again[0])
     assert torch.equal(y, again[1])
 
 
-def test_the_oldest_composites_leave(data, small, monkeypatch):
+def test_the_buffer_drops_the_oldest_chunk(data, small, monkeypatch):
     monkeypatch.setattr(module, "CHUNKS", 2)
     buffer, compositor = Buffer(NAMES.own), Compositor(data, NAMES)
-    chunks = [compositor.draw(8, generator(k)) for k in range(3)]
+    chunks = [compositor.sample(8, generator(k)) for k in range(3)]
     for chunk in chunks:
         buffer.add(chunk)
-    assert [part[0] is chunk.images for part, chunk in zip(buffer.parts, chunks[1:], strict=True)] == [True, True]
+    assert [kept[0] is chunk.images for kept, chunk in zip(buffer.chunks, chunks[1:], strict=True)] == [True, True]
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_saving_and_loading_keeps_the_classifier(tmp_path):
     torch.manual_seed(0)
     classifier = Classifier(NAMES.own).eval()
     classifier.save(tmp_path / "c.safetensors")
@@ -117,14 +117,14 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert set(loaded.classify(x)) <= set(NAMES.own)
 
 
-def test_it_learns_and_a_stopped_training_goes_on(data, small, tmp_path):
+def test_training_learns_and_resumes(data, small, tmp_path):
     out = tmp_path / "c.safetensors"
-    settings = dataclasses.replace(module.SETTINGS, batch_size=16, warmup_steps=5, ema=0.9, save_every=0)
-    train(data, out, Budget(steps=4), names=NAMES, settings=settings, judged=16)
-    _, figures = train(data, out, Budget(steps=60), names=NAMES, settings=settings, judged=96)
+    settings = dataclasses.replace(module.SETTINGS, batch_size=16, warmup_steps=5, ema_decay=0.9, save_every=0)
+    train(data, out, Budget(steps=4), names=NAMES, settings=settings, num_eval=16)
+    _, figures = train(data, out, Budget(steps=60), names=NAMES, settings=settings, num_eval=96)
     rows = [json.loads(line) for line in (tmp_path / "c-training" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row][:2] == [4, 20]
-    chairs = 1 / 6  # their held-out views are of another colour, which no training shows
+    chairs = 1 / 6  # their held-out views have a colour that training never shows
     assert figures["whole"] > 0.95 - 1.5 * chairs
     assert figures["crops"] > 0.9 - 1.5 * chairs
     assert accuracy(Classifier.load(out), Compositor(data, NAMES, held_out=True), 96) == figures

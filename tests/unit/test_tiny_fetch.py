@@ -1,6 +1,7 @@
 import json
 import logging
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,20 @@ MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
 NAMES = {*OBJECTS, *MODELS}
 
 
-def test_there_are_many_objects_and_no_drawing_serves_two():
+def test_no_emoji_is_used_for_two_objects():
     assert len(OBJECTS) >= 290
     assert len(NAMES) >= 300
     codes = [code for entry in OBJECTS.values() for code in entry["emoji"]]
     assert len(set(codes)) == len(codes)
 
 
-def test_no_name_or_entry_stands_twice_in_a_file():
+def test_names_are_unique_within_a_file():
     for file in ("objects.json", "models.json"):
         pairs = json.loads((FOLDER / file).read_text(encoding="utf-8"), object_pairs_hook=list)
         assert len({name for name, _ in pairs}) == len(pairs)
 
 
-def test_every_object_has_a_short_name_and_a_drawing():
+def test_every_object_has_a_short_name_and_an_image():
     assert all(name == name.lower() and name.isascii() and len(name.split()) <= 3 for name in NAMES)
     for entry in OBJECTS.values():
         assert entry["emoji"]
@@ -41,7 +42,7 @@ def test_every_object_has_a_short_name_and_a_drawing():
     assert all(MODELS.values())
 
 
-def test_every_imagenet_class_has_an_object_and_is_drawn_as_itself_where_it_can_be():
+def test_every_imagenet_class_has_an_object_and_its_own_one_if_there_is_one():
     rows = json.loads((FOLDER / "imagenet.json").read_text(encoding="utf-8"))
     assert len(rows) == len({row["name"] for row in rows}) == 1000
     assert {row["object"] for row in rows} <= NAMES
@@ -50,22 +51,22 @@ def test_every_imagenet_class_has_an_object_and_is_drawn_as_itself_where_it_can_
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A data folder with a dog, a car to paint, and a car of 3D views; counts what is drawn."""
+    """A data folder with a dog, a paintable car, and a car and two tables as 3D models; records what is rendered."""
     (tmp_path / "objects.json").write_text('{"dog": {"emoji": ["1f415"]}, "car": {"emoji": ["1f697"], "paint": true}}')
     (tmp_path / "models.json").write_text('{"car": ["a/one"], "table": ["a/two", "a/three"]}')
     (tmp_path / "data.json").write_text('[{"hexcode": "1F415"}, {"hexcode": "1F697"}]')
     for code, colour in (("1f415", (120, 120, 120, 255)), ("1f697", (220, 30, 40, 255))):
         Image.new("RGBA", (40, 20), colour).save(tmp_path / f"{code}.webp", lossless=True)
-    drawn = []
+    rendered = []
 
     def render_views(archives, model, *, size):
-        drawn.append(model)
-        return [(np.full((size, size, 4), 200, dtype=np.uint8), back) for back in (False, True)]
+        rendered.append(model)
+        return [(np.full((size, size, 4), 200, dtype=np.uint8), held_out) for held_out in (False, True)]
 
     monkeypatch.setattr(fetch, "OBJECTS", tmp_path / "objects.json")
     monkeypatch.setattr(fetch, "MODELS", tmp_path / "models.json")
     monkeypatch.setattr(fetch, "render_views", render_views)
-    return tmp_path, drawn
+    return tmp_path, rendered
 
 
 def prepare(data: Path) -> dict[str, np.ndarray]:
@@ -73,7 +74,7 @@ def prepare(data: Path) -> dict[str, np.ndarray]:
     return load_file(data / "objects.safetensors")
 
 
-def test_rows_are_emoji_then_painted_ones_then_views(small):
+def test_rows_are_emoji_then_painted_emoji_then_views(small):
     data, _ = small
     got = prepare(data)
     colours = list(range(len(COLOURS)))
@@ -89,28 +90,28 @@ def test_rows_are_emoji_then_painted_ones_then_views(small):
     assert blue[2] > 2 * max(blue[:2])
 
 
-def test_views_are_drawn_once_and_the_work_is_shown(small, caplog):
-    data, drawn = small
+def test_views_are_rendered_once_and_progress_is_logged(small, caplog):
+    data, rendered = small
     with caplog.at_level(logging.INFO):
         first = prepare(data)
     assert "2 of 2 objects" in caplog.text
     (data / "views" / "a%2Ftwo.safetensors").unlink()
     second = prepare(data)
-    assert drawn == ["a/one", "a/two", "a/three", "a/two"]
+    assert rendered == ["a/one", "a/two", "a/three", "a/two"]
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
-def test_a_code_that_is_no_emoji_or_has_no_drawing_is_refused(small):
+def test_a_code_that_is_no_emoji_or_has_no_image_is_refused(small):
     data, _ = small
     (data / "1f697.webp").unlink()
-    with pytest.raises(fetch.FetchError, match="car: there is no drawing"):
+    with pytest.raises(fetch.FetchError, match="car: there is no image"):
         prepare(data)
     (data / "data.json").write_text('[{"hexcode": "1F697"}]')
-    with pytest.raises(fetch.FetchError, match="dog: 1f415 is no emoji"):
+    with pytest.raises(fetch.FetchError, match="dog: 1f415 is not an emoji"):
         prepare(data)
 
 
-def test_a_debian_package_that_lies_there_is_only_unpacked(tmp_path, monkeypatch):
+def test_an_existing_debian_package_is_unpacked_but_not_downloaded(tmp_path, monkeypatch):
     calls = []
 
     def run(command, **_):
@@ -129,7 +130,7 @@ def test_a_debian_package_that_lies_there_is_only_unpacked(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("has_deb", "tool"), [(False, "apt-get"), (True, "dpkg-deb")])
-def test_without_debian_tools_the_error_says_what_to_do(tmp_path, monkeypatch, has_deb, tool):
+def test_the_error_without_debian_tools_says_what_to_do(tmp_path, monkeypatch, has_deb, tool):
     monkeypatch.setattr(fetch.shutil, "which", lambda _: None)
     if has_deb:
         (tmp_path / "thing_1.0_all.deb").touch()
@@ -137,9 +138,26 @@ def test_without_debian_tools_the_error_says_what_to_do(tmp_path, monkeypatch, h
         fetch.unpack_debian(tmp_path, "thing", "1.0")
 
 
-def test_a_failing_tool_is_quoted(tmp_path, monkeypatch):
+def test_the_error_of_a_failing_tool_is_shown(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 100, "", "E: Unable to locate package thing\n")
     monkeypatch.setattr(fetch.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(fetch.FetchError, match="apt-get download failed: E: Unable to locate package thing; or unpack"):
         fetch.unpack_debian(tmp_path, "thing", "1.0")
+
+
+def test_a_damaged_archive_leaves_no_folder_that_looks_complete(tmp_path):
+    source = tmp_path / "source" / "package"
+    source.mkdir(parents=True)
+    for number in range(4):
+        (source / f"{number}.bin").write_bytes(np.random.default_rng(number).bytes(4096))
+    archive = tmp_path / "thing-1.0.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, "package")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(fetch.FetchError, match=r"cannot unpack .*thing-1\.0\.tgz: .*; delete it and run this again"):
+        fetch.unpack(tmp_path, "thing", "1.0")
+    archive.write_bytes(whole)
+    folder = fetch.unpack(tmp_path, "thing", "1.0")
+    assert sorted(path.name for path in folder.iterdir()) == ["0.bin", "1.bin", "2.bin", "3.bin"]

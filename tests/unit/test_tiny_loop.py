@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 
@@ -5,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from synthgen.tiny.loop import Budget, Settings, optimise, rank_seed, schedule
+from synthgen.tiny.loop import Budget, Settings, add_budget_options, fit, lr_factor, parse_budget, rank_seed
 
-SETTINGS = Settings(1e-2, 4, warmup_steps=3, ema=0.8, log_every=5, save_every=0, show_every=0)
+SETTINGS = Settings(1e-2, 4, warmup_steps=3, ema_decay=0.8, log_every=5, save_every=0, eval_every=0)
 
 
 class Interrupted(Exception):
@@ -21,24 +22,24 @@ def make_model():
     return model
 
 
-def train(out, steps, *, settings=SETTINGS, stop_at=None, watch=None, show=lambda ema: {"shown": 1.0}):
-    """A few steps of a regression whose batches come from the step's number; None where it was interrupted."""
+def train(out, steps, *, settings=SETTINGS, stop_at=None, history=None, evaluate=lambda ema: {"metric": 1.0}):
+    """Fit a regression whose batches depend on the step only; returns None if it is interrupted."""
     model = make_model()
 
-    def losses(step):
+    def compute_losses(step):
         if step == stop_at:
             raise Interrupted
-        if watch is not None:
-            watch.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if history is not None:
+            history.append({name: p.detach().clone() for name, p in model.named_parameters()})
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         error = model(x) - x[:, :2].flip(1)
         return {"loss": error.square().mean(), "absolute": error.abs().mean()}
 
     if stop_at is not None:
         with pytest.raises(Interrupted):
-            optimise(model, losses, out, Budget(steps=steps), settings, show)
+            fit(model, compute_losses, out, Budget(steps=steps), settings, evaluate)
         return None
-    return model, optimise(model, losses, out, Budget(steps=steps), settings, show)
+    return model, fit(model, compute_losses, out, Budget(steps=steps), settings, evaluate)
 
 
 def rows(out):
@@ -51,7 +52,7 @@ def assert_same(one, other):
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=0)
 
 
-def test_progress_is_the_share_of_whatever_is_nearer_to_its_end():
+def test_progress_follows_the_limit_that_is_nearer():
     assert Budget(steps=10).progress(5, 1e9) == 0.5
     assert Budget(minutes=2).progress(10**9, 30) == 0.25
     assert Budget(minutes=2, steps=10).progress(5, 30) == 0.5
@@ -59,24 +60,24 @@ def test_progress_is_the_share_of_whatever_is_nearer_to_its_end():
     assert Budget(minutes=2, steps=10).progress(100, 0) == 1
 
 
-def test_the_rate_warms_up_stays_and_falls():
-    settings = Settings(1.0, 1, warmup_steps=4, steady=0.5, final_rate=0.1)
-    assert [schedule(step, 0, settings) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    later = [schedule(100, progress, settings) for progress in (0.25, 0.5, 0.6, 0.75, 0.9, 1)]
+def test_the_learning_rate_warms_up_stays_constant_and_decays():
+    settings = Settings(1.0, 1, warmup_steps=4, constant_ratio=0.5, final_lr_ratio=0.1)
+    assert [lr_factor(step, 0, settings) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    later = [lr_factor(100, progress, settings) for progress in (0.25, 0.5, 0.6, 0.75, 0.9, 1)]
     assert later[:2] == [1, 1]
     assert later[3] == pytest.approx(0.55)
     assert later[-1] == pytest.approx(0.1)
     assert later[1:] == sorted(later[1:], reverse=True)
-    assert schedule(0, 0.75, settings) == pytest.approx(0.25 * 0.55)
+    assert lr_factor(0, 0.75, settings) == pytest.approx(0.25 * 0.55)
 
 
-def test_without_a_steady_share_it_falls_from_the_start():
-    settings = Settings(1.0, 1, warmup_steps=1, final_rate=0.0)
-    rates = [schedule(9, progress / 4, settings) for progress in range(5)]
+def test_without_a_constant_phase_the_learning_rate_decays_from_the_start():
+    settings = Settings(1.0, 1, warmup_steps=1, final_lr_ratio=0.0)
+    rates = [lr_factor(9, progress / 4, settings) for progress in range(5)]
     assert rates == pytest.approx([1, 0.8536, 0.5, 0.1464, 0], abs=1e-4)
 
 
-def test_a_stopped_run_goes_on_to_the_same_parameters(tmp_path):
+def test_a_resumed_run_ends_with_the_same_parameters(tmp_path):
     model, ema = train(tmp_path / "straight", 12)
     train(tmp_path / "stopped", 12, stop_at=5)
     train(tmp_path / "stopped", 12, stop_at=9)
@@ -87,7 +88,7 @@ def test_a_stopped_run_goes_on_to_the_same_parameters(tmp_path):
     assert (last["step"], last["samples"]) == (12, 48)
 
 
-def test_a_finished_run_is_read_not_trained_and_goes_on_with_more_steps(tmp_path):
+def test_a_finished_run_is_loaded_and_continues_with_more_steps(tmp_path):
     model, ema = train(tmp_path, 6)
     count = len(rows(tmp_path))
     again, same = train(tmp_path, 6)
@@ -98,19 +99,19 @@ def test_a_finished_run_is_read_not_trained_and_goes_on_with_more_steps(tmp_path
     assert rows(tmp_path)[-1]["step"] == 8
 
 
-def test_the_moving_average_trusts_the_start_little(tmp_path):
+def test_the_ema_decays_faster_in_the_first_steps(tmp_path):
     before = []
-    model, ema = train(tmp_path, 10, watch=before)
+    model, ema = train(tmp_path, 10, history=before)
     after = [*before[1:], {name: p.detach() for name, p in model.named_parameters()}]
     name = "2.weight"
     expected = before[0][name].clone()
     for step, params in enumerate(after, start=1):
-        decay = min(SETTINGS.ema, (1 + step) / (10 + step))
+        decay = min(SETTINGS.ema_decay, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * params[name]
     torch.testing.assert_close(ema[name], expected)
 
 
-def test_what_is_frozen_stays_and_has_no_average(tmp_path):
+def test_frozen_parameters_do_not_change_and_have_no_ema(tmp_path):
     before = make_model()[0].bias
     model, ema = train(tmp_path, 4)
     assert "0.bias" not in ema
@@ -118,15 +119,15 @@ def test_what_is_frozen_stays_and_has_no_average(tmp_path):
     assert not torch.equal(model[2].bias, make_model()[2].bias)
 
 
-def test_a_budget_of_minutes_ends_and_counts_earlier_runs(tmp_path):
+def test_a_budget_of_minutes_includes_earlier_runs(tmp_path):
     model = make_model()
     x = torch.ones(1, 3)
 
-    def losses(step):
+    def compute_losses(step):
         return {"loss": model(x).square().mean()}
 
     def run(minutes):
-        optimise(model, losses, tmp_path, Budget(minutes=minutes), SETTINGS, lambda ema: {})
+        fit(model, compute_losses, tmp_path, Budget(minutes=minutes), SETTINGS, lambda ema: {})
         return rows(tmp_path)[-1]["step"]
 
     assert run(1e-9) == 1
@@ -134,19 +135,36 @@ def test_a_budget_of_minutes_ends_and_counts_earlier_runs(tmp_path):
     assert run(1e-3) > 1
 
 
-def test_logs_every_so_often_and_at_the_end(tmp_path):
-    shown = []
-    settings = dataclasses.replace(SETTINGS, show_every=1e9)
-    train(tmp_path, 12, settings=settings, show=lambda ema: shown.append(sorted(ema)) or {"figure": 2.5})
+def test_logs_at_intervals_and_at_the_end(tmp_path):
+    evaluated = []
+    settings = dataclasses.replace(SETTINGS, eval_every=1e9)
+    train(tmp_path, 12, settings=settings, evaluate=lambda ema: evaluated.append(sorted(ema)) or {"figure": 2.5})
     logged = rows(tmp_path)
     assert [row["step"] for row in logged] == [5, 10, 12, 12]
     assert {"loss", "absolute", "rate", "norm", "samples", "seconds"} <= logged[0].keys()
     assert logged[-1]["figure"] == 2.5
-    assert shown == [["0.weight", "2.bias", "2.weight"]]
+    assert evaluated == [["0.weight", "2.bias", "2.weight"]]
 
 
-def test_seeds_differ_between_their_parts():
+def test_seeds_depend_on_every_part():
     parts = [(2026, 0, 1), (2026, 1, 0), (2026, 0, 2), (2027, 0, 1), (2026, 0, 1, 0)]
     seeds = {rank_seed(*part) for part in parts}
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**61 for seed in seeds)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_budget_options(parser)
+    return parse_budget(parser, parser.parse_args(arguments))
+
+
+def test_the_budget_on_the_command_line(capsys):
+    assert parse("--steps", "3") == Budget(steps=3)
+    assert parse("--minutes", "0.5", "--steps", "3") == Budget(0.5, 3)
+    for arguments, message in ((), "give --minutes"), (("--steps", "0"), "must be positive"):
+        with pytest.raises(SystemExit):
+            parse(*arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--steps", "5", "--minutes", "-1")

@@ -29,7 +29,7 @@ def disc():
 
 @pytest.mark.parametrize("hue", [10, 45, 130, 200, 280, 330])
 @pytest.mark.parametrize("colour", HUES)
-def test_the_material_takes_the_hue(colour, hue, disc):
+def test_the_material_gets_the_hue(colour, hue, disc):
     mean = paint(sprite(hue), colour)[disc][:, :3].mean(0) / 255
     h, s, _ = colorsys.rgb_to_hsv(*mean)
     assert abs((h * 360 - HUES[colour] + 180) % 360 - 180) < 12
@@ -37,14 +37,14 @@ def test_the_material_takes_the_hue(colour, hue, disc):
 
 
 @pytest.mark.parametrize(("colour", "low", "high"), [("white", 180, 255), ("black", 0, 80)])
-def test_white_and_black_are_gray_and_light_or_dark(colour, low, high, disc):
+def test_white_and_black_are_grey_and_light_or_dark(colour, low, high, disc):
     mean = paint(sprite(), colour)[disc][:, :3].mean(0)
     assert np.ptp(mean) < 12
     assert low < mean.mean() < high
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_gray_parts_and_the_outline_stay(colour):
+def test_grey_parts_and_the_outline_are_unchanged(colour):
     before = sprite()
     after = paint(before, colour)
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
@@ -55,25 +55,25 @@ def test_gray_parts_and_the_outline_stay(colour):
 
 
 @pytest.mark.parametrize("colour", ["red", "green", "white"])
-def test_shading_and_highlight_survive(colour):
+def test_shading_and_highlight_are_kept(colour):
     value = paint(sprite(), colour)[..., :3].astype(int).sum(2)
     assert value[22, 32] > 1.05 * value[48, 32]  # light above, shade below
     assert value[22, 22] >= value[:, :].max() - 30  # the highlight
 
 
-def test_an_image_without_colour_stays():
+def test_an_image_without_colour_is_unchanged():
     before = sprite(saturation=0)
     assert np.array_equal(paint(before, "red"), before)
     empty = np.zeros((8, 8, 4), dtype=np.uint8)
     assert np.array_equal(paint(empty, "red"), empty)
 
 
-def test_a_hue_chooses_another_material_than_the_dominant_one():
+def test_a_hue_selects_another_material_than_the_dominant_one():
     two = np.concatenate([sprite(200), sprite(200), sprite(40)], axis=1)
     after = paint(two, "red", hue=40)
     assert np.array_equal(after[:, :128], two[:, :128])
     assert np.array_equal(after[:, 128:], paint(sprite(40), "red", hue=40))
-    assert np.array_equal(paint(two, "red", hue=300), two)  # there is none of it
+    assert np.array_equal(paint(two, "red", hue=300), two)  # no part has this hue
 
 
 def test_the_argument_is_not_changed():

@@ -13,7 +13,7 @@ from synthgen.stages.attend import Attend
 from synthgen.tiny import compositor as composing
 from synthgen.tiny import score
 from synthgen.tiny.classifier import Classifier
-from synthgen.tiny.compositor import LAYOUTS, Compositor
+from synthgen.tiny.compositor import LAYOUTS, Compositor, preprocess
 from tests.tiny_data import NAMES, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def batches(data, monkeypatch):
     """Two batches of six composites of 32 px."""
     monkeypatch.setattr(composing, "IMAGE_SIZE", 32)
     compositor = Compositor(data, NAMES, held_out=True)
-    return [compositor.draw(6, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    return [compositor.sample(6, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def model(stable_diffusion):
 
 
 def generation(weights, *, words=("apple", "ball"), key="000000000", image=None):
-    """A record whose maps (words, h, w) are given."""
+    """A generation with the maps ``weights`` (words, h, w)."""
     affinity = np.ones((len(AFFINITY_OFFSETS), *weights.shape[1:]), np.float16)
-    prompt = score.photo(*words)
+    prompt = score.photo_prompt(*words)
     size = 32
     image = np.zeros((size, size, 3), np.uint8) if image is None else image
     return Generation(Request(key, prompt, 0), image, Maps(words, weights.astype(np.float16), affinity))
@@ -55,7 +55,7 @@ def halves(size=32):
 
 
 class Oracle(Classifier):
-    """Knows an object by its strongest channel: red is an apple, green a ball, blue a car."""
+    """Classifies by the strongest channel: red is an apple, green a ball, blue a car."""
 
     def forward(self, x):
         return torch.nn.functional.pad(x.mean(dim=(2, 3)), (0, len(self.names) - 3), value=-2)
@@ -66,20 +66,20 @@ def oracle():
     return Oracle(NAMES.own).eval()
 
 
-def test_prompts_mark_their_words():
-    one, two = score.photo("apple"), score.photo("car", "owl")
+def test_prompts_mark_the_objects():
+    one, two = score.photo_prompt("apple"), score.photo_prompt("car", "owl")
     assert (one.text, one.words, one.label) == ("a photo of an apple", ("apple",), "apple")
     assert (two.text, two.label) == ("a photo of a car and an owl", None)
     assert [two.text[start:stop] for start, stop in two.spans] == ["car", "owl"]
 
 
-def test_pixels_are_from_minus_one_to_one():
+def test_preprocessed_images_are_in_minus_one_to_one():
     images = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert score.pixels(images).shape == (1, 3, 1, 1)
-    assert score.pixels(images).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert preprocess(images).shape == (1, 3, 1, 1)
+    assert preprocess(images).flatten().tolist() == pytest.approx([-1, 1, -0.6])
 
 
-def test_the_size_of_a_folder_counts_what_lies_deeper(tmp_path):
+def test_the_size_of_a_folder_includes_subfolders(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(bytes(1_500_000))
     (tmp_path / "c").write_bytes(bytes(250_000))
@@ -107,35 +107,35 @@ def test_psnr_is_the_mean_over_images():
 
 def test_the_backbone_has_the_size_of_its_weights(model):
     assert model.size == (32, 32)
-    (drawn,) = model.generate([Request("0000000000", score.photo("cat"), 1)])
+    (drawn,) = model.generate([Request("0000000000", score.photo_prompt("cat"), 1)])
     assert drawn.image.shape == (32, 32, 3)
     assert drawn.maps.weights.shape == (1, 16, 16)
 
 
-def test_whole_images_are_named(oracle):
+def test_whole_images_are_classified(oracle):
     images = np.zeros((20, 32, 32, 3), np.uint8)
     images[:7, ..., 0] = images[7:12, ..., 1] = images[12:, ..., 2] = 255
     expected = ["apple"] * 7 + ["ball"] * 5 + ["car"] * 8
-    assert score.classified(oracle, list(images)) == expected
-    assert score.classified(oracle, torch.from_numpy(images)) == expected
+    assert score.classify(oracle, list(images)) == expected
+    assert score.classify(oracle, torch.from_numpy(images)) == expected
 
 
-def test_an_object_is_found_where_its_mask_shows_it(oracle):
+def test_a_mask_is_right_if_the_crop_around_it_shows_the_object(oracle):
     masks = halves()
     image = np.zeros((32, 32, 3), np.uint8)
     image[masks[0], 0] = image[masks[1], 1] = 255
     tensors = torch.from_numpy(image), torch.from_numpy(masks.copy())
-    assert score.seen(oracle, tensors[0], ("apple", "ball"), tensors[1]) == [True, True]
-    assert score.seen(oracle, tensors[0], ("ball", "apple"), tensors[1]) == [False, False]
+    assert score.check_masks(oracle, tensors[0], ("apple", "ball"), tensors[1]) == [True, True]
+    assert score.check_masks(oracle, tensors[0], ("ball", "apple"), tensors[1]) == [False, False]
     tensors[1][1] = False
-    assert score.seen(oracle, tensors[0], ("apple", "ball"), tensors[1]) == [True, False]
+    assert score.check_masks(oracle, tensors[0], ("apple", "ball"), tensors[1]) == [True, False]
     weights = masks.reshape(2, 16, 2, 16, 2).mean(axis=(2, 4))
-    assert score.found(oracle, generation(weights, image=image)) == [True, True]
-    assert score.found(oracle, generation(weights[::-1], image=image)) == [False, False]
-    assert score.found(oracle, generation(weights * np.array([1, 0])[:, None, None], image=image)) == [True, False]
+    assert score.find_words(oracle, generation(weights, image=image)) == [True, True]
+    assert score.find_words(oracle, generation(weights[::-1], image=image)) == [False, False]
+    assert score.find_words(oracle, generation(weights * np.array([1, 0])[:, None, None], image=image)) == [True, False]
 
 
-def test_attending_is_what_the_stage_does(model, batches):
+def test_attend_records_what_the_stage_records(model, batches):
     got = list(score.attend(model, batches))
     assert [one.request.key for one, _ in got] == [f"{row:09d}" for row in range(12)]
     truth = [words for batch in batches for words in batch.words]
@@ -148,14 +148,13 @@ def test_attending_is_what_the_stage_does(model, batches):
 
 def test_images_of_another_size_are_resized_for_the_model(model, data, monkeypatch):
     monkeypatch.setattr(composing, "IMAGE_SIZE", 48)
-    batch = Compositor(data, NAMES).draw(2, torch.Generator().manual_seed(0), LAYOUTS[:1])
+    batch = Compositor(data, NAMES).sample(2, torch.Generator().manual_seed(0), LAYOUTS[:1])
     for one, exact in score.attend(model, [batch]):
         assert one.image.shape == (32, 32, 3)
         assert exact.values.shape == (1, 48, 48)
 
 
-def test_masks_are_as_good_as_their_maps(batches):
-    """Maps that are the truth itself outline it; with the maps of two words exchanged nothing is right."""
+def test_the_iou_is_high_for_exact_maps_and_low_for_exchanged_ones(batches):
     exact = score.word_masks(("apple", "ball"), halves())
     weights = halves().reshape(2, 16, 2, 16, 2).mean(axis=(2, 4))
     good = [(generation(weights, key=f"{row:09d}"), exact) for row in range(6)]
@@ -171,8 +170,8 @@ def test_masks_are_as_good_as_their_maps(batches):
         assert figures["dropped"] == 0
 
 
-def test_a_level_is_judged_on_images_that_did_not_choose_it():
-    """Even images want a high level, odd ones a low one; in hindsight there is a compromise that is no worse."""
+def test_the_level_is_chosen_on_the_other_half_of_the_images():
+    """The best level is high for even images and low for odd ones; in hindsight there is a compromise."""
     peak = np.zeros((1, 16, 16))
     peak[0, 4:12, 4:12] = 0.4
     peak[0, 6:10, 6:10] = 1
@@ -183,12 +182,12 @@ def test_a_level_is_judged_on_images_that_did_not_choose_it():
         samples.append((generation(peak, words=("apple",), key=f"{row:09d}"), score.word_masks(("apple",), truth)))
     figures = score.mask_ious(samples)
     even, odd = figures["levels"]["halves"]
-    assert even < 0.4 < odd  # each half is judged at the other's
+    assert even < 0.4 < odd  # each half uses the other's
     assert figures["mean_iou"]["level"]["all"]["mean_iou"] < 0.4
     assert figures["mean_iou"]["level in hindsight"]["all"]["mean_iou"] > 0.5
 
 
-def test_a_word_that_was_cut_off_counts_as_not_found():
+def test_a_word_that_was_not_recorded_has_an_iou_of_0():
     exact = score.word_masks(("apple", "ball"), halves())
     weights = halves().reshape(2, 16, 2, 16, 2).mean(axis=(2, 4))[1:]
     samples = [(generation(weights, words=("ball",), key=f"{row:09d}"), exact) for row in range(2)]
@@ -197,7 +196,7 @@ def test_a_word_that_was_cut_off_counts_as_not_found():
         assert 0.4 < rows["all"]["mean_iou"] <= 0.5
 
 
-def test_what_training_logs(stable_diffusion, batches):
+def test_the_metrics_that_training_logs(stable_diffusion, batches):
     pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     figures = score.attention_iou(pipeline, batches)
     counts = sorted({len(words) for batch in batches for words in batch.words})
@@ -206,7 +205,7 @@ def test_what_training_logs(stable_diffusion, batches):
         assert (0.1 <= value <= 0.9) if "level" in name else (0 <= value <= 1)
 
 
-def test_the_benchmark_runs_through_and_its_report_can_be_read(data, stable_diffusion, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs_and_can_be_reported(data, stable_diffusion, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     names = composing.Names(NAMES.own, ((),) * len(NAMES.own))
     monkeypatch.setattr(composing, "IMAGE_SIZE", 32)
