@@ -1,8 +1,8 @@
-"""Pipelines of random weights: the networks of the published models, full size or reduced, from their numbers alone.
+"""Pipelines with random weights: the networks of the published models, at full or reduced size.
 
-The network is the real class with the real wiring. What is around it is reduced, so that it hides nothing of what the
-network costs: text encoders of the right output width with two layers, an autoencoder of a few channels. The
-tokenizers know the words of the prompts whole, as the published ones do, and the network sees as many tokens as theirs.
+The network is the real class with the published configuration. Everything else is reduced, so that its cost does not
+hide that of the network: text encoders with the right output width and two layers, and an autoencoder with few
+channels. The tokenizers have one token for each word of the prompts, as the published ones do, and give as many tokens.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ __all__ = ["FULL", "PRESETS", "WORDS", "Preset", "make_network", "make_pipeline"
 
 WORDS = ["a", "an", "and", "cat", "dog", "grass", "in", "of", "on", "park", "photo", "the", "under", "umbrella"]
 START, END = "<|startoftext|>", "<|endoftext|>"
-QUERY_GAIN = 6.0  # random projections attend to all keys alike; with larger queries the maps have a shape
+QUERY_GAIN = 6.0  # on random query weights, whose attention would otherwise be almost uniform
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A network of a family, and what it asks of the text encoders.
+    """A network of a family, with the widths of its text encoders.
 
     Args:
-        network: the class of ``diffusers``.
-        config: what it is built with.
+        network: a class of ``diffusers``.
+        config: its arguments.
         clips: the widths of the CLIP text encoders.
-        t5: the width of T5, 0 where there is none.
-        resolution: the images' side in pixels, unless asked otherwise.
-        steps: of the sampler, unless asked otherwise; None is what is usual for the family.
+        t5: the width of T5; 0 if there is none.
+        resolution: default side of the images in pixels.
+        steps: default number of steps; None: that of the family.
     """
 
     network: str
@@ -43,7 +43,7 @@ class Preset:
 
 
 def unet(widths: tuple[int, ...], attended: tuple[bool, ...], **config: Any) -> dict[str, Any]:
-    """The numbers of a U-Net; ``attended`` are the levels, finest first, that have attention."""
+    """The configuration of a U-Net; ``attended`` says which levels, finest first, have attention."""
     down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attended)
     up = tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attended))
     return {"block_out_channels": widths, "down_block_types": down, "up_block_types": up, **config}
@@ -52,12 +52,12 @@ def unet(widths: tuple[int, ...], attended: tuple[bool, ...], **config: Any) -> 
 def sdxl(
     widths: tuple[int, int, int], depths: tuple[int, int, int], heads: tuple[int, ...], clips: tuple[int, int]
 ) -> dict[str, Any]:
-    """The numbers of Stable Diffusion XL's U-Net: nothing attends on its finest level."""
+    """The configuration of Stable Diffusion XL's U-Net: no attention on the finest level."""
     return unet(
         widths,
         (False, True, True),
         sample_size=128,
-        attention_head_dim=heads,  # it says heads
+        attention_head_dim=heads,  # diffusers reads it as the number of heads
         transformer_layers_per_block=depths,
         cross_attention_dim=sum(clips),
         use_linear_projection=True,
@@ -68,7 +68,7 @@ def sdxl(
 
 
 def sd3(layers: int, heads: int, clips: tuple[int, int], t5: int) -> dict[str, Any]:
-    """The numbers of Stable Diffusion 3's transformer."""
+    """The configuration of Stable Diffusion 3's transformer."""
     return {
         "sample_size": 128,
         "patch_size": 2,
@@ -85,7 +85,7 @@ def sd3(layers: int, heads: int, clips: tuple[int, int], t5: int) -> dict[str, A
 
 
 def flux(layers: tuple[int, int], heads: int, clip: int, t5: int) -> dict[str, Any]:
-    """The numbers of FLUX.1 dev's transformer: blocks of two streams and of one."""
+    """The configuration of FLUX.1 dev's transformer; ``layers`` counts its double-stream and single-stream blocks."""
     return {
         "in_channels": 64,
         "num_layers": layers[0],
@@ -101,10 +101,10 @@ def flux(layers: tuple[int, int], heads: int, clip: int, t5: int) -> dict[str, A
 
 UNET, SD3, FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
 SD_LEVELS = (True, True, True, False)
-FULL = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux"}  # sizes as published, each of one family
-# "small" at 256 px keeps Stable Diffusion 1.5's proportions at 512 px: a quarter of the widths and of the heads, with
-# the heads' own widths (40, 80, 160), on grids of a quarter of the pixels. Self-attention is to the convolutions as
-# pixels are to channels, so it has the same share of the work; the 77 keys of the text have four times theirs.
+FULL = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux"}  # full sizes, as published, and their families
+# "small" at 256 px keeps the proportions of Stable Diffusion 1.5 at 512 px: a quarter of the channels and heads, with
+# as many channels per head (40, 80, 160), on grids with a quarter of the cells. The share of self-attention in the work
+# goes with cells over channels, so it is the same; that of the 77 text keys is four times as large.
 PRESETS: dict[tuple[str, str], Preset] = {
     ("sd", "tiny"): Preset(
         UNET,
@@ -177,15 +177,15 @@ PRESETS: dict[tuple[str, str], Preset] = {
 
 
 def make_network(preset: Preset) -> Any:
-    """The network of a preset, on the default device and in the default dtype."""
+    """The network of a preset, on torch's default device and in its default dtype."""
     return getattr(diffusers, preset.network)(**preset.config)
 
 
 def make_pipeline(family: str, preset: Preset, *, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
-    """A pipeline of the family around the network of a preset, all of random weights, made on ``device``."""
+    """A pipeline of the family with the network of a preset and random weights, created on ``device``."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that 12 billion parameters are never held twice
+    torch.set_default_dtype(dtype)  # so that 12 billion parameters are never in memory twice
     try:
         with torch.device(device):
             network = make_network(preset)
@@ -197,7 +197,7 @@ def make_pipeline(family: str, preset: Preset, *, dtype: torch.dtype, device: st
             if name.endswith("to_q.weight"):
                 weight.mul_(QUERY_GAIN)
     parts["unet" if preset.network == UNET else "transformer"] = network
-    kind, scheduler = KINDS[family], make_scheduler(family)  # which computes on the CPU, in its own dtype
+    kind, scheduler = KINDS[family], make_scheduler(family)  # on the CPU, in its own dtype
     pipeline = getattr(diffusers, kind)(scheduler=scheduler, **parts).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -206,11 +206,11 @@ def make_pipeline(family: str, preset: Preset, *, dtype: torch.dtype, device: st
     return pipeline
 
 
-# -- what is around the network
+# -- the other parts
 
 
 def clip_tokenizer() -> Any:
-    """A CLIP tokenizer that knows WORDS whole, of 77 tokens."""
+    """A CLIP tokenizer of 77 tokens that has a token for each of WORDS."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocab = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -227,7 +227,7 @@ def clip_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """A T5 tokenizer that knows WORDS whole."""
+    """A T5 tokenizer that has a token for each of WORDS."""
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     pieces = [*special, *(("▁" + word, -2.0) for word in WORDS), ("▁", -4.0)]
     return transformers.T5Tokenizer(vocab=pieces, model_max_length=512)
@@ -262,7 +262,7 @@ def t5(width: int) -> tuple[Any, Any]:
 
 
 def autoencoder(family: str) -> Any:
-    """An autoencoder of factor 8 with few channels; that of the transformers has 16 in its latent, and a shift."""
+    """An autoencoder of factor 8 with few channels; for transformers, with 16 latent channels and a shift."""
     unets = family in ("sd", "sdxl")
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
@@ -280,7 +280,7 @@ def autoencoder(family: str) -> Any:
 
 
 def make_scheduler(family: str) -> Any:
-    """The sampler that the family is published with."""
+    """The scheduler that the family is published with."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if family == "sd":
         return diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **betas)

@@ -1,19 +1,25 @@
-"""Images a second with and without recording, on the shipped model.
+"""Images per second with and without recording attention, on the shipped model.
 
-The two differ in nothing but the recorder. ``written out`` is the usual way to get maps, as a named alternative: the
-cross-attention processors replaced by ones that form the softmax of all tokens and multiply it with the values.
+``python benchmarks/generate.py`` writes ``results/generate.json``. Contenders, each on the same prompts and seeds:
+
+* ``plain``: the pipeline alone.
+* ``recorded``: the cross- and self-attention of the decoder (``up_blocks``) in the second half of the steps.
+* ``recorded, all layers and steps``: that of the whole U-Net in every step.
+* ``cross-attention written out``: the usual hook script, whose cross-attention processors form the softmax over all
+  tokens and multiply it with the values.
+
+The best of all rounds counts.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import rounds, write_result
+from _common import make_parser, rounds, write_result
 
 from synthgen import tiny
 from synthgen.attention.words import locate_words
@@ -24,28 +30,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class WrittenOut:
-    """Cross-attention with its softmax formed and kept, summed over heads and tokens, as hook scripts do."""
+    """Cross-attention that keeps its probabilities, as sums over steps of the mean over heads."""
 
     def __init__(self) -> None:
-        self.total: dict[int, torch.Tensor] = {}
+        self.sums: dict[int, torch.Tensor] = {}
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """What ``AttnProcessor`` computes, with the maps added up."""
+        """Compute what diffusers' ``AttnProcessor`` computes."""
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         probabilities = attn.get_attention_scores(query, key)
         maps = probabilities.unflatten(0, (-1, attn.heads)).mean(1)
-        self.total[maps.shape[1]] = self.total.get(maps.shape[1], 0) + maps
+        self.sums[maps.shape[1]] = self.sums.get(maps.shape[1], 0) + maps
         output: torch.Tensor = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
         return output
 
 
 @contextmanager
 def written_out(unet: Any) -> Iterator[None]:
-    """Replace the cross-attention processors, and put the old ones back."""
+    """Replace the cross-attention processors within the block."""
     before = dict(unet.attn_processors)
     unet.set_attn_processor({name: WrittenOut() if "attn2" in name else old for name, old in before.items()})
     try:
@@ -55,22 +61,22 @@ def written_out(unet: Any) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = load_pipeline(Loading(str(tiny.WEIGHTS)), ["StableDiffusionPipeline"])
     side = StableDiffusion.native_size(pipeline)
     sampling = Sampling(tiny.DEFAULT_STEPS, tiny.DEFAULT_GUIDANCE, "", side, side)
-    model = StableDiffusion(pipeline, sampling, AttentionSelection(cross_levels=(1, 2), self_level=1))
-    part = StableDiffusion(pipeline, sampling, AttentionSelection((1, 2), 1, layers=("up_blocks",), skip_steps=0.5))
-    prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: options.batch_size]
+    everything = StableDiffusion(pipeline, sampling, AttentionSelection(cross_levels=(1, 2), self_level=1))
+    decoder = StableDiffusion(pipeline, sampling, AttentionSelection((1, 2), 1, layers=("up_blocks",), skip_steps=0.5))
+    prompts = read_prompts(ROOT / "prompts" / "demo.jsonl")[: args.batch_size]
     texts, seeds = [prompt.text for prompt in prompts], list(range(len(prompts)))
     tokens = [locate_words(pipeline.tokenizer, prompt).positions for prompt in prompts]
 
     def plain() -> None:
-        model.sample(texts, seeds, [], recorded=False)
+        everything.sample(texts, seeds, [], recorded=False)
 
     def recorded(model: StableDiffusion) -> None:
         _, recorder = model.sample(texts, seeds, tokens)
@@ -78,16 +84,16 @@ def main() -> None:
 
     def hooked() -> None:
         with written_out(pipeline.unet):
-            model.sample(texts, seeds, [], recorded=False)
+            plain()
 
     seconds = rounds(
         {
             "plain": plain,
-            "recorded": lambda: recorded(part),
-            "recorded, all layers and steps": lambda: recorded(model),
+            "recorded": lambda: recorded(decoder),
+            "recorded, all layers and steps": lambda: recorded(everything),
             "cross-attention written out": hooked,
         },
-        options.repeats,
+        args.repeats,
     )
     best = {name: min(times) for name, times in seconds.items()}
     figures: dict[str, Any] = {
@@ -95,7 +101,7 @@ def main() -> None:
         "guidance_scale": sampling.guidance_scale,
         "batch_size": len(prompts),
         "threads": 1,
-        "repeats": options.repeats,
+        "repeats": args.repeats,
         "images_per_second": {name: len(prompts) / time for name, time in best.items()},
         "time_over_plain": {name: time / best["plain"] for name, time in best.items()},
         "seconds": seconds,

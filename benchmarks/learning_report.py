@@ -10,82 +10,86 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {  # and what their guided form is told by the masks
-    "mae": "mae: what to hide",
-    "contrastive": "contrastive: what to compare",
-    "vlp": "vlp: which object is which word's",
-    "vlp-words": "vlp: the same, against words without a place",
-    "vlp-places": "vlp: where objects are, in the texts",
+FAMILIES = {  # comparisons, with their titles
+    "mae": "mae: masks choose the hidden patches",
+    "contrastive": "contrastive: masks choose what is compared",
+    "vlp": "vlp: masks match objects to words",
+    "vlp-words": "vlp: the same, compared with words without location",
+    "vlp-places": "vlp: texts say where objects are",
 }
 METHODS = ("mae", "contrastive", "vlp")
 ARMS = ("plain", "guided", "elsewhere")
-TRAININGS = {  # that two families share
+TRAININGS = {  # of comparisons that share trainings with others
     ("vlp-words", "plain"): "vlp-scattered",
     ("vlp-words", "guided"): "vlp-guided",
     ("vlp-words", "elsewhere"): "vlp-elsewhere",
     ("vlp-places", "plain"): "vlp-plain",
 }
 COLOURS = {"plain": "#666666", "guided": "#0a7d4f", "elsewhere": "#c2571a"}
-Scores = Mapping[str, Mapping[str, Sequence[float]]]  # arm → task → one a seed
+Scores = Mapping[str, Mapping[str, Sequence[float]]]  # training → task → a score per seed
 
 TEXT = """# Do free attention masks help an encoder?
 
 Free-ATM claims that the masks which a diffusion model's attention gives for free improve the three common methods of
-pretraining on generated images. This page tests that on images of the model that ships with synthgen, with the weights
-of that time: {images:,} images of [familiar.txt](../prompts/familiar.txt) (32 objects, one to three per image),
-{masks:,} of them with masks by AttentionCut. For each of `mae`, `contrastive` and `vlp` there is a training **without**
-masks, one **guided** by them, and a control whose masks have the same area and shape **elsewhere** in the image. `vlp`
-is guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an object is
-(`position_share`, after Free-ATM). [methods.md](methods.md) describes them. Masks elsewhere still tell `vlp` which
-words an image has, and words alone help much. Therefore the guided form is also compared with a second plain one, which
-gets the same words by the same loss but no location: the pixels of its masks are scattered over the image one by one
-(`masks: scattered`). All trainings of a method see the same images equally often ({samples} samples) in batches of
-{batch}, with {seeds} seeds; the encoder has width {dim} and depth {depth}, on {size} pixels. Model and images are small
-and trainings short: these results need not hold at scale, and none of them reproduces a figure of the paper.
+pretraining on generated images. This page tests that on {images:,} images of the shipped model, with earlier weights,
+from the prompts in [familiar.txt](../prompts/familiar.txt) (32 objects, one to three per image); {masks:,} of them have
+masks by AttentionCut. Each of `mae`, `contrastive` and `vlp` is trained in three ways: **plain**, without masks;
+**guided** by the masks; and, as a control, with masks of the same area and shape **elsewhere** in the image. `vlp` is
+guided in two ways: objects are matched to their words (`region_weight`, ours), or texts say where an object is
+(`position_share`, after Free-ATM). [methods.md](methods.md) describes them.
+
+Masks elsewhere still tell `vlp` which words belong to an image, and words alone help much. The guided form is therefore
+also compared with a second plain one, which gets the same words by the same loss but no location: the pixels of its
+masks are scattered over the image (`masks: scattered`). All trainings of a method see the same images equally often
+({samples} samples) in batches of {batch}, with {seeds} seeds; the encoder has width {dim} and depth {depth}, on {size}
+pixels. Model and images are small and trainings short: these results need not hold at scale, and none of them
+reproduces a figure of the paper.
 
 Written by `python benchmarks/learning.py --data DATA --photos PHOTOS` on {date} ({machine}, commit {commit}; the
-trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings:
-`benchmarks/results/learning.json`.
+trainings took {minutes:.0f} minutes in all, each on one core of a machine that had other work). Figures and settings
+are in `benchmarks/results/learning.json`.
 
 ## Scores
 
-Mean of the seeds ± their standard deviation. A difference is **bold** if it exceeds both deviations together (the root
-of the sum of their squares): with {seeds} seeds that is an indication, not a proof. Composites are {truth}held-out
-images with exact labels, masks and captions; photos are 25 classes of Caltech-101 (`photos`) and 159 images of COCO
-with five captions each (`photo-captions`). `knn` and `linear_probe` are accuracies, `segmentation` the mean IoU of a
-linear head, `retrieval` the mean recall: see [evaluation.md](evaluation.md).
+Mean over the seeds ± standard deviation. A difference is **bold** if it exceeds both deviations together (the root of
+the sum of their squares): with {seeds} seeds that is an indication, not a proof. Composites are {truth}held-out images
+with exact labels, masks and captions; photos are 25 classes of Caltech-101 (`photos`) and 159 images of COCO with five
+captions each (`photo-captions`). `knn` and `linear_probe` are accuracies, `segmentation` is the mean IoU of a linear
+head, `retrieval` the mean recall: see [evaluation.md](evaluation.md).
 
 {tables}
 {baselines}
-## What this says
+## Summary
+
+Better and worse mean a difference that is bold above; the last two comparisons use the same rule.
 
 {verdicts}
 
-## On the way
+## Scores during training
 
-Scores of composites at each quarter of the training, with the spread of the seeds.
+Scores on composites at each quarter of the training, with the range over seeds.
 
 ![Scores over steps](results.png)
 
-Steps at which the guided form and the control reached the final score of the plain form (interpolated linearly between
-the four points):
+Steps at which the guided form and the control reached the final score of the plain form, interpolated linearly between
+the four points:
 
 {reached}
 """
 
 
 def write_report(root: Path) -> None:
-    """Read the figures, write the page and its picture."""
+    """Write the page and its plot."""
     record = json.loads((root / "benchmarks" / "results" / "learning.json").read_text(encoding="utf-8"))
-    figures = record["figures"]
+    figures, notes = record["figures"], record.get("notes", {})
     scores, curves = figures["scores"], figures["curves"]
     settings = next(iter(figures["settings"].values()))
     encoder = figures["encoder"]
-    seen = {method: figures["settings"][f"{method}-plain"]["samples_seen"] for method in METHODS}
+    samples = {method: figures["settings"][f"{method}-plain"]["samples_seen"] for method in METHODS}
     text = TEXT.format(
         images=figures["images"],
         masks=figures["with_masks"],
-        samples=", ".join(f"{method} {seen[method]:,}" for method in METHODS),
+        samples=", ".join(f"{method} {samples[method]:,}" for method in METHODS),
         batch=settings["batch_size"],
         dim=encoder["dim"],
         depth=encoder["depth"],
@@ -96,7 +100,7 @@ def write_report(root: Path) -> None:
         commit=record["commit"],
         minutes=sum(map(sum, figures["seconds"].values())) / 60,
         truth=f"{figures['truth']['test']:,} ",
-        tables="\n".join("\n".join(table(family, scores)) + "\n" for family in FAMILIES),
+        tables="\n".join("\n".join(table(family, scores, notes.get(family, ""))) + "\n" for family in FAMILIES),
         baselines="\n".join(baselines(figures["baselines"])),
         verdicts="\n".join(verdicts(scores)),
         reached="\n".join(reached_table(scores, curves)),
@@ -111,10 +115,10 @@ def label(family: str, arm: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Lines of at most 120 characters, but for tables."""
+    """Lines of at most 118 characters, except in tables."""
     lines = []
     for block in text.strip().split("\n\n"):
-        items = block.split("\n- ")  # a paragraph is one
+        items = block.split("\n- ")  # a single one in a paragraph
         if not block.startswith(("|", "#", "!")):
             indent = "  " if block.startswith("- ") else ""
             items = [textwrap.fill(item, 118, subsequent_indent=indent, break_on_hyphens=False) for item in items]
@@ -122,9 +126,11 @@ def wrapped(text: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def table(family: str, scores: Scores) -> Iterator[str]:
-    """The scores of a family, a row for each task."""
+def table(family: str, scores: Scores, note: str = "") -> Iterator[str]:
+    """The scores of a comparison, one row per task, below a note on the measurement if there is one."""
     yield f"### {FAMILIES[family]}\n"
+    if note:
+        yield f"{note}\n"
     yield "| task | plain | guided | elsewhere | guided - plain | elsewhere - plain |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for task in scores[label(family, "plain")]:
@@ -134,7 +140,7 @@ def table(family: str, scores: Scores) -> Iterator[str]:
 
 
 def baselines(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """What stands beside the encoders."""
+    """The scores of a random encoder and of raw pixels."""
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row))
     yield "### Baselines\n"
     yield f"| task | {' | '.join(rows)} |\n| --- |{' --- |' * len(rows)}"
@@ -144,19 +150,19 @@ def baselines(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of the seeds; 0 of one."""
+    """The standard deviation over seeds; 0 for a single one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def beyond(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether the change of the means is larger than both deviations together; never so with one seed."""
+    """Whether the means differ by more than both deviations together; never with a single seed."""
     if min(len(before), len(after)) < 2:
         return False
-    both = math.hypot(deviation(before), deviation(after))
-    return abs(statistics.mean(after) - statistics.mean(before)) > both
+    return abs(statistics.mean(after) - statistics.mean(before)) > math.hypot(deviation(before), deviation(after))
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> str:
+    """The difference of the means, bold if it is beyond both deviations."""
     if not before or not after:
         return ""
     text = f"{statistics.mean(after) - statistics.mean(before):+.3f}"
@@ -164,23 +170,22 @@ def change(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def verdicts(scores: Scores) -> Iterator[str]:
-    """Per family: where guidance won and lost beyond the spread, and what the control did there."""
+    """For each comparison, the tasks on which guidance is better or worse, and what the control shows there."""
     for family in FAMILIES:
         plain, guided, control = (scores[label(family, arm)] for arm in ARMS)
-        moved = {task: plain[task] for task in plain if task in guided and beyond(plain[task], guided[task])}
-        better = [task for task in moved if statistics.mean(guided[task]) > statistics.mean(plain[task])]
-        worse = [task for task in moved if task not in better]
-        alike = [task for task in better if won(plain, control, task)]
-        over = [task for task in better if won(control, guided, task)]
+        better = [task for task in plain if is_better(plain, guided, task)]
+        worse = [task for task in plain if is_better(guided, plain, task)]
+        control_better = [task for task in better if is_better(plain, control, task)]
+        beats_control = [task for task in better if is_better(control, guided, task)]
         yield (
-            f"- **{FAMILIES[family]}**: beyond the spread of the seeds, guided is better than plain on "
-            f"{listed(better)}, and worse on {listed(worse)}. Where it is better, masks elsewhere are better than "
-            f"plain as well on {listed(alike)}, and guided is better than masks elsewhere on {listed(over)}."
+            f"- **{FAMILIES[family]}**: guided is better than plain on {listed(better)}, and worse on {listed(worse)}. "
+            f"Where it is better, elsewhere is also better than plain on {listed(control_better)}, and guided is "
+            f"better than elsewhere on {listed(beats_control)}."
         )
 
 
-def won(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], task: str) -> bool:
-    """Whether ``after`` is better beyond the spread."""
+def is_better(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], task: str) -> bool:
+    """Whether ``after`` has a better score beyond both deviations."""
     if task not in before or task not in after:
         return False
     return beyond(before[task], after[task]) and statistics.mean(after[task]) > statistics.mean(before[task])
@@ -191,7 +196,8 @@ def listed(tasks: Sequence[str]) -> str:
 
 
 def reached_table(scores: Scores, curves: Mapping[str, Any]) -> Iterator[str]:
-    yield "| family | task | steps | final score of plain | guided reaches it at | elsewhere reaches it at |"
+    """The steps at which guided and control reach the final score of the plain training."""
+    yield "| method | task | steps | final score of plain | guided reaches it at | elsewhere reaches it at |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for family in FAMILIES:
         for task in curves[label(family, "plain")]:
@@ -203,7 +209,7 @@ def reached_table(scores: Scores, curves: Mapping[str, Any]) -> Iterator[str]:
 
 
 def reached(points: Mapping[str, Sequence[float]], goal: float) -> float | None:
-    """The first step with that mean score, on straight lines between the points."""
+    """The first step with that mean score, interpolated linearly between the points."""
     line = sorted((int(step), statistics.mean(values)) for step, values in points.items())
     for number, (step, score) in enumerate(line):
         if score >= goal:
@@ -215,7 +221,7 @@ def reached(points: Mapping[str, Sequence[float]], goal: float) -> float | None:
 
 
 def draw(curves: Mapping[str, Any], path: Path) -> None:
-    """A panel for each family and task: means, and the range of the seeds."""
+    """Plot the mean and the range over seeds, one panel per comparison and task."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -246,4 +252,7 @@ def draw(curves: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    from _common import make_parser
+
+    make_parser(__doc__).parse_args()
     write_report(Path(__file__).resolve().parent.parent)

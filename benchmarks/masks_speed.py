@@ -1,10 +1,10 @@
-"""Masks a second: threshold, GrabCut, AttentionCut with numba and without, and its energy on every pixel at once.
+"""Masks per second of each refiner.
 
-``python benchmarks/masks_speed.py`` draws scenes with known masks, gives all contenders the same maps, lets them take
-turns on one core, and writes ``results/masks_speed.json``. All times are the processor's, so that other work on the
-machine weighs on none. "whole" is what AttentionCut would be without its bands: the same energies through SciPy's
-maximum flow on the full grid, from the same labels of the cells. Compiling is in none of the rates: ``compile_seconds``
-is what it takes once on a machine.
+``python benchmarks/masks_speed.py`` writes ``results/masks_speed.json``. Contenders are ``threshold``, ``grabcut``,
+``attentioncut`` with and without numba, and ``whole``: AttentionCut without its bands, with the same energies solved by
+SciPy's maximum flow on all pixels, from the same labels of the cells. All of them get the same drawn images and maps,
+whose masks are known, and alternate on one core. Times are processor times, which other work on the machine changes
+little. Compilation by numba, needed once per machine, is measured separately as ``compile_seconds``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import functools
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from _common import rounds, write_result
+from _common import iou, make_parser, rounds, write_result
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -40,20 +39,20 @@ GRID = 16  # cells a side of the maps
 
 
 class Plain(AttentionCut):
-    """AttentionCut as it is without numba."""
+    """AttentionCut without numba."""
 
     solver = MaximumFlow
 
 
 class Whole(Plain):
-    """AttentionCut whose cuts of pixels are of all of them, by SciPy."""
+    """AttentionCut that cuts all pixels, by SciPy."""
 
     def band_of(self, labels: Int[np.ndarray, "h w"], reach: int) -> Bool[np.ndarray, "h w"]:
         """All pixels."""
         return np.ones(labels.shape, dtype=bool)
 
 
-NUM_DISTRACTORS = 8  # spots behind the objects, in the same few colours
+NUM_DISTRACTORS = 8  # spots in the background, of the colours of the objects
 CONTENDERS: dict[str, Refiner] = {
     "threshold": Threshold(),
     "grabcut": GrabCut(),
@@ -65,9 +64,9 @@ Scene = tuple[UInt8[np.ndarray, "H W 3"], Maps, Bool[np.ndarray, "words H W"]]
 
 
 def draw_scene(seed: int, num_words: int, size: int) -> Scene:
-    """Textured ellipses and boxes over spots of the same colours; maps that are coarse, blurred, uneven and noisy.
+    """Textured ellipses and boxes over spots of the same colours, with coarse, blurred, uneven and noisy maps.
 
-    Everything is drawn at four pixels a cell and enlarged, so that a seed is the same picture at any size.
+    Textures are drawn at four pixels per cell and enlarged, so that a seed gives the same picture at any size.
     """
     rng = np.random.default_rng(seed)
     base = 4 * GRID
@@ -89,19 +88,19 @@ def draw_scene(seed: int, num_words: int, size: int) -> Scene:
         canvas = np.where(mask[..., None], texture(rng, base, size, muted(palette[k + 1]), 0.15), canvas)
         masks.append(mask)
     truth = np.stack(masks)
-    canvas = gaussian_filter(canvas, (0.8 * size / base, 0.8 * size / base, 0))  # borders as soft as a lens leaves them
+    canvas = gaussian_filter(canvas, (0.8 * size / base, 0.8 * size / base, 0))  # soft edges, as in photos
     return (canvas * 255).astype(np.uint8), draw_maps(rng, truth), truth
 
 
 def muted(color: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
-    """A colour nearer to grey, so that it alone does not tell things apart."""
+    """A colour closer to grey, so that colour alone does not separate objects."""
     return 0.3 * color + 0.35
 
 
 def texture(
     rng: np.random.Generator, base: int, size: int, color: Float[np.ndarray, " 3"], grain: float
 ) -> Float[np.ndarray, "size size 3"]:
-    """One colour with spots of several sizes, lit from one side."""
+    """A colour with noise of several scales and a gradient."""
     layers = [gaussian_filter(rng.normal(size=(base, base)), s) * s for s in (1, 2, 3)]
     slope = rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, base)[:, None, None]
     noise = color + slope + grain * np.stack(layers, axis=2) + rng.normal(0, 0.02, (base, base, 3))
@@ -110,7 +109,7 @@ def texture(
 
 
 def draw_maps(rng: np.random.Generator, truth: Bool[np.ndarray, "words H W"]) -> Maps:
-    """Maps of a shape that a model's have: the truth on 16 x 16, uneven, blurred by a cell, with noise."""
+    """Maps like those of a model: the truth on 16 x 16, uneven, blurred by a cell, with noise."""
     shrunk = [Image.fromarray(one.astype(np.float32)).resize((GRID, GRID), Image.Resampling.BOX) for one in truth]
     coarse = np.stack([np.asarray(one) for one in shrunk])
     weights = []
@@ -132,16 +131,13 @@ def run(refiner: Refiner, scenes: list[Scene]) -> None:
 
 
 def mean_iou(refiner: Refiner, scenes: list[Scene]) -> float:
-    """Mean intersection over union of all words of all scenes."""
-    scores = []
-    for image, maps, truth in scenes:
-        masks = refiner.refine(image, maps)
-        scores += [(mask & true).sum() / (mask | true).sum() for mask, true in zip(masks, truth, strict=True)]
-    return round(float(np.mean(scores)), 4)
+    """The mean IoU over all words of all scenes."""
+    pairs = [zip(refiner.refine(image, maps), truth, strict=True) for image, maps, truth in scenes]
+    return round(float(np.mean([iou(*pair) for scene in pairs for pair in scene])), 4)
 
 
 def compile_seconds() -> float:
-    """Processor time that numba takes to compile the solver, in a process that finds nothing compiled before."""
+    """The processor time for compiling the solver by numba, in a process with an empty cache."""
     code = (
         "import time, numpy; from synthgen.maxflow import SearchTree; start = time.process_time(); "
         "tree, half = SearchTree((1, 2), [(0, 1)]), numpy.array([[1, 0]], numpy.int32); "
@@ -155,12 +151,12 @@ def compile_seconds() -> float:
 
 
 def measure(size: int, num_words: int, num_scenes: int, repeats: int) -> dict[str, Any]:
-    """Quality and speed of all contenders on the same scenes."""
+    """The quality and speed of all contenders on the same scenes."""
     scenes = [draw_scene(seed, num_words, size) for seed in range(num_scenes)]
-    work: dict[str, Callable[[], None]] = {
+    contenders: dict[str, Callable[[], object]] = {
         name: functools.partial(run, refiner, scenes) for name, refiner in CONTENDERS.items()
     }
-    seconds = rounds(work, repeats, time.process_time)
+    seconds = rounds(contenders, repeats, time.process_time)
     num_masks = num_scenes * num_words
     return {
         name: {
@@ -175,15 +171,12 @@ def measure(size: int, num_words: int, num_scenes: int, repeats: int) -> dict[st
 
 
 def main() -> None:
-    """Measure the four cases and write them down."""
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/masks_speed.py", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--scenes", type=int, default=20, help="pictures of each case")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds in which all contenders take turns")
+    parser = make_parser(__doc__)
+    parser.add_argument("--scenes", type=int, default=20, help="images per case")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
     args = parser.parse_args()
     if fastest() is MaximumFlow:
-        parser.error("numba is not there; install it with: pip install numba")
+        parser.error("numba is not installed; install it with: pip install numba")
     figures: dict[str, Any] = {"grid": GRID, "scenes": args.scenes, "rounds": args.repeats, "threads": 1}
     figures["compile_seconds"] = compile_seconds()
     for size in (64, 128):

@@ -1,26 +1,27 @@
-"""Images a second of masked-autoencoder training: synthgen beside ``transformers``, the same shapes and the same batch.
+"""Images per second of masked-autoencoder training: synthgen compared with ``transformers``.
 
-``python benchmarks/pretrain.py`` writes ``results/pretrain.json``; with ``--compile`` it adds a case that takes some
-minutes more. A round is one step each: forward, backward, and the fused AdamW that both use by default on a CPU. Both
-have the same encoder, decoder, loss and number of hidden patches (a test holds that the losses are equal), read one
-batch as synthgen's loader lays it out, and run on the CPU with the threads that OMP_NUM_THREADS says, or on a GPU where
-there is one. ``transformers`` takes torch's fused attention, its default; ``transformers, eager`` writes attention out,
-which is the faster of the two on a CPU in bfloat16, where synthgen writes it out unasked. ``guided`` is synthgen with
-masks that say which patches to hide first. In a case with ``bf16`` all run under autocast; with ``compiled`` the
-transformer blocks go through ``torch.compile``, one by one, and what is eager is left out.
+``python benchmarks/pretrain.py`` writes ``results/pretrain.json``; ``--compile`` adds a case that takes some minutes.
+A step is forward, backward, and the fused AdamW that both use by default on a CPU. All contenders have the same
+encoder, decoder, loss, number of hidden patches (a test checks that the losses are equal) and batch:
 
-Seconds are those of the processor on a CPU, which other programs disturb less, and of the clock on a GPU.
+* ``synthgen``, and ``synthgen, guided``, whose masks say which patches to hide first.
+* ``transformers``, with torch's fused attention, its default.
+* ``transformers, eager``, with attention written out, which in bfloat16 on a CPU is faster; there synthgen does so by
+  default.
 
-Each case also has the loader alone, from a tar of JPEGs as large as the case's images to batches, taking turns with the
-steps (``loader``; with ``masks`` as guidance needs them), and a real ``pretrain`` on that tar: its images a second by
-the clock, and the share of that time in which the loop waited for a batch.
+In a case with ``bf16`` all contenders run under autocast. In one with ``compiled`` each transformer block is compiled
+by ``torch.compile``, without the contenders ``guided`` and ``eager``. They run on a GPU if there is one, by the wall
+clock; otherwise on the CPU with OMP_NUM_THREADS threads, by processor time, which other programs change less.
+
+Each case also has two figures on data loading: the loader alone, from a tar of JPEGs of the case's size to batches
+(with and without masks), alternating with the steps; and a real ``pretrain`` on that tar, with the share of its time
+that it waited for a batch.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import rounds, write_result
+from _common import make_parser, rounds, write_result
 from PIL import Image
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -53,35 +54,37 @@ CASES = {  # encoder, image size, batch, decoder width and depth
     "micro, 64 px": ("micro", 64, 64, 128, 2),
     "tiny, 128 px": ("tiny", 128, 16, 192, 4),
 }
-IMAGES, STEPS = 512, 40  # in the tar, and of the real training
+IMAGES, STEPS = 512, 40  # of the tar, and of the real training
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOCK = time.perf_counter if DEVICE == "cuda" else time.process_time
 
 Step = Callable[[], None]
 
 
 def make_tar(path: Path, size: int) -> None:
-    """Blurred noise with a square: files of about the length of a photo's, with text, words and masks."""
-    source = np.random.default_rng(0)
+    """Blurred noise with a square, in files about as large as photos, with text, words and masks."""
+    rng = np.random.default_rng(0)
     labels = np.zeros((size, size), np.uint8)
     labels[size // 4 : size // 4 * 3, size // 4 : size // 4 * 3] = 1
-    about = json.dumps({"prompt": "a photo of a square", "words": ["square"], "label": "square"}).encode()
+    metadata = json.dumps({"prompt": "a photo of a square", "words": ["square"], "label": "square"}).encode()
     with TarWriter(path) as tar:
         for number in range(IMAGES):
-            coarse = Image.fromarray(source.integers(0, 256, (8, 8, 3), np.uint8))
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
             smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-            pixels = (smooth + source.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
-            members = {"jpg": encode_jpeg(pixels), "mask.png": encode_png(labels), "json": about}
+            pixels = (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
+            members = {"jpg": encode_jpeg(pixels), "mask.png": encode_png(labels), "json": metadata}
             tar.add(f"{number:010d}", members | {"txt": b"a photo of a square", "cls": b"0"})
 
 
 def batches(tar: Path, size: int, count: int, *, masks: bool) -> Iterator[Batch]:
-    """Batches without end, as ``pretrain`` makes them for ``mae``."""
+    """Endless batches, as in ``pretrain`` with ``mae``."""
     samples, config = open_dataset(tar, masks=masks), encoder_config("micro", size)
     order = Order(length=len(samples), batch_size=count, epochs=1000, seed=0)
     return iter(loader(samples, order, Augment(size=size), mean=config.mean, std=config.std))
 
 
-def trainer(module: torch.nn.Module, loss: Callable[[], Tensor], *, bf16: bool, compiled: bool) -> Step:
+def make_step(module: torch.nn.Module, loss: Callable[[], Tensor], *, bf16: bool, compiled: bool) -> Step:
+    """A training step of a module."""
     optimizer = torch.optim.AdamW(module.parameters(), 1e-4, betas=(0.9, 0.95), fused=True)
     for part in module.modules():
         if compiled and isinstance(part, Block | ViTMAELayer):
@@ -100,12 +103,13 @@ def trainer(module: torch.nn.Module, loss: Callable[[], Tensor], *, bf16: bool, 
 
 
 def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = False) -> dict[str, Step]:
+    """The training step of each contender."""
     encoder, size, _, dim, depth = CASES[case]
     config = encoder_config(encoder, size)
     batch = batch.to(DEVICE)
 
     def theirs(attention: str) -> Step:
-        config_of_twin = ViTMAEConfig(
+        vitmae_config = ViTMAEConfig(
             hidden_size=config.dim,
             num_hidden_layers=config.depth,
             num_attention_heads=config.num_heads,
@@ -119,77 +123,62 @@ def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = 
             norm_pix_loss=True,
             attn_implementation=attention,
         )
-        twin: Any = ViTMAEForPreTraining(config_of_twin).to(DEVICE)
-        return trainer(twin, lambda: twin(batch.images).loss, bf16=bf16, compiled=compiled)
+        model: Any = ViTMAEForPreTraining(vitmae_config).to(DEVICE)
+        return make_step(model, lambda: model(batch.images).loss, bf16=bf16, compiled=compiled)
 
     def ours(share: float) -> Step:
         options = {"foreground_share": share, "decoder_dim": dim, "decoder_depth": depth}
         method = METHODS.build(Choice("mae", options), encoder=VisionTransformer(config)).to(DEVICE)
-        return trainer(method, lambda: method(batch, 1.0).loss, bf16=bf16, compiled=compiled)
+        return make_step(method, lambda: method(batch, 1.0).loss, bf16=bf16, compiled=compiled)
 
     steps = {
         "synthgen": ours(0.0),
         "synthgen, guided": ours(0.5),
         "transformers": theirs("sdpa"),
     }
-    if compiled:  # each contender compiles for minutes, and guidance is not in the blocks
+    if compiled:  # each contender takes minutes to compile, and guidance does not change the blocks
         del steps["synthgen, guided"]
     else:
         steps["transformers, eager"] = theirs("eager")
     return steps
 
 
-class Clock:
-    """A step, and how long it took each time."""
-
-    def __init__(self, run: Callable[[], object]) -> None:
-        self.run, self.seconds = run, list[float]()
-
-    def step(self) -> None:
-        """Once more."""
-        now = time.perf_counter if DEVICE == "cuda" else time.process_time
-        start = now()
-        self.run()
-        self.seconds.append(now() - start)
-
-
 def measure(case: str, tar: Path, *, bf16: bool = False, compiled: bool = False) -> dict[str, Any]:
-    """The rates of a case, the loader's among them where it is the plain one."""
+    """The rates of a case; in the plain case also those of the loader and of a real training."""
     _, size, count, _, _ = CASES[case]
-    makers = {name: batches(tar, size, count, masks=masks) for name, masks in (("images", False), ("with masks", True))}
-    steps: dict[str, Callable[[], object]] = {
-        **contenders(case, next(makers["with masks"]), bf16=bf16, compiled=compiled)
+    loaders = {
+        name: batches(tar, size, count, masks=masks) for name, masks in (("images", False), ("with masks", True))
     }
-    trained = list(steps)
-    if not (bf16 or compiled):
-        steps |= {name: made.__next__ for name, made in makers.items()}
-    clocks = {name: Clock(step) for name, step in steps.items()}
-    rounds({name: clock.step for name, clock in clocks.items()}, REPEATS)
-    seconds = {name: clock.seconds[1:] for name, clock in clocks.items()}  # the first is to warm up
+    steps = contenders(case, next(loaders["with masks"]), bf16=bf16, compiled=compiled)
+    is_plain = not (bf16 or compiled)
+    timed: dict[str, Callable[[], object]] = {**steps}
+    if is_plain:
+        timed |= {name: iterator.__next__ for name, iterator in loaders.items()}
+    seconds = rounds(timed, REPEATS, CLOCK)
     rates = {name: round(count / statistics.median(times), 1) for name, times in seconds.items()}
     ratios = {
         name: [theirs / ours for ours, theirs in zip(seconds["synthgen"], seconds[name], strict=True)]
-        for name in trained
+        for name in steps
         if name.startswith("transformers")
     }
     figures = {
         "batch": count,
-        "images_per_second": {name: rates[name] for name in trained},
-        "best_images_per_second": {name: round(count / min(seconds[name]), 1) for name in trained},
+        "images_per_second": {name: rates[name] for name in steps},
+        "best_images_per_second": {name: round(count / min(seconds[name]), 1) for name in steps},
         "synthgen_over_transformers": round(statistics.median(ratios["transformers"]), 3),  # of the rounds' ratios
         "quartiles": [round(value, 3) for value in statistics.quantiles(ratios["transformers"], n=4)[::2]],
     }
     if not compiled:
         figures["synthgen_over_eager"] = round(statistics.median(ratios["transformers, eager"]), 3)
-    if not (bf16 or compiled):
-        figures["loader_images_per_second"] = {name: rates[name] for name in makers}
-        figures["loader_over_training"] = {name: round(rates[name] / rates["synthgen"], 2) for name in makers}
+    if is_plain:
+        figures["loader_images_per_second"] = {name: rates[name] for name in loaders}
+        figures["loader_over_training"] = {name: round(rates[name] / rates["synthgen"], 2) for name in loaders}
         figures["pretrain"] = pretrain(case, tar)
     return figures
 
 
 def pretrain(case: str, tar: Path) -> dict[str, float]:
-    """A real training of STEPS steps, as a user starts it; what comes before the second record is left out."""
+    """A training of STEPS steps by ``synthgen pretrain``, without what precedes the second log record."""
     encoder, _, count, dim, depth = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run")
@@ -214,6 +203,9 @@ def pretrain(case: str, tar: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="add a case with compiled blocks")
+    args = parser.parse_args()
     torch.manual_seed(0)
     figures: dict[str, Any] = {"device": DEVICE, "threads": torch.get_num_threads(), "rounds": REPEATS}
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +214,7 @@ def main() -> None:
             make_tar(tar, CASES[case][1])
             figures[case] = measure(case, tar)
             figures[f"{case}, bf16"] = measure(case, tar, bf16=True)
-        if "--compile" in sys.argv[1:]:
+        if args.compile:
             case = next(iter(CASES))
             figures[f"{case}, compiled"] = measure(case, tars[case], compiled=True)
     print(write_result("pretrain", figures))

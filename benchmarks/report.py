@@ -1,23 +1,28 @@
-"""Write ``RESULTS.md`` from ``results/*.json``: the ratios, with date, machine and commit beside them."""
+"""Write ``RESULTS.md`` from ``results/*.json``, each with its date, machine and commit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from _common import make_parser
 
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Results
 
-Written by `python benchmarks/report.py` from `results/*.json`; `make bench` measures anew. Contenders take turns in one
-process. The machines are shared and noisy (see the load): read the ratios, not the rates.
+Written by `python benchmarks/report.py` from `results/*.json`; `make bench` repeats the measurements of speed. The
+contenders of a comparison alternate on the same machine. The machines were shared with other work (see the load), so
+ratios are more reliable than rates.
 """
+Figures = dict[str, Any]
 
 
 def main() -> None:
-    parts = [HEAD]
-    tables = {
+    make_parser(__doc__).parse_args()
+    sections: dict[str, Callable[[Figures], Iterator[str]]] = {
         "tiny": tiny_model,
         "capture-*": capture,
         "generate": generate,
@@ -31,268 +36,342 @@ def main() -> None:
         "engines": engines,
         "prompts": prompts,
     }
-    for names, table in tables.items():
-        for path in sorted((FOLDER / "results").glob(f"{names}.json")):
+    parts = [HEAD]
+    for pattern, section in sections.items():
+        for path in sorted((FOLDER / "results").glob(f"{pattern}.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
-            about = record["machine"]
-            where = f"{about['cpu']}, {about['cores']} cores, load {about['load']}, Python {about['python']}"
+            machine = record["machine"]
+            where = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}, Python {machine['python']}"
             parts.append(f"## {path.stem}\n\n{record['date']}, {where}, commit {record['commit']}.\n")
-            parts.append("\n".join(table(record["figures"])) + "\n")
+            parts.append("\n\n".join(map(wrapped, section(record["figures"]))) + "\n")
     (FOLDER / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def tiny_model(figures: dict[str, Any]) -> Iterator[str]:
-    drawn, pairs, real, pointing = (figures[name] for name in ("one_object", "two_objects", "held_out", "masks"))
-    default = f"{figures['num_steps']} steps, guidance {figures['guidance_scale']:g}"
-    yield f"The shipped model at its defaults ({default}). The judge is a classifier that was trained on composites of"
-    yield "training alone; held-out composites, judged by their exact masks, show how far it can be trusted.\n"
-    yield "| figure | model | held-out composites |\n| --- | --- | --- |"
-    yield f"| one object, top-1 of {figures['objects']} | {drawn['top1']:.3f} | {real['top1']:.3f} |"
-    yield f"| two objects, both found in their masks | {pairs['both']:.3f} | {real['both']:.3f} |"
-    yield f"| autoencoder, mean PSNR | {figures['vae_psnr_db']:.2f} dB | |"
-    yield f"| weights | {figures['size_mb']:.1f} MB | |"
+def wrapped(block: str) -> str:
+    """A paragraph in lines of at most 120 characters; tables and headings as they are."""
+    return block if block.startswith(("|", "#")) else textwrap.fill(block, 120, break_on_hyphens=False)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+# Each section yields its paragraphs and tables.
+
+
+def tiny_model(figures: Figures) -> Iterator[str]:
+    generated, pairs, composites, masks = (figures[name] for name in ("one_object", "two_objects", "held_out", "masks"))
+    yield (
+        f"The shipped model at its defaults ({figures['num_steps']} steps, guidance scale "
+        f"{figures['guidance_scale']:g}). Images are evaluated by a classifier that was trained on training composites "
+        "only. Its results on held-out composites, with their exact masks, show how reliable it is."
+    )
+    rows = [
+        (f"one object, top-1 of {figures['objects']}", f"{generated['top1']:.3f}", f"{composites['top1']:.3f}"),
+        ("two objects, both found in their masks", f"{pairs['both']:.3f}", f"{composites['both']:.3f}"),
+        ("autoencoder, mean PSNR", f"{figures['vae_psnr_db']:.2f} dB", ""),
+        ("weights", f"{figures['size_mb']:.1f} MB", ""),
+    ]
     if "speed" in figures:
         speed = figures["speed"]
-        where = f"{speed['workers']} workers of one thread, attention recorded"
-        yield f"| images/s, {where} | {speed['images_per_second']:.2f} ({speed['with_start']:.2f} with their start) | |"
-    counts = list(next(iter(pointing["mean_iou"].values())))
-    level = pointing["levels"]["in hindsight"]
-    yield f"\nMasks of {pointing['images']} held-out composites through `attend`, mean IoU with the exact ones. `level`"
-    yield f"is one share of the maximum for all words, chosen on the other half of the images (in hindsight {level}).\n"
-    yield f"| masks by | {' | '.join(count if count == 'all' else f'objects: {count}' for count in counts)} |"
-    yield f"| --- |{' --- |' * len(counts)}"
-    for name, rows in pointing["mean_iou"].items():
-        cells = [f"{rows[count]['mean_iou']:.3f}" for count in counts]
-        cells[0] += f" ({rows['all']['low']:.3f} to {rows['all']['high']:.3f})"
-        yield f"| {name} | {' | '.join(cells)} |"
-    yield f"\nTop-1 of {figures['samplers'][0]['images']} objects, the same noise in all cells, and images/s.\n"
-    scales = sorted({row["guidance"] for row in figures["samplers"]})
-    yield f"| steps | {' | '.join(f'guidance {scale:g}' for scale in scales)} |\n| --- |{' --- |' * len(scales)}"
-    cell = {(row["steps"], row["guidance"]): row for row in figures["samplers"]}
-    for steps in sorted({row["steps"] for row in figures["samplers"]}):
-        row = [cell[steps, scale] for scale in scales]
-        shown = [f"{one['top1']:.3f}, {one['images_per_second']:.1f}/s" for one in row]
-        yield f"| {steps} | {' | '.join(shown)} |"
-
-
-def capture(figures: dict[str, Any]) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-    setting = f"{figures['dtype']}, images at once: {figures['batch']}, threads: {figures['threads']}"
-    yield f"Recording attention on {figures['device']}, {setting}; {versions}. What was random:"
+        rates = f"{speed['images_per_second']:.2f} ({speed['with_start']:.2f} including their start)"
+        rows.append((f"images/s, {speed['workers']} workers of one thread, attention recorded", rates, ""))
+    yield table(("figure", "model", "held-out composites"), rows)
+    level = masks["levels"]["in hindsight"]
     yield (
-        "; ".join(figures["random"]) + ". Time and memory include making the maps of the marked words; in brackets the"
+        f"Masks of {masks['images']} held-out composites through `attend`: mean IoU with the exact masks. `level` is "
+        "one threshold for all words, relative to the maximum of the map, chosen on the other half of the images (in "
+        f"hindsight {level})."
     )
-    yield f"quartiles of {figures['repeat']} rounds.\n"
+    counts = list(next(iter(masks["mean_iou"].values())))
+    header = ["masks by", *(count if count == "all" else f"objects: {count}" for count in counts)]
+    ious = []
+    for name, scores in masks["mean_iou"].items():
+        cells = [f"{scores[count]['mean_iou']:.3f}" for count in counts]
+        cells[0] += f" ({scores['all']['low']:.3f} to {scores['all']['high']:.3f})"
+        ious.append([name, *cells])
+    yield table(header, ious)
+    samplers = {(row["steps"], row["guidance"]): row for row in figures["samplers"]}
+    num = figures["samplers"][0]["images"]
+    yield f"Top-1 accuracy on {num} objects, with the same noise in all cells, and images/s."
+    scales = sorted({scale for _, scale in samplers})
+    accuracies = []
+    for steps in sorted({steps for steps, _ in samplers}):
+        row = [samplers[steps, scale] for scale in scales]
+        accuracies.append([str(steps), *(f"{cell['top1']:.3f}, {cell['images_per_second']:.1f}/s" for cell in row)])
+    yield table(["steps", *(f"guidance {scale:g}" for scale in scales)], accuracies)
+
+
+def capture(figures: Figures) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    yield (
+        f"Recording attention on {figures['device']}, {figures['dtype']}, images per batch: {figures['batch']}, "
+        f"threads: {figures['threads']}; {versions}. What is random or reduced: {'; '.join(figures['random'])}. Time "
+        f"and memory include making the maps of the marked words. In parentheses: quartiles of "
+        f"{figures['repeat']} rounds."
+    )
     for case in figures["cases"]:
-        about = f"{case['parameters'] / 1e6:.0f} million parameters, {case['resolution']} px, {case['steps']} steps"
-        yield f"### {case['family']}, size {case['size']}\n\n{about}, guidance {case['guidance']:g}.\n"
-        yield "| contender | s/image | time over plain | more peak memory | final latents | word maps |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for name, row in case["contenders"].items():
-            yield f"| {name} | {' | '.join(capture_cells(row))} |"
-        yield ""
+        yield f"### {case['family']}, size {case['size']}"
+        yield (
+            f"{case['parameters'] / 1e6:.0f} million parameters, {case['resolution']} px, {case['steps']} steps, "
+            f"guidance scale {case['guidance']:g}."
+        )
+        header = ("contender", "s/image", "time over plain", "additional peak memory", "final latents", "word maps")
+        yield table(header, [(name, *capture_cells(row)) for name, row in case["contenders"].items()])
 
 
-def capture_cells(row: dict[str, Any]) -> list[str]:
+def capture_cells(row: Figures) -> list[str]:
     if "not_run" in row:
         return [f"not run: {row['not_run']}", "", "", "", ""]
     time, ratio, latents = row["seconds_per_image"], row["time_over_plain"], row["latents"]
-    spread = " to ".join(f"{value:.3f}" for value in ratio["quartiles"])
-    same = "as plain's, to the bit" if latents["identical"] else f"differ by {latents['largest_difference']:.0e}"
+    quartiles = " to ".join(f"{value:.3f}" for value in ratio["quartiles"])
+    same = "identical to the bit" if latents["identical"] else f"differ by {latents['largest_difference']:.0e}"
     exact = row.get("against_float64")
     return [
         f"{time['median']:.3f}",
-        f"{ratio['median']:.3f} ({spread})",
+        f"{ratio['median']:.3f} ({quartiles})",
         "" if row["extra_mib"] is None else f"{row['extra_mib']:+.1f} MiB",
         same,
         f"within {exact['largest_error']:.0e} of float64" if exact else "",
     ]
 
 
-def generate(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"Images of the shipped model, {figures['steps']} steps, batches of {figures['batch_size']}, one thread.\n"
-    yield "| contender | images/s | time over plain |\n| --- | --- | --- |"
-    for name, rate in figures["images_per_second"].items():
-        yield f"| {name} | {rate:.2f} | {figures['time_over_plain'][name]:.2f} |"
+def generate(figures: Figures) -> Iterator[str]:
+    yield f"The shipped model with {figures['steps']} steps, in batches of {figures['batch_size']}, on one thread."
+    rates, ratios = figures["images_per_second"], figures["time_over_plain"]
+    rows = [(name, f"{rate:.2f}", f"{ratios[name]:.2f}") for name, rate in rates.items()]
+    yield table(("contender", "images/s", "time over plain"), rows)
 
 
-def masks(figures: dict[str, Any]) -> Iterator[str]:
+def masks(figures: Figures) -> Iterator[str]:
     damage, settings = figures["damage"], figures["settings"]
-    yield "Masks against exact ones. `level` is one level for all words, `propagation` a walk along self-attention to"
-    yield f"such a level, both chosen on {figures['tuning']} other composites ({describe(settings['level'])};"
-    yield f"{describe(settings['propagation'])}); the others have their defaults. `gain` is by how much AttentionCut is"
-    yield "better in mean IoU, with its interval over images (95 %). `wrong word` is the share of objects' pixels that"
-    yield f"another word's mask has, `outline` the F-score of outlines within {figures['tolerance']:g} pixels.\n"
-    for part, about in {
-        "composites": "Held-out composites through `attend` on the shipped model",
-        "photos": "Real photos; their attention is the truth, damaged as the model's own maps are: "
-        + ", ".join(f"{name} {value:g}" for name, value in damage.items()),
-    }.items():
-        if part not in figures:
-            continue
-        yield f"{about}.\n\n| words | masks by | mean IoU | gain | outline | wrong word |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for group, rows in figures[part].items():
-            for name in settings:
-                row = rows[name]
-                gain, low, high = row["attentioncut_gains"]
-                shown = "" if name == "attentioncut" else f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
-                figures_of = f"{row['iou']:.3f} | {shown} | {row['boundary_f']:.3f} | {row['wrong_word']:.1%}"
-                yield f"| {group} ({rows['images']} images) | {name} | {figures_of} |"
-        yield ""
+    yield (
+        "Masks compared with exact masks. `level` is one threshold for all words; `propagation` is a walk along "
+        "self-attention, then a threshold. Their parameters were chosen on "
+        f"{figures['tuning']} other composites ({describe(settings['level'])}; {describe(settings['propagation'])}); "
+        "the others have their defaults. `gain` is the difference in mean IoU between AttentionCut and the row, with "
+        "its 95 % interval over images. `outline` is the F-score of outlines within "
+        f"{figures['tolerance']:g} pixels, `wrong word` the share of object pixels in the mask of another word."
+    )
+    sources = {
+        "composites": "Held-out composites through `attend` on the shipped model.",
+        "photos": "Photos. Their attention is simulated: the truth with the damage that the maps of the model have: "
+        + ", ".join(f"{name} {value:g}" for name, value in damage.items())
+        + ".",
+    }
+    for part, description in sources.items():
+        if part in figures:
+            yield description
+            rows = [
+                (f"{group} ({scores['images']} images)", name, *mask_cells(name, scores[name]))
+                for group, scores in figures[part].items()
+                for name in settings
+            ]
+            yield table(("words", "masks by", "mean IoU", "gain", "outline", "wrong word"), rows)
 
 
-def describe(settings: dict[str, Any]) -> str:
+def mask_cells(name: str, row: Figures) -> list[str]:
+    gain, low, high = row["attentioncut_gains"]
+    shown = "" if name == "attentioncut" else f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
+    return [f"{row['iou']:.3f}", shown, f"{row['boundary_f']:.3f}", f"{row['wrong_word']:.1%}"]
+
+
+def describe(settings: Figures) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in ("refiner", "method"))
 
 
-def masks_speed(figures: dict[str, Any]) -> Iterator[str]:
-    yield "Drawn shapes, noisy maps of 16 × 16 cells, one thread, processor time. `whole` is AttentionCut without its"
-    yield f"bands, by SciPy. Compiling, once a machine, takes {figures['compile_seconds']:.1f} s and is not counted."
-    yield "Spots of the objects' colours lie behind them; where one touches its object, `attentioncut` takes it along,"
-    yield "and `grabcut` does not. What masks are worth on composites and photos stands under [masks](#masks).\n"
-    yield "| case | refiner | masks/s | speed over whole | mean IoU |\n| --- | --- | --- | --- | --- |"
+def masks_speed(figures: Figures) -> Iterator[str]:
+    yield (
+        "Drawn shapes with noisy maps of 16 × 16 cells, one thread, processor time. `whole` is AttentionCut without "
+        f"its bands, by SciPy. Compilation, needed once per machine, takes {figures['compile_seconds']:.1f} s and is "
+        "not included. Spots in the background have the colours of the objects; where one touches its object, "
+        "`attentioncut` includes it and `grabcut` does not. The quality of masks on composites and photos is given "
+        "under [masks](#masks)."
+    )
+    rows = []
     for case, refiners in figures.items():
         if isinstance(refiners, dict):
             for name, row in refiners.items():
-                ratio = row["masks_per_second"] / refiners["whole"]["masks_per_second"]
-                yield f"| {case} | {name} | {row['masks_per_second']:.0f} | {ratio:.2f} | {row['iou']:.3f} |"
+                rate = row["masks_per_second"]
+                ratio = rate / refiners["whole"]["masks_per_second"]
+                rows.append((case, name, f"{rate:.0f}", f"{ratio:.2f}", f"{row['iou']:.3f}"))
+    yield table(("case", "refiner", "masks/s", "speed over whole", "mean IoU"), rows)
 
 
-def mask_quality(figures: dict[str, Any]) -> Iterator[str]:
-    yield "The stage `masks` with its figures over without them, in processor time: the median of rounds.\n"
-    yield "| image | refiner | ms a mask without | ratio |\n| --- | --- | --- | --- |"
-    for case, refiners in figures["milliseconds_per_mask"].items():
-        for name, row in refiners.items():
-            if isinstance(row, dict):
-                yield f"| {case} | {name} | {row['without']:.2f} | {row['ratio_median']:.2f} |"
-    if worth := figures.get("confidence"):
-        yield f"\nConfidence beside true IoU, of {worth['composites']} held-out composites.\n"
-        yield "| refiner | masks | mean confidence | mean IoU | apart, in tenths | AUC of IoU above 0.5 |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for name, row in worth.items():
-            if isinstance(row, dict):
-                cells = [
-                    row[key] for key in ("mean_confidence", "mean_iou", "calibration_error", "auc_of_iou_above_half")
-                ]
-                yield f"| {name} | {row['masks']} | {' | '.join(f'{cell:.3f}' for cell in cells)} |"
-
-
-def shards(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"{figures['samples']} samples, {figures['content_mb']} MB. Ours hashes and flushes; `as others` does not.\n"
-    yield "| | contender | MB/s | speed over tarfile |\n| --- | --- | --- | --- |"
-    for way in ("write", "read"):
-        for name, row in figures[way].items():
-            yield f"| {way} | {name} | {row['mb_per_s']:.0f} | {row['times_tarfile']:.2f} |"
-    overhead = figures["tar_overhead_percent"]
-    yield "\nTime to open a shard so that any sample can be found, µs a sample: " + (
-        ", ".join(
-            f"{name} {row['us_per_sample']:.0f} ({row['times_tarfile']:.1f} x as fast as tarfile)"
-            for name, row in figures["open"].items()
+def mask_quality(figures: Figures) -> Iterator[str]:
+    yield "The processor time of the stage `masks` with its figures, relative to without them: the median of rounds."
+    rows = [
+        (case, name, f"{row['without']:.2f}", f"{row['ratio_median']:.2f}")
+        for case, refiners in figures["milliseconds_per_mask"].items()
+        for name, row in refiners.items()
+        if isinstance(row, dict)
+    ]
+    yield table(("image", "refiner", "ms per mask without", "ratio"), rows)
+    if confidence := figures.get("confidence"):
+        yield (
+            f"The confidence compared with the true IoU, on {confidence['composites']} held-out composites. The "
+            "calibration error is the mean absolute difference of the two over tenths of the masks."
         )
-        + "."
+        keys = ("mean_confidence", "mean_iou", "calibration_error", "auc_of_iou_above_half")
+        rows = [
+            (name, str(row["masks"]), *(f"{row[key]:.3f}" for key in keys))
+            for name, row in confidence.items()
+            if isinstance(row, dict)
+        ]
+        header = ("refiner", "masks", "mean confidence", "mean IoU", "calibration error", "AUC for IoU above 0.5")
+        yield table(header, rows)
+
+
+def shards(figures: Figures) -> Iterator[str]:
+    yield (
+        f"{figures['samples']} samples, {figures['content_mb']} MB. synthgen computes a hash and flushes to the disk; "
+        "`as others` does neither."
     )
-    held = figures["held_bytes_per_sample"]
-    yield "\nHeld in memory to find any sample of an open shard, bytes a sample: " + (
-        ", ".join(f"{name} {value:.0f} ({value / held['synthgen']:.0f} x)" for name, value in held.items()) + "."
+    rows = [
+        (way, name, f"{row['mb_per_s']:.0f}", f"{row['times_tarfile']:.2f}")
+        for way in ("write", "read")
+        for name, row in figures[way].items()
+    ]
+    yield table(("", "contender", "MB/s", "speed over tarfile"), rows)
+    opened = (
+        f"{name} {row['us_per_sample']:.0f} ({row['times_tarfile']:.1f} x as fast as tarfile)"
+        for name, row in figures["open"].items()
     )
-    yield "\nTar overhead: " + ", ".join(f"{name} {value:.1f} %" for name, value in overhead.items()) + "."
+    yield f"Time to open a shard for random access, µs per sample: {', '.join(opened)}."
+    memory = figures["held_bytes_per_sample"]
+    held = (f"{name} {value:.0f} ({value / memory['synthgen']:.0f} x)" for name, value in memory.items())
+    yield f"Memory of an open shard, bytes per sample: {', '.join(held)}."
+    overhead = (f"{name} {value:.1f} %" for name, value in figures["tar_overhead_percent"].items())
+    yield f"Overhead of the tar format: {', '.join(overhead)}."
 
 
-def pretrain(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"Training steps of MAE on {figures['device']}, threads: {figures['threads']}, beside ViTMAE.\n"
-    yield "| case | contender | images/s | speed over transformers |\n| --- | --- | --- | --- |"
-    for case, row in figures.items():
-        if isinstance(row, dict):
-            rates = row["images_per_second"]
-            for name, rate in rates.items():
-                yield f"| {case}, batch {row['batch']} | {name} | {rate:.1f} | {rate / rates['transformers']:.2f} |"
-    for case, row in figures.items():
-        if isinstance(row, dict) and "pretrain" in row:
-            over = ", ".join(f"{value:.1f} x {name}" for name, value in row["loader_over_training"].items())
-            waiting = row["pretrain"]["waiting_percent"]
-            yield f"\n{case}: the loader alone is faster than training by {over}. A real `pretrain` waits for data"
-            yield f"{waiting:.1f} % of its time."
+def pretrain(figures: Figures) -> Iterator[str]:
+    yield (
+        f"Training steps of MAE on {figures['device']}, threads: {figures['threads']}, compared with ViTMAE of "
+        "transformers."
+    )
+    cases = {case: row for case, row in figures.items() if isinstance(row, dict)}
+    rows = []
+    for case, row in cases.items():
+        rates = row["images_per_second"]
+        for name, rate in rates.items():
+            rows.append((f"{case}, batch {row['batch']}", name, f"{rate:.1f}", f"{rate / rates['transformers']:.2f}"))
+    yield table(("case", "contender", "images/s", "speed over transformers"), rows)
+    for case, row in cases.items():
+        if "pretrain" in row:
+            ratios = ", ".join(f"{value:.1f} x {name}" for name, value in row["loader_over_training"].items())
+            yield (
+                f"{case}: speed of the loader alone over training: {ratios}. A real `pretrain` waits for data "
+                f"{row['pretrain']['waiting_percent']:.1f} % of its time."
+            )
 
 
-def methods(figures: dict[str, Any]) -> Iterator[str]:
+def methods(figures: Figures) -> Iterator[str]:
     settings, encoder = next(iter(figures["settings"].values())), figures["encoder"]
-    shape = f"{encoder['dim']} wide and {encoder['depth']} deep, on {encoder['image_size']} pixels"
-    samples, images = settings["samples_seen"], figures["images"]
-    yield f"Every method that learns from images alone, plain / guided by the masks: one seed, {samples:,} samples out"
-    yield f"of {images:,} images of the shipped model (by earlier weights), an encoder {shape}. It is a short"
-    yield "training of a small network: where a method stands here says little of where it stands at scale, and a few"
-    yield "hundredths are the luck of the seed. Composites are held out; photos are of Caltech-101; `knn` and"
-    yield "`linear_probe` are accuracies, `segmentation` is a mean IoU.\n"
+    yield (
+        "All methods that learn from images alone, plain / guided by the masks: one seed, "
+        f"{settings['samples_seen']:,} samples of {figures['images']:,} images of the shipped model (with earlier "
+        f"weights), an encoder of width {encoder['dim']} and depth {encoder['depth']} on {encoder['image_size']} "
+        "pixels. These are short trainings of a small network: the order of the methods says little about larger ones, "
+        "and differences of a few hundredths may be chance. Composites are held out; photos "
+        "are from Caltech-101; `knn` and `linear_probe` are accuracies, `segmentation` is a mean IoU."
+    )
     scores = figures["scores"]
     names = [label.split("-")[1] for label in scores if label.endswith("-plain")]
     tasks = list(scores[f"all-{names[0]}-plain"])
-    yield f"| method | {' | '.join(tasks)} |\n| --- |{' --- |' * len(tasks)}"
-    for name in names:
-        cells = [
-            " / ".join(f"{scores[f'all-{name}-{arm}'][task][0]:.3f}" for arm in ("plain", "guided")) for task in tasks
-        ]
-        yield f"| {name} | {' | '.join(cells)} |"
-    for row, found in figures["baselines"].items():
-        yield f"| {row} | {' | '.join(f'{found[task]:.3f}' if task in found else '' for task in tasks)} |"
-
-
-def heads(figures: dict[str, Any]) -> Iterator[str]:
-    learned, judged = figures["images"]
-    classes = figures["classes"]
-    yield f"What heads read off the shipped model's own activations (by earlier weights): {classes} classes of held-out"
-    yield f"composites of one object, {learned} to learn from and {judged} to be judged on. Accuracy is the mean over"
-    yield "three trainings of the head, with its interval over images (95 %); `spread` is the deviation over trainings."
-    yield "DifFeed sees half as many images a step as the attention head, at half the rate: its measure is its control."
-    yield "A toy model and its own kind of images: the order of heads need not be that of larger ones.\n"
-    yield "| head | blocks | timesteps | accuracy | on what it learned from | spread |"
-    yield f"|{' --- |' * 6}"
-    for name, one in figures["heads"].items():
-        yield (
-            f"| {name} | {one['blocks']} | {one['timesteps']} | {one['accuracy']:.3f} ({one['low']:.3f} to "
-            f"{one['high']:.3f}) | {one['train_accuracy']:.3f} | {one.get('spread', 0):.3f} |"
+    rows = [
+        (
+            name,
+            *(
+                " / ".join(f"{scores[f'all-{name}-{arm}'][task][0]:.3f}" for arm in ("plain", "guided"))
+                for task in tasks
+            ),
         )
+        for name in names
+    ]
+    for name, found in figures["baselines"].items():
+        rows.append((name, *(f"{found[task]:.3f}" if task in found else "" for task in tasks)))
+    yield table(("method", *tasks), rows)
 
 
-def engines(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"What engines cost beside {figures['units']} units of {figures['seconds']:g} s that only sleep and write one"
-    yield "sample: `cost` is what a worker does between two units and to write one, as a share of a unit (means).\n"
-    yield "| engine | cost | between units | writing | first unit after | end after the last |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, row in figures["engines"].items():
-        shown = name if "worker" in name else f"{name}, {figures['workers']} workers"
-        cells = [f"{row['share_of_a_unit']:.2%}", f"{row['between_units_ms']:.1f} ms", f"{row['writing_ms']:.1f} ms"]
-        cells += [f"{row['start_seconds']:.1f} s", f"{row['end_seconds']:.1f} s"]
-        yield f"| {shown} | {' | '.join(cells)} |"
+def heads(figures: Figures) -> Iterator[str]:
+    train, test = figures["images"]
+    yield (
+        f"Classification heads on the activations of the shipped model (with earlier weights): {figures['classes']} "
+        f"classes of held-out composites of one object, {train} for training and {test} for evaluation. Accuracy is "
+        "the mean over three trainings of the head, with its 95 % interval over images; `spread` is the standard "
+        "deviation over trainings. DifFeed sees half as many images per step as the attention head, at half the "
+        "learning rate, so it should be compared with its own control, without feedback. The order of heads need not "
+        "be the same for larger models and real photos."
+    )
+    rows = [
+        (
+            name,
+            str(row["blocks"]),
+            str(row["timesteps"]),
+            f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['train_accuracy']:.3f}",
+            f"{row.get('spread', 0):.3f}",
+        )
+        for name, row in figures["heads"].items()
+    ]
+    yield table(("head", "blocks", "timesteps", "accuracy", "training accuracy", "spread"), rows)
+
+
+def engines(figures: Figures) -> Iterator[str]:
+    yield (
+        f"The cost of the engines for {figures['units']} units that sleep for {figures['seconds']:g} s and write one "
+        "sample. `cost` is the time of a worker between two units and for writing one, as a share of a unit (means)."
+    )
+    rows = [
+        (
+            name if "worker" in name else f"{name}, {figures['workers']} workers",
+            f"{row['share_of_a_unit']:.2%}",
+            f"{row['between_units_ms']:.1f} ms",
+            f"{row['writing_ms']:.1f} ms",
+            f"{row['start_seconds']:.1f} s",
+            f"{row['end_seconds']:.1f} s",
+        )
+        for name, row in figures["engines"].items()
+    ]
+    yield table(("engine", "cost", "between units", "writing", "until the first unit", "after the last unit"), rows)
     pair, large = figures["masks, 2 workers against 1"], figures["large run"]
-    yield f"\n`local` on two cores: AttentionCut masks of {pair['samples']} drawn images in {pair['units']} units."
-    yield "Processor time is that of all processes; plain arithmetic is what the machine itself gives two processes.\n"
-    yield "| speed of 2 workers over 1 | |\n| --- | --- |"
-    start = f"whole command, with {pair['start_seconds_of_two']:.1f} s until both have begun"
-    for about, name in (
-        (start, "speedup"),
-        ("the same, medians", "speedup_median"),
-        ("while they work", "steady_speedup"),
-        ("by processor time alone", "processor_speedup"),
-        ("plain arithmetic", "machine_speedup"),
-    ):
-        yield f"| {about} | {pair[name]:.2f} |"
-    yield f"\nA run of {large['units']:,} units: `status` in {large['status_seconds']:.1f} s, and a command that finds"
-    yield f"nothing to do in {large['nothing_to_do_seconds']:.1f} s."
+    yield (
+        f"`local` on two cores: AttentionCut masks of {pair['samples']} drawn images in {pair['units']} units. "
+        "Processor time is that of all processes; plain arithmetic shows what the machine itself gains from two "
+        "processes."
+    )
+    speedups = {
+        f"whole command, with {pair['start_seconds_of_two']:.1f} s until both workers run": "speedup",
+        "the same, medians": "speedup_median",
+        "while the workers run": "steady_speedup",
+        "by processor time": "processor_speedup",
+        "plain arithmetic": "machine_speedup",
+    }
+    yield table(("speed of 2 workers over 1", ""), [(text, f"{pair[key]:.2f}") for text, key in speedups.items()])
+    yield (
+        f"A run of {large['units']:,} units: `status` takes {large['status_seconds']:.1f} s, and a command with "
+        f"nothing to do {large['nothing_to_do_seconds']:.1f} s."
+    )
 
 
-def prompts(figures: dict[str, Any]) -> Iterator[str]:
-    yield f"What prompts of {figures['line_bytes']} bytes cost before the first image, beyond the libraries: the"
-    yield "command until its engine has the units, the same command again, and each worker until it can ask for its"
-    yield "first unit. `whole list` holds all prompts in each process. Seconds are of the processor.\n"
-    yield "| prompts | | command | the same again | each worker | a further unit |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    parts = ("begin", "resume", "worker")
+def prompts(figures: Figures) -> Iterator[str]:
+    yield (
+        f"The cost of prompts of {figures['line_bytes']} bytes before the first image, without that of loading "
+        "libraries: the command until its engine has the units, the same command again, and each worker until it can "
+        "request its first unit. `whole list` keeps all prompts in memory in each process. Seconds are processor time."
+    )
+    rows = []
     for size in figures["sizes"]:
         for name in ("block by block", "whole list"):
             row = size[name]
-            cells = [f"{row[part]['processor_seconds']:.1f} s, {row[part]['megabytes']:.1f} MB" for part in parts]
-            yield f"| {size['prompts']:,} | {name} | {' | '.join(cells)} | {row['unit_milliseconds']:.1f} ms |"
+            cells = [
+                f"{row[part]['processor_seconds']:.1f} s, {row[part]['megabytes']:.1f} MB"
+                for part in ("begin", "resume", "worker")
+            ]
+            rows.append((f"{size['prompts']:,}", name, *cells, f"{row['unit_milliseconds']:.1f} ms"))
+    yield table(("prompts", "", "command", "the same again", "each worker", "a further unit"), rows)
 
 
 if __name__ == "__main__":

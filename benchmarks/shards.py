@@ -1,11 +1,15 @@
-"""Writing and reading shards: synthgen's tars beside plain ``tarfile`` and plain ``webdataset``, and the whole stage.
+"""Writing, reading and opening shards: synthgen's tars compared with ``tarfile``, ``webdataset`` and ``wids``.
 
-``python benchmarks/shards.py`` writes ``results/shards.json``. All write the same samples (bytes of an image, a mask, a
-prompt, a class and a JSON object) to one folder, in turn.
-synthgen's writer also takes a sha256 and waits for the disk (fsync), which the others do not; ``synthgen, as others``
-leaves both out, to compare like with like. Readers return every member's bytes and decode nothing. ``open`` is the
-time until any sample of a shard can be read by its number, and ``held`` the memory that Python objects take then: what
-``wids`` and ``tarfile`` keep of an open tar, and synthgen's index of it.
+``python benchmarks/shards.py`` writes ``results/shards.json``. All contenders alternate on the same samples (the bytes
+of an image, a mask, a prompt, a class and a JSON object) in one folder:
+
+* ``write``: synthgen also computes a sha256 and waits for the disk (fsync), which the others do not; ``synthgen, as
+  others`` leaves both out.
+* ``read``: all members as bytes, nothing decoded.
+* ``open``: until any sample of a shard can be read by its number; ``held`` is the memory of the Python objects that
+  exist then.
+
+The stage ``shards`` is measured as a whole as well.
 """
 
 from __future__ import annotations
@@ -24,11 +28,10 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import webdataset
-from _common import rounds, write_result
+from _common import make_parser, rounds, write_result
 from wids.wids import IndexedTarSamples
 
 from synthgen.engines.local import Local
@@ -37,7 +40,7 @@ from synthgen.stages.shards import Shards
 from synthgen.stores.tar import TarWriter, index_tar, read_tar
 
 SAMPLES = 1000
-IMAGE_BYTES, MASK_BYTES = 60_000, 3_000  # about those of a 512 px JPEG and its mask
+IMAGE_BYTES, MASK_BYTES = 60_000, 3_000  # about as in a 512 px JPEG and its mask
 REPEATS = 12
 STAGE_SAMPLES, STAGE_PIXELS = 64, 512
 
@@ -45,14 +48,14 @@ Samples = list[tuple[str, dict[str, bytes]]]
 
 
 def make_samples() -> Samples:
-    """Samples that do not compress, the same every time."""
-    source = random.Random(0)
+    """Incompressible samples, the same in every run."""
+    rng = random.Random(0)
     return [
         (
             f"{number:010d}",
             {
-                "jpg": source.randbytes(IMAGE_BYTES),
-                "mask.png": source.randbytes(MASK_BYTES),
+                "jpg": rng.randbytes(IMAGE_BYTES),
+                "mask.png": rng.randbytes(MASK_BYTES),
                 "txt": b"a photo of a dog in a park",
                 "cls": b"7",
                 "json": json.dumps({"key": f"{number:010d}", "words": ["dog", "park"]}).encode(),
@@ -105,53 +108,48 @@ def read_webdataset(path: Path) -> int:
 
 
 def speeds(seconds: Mapping[str, list[float]], size: int) -> dict[str, dict[str, float]]:
-    """Megabytes of content a second in the median and in the best round, and how many times as fast as ``tarfile``."""
-    plain = seconds["tarfile"]
+    """Megabytes of content per second in the median and in the best round, and the speed over ``tarfile``."""
     return {
         name: {
             "mb_per_s": round(size / 1e6 / statistics.median(times), 1),
             "best_mb_per_s": round(size / 1e6 / min(times), 1),
-            "times_tarfile": times_tarfile(times, plain),
+            "times_tarfile": times_tarfile(times, seconds["tarfile"]),
         }
         for name, times in seconds.items()
     }
 
 
 def times_tarfile(times: list[float], plain: list[float]) -> float:
-    """How many times as fast as ``tarfile``.
-
-    That is the median over rounds, each against the same round of ``tarfile``: other work on the machine weighs least
-    on it.
-    """
+    """The speed over ``tarfile``: the median of the ratios within each round, which other work changes least."""
     return round(statistics.median(b / a for a, b in zip(times, plain, strict=True)), 2)
 
 
-def held(opened: Callable[[], Any]) -> float:
-    """Bytes a sample of the Python objects that are there when a shard has been opened."""
+def held(opener: Callable[[], object]) -> float:
+    """The bytes per sample of the Python objects of an open shard."""
     gc.collect()
     tracemalloc.start()
-    kept = opened()
+    opened = opener()
     gc.collect()
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    del kept
+    del opened
     return round(size / SAMPLES, 1)
 
 
 def open_tarfile(path: Path) -> tarfile.TarFile:
-    tar = tarfile.open(path)  # noqa: SIM115  # kept open while it is measured
+    tar = tarfile.open(path)  # noqa: SIM115  # it stays open while it is measured
     tar.getmembers()
     return tar
 
 
 def time_stage(folder: Path) -> dict[str, float]:
-    """The stage from end to end: PNG and masks decoded, JPEG and mask PNG encoded, one process."""
+    """The stage ``shards`` in one process: decodes PNG and masks, encodes JPEG and mask PNG."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     factories = importlib.import_module("tests.factories")
     run = factories.make_run(folder / "run", units=4, unit_size=STAGE_SAMPLES // 4, image_size=STAGE_PIXELS)
-    started = time.perf_counter()
+    start = time.perf_counter()
     run_stage(Shards(samples_per_shard=STAGE_SAMPLES // 4), run, Local(workers=1))
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in run.folder("shards").glob("*/*.tar"))
     return {
         "samples": STAGE_SAMPLES,
@@ -161,11 +159,8 @@ def time_stage(folder: Path) -> dict[str, float]:
     }
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> None:
-    function(*arguments)
-
-
 def main() -> None:
+    make_parser(__doc__).parse_args()
     samples = make_samples()
     size = sum(len(data) for _, members in samples for data in members.values())
     writers: dict[str, Callable[[Path, Samples], None]] = {
@@ -181,34 +176,34 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         paths = {writer: Path(name) / f"{number}.tar" for number, writer in enumerate(writers)}
-        written = rounds(
-            {w: functools.partial(call, write, paths[w], samples) for w, write in writers.items()}, REPEATS
+        write_seconds = rounds(
+            {writer: functools.partial(write, paths[writer], samples) for writer, write in writers.items()}, REPEATS
         )
         shard = paths["synthgen"]
         assert all(read(shard) == size for read in readers.values())
-        was_read = rounds({r: functools.partial(call, read, shard) for r, read in readers.items()}, REPEATS)
-        openers: dict[str, Callable[[], Any]] = {
+        read_seconds = rounds({reader: functools.partial(read, shard) for reader, read in readers.items()}, REPEATS)
+        openers: dict[str, Callable[[], object]] = {
             "synthgen": functools.partial(index_tar, shard),
             "tarfile": functools.partial(open_tarfile, shard),
             "wids": functools.partial(IndexedTarSamples, path=str(shard)),
         }
-        was_opened = rounds({name: functools.partial(call, opened) for name, opened in openers.items()}, REPEATS)
-        kept = {name: held(opened) for name, opened in openers.items()}
+        open_seconds = rounds(openers, REPEATS)
+        memory = {name: held(opener) for name, opener in openers.items()}
         overhead = {writer: round(100 * (path.stat().st_size / size - 1), 2) for writer, path in paths.items()}
         figures = {
             "samples": SAMPLES,
             "content_mb": round(size / 1e6, 1),
             "repeats": REPEATS,
-            "write": speeds(written, size),
-            "read": speeds(was_read, size),
+            "write": speeds(write_seconds, size),
+            "read": speeds(read_seconds, size),
             "open": {
                 name: {
                     "us_per_sample": round(1e6 * statistics.median(times) / SAMPLES, 1),
-                    "times_tarfile": times_tarfile(times, was_opened["tarfile"]),
+                    "times_tarfile": times_tarfile(times, open_seconds["tarfile"]),
                 }
-                for name, times in was_opened.items()
+                for name, times in open_seconds.items()
             },
-            "held_bytes_per_sample": kept,
+            "held_bytes_per_sample": memory,
             "tar_overhead_percent": overhead,
             "stage": time_stage(Path(name)),
         }

@@ -1,4 +1,4 @@
-"""The benchmark of recording attention: its networks have the published sizes, and it runs through for every family."""
+"""The benchmark of recording attention: its networks have the published sizes, and it runs for every family."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ def test_full_sizes_have_the_published_numbers_of_parameters(capture, size):
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
-def test_it_runs_through_and_its_report_can_be_read(capture, family, tmp_path):
+def test_it_runs_and_can_be_reported(capture, family, tmp_path):
     figures = capture.main(["--size", "tiny", "--family", family, "--steps", "1", "--repeat", "1"])
     record = json.loads((tmp_path / "results" / "capture-cpu.json").read_text(encoding="utf-8"))
     assert record["figures"] == figures
@@ -58,33 +58,31 @@ def test_it_runs_through_and_its_report_can_be_read(capture, family, tmp_path):
     assert "to the bit" in text
 
 
-def test_what_is_left_out_is_said(capture):
+def test_contenders_can_be_left_out_with_a_reason(capture):
     options = ["--size", "tiny", "--steps", "1", "--repeat", "1", "--batch", "2", "--guidance", "1"]
     figures = capture.main([*options, "--contenders", "synthgen"])
     rows = figures["cases"][0]["contenders"]
     assert list(rows) == ["plain", "synthgen"]
     assert rows["synthgen"]["against_float64"]["agree"]
     assert list(figures["cases"][0]["positions"][1]) == ["cat", "umbrella", "park"]
-    absent = capture.Contender(capture.plain, same_latents=True, module="no_such_package")
+    absent = capture.Contender(capture.CONTENDERS["plain"].run, same_latents=True, module="no_such_package")
     assert capture.reason_not_to_run(None, absent, 1) == "not installed"
     report = importlib.import_module("report")
     assert report.capture_cells({"not_run": "not installed"})[0] == "not run: not installed"
 
 
 def test_a_contender_that_fails_leaves_the_network_as_it_was(capture):
-    options = capture.argparse.Namespace(
-        dtype="float32", device="cpu", resolution=None, steps=1, guidance=None, batch=1
-    )
-    scene = capture.make_scene("sd", "tiny", options)
+    args = capture.argparse.Namespace(dtype="float32", device="cpu", resolution=None, steps=1, guidance=None, batch=1)
+    workload = capture.make_workload("sd", "tiny", args)
 
-    def failing(scene):
-        scene.network.set_attn_processor(dict.fromkeys(scene.network.attn_processors))
+    def failing(workload):
+        workload.network.set_attn_processor(dict.fromkeys(workload.network.attn_processors))
         raise ValueError("it does not\nrun")
 
-    before = dict(scene.network.attn_processors)
+    before = dict(workload.network.attn_processors)
     failed = capture.Contender(failing, same_latents=True)
-    assert capture.reason_not_to_run(scene, failed, 1) == "ValueError: it does not run"
-    assert scene.network.attn_processors == before
+    assert capture.reason_not_to_run(workload, failed, 1) == "ValueError: it does not run"
+    assert workload.network.attn_processors == before
 
 
 @pytest.mark.parametrize(
@@ -105,13 +103,13 @@ def test_families_and_sizes(capture, monkeypatch, arguments, expected):
 
 
 @pytest.mark.parametrize("arguments", [["--size", "sd15", "--family", "flux"], ["--size", "huge"], ["--family", "x"]])
-def test_what_cannot_be_is_refused(capture, arguments):
+def test_impossible_combinations_are_refused(capture, arguments):
     with pytest.raises(SystemExit):
         capture.main(arguments)
 
 
-def test_the_documented_command_for_a_gpu_is_understood(capture, monkeypatch):
-    """The words of the module's docstring; no GPU is asked for more than its name."""
+def test_the_documented_command_for_a_gpu_is_accepted(capture, monkeypatch):
+    """The command in the docstring of the module, with the measurement replaced."""
     (command,) = re.findall(r"--device cuda --dtype\s+float16 --size [a-z0-9 ]+", capture.__doc__)
     written, seen = [], []
     monkeypatch.setattr(capture, "device_name", lambda device: f"Some GPU ({device})")

@@ -1,4 +1,4 @@
-"""The page of the learning experiment says what its figures say."""
+"""The page of the learning experiment agrees with its figures."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def scores(**arms):
     return {f"mae-{arm}": {"knn, composites": values} for arm, values in arms.items()}
 
 
-def test_a_difference_counts_beyond_both_deviations_and_never_with_one_seed(report):
+def test_a_difference_is_bold_beyond_both_deviations_and_never_with_one_seed(report):
     assert report.beyond([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])  # 0.4 against 0.14
     assert not report.beyond([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])  # 0.1 against 0.14
     assert not report.beyond([0.1], [0.9])
@@ -32,24 +32,24 @@ def test_a_difference_counts_beyond_both_deviations_and_never_with_one_seed(repo
 
 
 def test_verdicts_follow_the_scores(report, monkeypatch):
-    monkeypatch.setattr(report, "FAMILIES", {"mae": "mae: what to hide"})
-    (won,) = report.verdicts(scores(plain=[0.1, 0.11], guided=[0.3, 0.31], elsewhere=[0.1, 0.12]))
-    assert "better than plain on knn, composites, and worse on none" in won
-    assert "better than plain as well on none, and guided is better than masks elsewhere on knn, composites" in won
-    (lost,) = report.verdicts(scores(plain=[0.3, 0.31], guided=[0.1, 0.11], elsewhere=[0.3, 0.31]))
-    assert "better than plain on none, and worse on knn, composites" in lost
+    monkeypatch.setattr(report, "FAMILIES", {"mae": "mae"})
+    (better,) = report.verdicts(scores(plain=[0.1, 0.11], guided=[0.3, 0.31], elsewhere=[0.1, 0.12]))
+    assert "better than plain on knn, composites, and worse on none" in better
+    assert "also better than plain on none, and guided is better than elsewhere on knn, composites" in better
+    (worse,) = report.verdicts(scores(plain=[0.3, 0.31], guided=[0.1, 0.11], elsewhere=[0.3, 0.31]))
+    assert "better than plain on none, and worse on knn, composites" in worse
     (control,) = report.verdicts(scores(plain=[0.1, 0.11], guided=[0.3, 0.31], elsewhere=[0.3, 0.32]))
-    assert "better than plain as well on knn, composites, and guided is better than masks elsewhere on none" in control
+    assert "also better than plain on knn, composites, and guided is better than elsewhere on none" in control
 
 
-def test_steps_to_a_score_lie_on_straight_lines(report):
+def test_the_steps_to_a_score_are_interpolated(report):
     points = {"300": [0.5, 0.7], "100": [0.2, 0.2], "200": [0.4, 0.4]}
     assert report.reached(points, 0.3) == pytest.approx(150)
     assert report.reached(points, 0.1) == 100
     assert report.reached(points, 0.7) is None
 
 
-def test_the_page_of_the_project_is_that_of_its_figures(report, tmp_path):
+def test_the_page_in_docs_is_up_to_date(report, tmp_path):
     if not (FOLDER / "results" / "learning.json").is_file():
         pytest.skip("the experiment has not been run")
     pytest.importorskip("matplotlib")
