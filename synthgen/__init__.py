@@ -19,6 +19,7 @@ _PUBLIC = {
     "Summary": "synthgen.runner",
     "SynthgenError": "synthgen.errors",
     "UnitsFailed": "synthgen.errors",
+    "Validation": "synthgen.validation",
     "WordMasks": "synthgen.records",
     "attend": "synthgen.api",
     "evaluate": "synthgen.api",

@@ -20,7 +20,7 @@ from synthgen.stages import make_stage
 
 if TYPE_CHECKING:
     from synthgen.plan import Plan
-    from synthgen.validate import Validation
+    from synthgen.validation import Validation
 
 __all__ = [
     "attend",
@@ -169,7 +169,7 @@ def view(run: Run, path: Path | None = None, *, limit: int = 96) -> Path:
 
 
 def validate(folder: str | Path, *, decode: bool = True) -> Validation:
-    """Check that WebDataset tars, by whoever, can be read by the usual readers; see :mod:`synthgen.validate`.
+    """Check that WebDataset tars, by whoever, can be read by the usual readers; see :mod:`synthgen.validation`.
 
     Args:
         folder: of tars, of folders of tars such as ``train`` and ``val``, or a single tar.
@@ -178,7 +178,7 @@ def validate(folder: str | Path, *, decode: bool = True) -> Validation:
     Raises:
         MissingArtifact: there is no tar.
     """
-    from synthgen.validate import validate_shards
+    from synthgen.validation import validate_shards
 
     return validate_shards(folder, decode=decode)
 

@@ -301,7 +301,7 @@ def validate(
 ) -> None:
     """Check that webdataset, wids, Hugging Face datasets and open_clip can read shards. Exit code 2: they cannot."""
     from synthgen.console import progress
-    from synthgen.validate import render, validate_shards
+    from synthgen.validation import render, validate_shards
 
     found = validate_shards(folder, decode=decode, progress=progress())
     print(json.dumps(found.plain(), indent=2) if as_json else render(found))

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from synthgen.cli import app, main
+from synthgen.__main__ import main
+from synthgen.cli import app
 from synthgen.console import tell
 from synthgen.engines.local import Local
 from synthgen.refiners.attentioncut import AttentionCut

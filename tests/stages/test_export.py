@@ -6,7 +6,7 @@ import io
 import json
 import socket
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from synthgen import codecs, export
+from synthgen.__main__ import main
 from synthgen.api import export_dataset
-from synthgen.cli import main
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.export import formats
@@ -525,9 +525,9 @@ def test_units_that_a_killed_coco_export_described_are_not_decoded_again(
     assert not (whole / "annotations/parts").exists()
     real, read_samples = formats.write_chunks, export._samples
 
-    def samples(run: Run, unit: int) -> Iterator[formats.Sample]:
+    def samples(run: Run, unit: int, rejected: Collection[str]) -> Iterator[formats.Sample]:
         read.append(unit)
-        return read_samples(run, unit)
+        return read_samples(run, unit, rejected)
 
     def write_but(doomed: str) -> None:
         def write(path: Path, chunks: Iterator[bytes]) -> None:

@@ -300,7 +300,9 @@ def test_the_labels_of_images_are_read_once_for_all_workers(run: Run, monkeypatc
     """Where there are no prompts, they stand in the json of each image."""
     alone = pack(copy(run.path, run.path.parent / "alone"))
     read = list[Path]()
-    monkeypatch.setattr("synthgen.stages.shards.read_tar", lambda tar, names: read.append(tar) or read_tar(tar, names))
+    monkeypatch.setattr(
+        "synthgen.stages._classes.read_tar", lambda tar, names: read.append(tar) or read_tar(tar, names)
+    )
 
     class Elsewhere(Accelerate):
         def map(self, stage: Stage, run: Run, units: Sequence[int], progress: Progress) -> Iterator[Report]:

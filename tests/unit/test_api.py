@@ -31,8 +31,8 @@ def test_public_functions_return_public_classes():
     returned = set()
     for name in api.__all__:
         assert getattr(sg, name) is getattr(api, name)
-        returned |= classes(typing.get_type_hints(getattr(api, name), localns={"Plan": sg.Plan})["return"])
-    assert returned == {sg.Generation, sg.Plan, sg.Summary, sg.WordMasks}
+        returned |= classes(typing.get_type_hints(getattr(api, name), localns={"Plan": sg.Plan, "Validation": sg.Validation})["return"])
+    assert returned == {sg.Generation, sg.Plan, sg.Summary, sg.Validation, sg.WordMasks}
     assert classes(typing.get_type_hints(sg.Generation)["maps"]) == {sg.Maps}
     assert issubclass(sg.UnitsFailed, sg.SynthgenError)
     assert sg.SynthgenError is SynthgenError

@@ -586,7 +586,7 @@ def test_the_traceback_of_a_bug_hides_secrets(
     def broken(**options: Any) -> None:
         raise RuntimeError("https://me:hunter2hunter2@host")
 
-    monkeypatch.setattr("synthgen.cli.app", broken)
+    monkeypatch.setattr("synthgen.__main__.app", broken)
     with pytest.raises(SystemExit, match="1"):
         main()
     told = capsys.readouterr().err

@@ -15,7 +15,7 @@ from synthgen.errors import MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.progress import Progress
 from synthgen.stores.tar import TarWriter
-from synthgen.validate import validate_shards
+from synthgen.validation import validate_shards
 from tests.factories import make_run
 
 PIXELS = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
