@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from synthgen.errors import CorruptFile, MissingArtifact
+from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.run import Run, digest
 from synthgen.stores.tar import write_json
 from synthgen.units import counts_of
@@ -34,10 +34,18 @@ def read_rejected(run: Run) -> dict[str, str]:
 
     Raises:
         MissingArtifact: the filter has not seen all images that the run has by now.
+        StaleArtifact: it has seen other images or masks.
         CorruptFile: the list cannot be read.
     """
-    if run.find_artifact(FILTER) is None:
+    entry = run.find_artifact(FILTER)
+    if entry is None:
         return {}
+    for name in ("images", "masks"):
+        if name in entry["inputs"] and entry["inputs"][name] != run.artifact(name)["fingerprint"]:
+            raise StaleArtifact(
+                f"the {name} of {run.path} are not those that were filtered; delete {run.folder(FILTER)} and run: "
+                f"{run.remedy(FILTER)}"
+            )
     path = run.folder(FILTER) / REJECTED
     try:
         listed = read_json(read_file(path), MAX_BYTES)

@@ -21,6 +21,7 @@ import numpy as np
 
 from synthgen.errors import MissingArtifact, SynthgenError, one_line
 from synthgen.image import decode_labels, decode_rgb
+from synthgen.json_types import common_type, has_null, is_mixed, type_of
 from synthgen.progress import Progress
 from synthgen.stores import listing, open_here, parse_location
 from synthgen.stores.checksum import sha256_of
@@ -33,6 +34,7 @@ __all__ = ["Finding", "Validation", "render", "validate_shards"]
 IMAGES = ("jpg", "jpeg", "png", "webp")
 IGNORED_LABEL = 255  # in masks: pixels without a label
 _CODE = ("pyd", "pickle", "pkl", "pth", "pt")  # members that run code when a reader decodes them
+_CHANGED = "the json changes its keys or types, which tables cannot hold"
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError)
 Level = Literal["error", "warning"]
 
@@ -85,7 +87,7 @@ class _Tar:
     path: Path
     keys: array[int] = field(default_factory=lambda: array("Q"))  # 64-bit hashes, which take less memory than keys
     members: tuple[str, ...] = ()
-    shape: Any = None  # the type of each value in the json
+    type: Any = None  # of the json, see synthgen.json_types
     found: Validation = field(default_factory=Validation)
 
 
@@ -184,12 +186,16 @@ def _check_sample(tar: _Tar, where: str, members: Mapping[str, bytes], decode: b
     for name, check in _MEMBERS.items():
         if name in members and (problem := check(members[name])):
             found.add("error", problem, where)
+    if not members.get("txt", b"a caption").strip():
+        found.add("warning", "a txt is empty, so the image has no caption", where)
     meta = _object(members.get("json"))
     if meta is not None:
-        tar.shape, conflict = _unified(tar.shape, _shape(meta))
+        tar.type, conflict = common_type(tar.type, type_of(meta))
         if conflict:
-            found.add("error", f"the json changes its keys or types at {conflict!r}, which tables cannot hold", where)
-        if _has_null(meta):
+            found.add("error", _CHANGED, f"{where}: {conflict}")
+        if is_mixed(tar.type):
+            found.add("error", "a list in the json has items of several types, which tables cannot hold", where)
+        if has_null(meta):
             found.add("warning", "the json has null values; a table infers its types from the first samples", where)
     if decode and len(images) == 1:
         _check_pixels(found, where, members[images[0]], members.get("mask.png"), meta)
@@ -217,9 +223,10 @@ def _check_pixels(found: Validation, where: str, image: bytes, mask: bytes | Non
 
 def _text_problem(data: bytes) -> str:
     try:
-        return "" if data.decode().strip() else "a txt is empty, and open_clip drops such samples"
+        data.decode()
     except UnicodeDecodeError:
         return "a txt is not UTF-8"
+    return ""
 
 
 def _class_problem(data: bytes) -> str:
@@ -241,55 +248,12 @@ def _object(data: bytes | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-# -- the types of a json
-
-
-def _shape(value: Any) -> Any:
-    """The type of a JSON value: a name, a list with the type of its items (None: unknown), or types by key."""
-    if isinstance(value, dict):
-        return {key: _shape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        items = None
-        numbers = {type(item) for item in value} == {int, float}
-        for item in value:
-            items, conflict = _unified(items, "float" if numbers else _shape(item))
-            if conflict:
-                return ["several types"]
-        return [items]
-    return None if value is None else type(value).__name__
-
-
-def _unified(one: Any, other: Any, path: str = "") -> tuple[Any, str]:
-    """The common type of two values, and the path of the first conflict, if there is one."""
-    if one is None or other is None:
-        return (other if one is None else one), ""
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return one, path + min(one.keys() ^ other.keys())
-        merged = {}
-        for key in one:
-            merged[key], conflict = _unified(one[key], other[key], f"{path}{key}.")
-            if conflict:
-                return one, conflict
-        return merged, ""
-    if isinstance(one, list) and isinstance(other, list):
-        items, conflict = _unified(one[0], other[0], path)
-        return [items], conflict
-    return one, "" if one == other else path.rstrip(".") or "an item"
-
-
-def _has_null(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_null(item) for item in value.values())
-    return value is None or (isinstance(value, list) and any(_has_null(item) for item in value))
-
-
 # -- the set as a whole
 
 
 def _compare(tars: list[_Tar], root: Path, result: Validation) -> None:
     """Members and types of all tars, and keys that occur twice."""
-    shape = None
+    kind = None
     for tar in tars:
         name = _relative(tar.path, root)
         if not tar.keys:
@@ -297,10 +261,9 @@ def _compare(tars: list[_Tar], root: Path, result: Validation) -> None:
         result.members = result.members or tar.members
         if tar.members != result.members:
             result.add("error", "samples have different members, which Hugging Face datasets refuses or drops", name)
-        shape, conflict = _unified(shape, tar.shape)
+        kind, conflict = common_type(kind, tar.type)
         if conflict:
-            problem = f"the json changes its keys or types at {conflict!r}, which tables cannot hold"
-            result.add("error", problem, name)
+            result.add("error", _CHANGED, f"{name}: {conflict}")
     keys = np.concatenate([np.frombuffer(tar.keys, np.uint64) for tar in tars if tar.keys] or [np.zeros(0, np.uint64)])
     order = np.argsort(keys, kind="stable")
     repeated = order[1:][keys[order[1:]] == keys[order[:-1]]]
@@ -336,7 +299,8 @@ def _check_marks(place: Path, counts: Mapping[str, int], root: Path, result: Val
         if stats is None:
             continue
         tar = place / name
-        if stats.get("count", count) != count or ("sha256" in stats and sha256_of(tar) != stats["sha256"]):
+        written = stats.get("successes", stats.get("count", count))  # img2dataset counts failed downloads too
+        if written != count or ("sha256" in stats and sha256_of(tar) != stats["sha256"]):
             problem = "a tar has another number of samples or another sha256 than its _stats.json"
             result.add("error", problem, _relative(tar, root))
 
@@ -351,17 +315,15 @@ def _check_sizes(place: Path, counts: Mapping[str, int], root: Path, result: Val
 
 def _check_manifest(root: Path, counts: Mapping[Path, int], result: Validation) -> None:
     """The tars that dataset.json and the wids indexes list."""
-    manifest = _described(root / "dataset.json", result, root)
-    if manifest is not None:
-        rows = manifest.get("shards")
-        listed = {root / str(row.get("file")): row.get("samples") for row in rows or () if isinstance(row, dict)}
-        if listed != dict(counts):
-            result.add("error", "the list of tars and samples is not that of the folder", "dataset.json")
+    rows = _objects((_described(root / "dataset.json", result, root) or {}).get("shards"))
+    own = rows and all("file" in row for row in rows)  # and not another program's
+    if own and {root / str(row["file"]): row.get("samples") for row in rows} != dict(counts):
+        result.add("error", "the list of tars and samples is not that of the folder", "dataset.json")
     for path in sorted(root.glob("index*.json")):
         index = _described(path, result, root) or {}
         if index.get("__kind__") != "wids-shard-index-v1":
             continue
-        for row in index.get("shardlist", ()):
+        for row in _objects(index.get("shardlist")):
             tar = root / str(index.get("base", "")) / str(row.get("url"))
             if counts.get(tar, row.get("nsamples")) != row.get("nsamples") or not tar.is_file():
                 problem = "a wids index lists a tar that is missing or has another number of samples"
@@ -392,6 +354,11 @@ def _described(path: Path, result: Validation, root: Path) -> dict[str, Any] | N
         result.add("error", "a file that describes the tars is not a JSON object", _relative(path, root))
         return None
     return value
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON list; none if it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -39,6 +39,10 @@ class Filter(ABC):
     uses_masks: ClassVar[bool] = False  # True: the masks stage must have run
     accelerated: ClassVar[bool] = False  # True: measure in one worker per GPU, if there are GPUs
 
+    def inputs(self) -> dict[str, str]:
+        """What the figures depend on besides the settings, such as weights: a name and a hash each."""
+        return {}
+
     def prepare(self) -> None:
         """Called once before workers start, for example to download a model."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from synthgen.errors import ConfigError, CorruptFile, MissingWeights, one_line
 from synthgen.filters import Candidate, Filter, Measure
 from synthgen.models.dual import load_dual_encoder
 from synthgen.stores import parse_location
+from synthgen.stores.checksum import sha256_of
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Clip"]
@@ -47,6 +49,11 @@ class Clip(Filter):
     def __post_init__(self) -> None:
         check_range(ge=-1, le=1, min_similarity=self.min_similarity)
 
+    def inputs(self) -> dict[str, str]:
+        """The weights of a model in a folder, which may be trained again in its place."""
+        files = sorted(parse_location(self.model).glob("*.safetensors"))
+        return {f"{path.name} of {self.model}": sha256_of(path) for path in files}
+
     def prepare(self) -> None:
         """Download the model if it is named by a hub id, so that workers find it in the cache."""
         _folder(self.model)
@@ -57,20 +64,22 @@ class Clip(Filter):
         own = (folder / "text.safetensors").is_file()
         similarity = _of_training(folder, device) if own else _of_transformers(folder, device)
 
-        def measure(candidates: Sequence[Candidate]) -> list[float]:
+        def measure(candidates: Sequence[Candidate]) -> list[float | None]:
             texts = [candidate.request.prompt.text for candidate in candidates]
             with torch.inference_mode():
                 found = similarity([candidate.image for candidate in candidates], texts)
-            return [round(value, 4) for value in found.tolist()]
+            return [round(value, 4) if math.isfinite(value) else None for value in found.tolist()]
 
         return measure
 
-    def reject(self, figures: Mapping[str, float]) -> dict[str, str]:
-        """Those below ``min_similarity``; NaN is below."""
+    def reject(self, figures: Mapping[str, float | None]) -> dict[str, str]:
+        """Those below ``min_similarity``, and those that the model gives no finite figure."""
         return {
-            key: f"a similarity of {value:.3f} with its prompt, less than {self.min_similarity:g}"
+            key: "its similarity with its prompt is not a finite number"
+            if value is None
+            else f"a similarity of {value:.3f} with its prompt, less than {self.min_similarity:g}"
             for key, value in figures.items()
-            if not value >= self.min_similarity
+            if value is None or value < self.min_similarity
         }
 
 
@@ -132,10 +141,13 @@ def _of_transformers(folder: Path, device: str) -> Similarity:
             f"the model in {folder} cannot be read by transformers: {one_line(error)}; download it again, with its "
             "tokenizer and its safetensors"
         ) from None
-    config: Any = model.config
-    if not (hasattr(config, "vision_config") and hasattr(config, "text_config")):
-        raise ConfigError(f"the {config.model_type} in {folder} does not compare images with texts; give a CLIP")
-    size, max_tokens = config.vision_config.image_size, config.text_config.max_position_embeddings
+    size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+    max_tokens = getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None)
+    if size is None or max_tokens is None:
+        raise ConfigError(
+            f"the {model.config.model_type} in {folder} does not compare images of one size with texts; "
+            "give a CLIP or SigLIP model"
+        )
     model.eval().to(device)
 
     def similarity(images: list[UInt8[np.ndarray, "H W 3"]], texts: list[str]) -> Float[Tensor, " n"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,25 +61,30 @@ def perceptual_hash(image: UInt8[np.ndarray, "H W 3"]) -> int:
 def earlier_kept(hashes: UInt64[np.ndarray, " n"], max_distance: int) -> dict[int, int]:
     """For each hash that is not kept, the first kept one before it within ``max_distance`` bits.
 
-    Two hashes that differ in at most d bits are equal in one of d + 1 parts, so only hashes with an equal part are
-    compared.
+    Two hashes that differ in at most d bits are equal in one of d + 1 parts, so a hash is compared only with kept ones
+    that have an equal part.
     """
-    unique, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    near: dict[int, set[int]] = {}  # rows of first occurrences → those of earlier ones that are near
-    for bits in np.array_split(np.arange(BITS, dtype=np.uint64), max_distance + 1):
-        parts = unique & np.bitwise_or.reduce(np.uint64(1) << bits)
-        order = np.lexsort((first, parts))  # equal parts side by side, and among them the first row first
-        for group in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
-            for count in range(1, len(group)):
-                before = group[:count]
-                close = np.bitwise_count(unique[before] ^ unique[group[count]]) <= max_distance
-                if close.any():
-                    near.setdefault(int(first[group[count]]), set()).update(first[before[close]].tolist())
+    parts = np.array_split(np.arange(BITS, dtype=np.uint64), max_distance + 1)
+    masks = [int(np.bitwise_or.reduce(np.uint64(1) << bits)) for bits in parts]
+    kept: dict[tuple[int, int], tuple[array[int], array[int]]] = {}  # part and its value → kept hashes, their rows
+    sources: dict[int, int] = {}  # hash → the kept row that stands for it
     replaced: dict[int, int] = {}
-    for row in sorted(near):
-        if kept := near[row] - replaced.keys():
-            replaced[row] = min(kept)
-    for row, original in enumerate(first[inverse].tolist()):  # equal hashes
-        if row != original:
-            replaced[row] = replaced.get(original, original)
+    for row, value in enumerate(hashes.tolist()):
+        if value not in sources:
+            equal = [kept.setdefault((mask, value & mask), (array("Q"), array("Q"))) for mask in masks]
+            near = [found for others, rows in equal if (found := _first_near(value, others, rows, max_distance)) >= 0]
+            sources[value] = min(near, default=row)
+            if not near:
+                for others, rows in equal:
+                    others.append(value)
+                    rows.append(row)
+        if sources[value] != row:
+            replaced[row] = sources[value]
     return replaced
+
+
+def _first_near(value: int, others: array[int], rows: array[int], max_distance: int) -> int:
+    """The first row whose hash is near ``value``, or -1."""
+    distances = np.bitwise_count(np.frombuffer(others, np.uint64) ^ np.uint64(value)) if others else np.zeros(0)
+    near = np.flatnonzero(distances <= max_distance)
+    return rows[near[0]] if near.size else -1

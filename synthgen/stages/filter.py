@@ -68,6 +68,13 @@ class Filter(Stage):
         """The same with every option of the filters spelled out."""
         return replace(self, filters=tuple(FILTERS.complete(choice) for choice in self.filters))
 
+    def inputs(self, run: Run) -> dict[str, str]:
+        """What the filters read besides the run."""
+        found: dict[str, str] = {}
+        for choice in self.filters:
+            found |= FILTERS.build(choice).inputs()
+        return found
+
     def prepare(self, run: Run) -> Self:
         """Prepare each filter, for example by a download."""
         for choice in self.filters:

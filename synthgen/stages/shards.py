@@ -75,6 +75,7 @@ class Shards(Stage):
     instances: bool = True  # the json tells the separate objects of a mask apart; False: each mask is one
     filtered: bool = True  # leave out the samples that the filter stage rejected; without that stage, none
     _units: frozenset[int] | None = runtime_field()  # the image units to pack; later ones go into no shard of this call
+    _rejected: dict[str, str] | None = runtime_field()  # the samples that are left out, whatever is filtered meanwhile
     _labels: list[str] | None = runtime_field()  # the classes, so that workers need not read every json
 
     def __post_init__(self) -> None:
@@ -110,8 +111,10 @@ class Shards(Stage):
         """The samples to leave out, each with its reason.
 
         Raises:
-            MissingArtifact, CorruptFile: see :func:`~synthgen.rejected.read_rejected`.
+            MissingArtifact, StaleArtifact, CorruptFile: see :func:`~synthgen.rejected.read_rejected`.
         """
+        if self._rejected is not None:
+            return self._rejected
         return read_rejected(run) if self.filtered else {}
 
     def prepare(self, run: Run) -> Self:
@@ -119,9 +122,12 @@ class Shards(Stage):
 
         Raises:
             CorruptFile: a label cannot be read.
-            StaleArtifact: the units have changed since :meth:`inputs`.
+            StaleArtifact: the units or the rejected samples have changed since :meth:`inputs`.
         """
-        stage = self.with_runtime(_units=frozenset(run.units("images")))
+        rejected = self.rejected(run)
+        if (digest(rejected) if rejected else None) != run.claimed["shards"]["inputs"].get("rejected samples"):
+            raise StaleArtifact(f"{run.path} was filtered again since this command started; run it again")
+        stage = self.with_runtime(_units=frozenset(run.units("images")), _rejected=rejected)
         stage.layout(run)
         return stage.with_runtime(_labels=classes_of(run, stage._units))
 
@@ -230,15 +236,13 @@ class Shards(Stage):
 
 @functools.lru_cache(maxsize=4)
 def _layout(stage: Shards, run: Run, stamp: str) -> tuple[Shard, ...]:
-    claimed, rejected = run.claimed.get("shards"), stage.rejected(run)
-    if claimed and rejected and digest(rejected) != claimed["inputs"].get("rejected samples"):
-        raise StaleArtifact(f"the samples of {run.path} were filtered again since this command started; run it again")
+    claimed = run.claimed.get("shards")
     return lay_out(
         run,
         stage.samples_per_shard,
         val_ratio=stage.val_ratio,
         shuffle=stage.shuffle,
-        rejected=rejected,
+        rejected=stage.rejected(run),
         units=stage._units if claimed else None,
         content=claimed["inputs"]["units of images"] if claimed else "",
     )

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from synthgen.errors import CorruptFile, SynthgenError
+from synthgen.errors import CorruptFile, MissingArtifact, SynthgenError
 from synthgen.rejected import FILTER, count_rejected, read_rejected
 from synthgen.run import Run
 from synthgen.stages._units import content_of
@@ -103,7 +103,7 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
         on_mark = (count,) if counts and name == "masks" else ()
         artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *on_mark)
         if name == FILTER:
-            artifacts[name] = _with_rejected(run, artifacts[name])
+            artifacts[name] = _with_rejected(run, artifacts[name], problems)
     labels, words = masks.tallies.ranked()
     training = tuple(
         training_in(folder, artifacts.get(f"pretrain/{folder.name}"))
@@ -123,11 +123,14 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     return replace(state, problems=tuple(problems), advice=_advice(run, state))
 
 
-def _with_rejected(run: Run, artifact: ArtifactStatus) -> ArtifactStatus:
+def _with_rejected(run: Run, artifact: ArtifactStatus, problems: list[str]) -> ArtifactStatus:
     """The status of the filter with its decisions, once it has seen all images."""
     try:
         rejected = read_rejected(run)
-    except (SynthgenError, OSError):  # units are missing, which their number shows
+    except MissingArtifact:  # units are missing, which their number shows
+        return artifact
+    except (SynthgenError, OSError) as error:
+        problems.append(str(error))
         return artifact
     notes = {f"rejected by {name}": count for name, count in count_rejected(rejected.values()).items()}
     return replace(artifact, notes=notes, left_out=dict(islice(rejected.items(), FEW)))

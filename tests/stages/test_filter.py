@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,8 +19,9 @@ from synthgen.filters.duplicate import Duplicate, perceptual_hash
 from synthgen.rejected import count_rejected, read_rejected
 from synthgen.run import Run
 from synthgen.runner import run_stage
-from synthgen.stages import make_stage
+from synthgen.stages import Worker, make_stage
 from synthgen.stages.filter import Filter
+from synthgen.stages.shards import Packer, Shards, _layout
 from synthgen.status import status
 from synthgen.status.text import render
 from synthgen.stores.tar import read_tar
@@ -208,6 +210,53 @@ def test_shards_of_a_half_filtered_run_are_refused(tmp_path):
     (run.folder("filter") / "rejected.json").unlink()
     with pytest.raises(MissingArtifact, match=r"the filter of .* has not seen all images; run: synthgen filter"):
         shards_of(run)
+
+
+def test_a_filter_of_other_masks_is_refused(tmp_path):
+    run = make_run(tmp_path / "r")
+    run_filter(run)
+    shutil.rmtree(run.folder("masks"))
+    api.masks(run, min_area=0.01, engine=Local(workers=1))
+    with pytest.raises(
+        StaleArtifact, match=r"the masks of .* are not those that were filtered; delete .*filter"
+    ):
+        shards_of(run)
+    assert any("are not those that were filtered" in problem for problem in status(run).problems)
+
+
+@pytest.mark.parametrize("change", ["unit", "filter"])
+def test_shards_keep_to_the_samples_they_were_started_with(tmp_path, monkeypatch, change):
+    """Whatever is generated or filtered while shards are packed."""
+    run = make_run(tmp_path / "r", units=4, distinct=5)
+    for name in ("images", "masks"):
+        run.tar(name, 3).with_suffix(".json").rename(tmp_path / f"{name}.json")
+    run_filter(run, filters=(Choice("duplicate"),))
+    pack = Packer.pack
+
+    def pack_and_change(self, shard, tick):
+        pack(self, shard, tick)
+        if change == "filter":
+            shutil.rmtree(run.folder("filter"), ignore_errors=True)
+        else:
+            for name in ("images", "masks"):
+                path = tmp_path / f"{name}.json"
+                if path.exists():
+                    path.rename(run.tar(name, 3).with_suffix(".json"))
+
+    monkeypatch.setattr(Packer, "pack", pack_and_change)
+    stage = Shards(val_ratio=0.0, samples_per_shard=2)
+    with run.claim(stage) as claimed:
+        stage = stage.prepare(claimed)
+        layout = stage.layout(claimed)
+        assert sum(map(len, layout)) == 5
+        with stage.open(claimed, Worker()) as work:
+            for unit in stage.plan(claimed):
+                work(unit)
+        _layout.cache_clear()  # as in a worker that starts later
+        assert stage.layout(claimed) == layout
+        if change == "unit":
+            stage.finish(claimed)
+            assert json.loads((run.folder("shards") / "dataset.json").read_text())["rejected"] == {"duplicate": 13}
 
 
 def test_a_run_whose_images_are_all_rejected_has_no_shards(tmp_path):

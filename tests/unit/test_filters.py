@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 
 from synthgen.errors import ConfigError, CorruptFile, MissingWeights
@@ -69,6 +71,17 @@ def test_duplicates_are_those_of_a_comparison_of_every_pair(max_distance):
             else:
                 kept.append(row)
         assert earlier_kept(hashes, max_distance) == expected
+
+
+def test_many_similar_images_take_little_memory():
+    rng = np.random.default_rng(0)
+    flips = np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (4000, 2), np.uint64), axis=1)
+    hashes = np.uint64(0x5555AAAA5555AAAA) ^ flips  # any two differ in 4 bits at most
+    tracemalloc.start()
+    assert earlier_kept(hashes, 4) == dict.fromkeys(range(1, 4000), 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6  # all pairs would be 8 million
 
 
 def test_images_that_are_added_change_no_decision():
@@ -143,9 +156,32 @@ def test_images_that_are_not_square_lose_their_sides(tmp_path):
     assert measure([Candidate(one.request, wide)]) == pytest.approx(measure([one]), abs=1e-3)
 
 
-def test_images_below_the_similarity_are_rejected_and_nan_too():
+def test_images_below_the_similarity_are_rejected_and_those_without_one_too(tmp_path):
     part = Clip(model="any", min_similarity=0.25)
-    assert list(part.reject({"a": 0.3, "b": 0.25, "c": 0.2, "d": float("nan")})) == ["c", "d"]
+    assert list(part.reject({"a": 0.3, "b": 0.25, "c": 0.2, "d": None})) == ["c", "d"]
+    folder = make_clip(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value * np.nan for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert Clip(model=str(folder)).open("cpu")(drawn(1)) == [None]
+
+
+def test_the_figures_depend_on_the_weights_in_a_folder(tmp_path):
+    before = Clip(model=str(make_clip(tmp_path))).inputs()
+    assert list(before) == [f"model.safetensors of {tmp_path}"]
+    assert Clip(model=str(make_clip(tmp_path))).inputs() == before
+    assert Clip(model=str(make_clip(tmp_path, seed=1))).inputs() != before
+    assert Clip(model="no/folder").inputs() == {}
+
+
+def test_models_without_one_image_size_are_refused(tmp_path):
+    make_clip(tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.Siglip2Config(
+        text_config={**shape, "vocab_size": 600}, vision_config={**shape, "patch_size": 8, "num_patches": 16}
+    )
+    transformers.Siglip2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not compare images of one size with texts"):
+        Clip(model=str(tmp_path)).open("cpu")
 
 
 def test_models_that_cannot_judge_are_refused(tmp_path):

@@ -14,7 +14,7 @@ FLOORS = [
     {"progress", "records", "tiny.__init__"},
     {"config", "devices", "image", "log", "mask_shape", "stores", "text", "untrusted"},
     {"registry", "codecs", "prompts", "prompt_copy", "entries", "run", "units", "graphcut", "maxflow"},
-    {"columns", "captions", "tallies", "rejected", "validation"},
+    {"columns", "captions", "tallies", "rejected", "json_types", "validation"},
     {"stages.__init__"},
     {"attention", "models", "augment", "datasets", "mask_controls", "loader", "diffusion"},
     {"backbones", "refiners", "filters", "methods", "evaluators", "engines", "card", "mask_quality"},

@@ -89,15 +89,16 @@ def test_other_programs_tars_are_sound_too(tmp_path):
         (sample(mask_png=encode_png(PIXELS)), "error: a mask.png cannot be decoded"),
         (sample(mask_png=encode_png(LABELS[:8])), "error: a mask.png has another size than its image"),
         (sample(mask_png=encode_png(LABELS + 3)), "error: a mask.png has labels above the number of words"),
-        (sample(txt=b" \n"), "error: a txt is empty"),
+        (sample(txt=b" \n"), "warning: a txt is empty"),
         (sample(txt=b"\xff"), "error: a txt is not UTF-8"),
         (sample(cls=b"disc"), "error: a cls is not a whole number"),
         (sample(json=b"{"), "error: a json is not a JSON object"),
         (sample(json=b"[]"), "error: a json is not a JSON object"),
-        (with_meta(score=1), "error: the json changes its keys or types at 'score'"),
-        (with_meta(more=1), "error: the json changes its keys or types at 'more'"),
-        (with_meta(about={"name": 1}), "error: the json changes its keys or types at 'about.name'"),
-        (with_meta(words=[1]), "error: the json changes its keys or types at 'words'"),
+        (with_meta(score=1), "error: the json changes its keys or types"),
+        (with_meta(more=1), "error: the json changes its keys or types"),
+        (with_meta(about={"name": 1}), "error: the json changes its keys or types"),
+        (with_meta(words=[1]), "error: the json changes its keys or types"),
+        (with_meta(parts=[1, "x"]), "error: a list in the json has items of several types"),
         (with_meta(score=None), "warning: the json has null values"),
         (sample(pyd=b""), "error: members of the types pyd"),
     ],
@@ -128,10 +129,29 @@ def test_problems_between_tars_are_found(tmp_path):
     assert [line.partition(":")[0] for line in found] == ["error"] * 4 + ["warning"]
     text = "\n".join(found)
     assert "different members, which Hugging Face datasets refuses or drops; first in val/000000.tar" in text
-    assert "types at 'score', which tables cannot hold; first in train/000002.tar" in text
+    assert "keys or types, which tables cannot hold; first in train/000002.tar: score" in text
     assert "a key occurs twice, which wids and NeMo Curator refuse; first in val/000000.tar, sample 0000000001" in text
     assert "have gaps, which stops readers of {000000..000009}; first in train: 1" in text
     assert "names of the tars are not one prefix and a number" in text
+
+
+def test_each_kind_of_problem_is_one_finding(tmp_path):
+    write(tmp_path / "000000.tar", *(with_meta(**{f"key{number}": 1}) for number in range(300)))
+    (finding,) = validate_shards(tmp_path).findings
+    assert finding.count == 299
+    assert finding.first == "000000.tar, sample 0000000001: key0"
+
+
+def test_side_files_of_other_programs_are_no_problem(tmp_path):
+    write(tmp_path / "00000.tar", sample(), sample())
+    stats = {"count": 5, "successes": 2, "failed_to_download": 3}  # as img2dataset counts
+    (tmp_path / "00000_stats.json").write_text(json.dumps(stats))
+    for manifest in ({"name": "set", "classes": ["a"]}, {"shards": 3}, {"shards": ["a.tar"]}):
+        (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+        assert not problems(tmp_path)
+    for rows in (None, ["00000.tar"]):
+        (tmp_path / "index.json").write_text(json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": rows}))
+        assert not problems(tmp_path)
 
 
 def test_a_tar_that_ends_early_is_found(copy):
@@ -195,12 +215,12 @@ def test_the_command_fails_on_shards_that_are_not_valid(copy):
     line = [sys.executable, "-m", "synthgen", "validate", str(copy)]
     sound = subprocess.run(line, capture_output=True, text=True)
     assert (sound.returncode, sound.stdout.splitlines()[-1]) == (0, "valid")
-    write(copy / "train" / "000000.tar", sample(txt=b""))
+    write(copy / "train" / "000000.tar", sample(cls=b"x"))
     damaged = subprocess.run([*line, "--json", "--no-decode"], capture_output=True, text=True)
     assert damaged.returncode == 2
     found = json.loads(damaged.stdout)
     assert not found["valid"]
-    assert "a txt is empty, and open_clip drops such samples" in [one["problem"] for one in found["findings"]]
+    assert "a cls is not a whole number" in [one["problem"] for one in found["findings"]]
 
 
 def test_a_folder_without_tars_is_refused(tmp_path):
