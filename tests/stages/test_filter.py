@@ -217,9 +217,7 @@ def test_a_filter_of_other_masks_is_refused(tmp_path):
     run_filter(run)
     shutil.rmtree(run.folder("masks"))
     api.masks(run, min_area=0.01, engine=Local(workers=1))
-    with pytest.raises(
-        StaleArtifact, match=r"the masks of .* are not those that were filtered; delete .*filter"
-    ):
+    with pytest.raises(StaleArtifact, match=r"the masks of .* are not those that were filtered; delete .*filter"):
         shards_of(run)
     assert any("are not those that were filtered" in problem for problem in status(run).problems)
 
