@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from synthgen.devices import place
 from synthgen.progress import Progress
-from synthgen.rejected import FILTER, rejected_in_words
+from synthgen.rejected import FILTER, rejected_summary
 from synthgen.run import Run
 from synthgen.runner import Summary
 from synthgen.stages import Stage
@@ -68,7 +68,7 @@ def say_result(stage: Stage, run: Run) -> None:
         if isinstance(stage, Evaluate):
             print(f"scores: {stage.path(run)}", flush=True)
         elif stage.name == FILTER:
-            print(f"rejected: {rejected_in_words(run)}", flush=True)
+            print(f"rejected: {rejected_summary(run)}", flush=True)
         elif stage.name in _RESULTS:
             print(f"{_RESULTS[stage.name]}: {run.folder(*stage.artifacts())}", flush=True)
 

@@ -11,7 +11,7 @@ from synthgen.stores.tar import write_json
 from synthgen.units import counts_of
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
-__all__ = ["FILTER", "REJECTED", "count_rejected", "read_rejected", "rejected_in_words", "write_rejected"]
+__all__ = ["FILTER", "REJECTED", "count_rejected", "read_rejected", "rejected_summary", "write_rejected"]
 
 FILTER = "filter"  # the artifact and the stage
 REJECTED = "rejected.json"  # in its folder
@@ -70,7 +70,7 @@ def count_rejected(reasons: Iterable[str]) -> dict[str, int]:
     return dict(Counter(reason.partition(":")[0] for reason in reasons).most_common())
 
 
-def rejected_in_words(run: Run) -> str:
+def rejected_summary(run: Run) -> str:
     """How many samples were rejected, in all and by each filter.
 
     Raises:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ __all__ = ["Finding", "Validation", "render", "validate_shards"]
 IMAGES = ("jpg", "jpeg", "png", "webp")
 IGNORED_LABEL = 255  # in masks: pixels without a label
 _CODE = ("pyd", "pickle", "pkl", "pth", "pt")  # members that run code when a reader decodes them
+_DIFFERENT = "samples have different members, which Hugging Face datasets refuses or drops"
 _CHANGED = "the json changes its keys or types, which tables cannot hold"
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError)
 Level = Literal["error", "warning"]
@@ -177,7 +178,7 @@ def _check_sample(tar: _Tar, where: str, members: Mapping[str, bytes], decode: b
     if not tar.keys:
         tar.members = names
     elif names != tar.members:
-        found.add("error", "samples have different members, which Hugging Face datasets refuses or drops", where)
+        found.add("error", _DIFFERENT, where)
     images = [name for name in names if name in IMAGES]
     if len(images) != 1:
         found.add("error", f"a sample has {len(images)} images (members {', '.join(IMAGES)}), not one", where)
@@ -260,7 +261,7 @@ def _compare(tars: list[_Tar], root: Path, result: Validation) -> None:
             continue
         result.members = result.members or tar.members
         if tar.members != result.members:
-            result.add("error", "samples have different members, which Hugging Face datasets refuses or drops", name)
+            result.add("error", _DIFFERENT, name)
         kind, conflict = common_type(kind, tar.type)
         if conflict:
             result.add("error", _CHANGED, f"{name}: {conflict}")
@@ -285,10 +286,11 @@ def _check_names(place: Path, paths: list[Path], root: Path, result: Validation)
         problem = "the names of the tars are not one prefix and a number, so no {000000..000009} covers them"
         result.add("warning", problem, _relative(paths[0], root))
         return
-    numbers = {int(part[2]) for part in parts if part}
-    if missing := set(range(min(numbers), max(numbers))) - numbers:
-        problem = "the numbers of the tars have gaps, which stops readers of {000000..000009}"
-        result.add("error", problem, f"{_relative(place, root)}: {min(missing)}", len(missing))
+    numbers = sorted(int(part[2]) for part in parts if part)
+    for before, after in pairwise(numbers):
+        if after > before + 1:
+            problem = "the numbers of the tars have gaps, which stops readers of {000000..000009}"
+            result.add("error", problem, f"{_relative(place, root)}: {before + 1}", after - before - 1)
 
 
 def _check_marks(place: Path, counts: Mapping[str, int], root: Path, result: Validation) -> None:

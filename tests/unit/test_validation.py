@@ -135,6 +135,13 @@ def test_problems_between_tars_are_found(tmp_path):
     assert "names of the tars are not one prefix and a number" in text
 
 
+def test_gaps_are_counted_and_not_listed(tmp_path):
+    for number, name in enumerate(("20250101000000", "20260101000000")):
+        write(tmp_path / f"{name}.tar", sample(), start=number)
+    (finding,) = validate_shards(tmp_path).findings
+    assert (finding.count, finding.first) == (9_999_999_999, f"{tmp_path.name}: 20250101000001")
+
+
 def test_each_kind_of_problem_is_one_finding(tmp_path):
     write(tmp_path / "000000.tar", *(with_meta(**{f"key{number}": 1}) for number in range(300)))
     (finding,) = validate_shards(tmp_path).findings
