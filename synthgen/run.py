@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "digest", "versions"]
 
-_OWN = ("masks", "filter", "shards", "pretrain")  # artifacts with the name of their stage
-_MADE_BY = {"images": "generate", "maps": "generate"} | dict(zip(_OWN, _OWN, strict=True))  # in this order
+_ORDER = ("images", "maps", "masks", "filter", "shards", "pretrain")  # of artifacts
+_MADE_BY = {"images": "generate", "maps": "generate"}  # others have the name of their stage
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Run:
         """
         files = (*self.path.glob(f"*/{SETTINGS}"), *self.path.glob(f"*/*/{SETTINGS}"))
         names = [file.parent.relative_to(self.path).as_posix() for file in files]
-        places = {name: place for place, name in enumerate(_MADE_BY)}
+        places = {name: place for place, name in enumerate(_ORDER)}
         names.sort(key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
         entries = {name: self.find_artifact(name) for name in names}
         return {"seed": self.seed, "artifacts": {name: entry for name, entry in entries.items() if entry is not None}}
@@ -154,7 +154,8 @@ class Run:
 
     def missing_artifact(self, name: str) -> MissingArtifact:
         """The error for an artifact that has not been made; names the stage to run first."""
-        stage = _MADE_BY.get(name.partition("/")[0], name)
+        stage, *_ = name.split("/")
+        stage = _MADE_BY.get(stage, stage)
         prompts = "--prompts FILE " if stage == "generate" else ""
         command = f"synthgen {stage} {prompts}--run {shlex.quote(str(self.path))}"
         return MissingArtifact(f"{self.path} has no {name} yet; first run: {command}")

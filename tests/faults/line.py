@@ -22,6 +22,7 @@ engine: {workers: 1}
 stages:
   generate: {prompts: ../prompts.txt, images_per_prompt: 3, unit_size: 3, backbone: {name: tiny, num_steps: 2}}
   masks: {refine: attentioncut}
+  filter: {filters: [blank, duplicate]}
   shards: {samples_per_shard: 3, val_ratio: 0.3}
   pretrain:
     {method: mae, encoder: {name: micro, dim: 32, depth: 2}, epochs: 8, batch_size: 4, save_every: 2, log_every: 1,
@@ -54,6 +55,7 @@ LINES = {
         {
             "generate": ("images", "maps"),
             "masks": ("masks",),
+            "filter": ("filter",),
             "shards": ("shards",),
             "pretrain": ("pretrain/mae",),
             "evaluate": (),
@@ -90,6 +92,7 @@ def sums(run: Path) -> dict[str, str]:
     kept = (
         "**/*.tar",
         "**/*.parquet",
+        "filter/rejected.json",
         "shards/*.json",
         "shards/README.md",
         "shards/*/sizes.json",

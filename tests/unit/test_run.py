@@ -673,3 +673,12 @@ def test_of_commands_with_other_settings_at_the_same_moment_one_is_heard(tmp_pat
     assert {run.mark("numbers", unit)["fingerprint"] for unit in run.units("numbers")} == {
         run.artifact("numbers")["fingerprint"]
     }
+
+
+@pytest.mark.parametrize(
+    ("artifact", "command"),
+    [("maps", "generate --prompts FILE"), ("masks", "masks"), ("filter", "filter"), ("pretrain/mae", "pretrain")],
+)
+def test_a_missing_artifact_names_the_stage_that_makes_it(tmp_path, artifact, command):
+    run = Run.create(tmp_path / "r")
+    assert str(run.missing_artifact(artifact)).endswith(f"first run: synthgen {command} --run {run.path}")

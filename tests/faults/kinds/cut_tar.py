@@ -13,6 +13,7 @@ PLACES = (
     Place("made", "masks", "images/*.tar"),
     Place("made", "masks", "maps/*.tar"),
     Place("made", "shards", "images/*.tar"),
+    Place("made", "filter", "images/*.tar"),
     Place("made", "shards", "masks/*.tar"),
     Place("made", "pretrain", "shards/train/*.tar"),
     Place("made", "pretrain", CHECKPOINTS),

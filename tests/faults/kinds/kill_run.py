@@ -11,6 +11,7 @@ PLACES = (
     Place("made", "generate"),
     Place("given", "attend"),
     Place("made", "masks"),
+    Place("made", "filter"),
     Place("made", "shards"),
     Place("made", "pretrain"),
     Place("made", "evaluate"),
