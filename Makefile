@@ -28,7 +28,7 @@ shards: $(if $(FOUND),,$(STAMP)) ## training tars of RUN (runs/latest)
 test: $(STAMP)   ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-slow: $(STAMP)   ## the tests that take more than 20 seconds each
+slow: $(STAMP)   ## the slower tests, minutes in all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 ray: $(STAMP)    ## the tests of the Ray engine, with a machine lost in the middle (installs ray)

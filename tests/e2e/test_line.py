@@ -12,6 +12,7 @@ import pytest
 
 LINE = """
 run: {run}
+engine: {{workers: 1}}
 stages:
   generate: {{prompts: {prompts}, images_per_prompt: 6, unit_size: 12, backbone: {{name: tiny, num_steps: 4}}}}
   masks: {{refine: {{name: attentioncut}}}}

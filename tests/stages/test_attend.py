@@ -291,6 +291,7 @@ def test_shards_of_our_own_are_images_with_captions(settings, tmp_path):
 # -- again, on two workers, and after a kill
 
 
+@pytest.mark.slow  # as of generate, in test_generate
 def test_two_workers_give_the_same_bytes(finished, settings, tmp_path):
     run = Run.create(tmp_path / "r")
     api.attend(run, engine=Local(workers=2), **settings)

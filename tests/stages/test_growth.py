@@ -218,12 +218,14 @@ def test_a_killed_command_goes_on(six: Run, given: dict[str, Any], tmp_path: Pat
     assert sums(six, "images", "maps") == sums(once, "images", "maps")
 
 
+@pytest.mark.slow  # two workers are those of test_generate, growth that of the tests above
 def test_two_workers_at_a_run_that_grows(six: Run, nine: Run, given: dict[str, Any]) -> None:
     api.generate(six, engine=Local(workers=2), **given, images_per_prompt=3)
     api.masks(six, engine=Local(workers=2))
     assert sums(six) == sums(nine)
 
 
+@pytest.mark.slow
 def test_two_commands_with_different_limits(nine: Run, given: dict[str, Any], tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r")
     command = [

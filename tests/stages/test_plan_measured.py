@@ -97,6 +97,7 @@ def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
     assert (left["generate"], left["masks"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_images_that_exist_are_planned_as_they_are_then_attended(tmp_path, temporary):
     write_truth_of(tmp_path / "tars", 14)
     stages = {

@@ -30,7 +30,9 @@ def test_full_sizes_have_the_published_numbers_of_parameters(capture, size):
     assert total == pytest.approx(PARAMETERS[size], rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "family", ["sd", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))]
+)
 def test_it_runs_and_can_be_reported(capture, family, tmp_path):
     figures = capture.main(["--size", "tiny", "--family", family, "--steps", "1", "--repeat", "1"])
     record = json.loads((tmp_path / "results" / "capture-cpu.json").read_text(encoding="utf-8"))

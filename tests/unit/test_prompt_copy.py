@@ -60,7 +60,7 @@ def test_as_many_prompts_as_one_block_or_fewer(tmp_path):
 
 
 def test_of_many_prompts_few_are_in_memory(tmp_path):
-    path, count = tmp_path / "p.txt", 20_000
+    path, count = tmp_path / "p.txt", 8_000
     path.write_text("".join(f"a [golden retriever] beside a [house number {number}]\n" for number in range(count)))
     tracemalloc.start()
     content = content_of(iter_prompts(path))

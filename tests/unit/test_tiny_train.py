@@ -43,7 +43,7 @@ def job(data: Path, out: Path, preset: str, steps: int) -> train.Job:
     return train.Job(data, out, Budget(steps=steps), replace(chosen, device="cpu", compile=False, **parts))
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+@pytest.mark.parametrize("preset", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_every_part_trains_and_the_pipeline_generates(
     preset: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
