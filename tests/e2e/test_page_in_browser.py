@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from synthgen import codecs
+from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import UnitsFailed
 from synthgen.run import Run
 from synthgen.runner import run_stage
+from synthgen.stages.filter import Filter
 from synthgen.stages.masks import Masks
 from synthgen.viewers.page import write_page
 from tests.factories import TrueMasks, make_run
@@ -291,6 +293,19 @@ def test_the_head_tells_counts_timings_and_failures(page: Page, tmp_path) -> Non
     page.hover(page.one(".word.lost", card))
     page.until(lambda: "dropped: too small: covers" in card.text)
     assert not page.pixels(page.one("canvas[data-kind=after]", card))[..., 3].any()
+
+
+def test_the_filter_stands_between_masks_and_shards(page: Page, tmp_path) -> None:
+    run = make_run(tmp_path / "run", distinct=5)
+    names = ["generate", "masks", "filter", "shards", "pretrain", "evaluate"]
+    page.open(run)
+    assert [stage.text.split()[0] for stage in page.all(".stage")] == [name for name in names if name != "filter"]
+    run_stage(Filter(filters=(Choice("duplicate"),)), run, Local(workers=1))
+    page.open(run)
+    stages = [stage.text.split() for stage in page.all(".stage")]
+    assert [stage[0] for stage in stages] == names
+    page.one('#only option[value="warned"]').click()
+    page.until(lambda: sum(card.is_displayed() for card in page.all(".card")) == 7)
 
 
 def test_words_that_were_cut_off_are_counted_apart_from_dropped_masks(page: Page, tmp_path) -> None:
