@@ -14,7 +14,9 @@ from PIL import Image
 
 from synthgen import codecs
 from synthgen.captions import read_listing
+from synthgen.config import Choice
 from synthgen.datasets import CaptionedFolder, FolderDataset, ShardDataset, open_masks
+from synthgen.engines.local import Local
 from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
@@ -22,10 +24,14 @@ from synthgen.pipeline import read_pipeline
 from synthgen.prompt_copy import content_of, keep_copy, open_copy
 from synthgen.prompts import read_prompts
 from synthgen.records import Prompt
+from synthgen.rejected import read_rejected
 from synthgen.run import Run
+from synthgen.runner import run_stage
+from synthgen.stages.filter import Filter
 from synthgen.status import status
 from synthgen.status.text import render
 from synthgen.stores.tar import TarWriter, read_tar
+from synthgen.validation import validate_shards
 from synthgen.viewers.page import write_page
 from tests.factories import make_generation, make_run
 
@@ -114,6 +120,17 @@ def copied_prompts() -> list[Prompt]:
     return [make_generation(words=words)[0].request.prompt for words in (("disc",), ("disc", "square"))]
 
 
+def validated(path: Path) -> None:
+    """A folder of tars of any program, with what describes them."""
+    validate_shards(path.parent).plain()
+
+
+def rejected(path: Path) -> None:
+    """What a filter rejected, as shards and exports read it, and as ``status`` and ``view`` show it."""
+    run(path)
+    read_rejected(Run.open(path.parents[1]))
+
+
 def run(path: Path) -> None:
     """A run as ``status`` and ``view`` see it, and its next stage."""
     box = next(folder for folder in path.parents if (folder / "run.yaml").exists())
@@ -132,6 +149,8 @@ READERS = (
     Reader("pipeline", "in/p.yaml", "yaml", read_pipeline),
     Reader("shards", "in/000000.tar", "tar", shards),
     Reader("column", "in/000000.tar", "tar", column),
+    Reader("validated tar", "set/000000.tar", "tar", validated),
+    Reader("validated json", "set/dataset.json", "json", validated),
     Reader("maps", "in/maps.npz", "npz", maps),
     Reader("masks", "in/masks.npz", "npz", masks),
     Reader("meta", "in/a.json", "json", meta),
@@ -149,6 +168,7 @@ READERS = (
     Reader("failure", "run/masks/000001.failed.json", "json", run),
     Reader("dataset.json", "run/shards/dataset.json", "json", run),
     Reader("scores", "run/evaluate/a.json", "json", run),
+    Reader("rejected.json", "run/filter/rejected.json", "json", rejected),
     Reader("masks.tar", "run/masks/000000.tar", "tar", run),
     Reader("encoder", "encoder/config.json", "json", load_encoder_beside := lambda path: load_encoder(path.parent)),
     Reader("weights", "encoder/encoder.safetensors", "safetensors", load_encoder_beside),
@@ -157,10 +177,11 @@ READERS = (
 
 def prepare(box: Path) -> None:
     """Fill an empty folder with a valid file for every reader, and tell the readers of them."""
-    for folder in ("in", "pictures", "encoder", "copy"):
+    for folder in ("in", "pictures", "encoder", "copy", "set"):
         (box / folder).mkdir(parents=True)
     keep_copy(box / "copy", prompts := copied_prompts(), content_of(prompts))
     one = make_run(box / "run", units=1, unit_size=2, image_size=16)
+    run_stage(Filter(filters=(Choice("duplicate"),)), one, Local(workers=1))
     for name in ("shards", "evaluate"):
         one.folder(name).mkdir()
     generations = [make_generation(f"{number:010d}", size=16)[0] for number in range(2)]
@@ -195,6 +216,7 @@ def prepare(box: Path) -> None:
             b'{"images": [{"id": 1, "file_name": "a.png"}],'
             b' "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}'
         ],
+        "validated json": [b'{"shards": [{"file": "000000.tar", "samples": 2}]}'],
         "failure": [b'{"unit": 1, "error": "no space", "trace": ""}'],
         "dataset.json": [
             b'{"shards": [{"file": "train/000000.tar", "bytes": 10}], "splits": {"train": {"samples": 2}}}'
@@ -221,6 +243,7 @@ def prepare(box: Path) -> None:
     packed = codecs.encode_masks(codecs.WordMasks(("disc",), truth, np.ones(1, np.float32), ("",)))
     binary = {
         "shards": [(box / "x.tar").read_bytes()],
+        "validated tar": [(box / "x.tar").read_bytes()],
         "column": [(box / "y.tar").read_bytes()],
         "maps": [codecs.encode_maps(generations[0].maps)["maps.npz"]],
         "masks": [packed["masks.npz"]],
@@ -228,6 +251,7 @@ def prepare(box: Path) -> None:
         "jpeg": [encode_jpeg(generations[0].image)],
         "webp": [webp.getvalue()],
     }
+    (box / "set" / "000000.tar").write_bytes((box / "x.tar").read_bytes())
     for name in ("x.tar", "y.tar"):
         (box / name).unlink()
     for reader in READERS:
