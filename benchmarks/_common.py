@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from synthgen.devices import cpu_name
 from synthgen.records import AFFINITY_OFFSETS, Generation, Maps, Request
 
 __all__ = ["commit", "draw_generation", "iou", "machine", "make_parser", "rounds", "write_result"]
@@ -90,7 +91,7 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
 def machine() -> dict[str, Any]:
     """The processor, the system, and the versions of Python and of the numeric libraries."""
     found: dict[str, Any] = {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # includes other programs
         "platform": f"{platform.system()} {platform.machine()}",
@@ -102,17 +103,6 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def cpu_model() -> str:
-    """The name of the processor, if the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

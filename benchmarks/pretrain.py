@@ -5,6 +5,8 @@ A step is forward, backward, and the fused AdamW that both use by default on a C
 encoder, decoder, loss, number of hidden patches (a test checks that the losses are equal) and batch:
 
 * ``synthgen``, and ``synthgen, guided``, whose masks say which patches to hide first.
+* ``synthgen, nn.Linear``, in 32 bits: with torch's linear layers in place of ours, which differ on processors of other
+  makers than Intel.
 * ``transformers``, with torch's fused attention, its default.
 * ``transformers, eager``, with attention written out, which in bfloat16 on a CPU is faster; there synthgen does so by
   default.
@@ -25,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ import numpy as np
 import torch
 from _common import make_parser, rounds, write_result
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
@@ -45,6 +48,7 @@ from synthgen.image import encode_jpeg, encode_png
 from synthgen.loader import Batch, Order, loader
 from synthgen.methods import METHODS
 from synthgen.models.layers import Block
+from synthgen.models.linear import Linear
 from synthgen.models.vit import VisionTransformer, encoder_config
 from synthgen.run import Run
 from synthgen.stores.tar import TarWriter
@@ -126,21 +130,19 @@ def contenders(case: str, batch: Batch, *, bf16: bool = False, compiled: bool = 
         model: Any = ViTMAEForPreTraining(vitmae_config).to(DEVICE)
         return make_step(model, lambda: model(batch.images).loss, bf16=bf16, compiled=compiled)
 
-    def ours(share: float) -> Step:
+    def ours(share: float = 0.0, *, torch_linear: bool = False) -> Step:
         options = {"foreground_share": share, "decoder_dim": dim, "decoder_depth": depth}
         method = METHODS.build(Choice("mae", options), encoder=VisionTransformer(config)).to(DEVICE)
+        for part in method.modules():
+            if torch_linear and isinstance(part, Linear):
+                part.forward = partial(nn.Linear.forward, part)  # type: ignore[method-assign]
         return make_step(method, lambda: method(batch, 1.0).loss, bf16=bf16, compiled=compiled)
 
-    steps = {
-        "synthgen": ours(0.0),
-        "synthgen, guided": ours(0.5),
-        "transformers": theirs("sdpa"),
-    }
     if compiled:  # each contender takes minutes to compile, and guidance does not change the blocks
-        del steps["synthgen, guided"]
-    else:
-        steps["transformers, eager"] = theirs("eager")
-    return steps
+        return {"synthgen": ours(), "transformers": theirs("sdpa")}
+    others = {} if bf16 else {"synthgen, nn.Linear": ours(torch_linear=True)}
+    both = {"transformers": theirs("sdpa"), "transformers, eager": theirs("eager")}
+    return {"synthgen": ours(), "synthgen, guided": ours(0.5)} | others | both
 
 
 def measure(case: str, tar: Path, *, bf16: bool = False, compiled: bool = False) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""The devices of this machine, and the rank of this process among those of a launcher."""
+"""The processor and the devices of this machine, and the rank of this process among those of a launcher."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from synthgen.errors import ConfigError
@@ -11,7 +15,7 @@ from synthgen.errors import ConfigError
 if TYPE_CHECKING:
     from synthgen.stages import Stage
 
-__all__ = ["Place", "devices_for", "place"]
+__all__ = ["Place", "cpu_name", "devices_for", "has_intel_cpu", "place"]
 
 #: Environment variables that launchers set: accelerate and torchrun, then the common MPIs.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -61,3 +65,22 @@ def devices_for(stage: Stage) -> list[str]:
     if torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["mps"] if torch.backends.mps.is_available() else cores
+
+
+def cpu_name() -> str:
+    """The model of this machine's processor, as far as the system tells it."""
+    model = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def has_intel_cpu() -> bool:
+    """Whether the processor says that Intel made it."""
+    return "GenuineIntel" in (_cpuinfo() or platform.processor())
+
+
+@cache
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

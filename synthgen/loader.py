@@ -133,9 +133,11 @@ def collate(
     samples: Sequence[Sample], mean: Sequence[float], std: Sequence[float], seeds: Sequence[int] | None = None
 ) -> Batch:
     """Stack samples of one size; pixels become (pixels / 255 - mean) / std, and seeds are 0, 1, ... by default."""
-    pixels = torch.from_numpy(np.stack([sample.image for sample in samples]))
+    pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).float()
     offset, scale = torch.tensor(mean) * 255, torch.tensor(std) * 255
-    images = ((pixels.float() - offset) / scale).permute(0, 3, 1, 2)  # channels last in memory, which suits patches
+    width = pixels.shape[2]
+    pixels.view(-1, 3 * width).sub_(offset.repeat(width)).div_(scale.repeat(width))  # by rows: three numbers are slow
+    images = pixels.permute(0, 3, 1, 2)  # channels last in memory, which suits patches
     with_masks = [len(sample.words) for sample in samples if sample.label_map is not None]
     masks = torch.zeros(len(samples), max(with_masks, default=0), *images.shape[2:], dtype=torch.bool)
     for row, sample in enumerate(samples):

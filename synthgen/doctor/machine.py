@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from synthgen.devices import cpu_name
 from synthgen.errors import SynthgenError, one_line
 from synthgen.redact import redact
 from synthgen.stores import parse_location
@@ -66,7 +66,7 @@ def devices(problems: list[str]) -> tuple[Device, ...]:
     """The devices of this machine, the CPU first."""
     import torch
 
-    found = [Device("cpu", _cpu(), os.cpu_count(), None, None, bfloat16=True)]
+    found = [Device("cpu", cpu_name(), os.cpu_count(), None, None, bfloat16=True)]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = f"cuda:{index}"
         try:
@@ -82,15 +82,6 @@ def devices(problems: list[str]) -> tuple[Device, ...]:
         newer = torch.backends.mps.is_macos_or_newer(14, 0)
         found.append(Device("mps", "Apple GPU", None, total, free, bfloat16=newer))
     return tuple(found)
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def default_workers() -> DefaultWorkers:

@@ -20,6 +20,7 @@ from synthgen.errors import ConfigError
 from synthgen.evaluators import LabelledFeatureMaps, Latents
 from synthgen.evaluators._bootstrap import accuracy_over_seeds
 from synthgen.evaluators._heads import fit
+from synthgen.models.linear import Linear
 
 __all__ = ["LARGEST", "AttentiveHead", "AttentiveSettings"]
 
@@ -50,9 +51,9 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
+        self.mlp = nn.Sequential(Linear(width, mlp_ratio * width), nn.GELU(), Linear(mlp_ratio * width, width))
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Tokens after attention and the MLP."""
@@ -89,7 +90,7 @@ class AttentiveHead(nn.Module):
         self.tokenizers = nn.ModuleList(Tokenizer(shape, width) for shape in shapes)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.Sequential(*(Block(width, num_heads, mlp_ratio) for _ in range(depth)))
-        self.classify = nn.Linear(timesteps * width, num_classes)
+        self.classify = Linear(timesteps * width, num_classes)
 
     def forward(self, maps: Sequence[Float[Tensor, "b t _ _ _"]]) -> Float[Tensor, "b k"]:
         """Class scores; attention mixes the blocks of a timestep, and only the last linear layer mixes timesteps."""

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from synthgen.config import check_range
 from synthgen.loader import Batch
@@ -18,6 +18,7 @@ from synthgen.methods._hiding import coverage
 from synthgen.methods._pixels import pixel_range, pixel_target, to_pixels
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Block, attend, patchify, unpatchify
+from synthgen.models.linear import Linear
 from synthgen.models.patch_denoiser import PatchDenoiser
 from synthgen.models.vit import VisionTransformer
 
@@ -72,7 +73,7 @@ class DARL(Method):
         self.decoder = (
             PatchDenoiser(encoder, tell_gamma=tell_gamma)
             if head == "denoise"
-            else nn.Linear(config.dim, 3 * config.patch_size**2)
+            else Linear(config.dim, 3 * config.patch_size**2)
         )
         self.head, self.beta_a, self.norm_pixels = head, beta_a, norm_pixels
         self.foreground_weight = foreground_weight

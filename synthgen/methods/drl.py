@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from synthgen.augment import Augment
 from synthgen.config import check_range
@@ -17,6 +17,7 @@ from synthgen.methods import Method, StepOutput
 from synthgen.methods._pixels import to_pixels
 from synthgen.models.draws import normal, uniform
 from synthgen.models.layers import Modulation, initialize
+from synthgen.models.linear import Linear
 from synthgen.models.score import LevelEmbedding, ScoreNetwork
 from synthgen.models.vit import VisionTransformer
 
@@ -87,7 +88,7 @@ class DRL(Method):
         self.encoder = encoder
         self.level = LevelEmbedding(config.dim) if time_dependent else None
         self.change = Modulation(config.dim, parts=2) if time_dependent else None
-        self.head = nn.Linear(config.dim, (1 + variational) * code_dim).apply(initialize)
+        self.head = Linear(config.dim, (1 + variational) * code_dim).apply(initialize)
         self.score = ScoreNetwork(self.denoised_size, code_dim=code_dim, width=score_width)
 
     @property

@@ -18,6 +18,7 @@ from synthgen.methods._processes import gather, world_size
 from synthgen.models.codebook import Codebook
 from synthgen.models.draws import uniform
 from synthgen.models.layers import Block, attend, initialize, patchify, split_heads, take
+from synthgen.models.linear import Linear, linear
 from synthgen.models.transformers_encoder import encoder_folder, is_tower, load_tower, open_encoder
 from synthgen.models.vit import Encoder, EncoderConfig, VisionTransformer
 
@@ -80,7 +81,7 @@ class MaPeT(Method):
         self.codebook = Codebook(dim, num_tokens, whiten=self.tokenizer is None)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.head = nn.Linear(config.dim, num_tokens)
+        self.head = Linear(config.dim, num_tokens)
         initialize(self.head)
         attn_mask = attention_mask(form, 1 + self.num_given, 1 + config.grid**2)
         used = attn_mask.any(0)  # M in pim, and the targets' content in mim, are keys of no token and left out
@@ -185,8 +186,8 @@ def cross_attend(
     """A plain block in which the tokens ``x`` attend to those of ``content`` where ``attn_mask`` is true."""
     d, heads = x.shape[2], block.attn.num_heads
     weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
-    q = F.linear(block.norm1(x), weight[:d], bias[:d])
-    k, v = F.linear(block.norm1(content), weight[d:], bias[d:]).chunk(2, dim=2)
+    q = linear(block.norm1(x), weight[:d], bias[:d])
+    k, v = linear(block.norm1(content), weight[d:], bias[d:]).chunk(2, dim=2)
     q, k, v = (split_heads(part, heads) for part in (q, k, v))
     x = x + block.attn.proj(attend(q, k, v, attn_mask[None, None]).transpose(1, 2).flatten(2))
     y: Tensor = x + block.mlp(block.norm2(x))

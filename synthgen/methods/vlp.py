@@ -24,6 +24,7 @@ from synthgen.methods._regions import number_of, pool, regions
 from synthgen.models.draws import uniform
 from synthgen.models.dual import DualEncoder, save_dual_encoder
 from synthgen.models.layers import initialize
+from synthgen.models.linear import Linear
 from synthgen.models.text import ImageReader, TextConfig, TextEncoder, TextTokenizer, first_words
 from synthgen.models.vit import VisionTransformer
 
@@ -104,9 +105,9 @@ class VLP(Method):
                 max_words=max_words,
             )
         )
-        self.image_head, self.text_head = nn.Linear(config.dim, embed_dim), nn.Linear(config.dim, embed_dim)
+        self.image_head, self.text_head = Linear(config.dim, embed_dim), Linear(config.dim, embed_dim)
         self.reader = ImageReader(config.dim, config.num_heads, reader_depth or max(1, config.depth // 2))
-        self.match_head = nn.Linear(config.dim, 2)
+        self.match_head = Linear(config.dim, 2)
         for head in (self.image_head, self.text_head, self.match_head):
             head.apply(initialize)
         self.temperature = nn.Parameter(torch.tensor(temperature))

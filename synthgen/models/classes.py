@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from synthgen.errors import ConfigError, UnknownName
 from synthgen.models.layers import initialize
+from synthgen.models.linear import Linear
 from synthgen.untrusted import read_json
 
 __all__ = ["ClassEmbedding"]
@@ -34,7 +35,7 @@ class ClassEmbedding(nn.Module):
     def __init__(self, dim: int, *, deep: bool = False) -> None:
         super().__init__()
         self.dim, self.deep = dim, deep
-        self.mix = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)) if deep else nn.Identity()
+        self.mix = nn.Sequential(Linear(dim, 2 * dim), nn.SiLU(), Linear(2 * dim, dim)) if deep else nn.Identity()
         self.mix.apply(initialize)
         self._take(())
 

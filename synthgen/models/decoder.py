@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from synthgen.config import check_range
 from synthgen.models.layers import EVERY, HEAD_DIM, Block, Modulation, check_decoder, initialize, sincos_positions
+from synthgen.models.linear import Linear
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["NoiseDecoder", "PixelDecoder"]
@@ -31,12 +32,12 @@ class PixelDecoder(nn.Module):
         super().__init__()
         check_decoder(dim, depth)
         config = encoder.config
-        self.embed = nn.Linear(config.dim, dim)
+        self.embed = Linear(config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predict = nn.Linear(dim, 3 * config.patch_size**2)
+        self.predict = Linear(dim, 3 * config.patch_size**2)
         self.apply(initialize)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -78,7 +79,7 @@ class NoiseDecoder(nn.Module):
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, config.num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predict = nn.Linear(dim, 2 * 3 * config.patch_size**2)
+        self.predict = Linear(dim, 2 * 3 * config.patch_size**2)
         self.apply(initialize)
         nn.init.normal_(self.mask_token, std=0.02)
         self.changes = nn.ModuleList(Modulation(dim) for _ in range(depth))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, one_line
+from synthgen.models.linear import Linear
 from synthgen.models.text import TextConfig, TextEncoder, TextTokenizer, first_words
 from synthgen.models.vit import VisionTransformer, check_size, load_encoder
 from synthgen.stores import parse_location
@@ -90,8 +91,8 @@ def load_dual_encoder(folder: str | Path) -> DualEncoder:
         dual = DualEncoder(
             encoder,
             TextEncoder(config),
-            nn.Linear(encoder.config.dim, config.embed_dim),
-            nn.Linear(config.dim, config.embed_dim),
+            Linear(encoder.config.dim, config.embed_dim),
+            Linear(config.dim, config.embed_dim),
             TextTokenizer(folder / "tokenizer.json", config.max_tokens),
         )
         tensors = load_file(folder / "text.safetensors")

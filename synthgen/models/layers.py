@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from synthgen.models.linear import Linear
+
 __all__ = [
     "EVERY",
     "HEAD_DIM",
@@ -38,8 +40,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "b n d"], key_mask: Bool[Tensor, "b n"] | None = None, queries: slice = EVERY
@@ -63,9 +65,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b t d"], context: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
         """Every token of ``x`` attends to every token of ``context``."""
@@ -104,8 +106,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The layers applied to each token by itself."""
@@ -188,9 +190,9 @@ class Projector(nn.Sequential):
         inner = [
             layer
             for before, after in itertools.pairwise(widths)
-            for layer in (nn.Linear(before, after), nn.LayerNorm(after, eps=1e-6), nn.ReLU())
+            for layer in (Linear(before, after), nn.LayerNorm(after, eps=1e-6), nn.ReLU())
         ]
-        super().__init__(*inner, nn.Linear(widths[-1], out_dim))
+        super().__init__(*inner, Linear(widths[-1], out_dim))
         self.apply(initialize)
 
 
@@ -200,7 +202,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.fc1, self.fc2 = Linear(dim, 2 * dim), Linear(2 * dim, dim)
         self.apply(initialize)
 
     def forward(self, times: Int[Tensor, " b"], condition: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b d"]:
@@ -222,7 +224,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, parts: int = 6) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(dim, parts * dim)
+        self.linear = Linear(dim, parts * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

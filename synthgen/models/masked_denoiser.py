@@ -22,6 +22,7 @@ from synthgen.models.layers import (
     sincos_positions,
     split_heads,
 )
+from synthgen.models.linear import Linear
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["DecoderKind", "MaskedDenoiser"]
@@ -37,8 +38,8 @@ class _LinkedBlock(nn.Module):
         self.num_heads = num_heads
         self.own = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)) if self_attention else None
         self.norm_cross = nn.LayerNorm(dim, eps=1e-6)
-        self.q = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
@@ -72,12 +73,12 @@ class MaskedDenoiser(nn.Module):
         config, heads = encoder.config, dim // HEAD_DIM
         last = config.depth
         self.joint = kind == "joint"
-        self.embed = nn.Linear(3 * config.patch_size**2, dim)
+        self.embed = Linear(3 * config.patch_size**2, dim)
         self.time = TimeEmbedding(dim)
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
         if self.joint:
             self.links = [last]
-            self.readers = nn.ModuleList([nn.Linear(config.dim, dim)])
+            self.readers = nn.ModuleList([Linear(config.dim, dim)])
             self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         else:
             own = kind == "cross-self"
@@ -85,13 +86,13 @@ class MaskedDenoiser(nn.Module):
             self.readers = nn.ModuleList(
                 nn.Sequential(
                     nn.Identity() if link == last else nn.LayerNorm(config.dim, eps=1e-6),  # the encoder has its own
-                    nn.Linear(config.dim, 2 * dim),
+                    Linear(config.dim, 2 * dim),
                 )
                 for link in self.links
             )
             self.blocks = nn.ModuleList(_LinkedBlock(dim, heads, self_attention=own) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predict = nn.Linear(dim, 3 * config.patch_size**2)
+        self.predict = Linear(dim, 3 * config.patch_size**2)
         self.apply(initialize)
 
     def read(self, layers: Sequence[Float[Tensor, "b t d"]], visible: Int[Tensor, "b v"]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synthgen.models.layers import EVERY, HEAD_DIM, Block, Modulation, check_decoder, initialize, sincos_positions
+from synthgen.models.linear import Linear
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["NarrowDecoder"]
@@ -29,11 +30,11 @@ class NarrowDecoder(nn.Module):
         config = encoder.config
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, config.grid), persistent=False)
-        self.bridge = nn.Linear(config.dim, dim)
-        self.time = nn.Linear(config.dim, dim)
+        self.bridge = Linear(config.dim, dim)
+        self.time = Linear(config.dim, dim)
         self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.predict = nn.Linear(dim, 3 * config.patch_size**2)
+        self.predict = Linear(dim, 3 * config.patch_size**2)
         self.apply(initialize)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.predict.weight, std=0.02)

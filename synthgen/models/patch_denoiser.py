@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from synthgen.models.layers import Block, TimeEmbedding, initialize
+from synthgen.models.linear import Linear
 from synthgen.models.vit import VisionTransformer
 
 __all__ = ["PatchDenoiser"]
@@ -24,11 +25,11 @@ class PatchDenoiser(nn.Module):
     def __init__(self, encoder: VisionTransformer, *, tell_gamma: bool) -> None:
         super().__init__()
         dim, size = encoder.config.dim, 3 * encoder.config.patch_size**2
-        self.context = nn.Linear(dim, dim)
-        self.embed = nn.Linear(size, dim)
+        self.context = Linear(dim, dim)
+        self.embed = Linear(size, dim)
         self.block = Block(dim, encoder.config.num_heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predict = nn.Linear(dim, size)
+        self.predict = Linear(dim, size)
         self.apply(initialize)
         self.level = TimeEmbedding(dim) if tell_gamma else None
 

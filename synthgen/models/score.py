@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from synthgen.models.linear import Linear
+
 __all__ = ["LevelEmbedding", "ResidualBlock", "ScoreNetwork"]
 
 LEVELS = 4
@@ -20,7 +22,7 @@ class LevelEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.layers = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """Frequencies rise from 1/4 to 16 radians per unit of ln sigma."""
@@ -36,7 +38,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int, out_dim: int, condition_dim: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = _norm(dim), nn.Conv2d(dim, out_dim, 3, padding=1)
-        self.tell = nn.Linear(condition_dim, out_dim)
+        self.tell = Linear(condition_dim, out_dim)
         self.norm2, self.conv2 = _norm(out_dim), nn.Conv2d(out_dim, out_dim, 3, padding=1)
         self.skip = nn.Identity() if dim == out_dim else nn.Conv2d(dim, out_dim, 1)
 
@@ -60,18 +62,18 @@ class ScoreNetwork(nn.Module):
         wide, condition_dim = 2 * width, 8 * width
         lowest = math.ceil(size / 2 ** (LEVELS - 1))
         dims = [width, *[wide] * (LEVELS - 1)]
-        self.level, self.code = LevelEmbedding(condition_dim // 2), nn.Linear(code_dim, condition_dim // 2)
+        self.level, self.code = LevelEmbedding(condition_dim // 2), Linear(code_dim, condition_dim // 2)
         self.enter = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList(
             ResidualBlock(*pair, condition_dim) for pair in zip([width, *dims], dims, strict=False)
         )
         self.halve = nn.ModuleList(nn.Conv2d(dim, dim, 3, stride=2, padding=1) for dim in dims[:-1])
         self.paint = nn.Sequential(
-            nn.Linear(condition_dim, wide * lowest),
+            Linear(condition_dim, wide * lowest),
             nn.SiLU(),
-            nn.Linear(wide * lowest, wide * lowest),
+            Linear(wide * lowest, wide * lowest),
             nn.SiLU(),
-            nn.Linear(wide * lowest, wide * lowest**2),
+            Linear(wide * lowest, wide * lowest**2),
             nn.SiLU(),
             nn.Unflatten(1, (wide, lowest, lowest)),
         )

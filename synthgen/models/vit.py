@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from synthgen.config import Choice, build, check_range
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, UnknownName, one_line
 from synthgen.models.layers import Block, initialize, patchify, sincos_positions
+from synthgen.models.linear import linear
 from synthgen.stores import parse_location
 from synthgen.stores.tar import write_bytes, write_json
 from synthgen.untrusted import read_file, read_json
@@ -111,7 +111,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n d"]:
         """Tokens of patches in the layout of :func:`patchify`; the cost is that of the patches given."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # d (row column channel)
-        return F.linear(patches, weight, self.proj.bias)
+        return linear(patches, weight, self.proj.bias)
 
 
 class Encoder(nn.Module, ABC):

@@ -1,0 +1,102 @@
+"""The project's linear layer: what it computes, and by which library."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from synthgen import devices
+from synthgen.models import linear as module
+from synthgen.models.linear import Linear, linear
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """The shapes for which oneDNN was asked, on any processor and for layers of any size."""
+    shapes = []
+    product = module._product
+
+    def recorded(x, *others):
+        shapes.append(tuple(x.shape))
+        return product(x, *others)
+
+    monkeypatch.setattr(module, "_product", recorded)
+    monkeypatch.setattr(module, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(module, "_MIN_PRODUCTS", 1)
+    return shapes
+
+
+def outputs_and_gradients(function, *inputs):
+    """The result of a function of fresh leaves, and the gradients of a weighted sum of it."""
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    y = function(*leaves)
+    weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()
+    return y, *torch.autograd.grad((y * weights).sum(), leaves)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (2, 3, 5, 7), (1, 7), (7,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_and_gradients_are_those_of_torch(onednn, shape, bias):
+    inputs = [torch.randn(*shape), torch.randn(11, 7), *([torch.randn(11)] if bias else [])]
+    for mine, theirs in zip(
+        outputs_and_gradients(linear, *inputs), outputs_and_gradients(F.linear, *inputs), strict=True
+    ):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert len(onednn) == 3  # forward, and the gradients of input and weight
+
+
+@needs_onednn
+def test_strides_may_be_any(onednn):
+    x, weight = torch.randn(7, 6, 5).permute(2, 1, 0), torch.randn(11, 14)[:, ::2]
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    x = torch.randn(5, 7, requires_grad=True)
+    (linear(x, weight).t()[::2]).sum().backward()  # the gradient that comes in is strided
+    torch.testing.assert_close(x.grad, weight[::2].sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
+    assert onednn
+
+
+@needs_onednn
+def test_only_the_gradients_that_are_needed_are_computed(onednn):
+    layer = Linear(7, 11).requires_grad_(False)
+    x = torch.randn(5, 7, requires_grad=True)
+    layer(x).sum().backward()
+    assert len(onednn) == 2
+    layer.weight.requires_grad_()
+    layer(x.detach()).sum().backward()
+    assert len(onednn) == 4
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("case", ["other precision", "autocast", "small", "Intel", "compiling"])
+def test_torch_computes_everything_else(onednn, monkeypatch, case):
+    x = torch.randn(5, 7, dtype=torch.float64 if case == "other precision" else torch.float32)
+    layer = Linear(7, 11, dtype=x.dtype)
+    if case == "small":
+        monkeypatch.setattr(module, "_MIN_PRODUCTS", 5 * 7 * 11 + 1)
+    if case == "Intel":
+        monkeypatch.setattr(module, "_ONEDNN_IS_FASTER", False)
+    if case == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
+    assert not onednn
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor", "name", "is_intel"),
+    [
+        ("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R)\n", "x86_64", "Intel(R) Xeon(R)", True),
+        ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "x86_64", "AMD EPYC", False),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "aarch64", "aarch64", False),
+        ("", "Intel64 Family 6 Model 154, GenuineIntel", "Intel64 Family 6 Model 154, GenuineIntel", True),
+        ("", "AMD64 Family 25 Model 33, AuthenticAMD", "AMD64 Family 25 Model 33, AuthenticAMD", False),
+    ],
+)
+def test_the_processor(monkeypatch, cpuinfo, processor, name, is_intel):
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(devices.platform, "processor", lambda: processor)
+    assert (devices.cpu_name(), devices.has_intel_cpu()) == (name, is_intel)
