@@ -205,7 +205,7 @@ def run_file(
     address: flags.AddressOption = None,
 ) -> None:
     """Run the stages of a pipeline file; finished units are skipped."""
-    from synthgen.console import progress, say, say_note, say_result, say_scores
+    from synthgen.console import print_note, print_result, print_scores, print_summary, progress
     from synthgen.pipeline import read_pipeline
 
     chosen = engine_of(engine, workers, address)
@@ -215,10 +215,10 @@ def run_file(
         print("\n".join(pipeline.dry_run(chosen)))
         return
     for stage, summary in zip(pipeline.stages, pipeline.execute(engine=chosen, progress=progress()), strict=True):
-        say(summary)
-        say_result(stage, _open(pipeline.run))
-        say_note(pipeline.unevaluated(stage))
-    say_scores(_open(pipeline.run))
+        print_summary(summary)
+        print_result(stage, _open(pipeline.run))
+        print_note(pipeline.unevaluated(stage))
+    print_scores(_open(pipeline.run))
 
 
 @app.command(short_help="Estimate the cost of a pipeline")
@@ -240,12 +240,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate the cost of a pipeline before it starts: images, units, bytes, hours and memory."""
-    from synthgen.console import doing
+    from synthgen.console import step_printer
     from synthgen.plan.text import render
 
     found = plan_of(
         file, run, prompts=prompts, images=images, metadata=metadata, caption=caption, model=model, engine=engine,
-        extra=settings, workers=workers, measure=measure, sample=sample, describe=doing("plan"),
+        extra=settings, workers=workers, measure=measure, sample=sample, describe=step_printer("plan"),
     )  # fmt: skip
     print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()))
 
@@ -285,11 +285,11 @@ def export(
 ) -> None:
     """Export images and masks as COCO, YOLO or label images."""
     from synthgen.api import export_dataset
-    from synthgen.console import progress, say
+    from synthgen.console import print_summary, progress
 
     opened = _open(run)
     chosen = export_of(format, image_format, settings)
-    say(export_dataset(opened, format, out, progress=progress(), **chosen))
+    print_summary(export_dataset(opened, format, out, progress=progress(), **chosen))
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
 
@@ -316,11 +316,11 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check this machine: libraries, devices, attention recording, disk, memory and models."""
-    from synthgen.console import doing
+    from synthgen.console import step_printer
     from synthgen.doctor import examine
     from synthgen.doctor.text import render
 
-    found = examine(run, model or "", doing("doctor"))
+    found = examine(run, model or "", step_printer("doctor"))
     print(json.dumps(found.plain(), indent=2) if as_json else render(found, whole=not sys.stdout.isatty()), flush=True)
     for problem in found.problems:
         print(f"synthgen: {problem}", file=sys.stderr)
@@ -360,14 +360,14 @@ def _stage(
     name: str, run: Run, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> None:
     from synthgen import api
-    from synthgen.console import progress, say, say_result, say_scores
+    from synthgen.console import print_result, print_scores, print_summary, progress
     from synthgen.stages import make_stage
     from synthgen.stages.evaluate import Evaluate
 
     chosen, settings = chosen_of(run, name, given, extra, engine)
     call: Callable[..., Summary] = getattr(api, name)
-    say(call(run, progress=progress(), engine=chosen, **settings))
+    print_summary(call(run, progress=progress(), engine=chosen, **settings))
     stage = make_stage(name, settings)
-    say_result(stage, run)
+    print_result(stage, run)
     if isinstance(stage, Evaluate):
-        say_scores(run, stage.path(run).stem)
+        print_scores(run, stage.path(run).stem)

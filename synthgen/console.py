@@ -21,12 +21,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["ConsoleProgress", "doing", "progress", "say", "say_note", "say_result", "say_scores", "tell"]
+__all__ = [
+    "ConsoleProgress",
+    "print_note",
+    "print_result",
+    "print_scores",
+    "print_summary",
+    "progress",
+    "step_printer",
+    "summary_line",
+]
 
 _RESULTS = {"shards": "shards", "pretrain": "encoder"}  # stage → what it writes for people and other programs
 
 
-def tell(summary: Summary) -> str:
+def summary_line(summary: Summary) -> str:
     """The summary of a stage in one line."""
     done = summary.units - summary.done_before
     if not done:
@@ -40,19 +49,20 @@ def tell(summary: Summary) -> str:
     return f"{summary.stage}: {', '.join(parts)}"
 
 
-def say(summary: Summary) -> None:
-    """Print that line at once, so that it precedes later errors in a file; each of several processes adds its rank."""
+def print_summary(summary: Summary) -> None:
+    """Print :func:`summary_line` at once, before any later error; each of several processes adds its rank."""
     here = place()
-    print(f"[{here.rank} of {here.size}] {tell(summary)}" if here.size > 1 else tell(summary), flush=True)
+    rank = f"[{here.rank} of {here.size}] " if here.size > 1 else ""
+    print(f"{rank}{summary_line(summary)}", flush=True)
 
 
-def say_note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a note, if there is one; of several processes the first one does."""
     if text and not place().rank:
         print(plain(f"note: {text}"), flush=True)
 
 
-def say_scores(run: Run, name: str = "") -> None:
+def print_scores(run: Run, name: str = "") -> None:
     """Print the scores of a run's evaluations, or of the one called ``name``; of several processes the first one does.
 
     Rows are cut to the width of a terminal, but not in files and pipes.
@@ -62,7 +72,7 @@ def say_scores(run: Run, name: str = "") -> None:
             print(line)
 
 
-def say_result(stage: Stage, run: Run) -> None:
+def print_result(stage: Stage, run: Run) -> None:
     """Print where shards, an encoder or scores were written; of several processes the first one does."""
     if not place().rank:
         if isinstance(stage, Evaluate):
@@ -73,17 +83,14 @@ def say_result(stage: Stage, run: Run) -> None:
             print(f"{_RESULTS[stage.name]}: {run.folder(*stage.artifacts())}", flush=True)
 
 
-def doing(command: str) -> Callable[[str], None]:
-    """A function that prints to standard error what ``command`` is doing before it has a result.
+def step_printer(command: str) -> Callable[[str], None]:
+    """A function that prints the steps of ``command`` to standard error on terminals; files get errors only."""
 
-    It prints on terminals only: in pipes and files standard error is for errors.
-    """
-
-    def say_so(text: str) -> None:
+    def print_step(text: str) -> None:
         if sys.stderr.isatty():
             print(f"{command}: {plain(text)}", file=sys.stderr, flush=True)
 
-    return say_so
+    return print_step
 
 
 def progress() -> Progress:

@@ -27,12 +27,12 @@ __all__ = [
     "describe_changes",
     "digest",
     "exists",
-    "failure_notes",
-    "made_differently",
-    "made_in",
+    "failure_files",
     "merge_settings",
+    "output_files",
     "read_entry",
     "read_fingerprint",
+    "stale_artifact",
     "validate_entry",
     "versions",
 ]
@@ -167,7 +167,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"{'; '.join(found)}; {'' if len(found) == len(of_units) else 'use the same settings, '}"
 
 
-def made_differently(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> StaleArtifact:
+def stale_artifact(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> StaleArtifact:
     """The error for an artifact that was made with other settings or inputs than those ``now``; names them."""
     hashed = {key: value for key, value in before["settings"].items() if key in now["settings"]}
     found = describe_changes({**before, "settings": hashed}, now)
@@ -207,16 +207,16 @@ def _hidden(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def failure_notes(folder: Path) -> list[Path]:
+def failure_files(folder: Path) -> list[Path]:
     """The files that say why units of an artifact failed."""
     return sorted(folder.glob(f"*{FAILED}"))
 
 
-def made_in(folder: Path) -> Iterator[Path]:
+def output_files(folder: Path) -> Iterator[Path]:
     """The files of an artifact, and those that a command is writing, without settings, logs and failures."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
-            yield from made_in(path)
+            yield from output_files(path)
         elif path.name.startswith("."):
             if path.name.endswith(".tmp") and f".{SETTINGS}." not in path.name and not is_abandoned(path):
                 yield path

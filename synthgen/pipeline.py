@@ -83,7 +83,7 @@ class Pipeline:
             MissingArtifact, PromptError, CorruptFile, ConfigError: as for the run itself.
         """
         run, made = Run(parse_location(self.run), self.seed), set[str]()
-        there, engine = run.is_there, self.resolve_engine(engine)
+        there, engine = run.exists(), self.resolve_engine(engine)
         for stage in self.stages:
             check_engine(stage, engine)
         for stage in self.stages:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.run import Run, digest
 from synthgen.stores.tar import write_json
-from synthgen.units import counts_of
+from synthgen.units import sample_counts
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["FILTER", "REJECTED", "count_rejected", "read_rejected", "rejected_summary", "write_rejected"]
@@ -56,7 +56,7 @@ def read_rejected(run: Run) -> dict[str, str]:
         units, rejected = "", {}
     except (ValueError, LookupError, TypeError):
         raise CorruptFile(f"{path} cannot be read; delete it and run: {run.remedy(FILTER)}") from None
-    images, measured = (counts_of(run.folder(name), run.units("images")) for name in ("images", FILTER))
+    images, measured = (sample_counts(run.folder(name), run.units("images")) for name in ("images", FILTER))
     if units != _content(run) or any(measured.get(unit, -1) < count for unit, count in images.items()):
         raise MissingArtifact(
             f"the filter of {run.path} has not seen all images; run: {run.remedy(FILTER)}; "
@@ -78,7 +78,7 @@ def rejected_summary(run: Run) -> str:
     """
     rejected = read_rejected(run)
     counts = ", ".join(f"{name} {count:,}" for name, count in count_rejected(rejected.values()).items())
-    total = sum(counts_of(run.folder(FILTER), run.units(FILTER)).values())
+    total = sum(sample_counts(run.folder(FILTER), run.units(FILTER)).values())
     return f"{len(rejected):,} of {total:,} samples{f' ({counts})' if counts else ''}"
 
 

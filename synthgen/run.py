@@ -15,11 +15,11 @@ from synthgen.entries import (
     as_yaml,
     digest,
     exists,
-    failure_notes,
-    made_differently,
-    made_in,
+    failure_files,
+    output_files,
     read_entry,
     read_fingerprint,
+    stale_artifact,
     validate_entry,
     versions,
 )
@@ -29,7 +29,7 @@ from synthgen.redact import redact
 from synthgen.stores import parse_location
 from synthgen.stores.checksum import verify_sha256
 from synthgen.stores.tar import create_bytes, index_tar, read_tar, write_bytes, write_json
-from synthgen.units import UnitWriter, is_finished, iter_marks, read_failures, read_mark, rows_of, units_in
+from synthgen.units import UnitWriter, is_finished, iter_marks, list_units, num_attempted, read_failures, read_mark
 
 if TYPE_CHECKING:
     from synthgen.stages import Stage
@@ -69,12 +69,12 @@ class Run:
         before = cls.open(path)
         if seed is None or seed == before.seed:
             return before
-        if not before.manifest()["artifacts"]:  # nothing was made with the old seed
+        if not before.artifacts():  # nothing was made with the old seed
             write_bytes(file, as_yaml({"seed": seed}))
-            entries = list(before.manifest()["artifacts"].values())
-            if not entries:
+            made = next(iter(before.artifacts().values()), None)
+            if made is None:
                 return run
-            write_bytes(file, as_yaml({"seed": entries[0].get("seed", before.seed)}))  # another command was faster
+            write_bytes(file, as_yaml({"seed": made.get("seed", before.seed)}))  # another command was faster
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
@@ -102,7 +102,7 @@ class Run:
             ConfigError: its ``run.yaml`` cannot be read.
         """
         path = parse_location(path)
-        entry = read_entry(path / "run.yaml", "seed", int) if cls(path).is_there else None
+        entry = read_entry(path / "run.yaml", "seed", int) if cls(path).exists() else None
         if entry is None:
             raise MissingArtifact(
                 f"there is no run at {path}; make one with: "
@@ -110,15 +110,14 @@ class Run:
             )
         return cls(path, entry["seed"])
 
-    @property
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         """Whether there is a run at this path."""
         return exists(self.path / "run.yaml")
 
     # -- settings and fingerprint of each artifact
 
-    def manifest(self) -> dict[str, Any]:
-        """The run's ``seed``, and its ``artifacts`` in the order of the stages: for each what :meth:`artifact` returns.
+    def artifacts(self) -> dict[str, dict[str, Any]]:
+        """What each artifact is made with (see :meth:`artifact`), in the order of the stages.
 
         Raises:
             ConfigError: a ``settings.yaml`` cannot be read.
@@ -127,8 +126,7 @@ class Run:
         names = [file.parent.relative_to(self.path).as_posix() for file in files]
         places = {name: place for place, name in enumerate(_ORDER)}
         names.sort(key=lambda name: (places.get(name.partition("/")[0], len(places)), name))
-        entries = {name: self.find_artifact(name) for name in names}
-        return {"seed": self.seed, "artifacts": {name: entry for name, entry in entries.items() if entry is not None}}
+        return {name: entry for name in names if (entry := self.find_artifact(name)) is not None}
 
     def find_artifact(self, name: str) -> dict[str, Any] | None:
         """What :meth:`artifact` returns, or None if no stage has started on it.
@@ -190,8 +188,8 @@ class Run:
                 made = self.finished_units(name, fingerprint) if larger is not recorded else {}
                 if sum(made.values()) > recorded.num_samples(self):
                     recorded = larger
-            elif before is not None and not self._is_free(name):
-                raise made_differently(self.folder(name), before, now)
+            elif before is not None and not self._is_replaceable(name):
+                raise stale_artifact(self.folder(name), before, now)
         return now | {"settings": recorded.recorded_settings(self), "fingerprint": fingerprint}
 
     @contextmanager
@@ -199,7 +197,7 @@ class Run:
         """Write the settings of ``stage`` (see :meth:`record_settings`), and yield a run that keeps them in memory.
 
         Whatever other commands do to the folders in the block, that run uses these settings or fails (see
-        :meth:`keep_settings`). If the block fails, the settings of empty folders are removed, so that others can be
+        :meth:`ensure_settings`). If the block fails, the settings of empty folders are removed, so that others can be
         given; where units failed they stay beside the failure files, for :mod:`synthgen.status`.
 
         Raises:
@@ -214,10 +212,10 @@ class Run:
             claimed |= {name: self.find_artifact(name) or entry for name in stage.artifacts()}
             expected = entry["inputs"] | dict.fromkeys(stage.artifacts(), entry["fingerprint"])
             if changed := [name for name, found in claimed.items() if found["fingerprint"] != expected[name]]:
-                raise self._given_to_another(changed[0])
+                raise self._changed_meanwhile(changed[0])
             yield replace(self, claimed=claimed)
             for name in stage.artifacts():
-                self.keep_settings(name, claimed[name])
+                self.ensure_settings(name, claimed[name])
         except BaseException:
             for name in new:
                 with suppress(OSError, SynthgenError):  # the first error says more
@@ -227,7 +225,7 @@ class Run:
     def _remove_settings(self, name: str, fingerprint: str) -> None:
         """Remove the settings of an empty folder, if they are still those of ``fingerprint``."""
         path = self.folder(name) / SETTINGS
-        if self.is_nonempty(name) or failure_notes(self.folder(name)) or read_fingerprint(path) != fingerprint:
+        if self.is_nonempty(name) or failure_files(self.folder(name)) or read_fingerprint(path) != fingerprint:
             return
         path.unlink(missing_ok=True)
         self.folder(name).rmdir()  # fails if another command is writing to it
@@ -259,17 +257,17 @@ class Run:
                     break
             replaced = not created and kept is not None and kept["fingerprint"] != entry["fingerprint"]
             if replaced:  # all units of the earlier settings failed
-                for failure in failure_notes(self.folder(name)):
+                for failure in failure_files(self.folder(name)):
                     failure.unlink(missing_ok=True)
             if created or replaced:
                 new.append(name)
         return new
 
-    def keep_settings(self, name: str, entry: dict[str, Any]) -> None:
+    def ensure_settings(self, name: str, entry: dict[str, Any]) -> None:
         """Check that an artifact's folder still has the settings ``entry``; restore them if they are missing.
 
         Called before each unit is renamed. Until the first one is, another command may give the folder other settings
-        (see :meth:`_is_free`), and the same command elsewhere may fail and remove these.
+        (see :meth:`_is_replaceable`), and the same command elsewhere may fail and remove these.
 
         Raises:
             StaleArtifact: the folder has other settings.
@@ -279,9 +277,9 @@ class Run:
             if create_bytes(path, as_yaml(entry)):
                 return
         if found != entry["fingerprint"]:
-            raise self._given_to_another(name)
+            raise self._changed_meanwhile(name)
 
-    def _given_to_another(self, name: str) -> StaleArtifact:
+    def _changed_meanwhile(self, name: str) -> StaleArtifact:
         return StaleArtifact(
             f"another command has given {self.folder(name)} other settings since this one started, so this one stops; "
             "choose another --run folder for one of the two"
@@ -289,12 +287,12 @@ class Run:
 
     def is_nonempty(self, name: str) -> bool:
         """Whether an artifact's folder has, or is about to get, any file besides its settings, logs and failures."""
-        return any(True for _ in made_in(self.folder(name)))
+        return any(True for _ in output_files(self.folder(name)))
 
-    def _is_free(self, name: str) -> bool:
+    def _is_replaceable(self, name: str) -> bool:
         """Whether other settings may replace those of a folder: it is empty, or all of its units failed."""
         in_use = (self.folder(name) / SETTINGS).is_file()  # a command may be about to make its first unit
-        return not self.is_nonempty(name) and (not in_use or bool(failure_notes(self.folder(name))))
+        return not self.is_nonempty(name) and (not in_use or bool(failure_files(self.folder(name))))
 
     # -- units
 
@@ -310,9 +308,9 @@ class Run:
         """The done mark of a unit, or None if it has none."""
         return read_mark(self.tar(artifact, unit).with_suffix(".json"))
 
-    def has_unit(self, artifact: str, unit: int, fingerprint: str, least: int = 0) -> bool:
-        """Whether a unit is complete, has this fingerprint, and was made of at least ``least`` samples."""
-        return is_finished(self.tar(artifact, unit), fingerprint, least)
+    def has_unit(self, artifact: str, unit: int, fingerprint: str, min_samples: int = 0) -> bool:
+        """Whether a unit is complete, has this fingerprint, and was made of at least ``min_samples`` samples."""
+        return is_finished(self.tar(artifact, unit), fingerprint, min_samples)
 
     def iter_marks(self, artifact: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """The number and done mark of each unit whose tar has the length in its mark."""
@@ -320,7 +318,8 @@ class Run:
 
     def finished_units(self, artifact: str, fingerprint: str) -> dict[int, int]:
         """The units for which :meth:`has_unit` is true, each with the number of samples that it was made of."""
-        return {unit: rows_of(mark) for unit, mark in self.iter_marks(artifact) if mark["fingerprint"] == fingerprint}
+        marks = self.iter_marks(artifact)
+        return {unit: num_attempted(mark) for unit, mark in marks if mark["fingerprint"] == fingerprint}
 
     def units(self, artifact: str) -> list[int]:
         """The numbers of an artifact's units that have done marks, in order.
@@ -330,7 +329,7 @@ class Run:
             StaleArtifact: some were made with other settings than those of the folder.
         """
         fingerprint = self.artifact(artifact)["fingerprint"]
-        found = units_in(self.folder(artifact))
+        found = list_units(self.folder(artifact))
         if not found:
             raise MissingArtifact(f"{self.path} has no finished {artifact} yet; run: {self.remedy(artifact)}")
         others = [unit for unit, (made_with, _) in found.items() if made_with not in ("", fingerprint)]
@@ -379,7 +378,7 @@ class Run:
         """
         for name in stage.artifacts():
             if name in self.claimed:
-                self.keep_settings(name, self.claimed[name])
+                self.ensure_settings(name, self.claimed[name])
             path = self.tar(name, report.unit).with_suffix(FAILED)
             texts = {name: redact(getattr(report, name)) for name in ("error", "trace", "damaged")}
             write_json(path, {"unit": report.unit, **texts, "device_suspect": report.device_suspect})

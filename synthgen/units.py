@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from synthgen.entries import FAILED, failure_notes
+from synthgen.entries import FAILED, failure_files
 from synthgen.stores import listing, read_many, stamps
 from synthgen.stores._failures import is_system_error, unreadable
 from synthgen.stores._lock import locked
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UnitWriter",
-    "checked_mark",
-    "counts_of",
     "is_finished",
     "iter_marks",
+    "list_units",
+    "num_attempted",
     "read_failures",
     "read_mark",
-    "rows_of",
-    "units_in",
+    "sample_counts",
+    "validate_mark",
 ]
 
 
-def checked_mark(value: Any) -> dict[str, Any]:
+def validate_mark(value: Any) -> dict[str, Any]:
     """``value``, if it is a done mark.
 
     Raises:
@@ -65,7 +65,7 @@ def read_mark(path: Path) -> dict[str, Any] | None:
         StorageError: the system cannot read the file.
     """
     try:
-        return checked_mark(read_json(read_file(path, MAX_JSON)))
+        return validate_mark(read_json(read_file(path, MAX_JSON)))
     except OSError as error:
         if is_system_error(error):
             raise unreadable(path, error) from None
@@ -85,16 +85,16 @@ def iter_marks(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield int(name[:-5]), mark
 
 
-def rows_of(mark: Mapping[str, Any]) -> int:
+def num_attempted(mark: Mapping[str, Any]) -> int:
     """How many samples a unit was made of: those in its tar, and those that failed."""
     failed = mark.get("failed")
     return int(mark.get("count", 0)) + (len(failed) if isinstance(failed, dict) else 0)
 
 
-def is_finished(tar: Path, fingerprint: str, least: int = 0) -> bool:
-    """Whether a unit is complete, has this fingerprint, and was made of at least ``least`` samples."""
+def is_finished(tar: Path, fingerprint: str, min_samples: int = 0) -> bool:
+    """Whether a unit is complete, has this fingerprint, and was made of at least ``min_samples`` samples."""
     mark = read_mark(tar.with_suffix(".json"))
-    if mark is None or mark["fingerprint"] != fingerprint or rows_of(mark) < least:
+    if mark is None or mark["fingerprint"] != fingerprint or num_attempted(mark) < min_samples:
         return False
     try:
         return tar.stat().st_size == int(mark["bytes"])
@@ -102,26 +102,26 @@ def is_finished(tar: Path, fingerprint: str, least: int = 0) -> bool:
         return False
 
 
-def units_in(folder: Path) -> dict[int, tuple[str, int]]:
+def list_units(folder: Path) -> dict[int, tuple[str, int]]:
     """Fingerprint and count of each unit in a folder that has a done mark, in order; ("", 0) for an invalid mark.
 
     The marks are read again only if one of the files has changed.
     """
     files = ((name, *stamp) for name, stamp in stamps(folder).items() if _is_mark(name))
-    return dict(_units_in(folder, tuple(sorted(files))))
+    return dict(_list_units(folder, tuple(sorted(files))))
 
 
-def counts_of(folder: Path, units: Sequence[int]) -> dict[int, int]:
+def sample_counts(folder: Path, units: Sequence[int]) -> dict[int, int]:
     """How many samples the tars of these units hold; units without a done mark are left out."""
     if len(units) == 1:  # workers ask for one unit at a time, while other marks change
         mark = read_mark(folder / f"{units[0]:06d}.json")
         return {} if mark is None else {units[0]: int(mark["count"])}
-    found = units_in(folder)
+    found = list_units(folder)
     return {unit: found[unit][1] for unit in units if unit in found}
 
 
 @lru_cache(maxsize=4)
-def _units_in(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, tuple[str, int]]:
+def _list_units(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, tuple[str, int]]:
     found = {int(name[:-5]): ("", 0) for name, *_ in files}
     for name, mark in _read_marks(folder, [name for name, *_ in files]):
         if mark is not None:
@@ -137,7 +137,7 @@ def _read_marks(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str,
     """Each file name with its done mark; None for an invalid one."""
     for name, data in read_many(folder, sorted(names), MAX_JSON):
         try:
-            yield name, checked_mark(read_json(data))
+            yield name, validate_mark(read_json(data))
         except ValueError:
             yield name, None
 
@@ -145,7 +145,7 @@ def _read_marks(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str,
 def read_failures(folder: Path) -> dict[int, str]:
     """The units in a folder that have failure files, each with its reason."""
     found = {}
-    for path in failure_notes(folder):
+    for path in failure_files(folder):
         unit = path.name.partition(".")[0]
         if not (unit.isascii() and unit.isdecimal()):  # not a file of synthgen
             continue
@@ -213,7 +213,7 @@ class UnitWriter:
             if made:
                 self._tar.discard()
             else:
-                self.run.keep_settings(self.artifact, self._entry)
+                self.run.ensure_settings(self.artifact, self._entry)
                 if self.second and self._sha256_of(self.artifact) not in (
                     "",
                     self.sha256,
@@ -255,7 +255,7 @@ class UnitWriter:
                 return True
         elif there:
             mark = self.run.mark(self.artifact, self.unit)
-            if mark is not None and rows_of(mark) > rows:
+            if mark is not None and num_attempted(mark) > rows:
                 return True
             if mark is not None and self.run.has_unit(self.second, self.unit, self._fingerprint, mark["count"]):
                 return True

@@ -11,7 +11,7 @@ from typing import ClassVar
 from synthgen.devices import devices_for, place
 from synthgen.engines._work import open_stage
 from synthgen.engines._worker_pool import WorkerPool
-from synthgen.entries import failure_notes
+from synthgen.entries import failure_files
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.run import Run
@@ -83,7 +83,7 @@ def _failure_files(stage: Stage, run: Run) -> dict[int, tuple[Path, int]]:
     """The units that failed when they were last tried: the file that says why, and when it was written in ns."""
     found = {}
     for name in stage.artifacts():
-        for path in failure_notes(run.folder(name)):
+        for path in failure_files(run.folder(name)):
             unit = path.name.partition(".")[0]
             with suppress(FileNotFoundError):  # another process has just made the unit
                 if unit.isdecimal():

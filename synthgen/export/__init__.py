@@ -17,7 +17,7 @@ from synthgen.export.formats import WRITERS, Export, Sample
 from synthgen.rejected import read_rejected
 from synthgen.run import Run, digest
 from synthgen.runner import Progress, Summary
-from synthgen.stages._units import content_of, need_masks
+from synthgen.stages._units import content_hash, need_masks
 from synthgen.stages.shards import source_of
 from synthgen.stores import parse_location, temporaries
 from synthgen.stores.tar import is_abandoned, read_tar, write_bytes, write_json
@@ -128,7 +128,7 @@ def _names(run: Run, units: Sequence[int]) -> list[str]:
 
 def _entry(run: Run, settings: Export, units: Sequence[int], rejected: Mapping[str, str]) -> dict[str, Any]:
     """The contents of ``export.json``."""
-    inputs = {f"units of {name}": content_of(run, name, units) for name in ("images", "masks")}
+    inputs = {f"units of {name}": content_hash(run, name, units) for name in ("images", "masks")}
     if rejected:
         inputs["rejected samples"] = digest(rejected)
     plain = dump(settings)

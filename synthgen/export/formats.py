@@ -66,7 +66,7 @@ class Export:
         """These settings, with the default image format and the split of the run's shards (or its default) set."""
         settings = replace(self, image_format=self.image_format or _IMAGE_FORMATS[self.format])
         if settings.format == "yolo" and settings.val_ratio is None:
-            shards = run.manifest()["artifacts"].get("shards", {}).get("settings", {})
+            shards = run.artifacts().get("shards", {}).get("settings", {})
             settings = replace(settings, val_ratio=float(shards.get("val_ratio", Shards.val_ratio)))
         return settings
 

@@ -27,7 +27,7 @@ from synthgen.stages.masks import Masks
 from synthgen.stages.pretrain import Pretrain
 from synthgen.stages.shards import Shards
 from synthgen.stores import parse_location
-from synthgen.units import counts_of
+from synthgen.units import sample_counts
 
 __all__ = ["Counts", "EvalCounts", "count", "first_of"]
 
@@ -101,7 +101,7 @@ def _run_of(pipeline: Pipeline) -> Run:
         run = Run.open(pipeline.run)
     except MissingArtifact:
         return Run(parse_location(pipeline.run), pipeline.seed)
-    if run.seed != pipeline.seed and run.manifest()["artifacts"]:
+    if run.seed != pipeline.seed and run.artifacts():
         raise StaleArtifact(
             f"{pipeline.run} was made with seed {run.seed}, not {pipeline.seed}; choose another --run folder"
         )
@@ -180,7 +180,7 @@ class _Counter:
         finished = set(sizes) if "images" in stage.artifacts() else set(self.finished_images)
         for name in stage.artifacts():
             found = self.run.finished_units(name, fingerprint)
-            least = sizes if name == "images" else counts_of(self.run.folder("images"), list(found))
+            least = sizes if name == "images" else sample_counts(self.run.folder("images"), list(found))
             finished &= {unit for unit in found if found[unit] >= least.get(unit, 0)}
         if "images" in stage.artifacts():
             self.finished_images = finished

@@ -119,7 +119,7 @@ class Stage(ABC):
     def plan(self, run: Run) -> list[int]:
         """The numbers of all units, done or not. Cheap and deterministic."""
 
-    def planned(self, run: Run) -> int:
+    def num_units(self, run: Run) -> int:
         """How many units the plan has; stages with an expensive plan may count them differently."""
         return len(self.plan(run))
 
@@ -131,20 +131,20 @@ class Stage(ABC):
         undone = set[int]()
         for name in names:
             done = run.finished_units(name, run.artifact(name)["fingerprint"])
-            least = self.least(run, name, plan)
-            undone.update(unit for unit in plan if done.get(unit, -1) < least.get(unit, 0))
+            min_samples = self.min_samples(run, name, plan)
+            undone |= {unit for unit in plan if done.get(unit, -1) < min_samples.get(unit, 0)}
         return [unit for unit in plan if unit in undone]
 
     def done(self, run: Run, unit: int) -> bool:
         """Whether a unit is done with the present settings."""
-        names = self.artifacts()
-        return bool(names) and all(
-            run.has_unit(name, unit, run.artifact(name)["fingerprint"], self.least(run, name, [unit]).get(unit, 0))
-            for name in names
-        )
+        for name in self.artifacts():
+            min_samples = self.min_samples(run, name, [unit]).get(unit, 0)
+            if not run.has_unit(name, unit, run.artifact(name)["fingerprint"], min_samples):
+                return False
+        return bool(self.artifacts())
 
-    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """How many samples each unit of an artifact must hold to be done, failed ones included; by default any number.
+    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """How many samples each unit of an artifact must hold to be done, failed ones included; of others, any number.
 
         Stages whose units can grow override it.
         """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.run import Run, digest
-from synthgen.stages._integrity import check_there
+from synthgen.stages._integrity import check_shards_exist
 from synthgen.stages._layout import split_again
 from synthgen.stores import parse_location, walk_files
 from synthgen.stores.remote import RemotePath
@@ -206,9 +206,9 @@ def split_hash(run: Run, split: str) -> str:
     """Of the sha256 that ``dataset.json`` lists for each tar of a split of the run; of an unlisted tar, of its size.
 
     Raises:
-        MissingArtifact, CorruptFile: see :func:`~synthgen.stages._integrity.check_there`.
+        MissingArtifact, CorruptFile: see :func:`~synthgen.stages._integrity.check_shards_exist`.
     """
-    listed, sizes = check_there(run, split)
+    listed, sizes = check_shards_exist(run, split)
     return digest([[name, listed.get(name, size)] for name, size in sorted(sizes.items()) if name.endswith(".tar")])
 
 

@@ -18,9 +18,9 @@ from synthgen.untrusted import MAX_BYTES, read_file, read_json
 __all__ = [
     "check_encoder",
     "check_shards",
-    "check_there",
+    "check_shards_exist",
+    "diagnose_corruption",
     "encoder_hash",
-    "naming_damage",
     "weights_beside",
     "weights_of",
 ]
@@ -28,7 +28,7 @@ __all__ = [
 _NETWORK = ("*.safetensors", "*.safetensors.index.json", "config.json")  # files of a network of transformers
 
 
-def _listed_shards(run: Run, split: str) -> dict[str, str]:
+def _shard_hashes(run: Run, split: str) -> dict[str, str]:
     """The tars of a split in ``dataset.json``: the name of each, and its sha256.
 
     Raises:
@@ -45,7 +45,7 @@ def _listed_shards(run: Run, split: str) -> dict[str, str]:
         raise CorruptFile(f"{path} cannot be read; delete it and run: {again}") from None
 
 
-def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
+def check_shards_exist(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
     """Check by name that no shard of a split is missing.
 
     Returns:
@@ -56,7 +56,7 @@ def check_there(run: Run, split: str) -> tuple[dict[str, str], dict[str, int]]:
         CorruptFile: their ``dataset.json`` cannot be read.
     """
     folder = run.folder("shards") / split
-    listed, there = _listed_shards(run, split), listing(folder)
+    listed, there = _shard_hashes(run, split), listing(folder)
     if gone := sorted(listed.keys() - there.keys()):
         raise MissingArtifact(
             f"{len(gone)} of the shards in {folder} are gone (first: {gone[0]}); run: {run.remedy('shards')}"
@@ -75,7 +75,7 @@ def check_shards(run: Run, split: str, rank: int = 0, world_size: int = 1) -> No
     folder, again = run.folder("shards") / split, run.remedy("shards")
     if isinstance(folder, RemotePath):
         return
-    for name, sha256 in sorted(_listed_shards(run, split).items())[rank::world_size]:
+    for name, sha256 in sorted(_shard_hashes(run, split).items())[rank::world_size]:
         verify_sha256(folder / name, sha256, again)
 
 
@@ -134,7 +134,7 @@ def encoder_hash(folder: Path, *, processor: bool = True) -> str:
 
 
 @contextmanager
-def naming_damage(look: Callable[[], None]) -> Iterator[None]:
+def diagnose_corruption(look: Callable[[], None]) -> Iterator[None]:
     """If the block raises CorruptFile, call ``look`` first: it may raise an error that names the damaged file.
 
     Raises:

@@ -59,7 +59,7 @@ def lay_out(
         shuffle: whether units, and the samples of a shard, are put in random order.
         rejected: the keys of samples to leave out.
         units: the image units to use; by default all.
-        content: what :func:`~synthgen.stages._units.content_of` returned for them, to detect changes; "": not checked.
+        content: :func:`~synthgen.stages._units.content_hash` of them, to detect changes; "": not checked.
 
     Raises:
         MissingArtifact: there is no image, or every one is rejected.

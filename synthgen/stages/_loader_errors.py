@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 
 from synthgen.errors import SynthgenError
 
-__all__ = ["explaining_lost_workers"]
+__all__ = ["translate_loader_errors"]
 
 
 @contextmanager
-def explaining_lost_workers() -> Iterator[None]:
+def translate_loader_errors() -> Iterator[None]:
     """Turn torch's errors about a killed loader process, with long tracebacks, into one line.
 
     Errors in reading samples are passed on by the process itself (see :class:`synthgen.loader.Reader`).

@@ -10,12 +10,12 @@ from synthgen.run import Run, digest
 from synthgen.stores.checksum import sha256_of
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["changed", "newest", "read_scores", "text_tower_hash"]
+__all__ = ["changed_names", "newest_training", "read_scores", "text_tower_hash"]
 
 _TEXT_TOWER = ("text.safetensors", "text.json", "tokenizer.json")  # as synthgen.models.dual writes it
 
 
-def newest(run: Run) -> Path | None:
+def newest_training(run: Run) -> Path | None:
     """The folder of the training of a run that was finished last; None where there is none."""
     done = sorted(run.folder("pretrain").glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns)
     return done[-1].parent if done else None
@@ -36,7 +36,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     return value if mappings else {}
 
 
-def changed(before: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def changed_names(before: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The names of settings and inputs that are not what a file of scores tells of its own; else it is the seed."""
     now = {**settings, **{f"its input {name}": value for name, value in inputs.items()}}
     noted = {f"its input {name}": value for name, value in before.get("inputs", {}).items()}

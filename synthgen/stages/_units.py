@@ -8,11 +8,35 @@ from collections.abc import Mapping, Sequence
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.run import Run, digest
 from synthgen.stages import Stage
-from synthgen.units import counts_of
+from synthgen.units import sample_counts
 
-__all__ = ["content_of", "least_of_pair", "need_masks", "num_images", "units_without_maps", "warn_of_fewer"]
+__all__ = [
+    "ImageStage",
+    "content_hash",
+    "min_samples_of_pair",
+    "need_masks",
+    "num_images",
+    "units_without_maps",
+    "warn_of_fewer",
+]
 
 logger = logging.getLogger(__name__)
+
+
+class ImageStage(Stage):
+    """A stage that writes one sample for each image. A unit to which images were added since is made again."""
+
+    def size(self, run: Run, unit: int) -> int:
+        """Images of one unit."""
+        return self.sizes(run, [unit])[unit]
+
+    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
+        """Images of each unit, from done marks read in one pass."""
+        return dict.fromkeys(units, 0) | sample_counts(run.folder("images"), units)
+
+    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """As many as there are images."""
+        return self.sizes(run, units)
 
 
 def num_images(stage: Stage, run: Run) -> int:
@@ -31,12 +55,12 @@ def warn_of_fewer(stage: Stage, run: Run) -> None:
         )  # fmt: skip
 
 
-def least_of_pair(stage: Stage, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+def min_samples_of_pair(stage: Stage, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
     """How many samples a unit of images must hold to be done; a unit of maps must hold those of its images."""
-    return stage.sizes(run, units) if artifact == "images" else counts_of(run.folder("images"), units)
+    return stage.sizes(run, units) if artifact == "images" else sample_counts(run.folder("images"), units)
 
 
-def content_of(run: Run, artifact: str, units: Sequence[int]) -> str:
+def content_hash(run: Run, artifact: str, units: Sequence[int]) -> str:
     """A hash of the content of these units, from the sha256 in their done marks.
 
     Raises:
@@ -58,8 +82,8 @@ def units_without_maps(run: Run) -> list[int]:
     Raises:
         MissingArtifact: no unit has images, or none has maps.
     """
-    units, maps = run.units("images"), counts_of(run.folder("maps"), run.units("maps"))
-    return [unit for unit, count in counts_of(run.folder("images"), units).items() if maps.get(unit, -1) < count]
+    units, maps = run.units("images"), sample_counts(run.folder("maps"), run.units("maps"))
+    return [unit for unit, count in sample_counts(run.folder("images"), units).items() if maps.get(unit, -1) < count]
 
 
 def need_masks(run: Run, units: Sequence[int], otherwise: str = "") -> None:
@@ -73,7 +97,7 @@ def need_masks(run: Run, units: Sequence[int], otherwise: str = "") -> None:
     Raises:
         MissingArtifact: some have none, or fewer masks than images; names the commands that make them.
     """
-    masks, images = counts_of(run.folder("masks"), run.units("masks")), counts_of(run.folder("images"), units)
+    masks, images = sample_counts(run.folder("masks"), run.units("masks")), sample_counts(run.folder("images"), units)
     missing = sorted(unit for unit in units if masks.get(unit, -1) < images.get(unit, 0))
     if not missing:
         return

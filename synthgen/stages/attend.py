@@ -21,7 +21,7 @@ from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_k
 from synthgen.run import Run, digest
 from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import least_of_pair, num_images, warn_of_fewer
+from synthgen.stages._units import min_samples_of_pair, num_images, warn_of_fewer
 from synthgen.untrusted import MAX_WORDS
 
 if TYPE_CHECKING:
@@ -160,9 +160,9 @@ class Attend(Stage):
         """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
         return min(self.unit_size, num_images(self, run) - unit * self.unit_size)
 
-    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """See :func:`~synthgen.stages._units.least_of_pair`."""
-        return least_of_pair(self, run, artifact, units)
+    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """See :func:`~synthgen.stages._units.min_samples_of_pair`."""
+        return min_samples_of_pair(self, run, artifact, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

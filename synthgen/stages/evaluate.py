@@ -28,9 +28,9 @@ from synthgen.stages._eval_sources import (
     used_samples,
 )
 from synthgen.stages._eval_warnings import interval_warnings
-from synthgen.stages._integrity import check_encoder, check_shards, encoder_hash, naming_damage
-from synthgen.stages._loader_errors import explaining_lost_workers
-from synthgen.stages._scores import changed, newest, read_scores, text_tower_hash
+from synthgen.stages._integrity import check_encoder, check_shards, diagnose_corruption, encoder_hash
+from synthgen.stages._loader_errors import translate_loader_errors
+from synthgen.stages._scores import changed_names, newest_training, read_scores, text_tower_hash
 from synthgen.stages._sources import find_dataset, find_encoder
 from synthgen.stores.tar import write_json
 from synthgen.untrusted import visible
@@ -137,7 +137,7 @@ class Evaluate(Stage):
 
         choices = [Choice.of(choice) for choice in self.evaluators]
         if not choices:
-            has_images = not self.truth or self.encoder or self.generator or newest(run) is not None
+            has_images = not self.truth or self.encoder or self.generator or newest_training(run) is not None
             names = (*(_DEFAULTS if has_images else ()), *(("mask_iou",) if self.truth else ()))
             choices = [Choice(name) for name in names]
         return {name: EVALUATORS.build(choice) for name, choice in named(choices).items()}
@@ -153,7 +153,7 @@ class Evaluate(Stage):
         lacking: dict[str, MissingInput] = {}
         for name, evaluator in evaluators.items():
             try:
-                with naming_damage(lambda: self._check_hashes(run, None)):
+                with diagnose_corruption(lambda: self._check_hashes(run, None)):
                     self._check_needs(run, name, evaluator.needs)
             except MissingInput as error:
                 if self.evaluators:
@@ -210,7 +210,7 @@ class Evaluate(Stage):
         needs_generator = [name for name, one in self.build_evaluators(run).items() if one.needs == "latents"]
         if needs_generator and not self.generator:
             raise MissingInput(f"{needs_generator[0]} needs a diffusion model, not an encoder; give --generator MODEL")
-        folder = encoder_folder(self.encoder) if self.encoder else newest(run)
+        folder = encoder_folder(self.encoder) if self.encoder else newest_training(run)
         if folder is None and not self.generator:
             raise MissingArtifact(
                 f"{run.path} has no finished encoder; first run: {run.remedy('pretrain')}, or give --encoder"
@@ -308,7 +308,7 @@ class Evaluate(Stage):
         path = stage.path(run)
         before = read_scores(path)
         if before and before.get("fingerprint") != stage.fingerprint(run):
-            changes = changed(before, stage.fingerprinted(), stage.inputs(run))
+            changes = changed_names(before, stage.fingerprinted(), stage.inputs(run))
             raise StaleArtifact(
                 f"{path} holds scores made differently (changed: {changes}); delete it, "
                 "or give this evaluation another name with --set label=NAME"
@@ -339,7 +339,7 @@ class Evaluate(Stage):
             if of_images:
                 if self.verify:
                     self._check_hashes(run, folder)
-                with explaining_lost_workers():
+                with translate_loader_errors():
                     self.score_images(run, folder, worker, of_images, result)
             if len(of_images) < len(evaluators):
                 result["scores"]["masks"] = mask_scores(self, run, evaluators, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
@@ -18,9 +18,8 @@ from synthgen.filters import Filter as Contract
 from synthgen.records import Report
 from synthgen.rejected import FILTER, write_rejected
 from synthgen.run import Run, digest
-from synthgen.stages import Stage, Work, Worker, unhashed
-from synthgen.stages._units import need_masks
-from synthgen.units import counts_of
+from synthgen.stages import Work, Worker, unhashed
+from synthgen.stages._units import ImageStage, need_masks
 
 __all__ = ["Filter"]
 
@@ -30,7 +29,7 @@ _DEFAULT = tuple(Choice(name) for name in ("blank", "unsafe", "unmasked", "dupli
 
 
 @dataclass(frozen=True)
-class Filter(Stage):
+class Filter(ImageStage):
     """Measure every image, and list the ones that shards and exports leave out, each with its reason.
 
     Filters apply in the given order; each sees only what the ones before it kept. Nothing is deleted: the figures of
@@ -91,19 +90,6 @@ class Filter(Stage):
         if "masks" in self.reads:
             need_masks(run, units, otherwise="; or name filters that need no masks")
         return units
-
-    def size(self, run: Run, unit: int) -> int:
-        """Images of one unit."""
-        return counts_of(run.folder("images"), [unit]).get(unit, 0)
-
-    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
-        """Images of each unit, from done marks read in one pass."""
-        counts = counts_of(run.folder("images"), units)
-        return {unit: counts.get(unit, 0) for unit in units}
-
-    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """Figures of every image; a unit to which images were added since is made again."""
-        return self.sizes(run, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

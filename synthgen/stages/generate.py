@@ -19,7 +19,7 @@ from synthgen.records import Generation, Request
 from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import least_of_pair, num_images, warn_of_fewer
+from synthgen.stages._units import min_samples_of_pair, num_images, warn_of_fewer
 
 __all__ = ["Generate"]
 
@@ -109,7 +109,7 @@ class Generate(Stage):
         """Units of ``unit_size`` images; the last may be smaller."""
         return list(range(self._units(self.num_samples(run))))
 
-    def planned(self, run: Run) -> int:
+    def num_units(self, run: Run) -> int:
         """How many units there are, by the run's copy of its prompts where it has one."""
         return self._units(self._planned_images(run))
 
@@ -122,9 +122,9 @@ class Generate(Stage):
         total = num_images(self, run) if "images" in run.claimed else self._planned_images(run)
         return {unit: min(self.unit_size, total - unit * self.unit_size) for unit in units}
 
-    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """See :func:`~synthgen.stages._units.least_of_pair`."""
-        return least_of_pair(self, run, artifact, units)
+    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """See :func:`~synthgen.stages._units.min_samples_of_pair`."""
+        return min_samples_of_pair(self, run, artifact, units)
 
     def requests(self, run: Run, unit: int) -> list[Request]:
         """The images of one unit, in order.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -20,10 +20,9 @@ from synthgen.records import Generation, Maps, Report, WordMasks
 from synthgen.refiners import REFINERS, Refiner
 from synthgen.refiners.threshold import Threshold
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker
-from synthgen.stages._units import units_without_maps
+from synthgen.stages import Work, Worker
+from synthgen.stages._units import ImageStage, units_without_maps
 from synthgen.tallies import Tallies
-from synthgen.units import counts_of
 
 __all__ = ["Masks"]
 
@@ -33,7 +32,7 @@ COMPARED = 256  # maximum long side, in pixels, at which refined masks are compa
 
 
 @dataclass(frozen=True)
-class Masks(Stage):
+class Masks(ImageStage):
     """One mask for every marked word, with its quality figures (see :mod:`synthgen.mask_quality`).
 
     Words compete: a pixel belongs to at most one word. A mask is dropped if the word's map does not localise the word,
@@ -81,19 +80,6 @@ class Masks(Stage):
         if not units:
             raise MissingArtifact(f"{run.path} has no finished unit; run: {run.remedy('images')}")
         return units
-
-    def size(self, run: Run, unit: int) -> int:
-        """Images of one unit."""
-        return counts_of(run.folder("images"), [unit]).get(unit, 0)
-
-    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
-        """Images of each unit, from done marks read in one pass."""
-        counts = counts_of(run.folder("images"), units)
-        return {unit: counts.get(unit, 0) for unit in units}
-
-    def least(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """One sample per image; a unit to which images were added since is made again."""
-        return self.sizes(run, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

@@ -18,8 +18,8 @@ from synthgen.run import Run
 from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
 from synthgen.stages._data_check import probe, typical_side, warn_of_sizes
 from synthgen.stages._init_weights import load_start, option_inputs, start_inputs
-from synthgen.stages._integrity import check_shards, check_there
-from synthgen.stages._loader_errors import explaining_lost_workers
+from synthgen.stages._integrity import check_shards, check_shards_exist
+from synthgen.stages._loader_errors import translate_loader_errors
 from synthgen.stages._outputs import export_missing, is_complete, save_outputs
 from synthgen.stages._sources import find_dataset, find_encoder
 from synthgen.stores import filled
@@ -150,7 +150,7 @@ class Pretrain(Stage):
         """
         if self.data:
             return list(self.data)
-        check_there(run, "train")
+        check_shards_exist(run, "train")
         return [str(run.folder("shards") / "train")]
 
     def plan(self, run: Run) -> list[int]:
@@ -287,7 +287,7 @@ class Pretrain(Stage):
                 )
 
                 def work(unit: int) -> Report:
-                    with explaining_lost_workers():
+                    with translate_loader_errors():
                         return self.train(run, worker, accelerator, unit)
 
                 yield work
@@ -305,7 +305,7 @@ class Pretrain(Stage):
 
         (name,) = self.artifacts()
         folder, entry = run.folder(name), run.artifact(name)
-        keep_settings = partial(run.keep_settings, name, entry)  # before anything is written into the folder
+        ensure_settings = partial(run.ensure_settings, name, entry)  # before anything is written into the folder
         if self.verify and not self.data:
             check_shards(run, "train", accelerator.process_index, accelerator.num_processes)
         assert self._samples_and_side is not None  # set by prepare()
@@ -313,7 +313,7 @@ class Pretrain(Stage):
         method = self.build_method(run, samples, side)
         start = self.load_start_weights(run, method)
         order = self.order(run, len(samples))
-        keep_settings()
+        ensure_settings()
         training = Training(
             method=method,
             samples=samples if method.uses_masks else self.dataset(run, masks=False),
@@ -326,7 +326,7 @@ class Pretrain(Stage):
             log_every=self.log_every,
             num_workers=workers_for(self.num_workers),
             compile=self.compile,
-            before_save=keep_settings,
+            before_save=ensure_settings,
         )
         worker.progress.skip(training.step * order.batch_size)
         about = {"size": self.encoder.name, "method": self.method.dump()}
@@ -335,7 +335,7 @@ class Pretrain(Stage):
         def snapshot(step: int) -> None:
             path = folder / "snapshots" / f"step-{step:06d}"
             if step in snapshot_steps and accelerator.is_main_process and not (path / "encoder.safetensors").is_file():
-                keep_settings()
+                ensure_settings()
                 save_encoder(method.encoder, path, **about)
 
         snapshot(training.step)  # it is missing if the process was killed after this step's checkpoint
@@ -360,7 +360,7 @@ class Pretrain(Stage):
                 "processes": accelerator.num_processes,
                 **start,
             }
-            keep_settings()
+            ensure_settings()
             save_outputs(method.cpu(), folder, about, done, export=self.export)
         accelerator.wait_for_everyone()
         return Report(unit, count)

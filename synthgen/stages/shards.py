@@ -30,7 +30,7 @@ from synthgen.card import (
 )
 from synthgen.columns import Column, unit_of
 from synthgen.config import check_range
-from synthgen.entries import failure_notes
+from synthgen.entries import failure_files
 from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.mask_shape import describe_masks
@@ -40,10 +40,10 @@ from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, runtime_field
 from synthgen.stages._classes import classes_of
 from synthgen.stages._layout import Shard, lay_out, split_again
-from synthgen.stages._units import content_of, need_masks
+from synthgen.stages._units import content_hash, need_masks
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
-from synthgen.units import checked_mark
+from synthgen.units import validate_mark
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
 __all__ = ["Shards"]
@@ -96,13 +96,13 @@ class Shards(Stage):
         Raises:
             MissingArtifact: some images have no masks yet, or were not filtered yet.
             StaleArtifact: a unit was made with other settings than those of its artifact.
-            CorruptFile: see :func:`~synthgen.stages._units.content_of`.
+            CorruptFile: see :func:`~synthgen.stages._units.content_hash`.
         """
         units = run.units("images")
-        found = {"units of images": content_of(run, "images", units)}
+        found = {"units of images": content_hash(run, "images", units)}
         if self.masks:
             need_masks(run, units, otherwise=", or leave masks out with --set masks=false")
-            found["units of masks"] = content_of(run, "masks", units)
+            found["units of masks"] = content_hash(run, "masks", units)
         if rejected := self.rejected(run):
             found["rejected samples"] = digest(rejected)
         return found
@@ -151,7 +151,7 @@ class Shards(Stage):
         """Unit n is the n-th shard of the layout: train first, then val."""
         return list(range(len(self.layout(run))))
 
-    def planned(self, run: Run) -> int:
+    def num_units(self, run: Run) -> int:
         """How many shards there are; of finished ones as ``dataset.json`` lists them."""
         try:
             listed = read_json(read_file(run.folder("shards") / "dataset.json"), MAX_BYTES)["shards"]
@@ -202,7 +202,7 @@ class Shards(Stage):
                 sum(row["samples"] for row in rows), run.path, self.val_ratio, split_again(run),
             )  # fmt: skip
         write_bytes(folder / "README.md", dataset_card(description).encode())
-        for path in failure_notes(folder):  # a worker was killed before it removed them
+        for path in failure_files(folder):  # a worker was killed before it removed them
             path.unlink(missing_ok=True)
 
     def describe(self, run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ class Packer:
                 tar.add(key, members)
                 rows.append(row)
                 tick(1)
-            self.run.keep_settings("shards", self.run.artifact("shards"))
+            self.run.ensure_settings("shards", self.run.artifact("shards"))
             try:
                 mark.unlink(missing_ok=True)
             except OSError as error:
@@ -361,7 +361,7 @@ def _stats(run: Run, shard: Shard) -> dict[str, Any] | None:
     """The ``_stats.json`` of a shard, or None if it is not done."""
     path = run.folder("shards") / shard.file
     try:
-        return checked_mark(read_json(read_file(path.with_name(f"{path.stem}_stats.json"))))
+        return validate_mark(read_json(read_file(path.with_name(f"{path.stem}_stats.json"))))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 

@@ -13,7 +13,7 @@ from typing import Any
 from synthgen.errors import CorruptFile, MissingArtifact, SynthgenError
 from synthgen.rejected import FILTER, count_rejected, read_rejected
 from synthgen.run import Run
-from synthgen.stages._units import content_of
+from synthgen.stages._units import content_hash
 from synthgen.status.artifacts import FEW, ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
@@ -99,7 +99,7 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     def count(unit: str, mark: Mapping[str, Any]) -> None:
         masks.add(run.folder("masks"), unit, mark, problems)
 
-    for name, entry in run.manifest()["artifacts"].items():
+    for name, entry in run.artifacts().items():
         on_mark = (count,) if counts and name == "masks" else ()
         artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *on_mark)
         if name == FILTER:
@@ -192,6 +192,6 @@ def _has_grown(run: Run, artifacts: Sequence[ArtifactStatus]) -> bool:
         return False
     try:
         before = run.artifact("shards")["inputs"].get("units of images")
-        return before is not None and before != content_of(run, "images", run.units("images"))
+        return before is not None and before != content_hash(run, "images", run.units("images"))
     except (SynthgenError, OSError):  # which the command itself reports
         return False

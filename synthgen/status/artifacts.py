@@ -16,7 +16,7 @@ from synthgen.run import Run
 from synthgen.stages import STAGES
 from synthgen.status.reading import is_number, read_object, read_objects
 from synthgen.stores import listing
-from synthgen.units import rows_of
+from synthgen.units import num_attempted
 
 __all__ = ["FEW", "ArtifactStatus", "artifact_status"]
 
@@ -63,39 +63,41 @@ def artifact_status(
     folder = run.folder(name)
     files = listing(folder)
     failures, damaged = dict[int, str](), dict[int, str]()
-    for unit in _numbers(files, FAILED):
-        failure = read_object(folder / f"{unit}{FAILED}", problems)
-        failures[int(unit)] = str(failure.get("error", "no reason was recorded"))
+    for stem in _numbers(files, FAILED):
+        failure = read_object(folder / f"{stem}{FAILED}", problems)
+        failures[int(stem)] = str(failure.get("error", "no reason was recorded"))
         if failure.get("damaged"):
-            damaged[int(unit)] = str(failure["damaged"])
+            damaged[int(stem)] = str(failure["damaged"])
     known = {f"{unit:06d}" for unit in failures}
-    planned, least = _plan(run, name, entry, [int(unit) for unit in _numbers(files, ".json")])
+    planned, min_samples = _plan(run, name, entry, [int(stem) for stem in _numbers(files, ".json")])
     sums = _Sums()
     for stem, length, mark in _marks(folder, files, problems):
         known.add(stem)
-        if length is not None and _is_done(length, mark, entry):
-            is_whole = not stem.isdecimal() or rows_of(mark) >= least.get(int(stem), 0)  # or the run has grown since
-            sums.add(mark, is_whole)
-            if stem.isdecimal() and is_whole:
-                failures.pop(int(stem), None)  # done by a later attempt
-            on_mark(stem, mark)
+        if length is None or not _is_done(length, mark, entry):
+            continue
+        unit = int(stem) if stem.isdecimal() else None
+        has_grown = unit is not None and num_attempted(mark) < min_samples.get(unit, 0)
+        sums.add(mark, is_done=not has_grown)
+        if unit is not None and not has_grown:
+            failures.pop(unit, None)  # done by a later attempt
+        on_mark(stem, mark)
     if planned is None:  # a stage mostly has as many units as its inputs
         inputs = [earlier[given].planned for given in entry.get("inputs", {}) if given in earlier]
         planned = max([len(known), *inputs])
     return ArtifactStatus(
         name,
-        str(entry.get("stage", name)),
-        sums.done,
-        max(planned, sums.done),
-        sums.samples,
-        round(sums.seconds, 3),
-        sums.bytes,
-        sums.notes,
-        failures,
-        {unit: path for unit, path in damaged.items() if unit in failures},
-        sums.left_out,
-        dict(entry.get("settings") or {}),
-        dict(entry.get("versions") or {}),
+        stage=str(entry.get("stage", name)),
+        done=sums.done,
+        planned=max(planned, sums.done),
+        samples=sums.samples,
+        seconds=round(sums.seconds, 3),
+        bytes=sums.bytes,
+        notes=sums.notes,
+        failures=failures,
+        damaged={unit: path for unit, path in damaged.items() if unit in failures},
+        left_out=sums.left_out,
+        settings=dict(entry.get("settings") or {}),
+        versions=dict(entry.get("versions") or {}),
     )
 
 
@@ -110,8 +112,8 @@ class _Sums:
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def add(self, mark: Mapping[str, Any], is_whole: bool) -> None:
-        self.done += is_whole
+    def add(self, mark: Mapping[str, Any], *, is_done: bool) -> None:
+        self.done += is_done
         self.samples += int(mark.get("count", 0))
         self.seconds += float(mark.get("seconds", mark.get("duration", 0)))
         self.bytes += int(mark.get("bytes", 0))
@@ -162,14 +164,14 @@ def _plan(
 ) -> tuple[int | None, Mapping[int, int]]:
     """How many units the stage plans (None if it cannot say), and how many samples each of ``units`` needs.
 
-    See :meth:`~synthgen.stages.Stage.least`. Any error is ignored: a status is wanted also if an input is lost, or if
-    this installation does not have the stage.
+    See :meth:`~synthgen.stages.Stage.min_samples`. Any error is ignored: a status is wanted also if an input is lost,
+    or if this installation does not have the stage.
     """
     planned: int | None = None
-    least: Mapping[int, int] = {}
+    min_samples: Mapping[int, int] = {}
     with suppress(Exception):
         stage = build(STAGES.load(str(entry["stage"])), entry["settings"], where=str(entry["stage"]))
         with suppress(Exception):
-            planned = stage.planned(run)
-        least = stage.least(run, artifact, units)
-    return planned, least
+            planned = stage.num_units(run)
+        min_samples = stage.min_samples(run, artifact, units)
+    return planned, min_samples

@@ -8,7 +8,7 @@ import pytest
 
 from synthgen.__main__ import main
 from synthgen.cli import app
-from synthgen.console import tell
+from synthgen.console import summary_line
 from synthgen.engines.local import Local
 from synthgen.refiners.attentioncut import AttentionCut
 from synthgen.runner import Summary, run_stage
@@ -214,8 +214,8 @@ def test_failed_units_end_with_code_three(tmp_path):
 
 
 def test_one_unit_is_told_as_one():
-    assert tell(Summary("masks", units=1, done_before=1)) == "masks: nothing to do, the one unit was done"
-    assert tell(Summary("masks", units=1, samples=1, seconds=2.0)).startswith("masks: 1 sample in ")
+    assert summary_line(Summary("masks", units=1, done_before=1)) == "masks: nothing to do, the one unit was done"
+    assert summary_line(Summary("masks", units=1, samples=1, seconds=2.0)).startswith("masks: 1 sample in ")
 
 
 def test_the_version_is_printed_without_a_command(typed):

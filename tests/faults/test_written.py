@@ -14,7 +14,7 @@ from synthgen.errors import CorruptFile, MissingArtifact, SynthgenError
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages._integrity import check_encoder, check_shards
-from synthgen.stages._loader_errors import explaining_lost_workers
+from synthgen.stages._loader_errors import translate_loader_errors
 from synthgen.stages.masks import Masks
 from synthgen.stages.shards import Shards
 from synthgen.stores.checksum import verify_sha256
@@ -96,7 +96,7 @@ def test_a_training_goes_on_from_the_checkpoint_before_one_with_a_wrong_byte(tmp
 )
 def test_a_lost_reader_is_told_in_one_line(error: Exception) -> None:
     told = r"^a process that reads samples was lost .*run the same command again"
-    with pytest.raises(SynthgenError, match=told), explaining_lost_workers():
+    with pytest.raises(SynthgenError, match=told), translate_loader_errors():
         raise error
-    with pytest.raises(RuntimeError, match="another"), explaining_lost_workers():
+    with pytest.raises(RuntimeError, match="another"), translate_loader_errors():
         raise RuntimeError("another")

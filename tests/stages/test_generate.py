@@ -236,7 +236,7 @@ def test_workers_need_the_copy_alone(tmp_path, template):
         for unit in stage.plan(claimed):  # images go round the prompts
             expected = [request_for(held, 0, unit, row, 4) for row in range(stage.size(claimed, unit))]
             assert stage.requests(claimed, unit) == expected
-        assert stage.planned(run) == 4  # status, which is given no claimed run
+        assert stage.num_units(run) == 4  # status, which is given no claimed run
 
 
 def test_another_prompt_file_that_nobody_has_drawn_from_yet(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from synthgen import console
-from synthgen.console import ConsoleProgress, doing, say_scores, tell
+from synthgen.console import ConsoleProgress, print_scores, step_printer, summary_line
 from synthgen.run import Run
 from synthgen.runner import Summary
 from synthgen.text import counted
@@ -64,7 +64,7 @@ def test_one_is_no_plural(count, many, said):
 
 def test_the_line_of_a_stage_has_the_singular():
     summary = Summary("attend", units=1, samples=1, seconds=1.0, notes={"failed samples": 1, "masks": 2})
-    assert tell(summary) == "attend: 1 sample in 1.0 s (1.0/s), 1 failed sample, 2 masks"
+    assert summary_line(summary) == "attend: 1 sample in 1.0 s (1.0/s), 1 failed sample, 2 masks"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -76,7 +76,7 @@ def test_rows_of_scores_are_whole_where_there_is_no_terminal(tmp_path, monkeypat
     told = {"scores": {encoder: {evaluator: numbers}, "pixels": {"knn": numbers}}}
     (run.folder("evaluate") / "a.json").write_text(json.dumps(told))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    say_scores(run)
+    print_scores(run)
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "evaluation"
     assert "0.250 to 0.750" in first
@@ -89,6 +89,6 @@ def test_rows_of_scores_are_whole_where_there_is_no_terminal(tmp_path, monkeypat
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_a_command_does_is_told_on_a_terminal_beside_its_output(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    doing("doctor")("looking at \x1b[2J the disk")
+    step_printer("doctor")("looking at \x1b[2J the disk")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "doctor: looking at  [2J the disk\n" * terminal)

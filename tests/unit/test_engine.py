@@ -268,8 +268,8 @@ def test_a_failure_file_that_vanishes_is_no_failure(tmp_path, monkeypatch):
     for unit in (2, 3):
         run.fail(Numbers(), Report(unit, error="RuntimeError: bad row"))
     gone = run.tar("numbers", 4).with_suffix(".failed.json")  # another process makes the unit just then
-    listed = accelerate.failure_notes
-    monkeypatch.setattr(accelerate, "failure_notes", lambda folder: [gone, folder / "x.failed.json", *listed(folder)])
+    listed = accelerate.failure_files
+    monkeypatch.setattr(accelerate, "failure_files", lambda folder: [gone, folder / "x.failed.json", *listed(folder)])
     files = accelerate._failure_files(Numbers(), run)
     assert set(files) == {2, 3}
     assert accelerate._read_failure(files[2][0], 2) == Report(2, error="RuntimeError: bad row")

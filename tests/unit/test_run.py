@@ -165,7 +165,7 @@ def test_settings_lie_beside_what_was_made_with_them(tmp_path):
     made = yaml.safe_load((run.folder("masks") / "settings.yaml").read_text())
     assert made == run.artifact("masks")
     assert made["inputs"] == {name: run.artifact(name)["fingerprint"] for name in ("images", "maps")}
-    assert list(run.manifest()["artifacts"]) == ["images", "maps", "masks"]
+    assert list(run.artifacts()) == ["images", "maps", "masks"]
 
 
 def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(tmp_path):
@@ -640,7 +640,7 @@ def at_once(folder, kind, count=3):
 
 def test_commands_on_other_artifacts_at_the_same_moment_lose_nothing(tmp_path):
     assert at_once(tmp_path / "r", "others") == ["done"] * 3
-    assert list(Run.open(tmp_path / "r").manifest()["artifacts"]) == [f"numbers{number}" for number in range(3)]
+    assert list(Run.open(tmp_path / "r").artifacts()) == [f"numbers{number}" for number in range(3)]
 
 
 def test_the_same_command_several_times_at_once_makes_the_same_bytes(tmp_path):
@@ -664,7 +664,7 @@ def test_of_commands_with_other_settings_at_the_same_moment_one_is_heard(tmp_pat
         assert told.count("done") <= 1
         assert told.count("refused") >= 2
         if "done" not in told:
-            assert run.manifest()["artifacts"] == {}
+            assert run.artifacts() == {}
             return
         assert run.seed == told.index("done")
     else:
