@@ -20,7 +20,7 @@ from typing import Any
 from synthgen import codecs
 from synthgen.errors import CorruptFile, MissingArtifact, PromptError, StaleArtifact
 from synthgen.records import Prompt
-from synthgen.stores import open_here, read_range
+from synthgen.stores import open_binary, read_range
 from synthgen.stores.checksum import sha256_of
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import write_chunks, write_json
@@ -152,7 +152,7 @@ def iter_lines(path: Path) -> Iterator[bytes]:
     Raises:
         OSError, SynthgenError: the copy cannot be read.
     """
-    with open_here(path) as file:
+    with open_binary(path) as file:
         yield from (line for line in file if line.strip())
 
 

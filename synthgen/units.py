@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from synthgen.entries import FAILED, failure_files
-from synthgen.stores import listing, read_many, stamps
+from synthgen.stores import listing, read_many, stat_files
 from synthgen.stores._failures import is_system_error, unreadable
 from synthgen.stores._lock import locked
 from synthgen.stores.remote import RemotePath
@@ -107,7 +107,7 @@ def list_units(folder: Path) -> dict[int, tuple[str, int]]:
 
     The marks are read again only if one of the files has changed.
     """
-    files = ((name, *stamp) for name, stamp in stamps(folder).items() if _is_mark(name))
+    files = ((name, *stamp) for name, stamp in stat_files(folder).items() if _is_mark(name))
     return dict(_list_units(folder, tuple(sorted(files))))
 
 

@@ -23,7 +23,7 @@ from synthgen.errors import MissingArtifact, SynthgenError, one_line
 from synthgen.image import decode_labels, decode_rgb
 from synthgen.json_types import common_type, has_null, is_mixed, type_of
 from synthgen.progress import Progress
-from synthgen.stores import listing, open_here, parse_location
+from synthgen.stores import listing, open_binary, parse_location
 from synthgen.stores.checksum import sha256_of
 from synthgen.stores.tar import iter_samples, read_member
 from synthgen.text import counted
@@ -161,7 +161,7 @@ def _check_tar(path: Path, root: Path, decode: bool) -> _Tar:
     tar = _Tar(path)
     name = _relative(path, root)
     try:
-        with open_here(path) as file:
+        with open_binary(path) as file:
             for key, places in iter_samples(path):
                 members = {member: read_member(file, place) for member, place in places.items()}
                 _check_sample(tar, f"{name}, sample {key}", members, decode)

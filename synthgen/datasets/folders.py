@@ -101,7 +101,7 @@ class CaptionedFolder(FolderDataset):
         """The captions of an image; the first one is used."""
         return self._captions[index].texts
 
-    def marked(self, index: int) -> tuple[str, ...]:
+    def words(self, index: int) -> tuple[str, ...]:
         """The words to mask, if a table lists them."""
         return self._captions[index].words
 

@@ -62,7 +62,7 @@ class ImageDataset(Dataset[Sample], ABC):
         """The captions of a sample: none, one or several; reads no pixels."""
         return ()
 
-    def marked(self, index: int) -> tuple[str, ...]:
+    def words(self, index: int) -> tuple[str, ...]:
         """The words to mask, if they are listed with the caption; reads no pixels."""
         return ()
 
@@ -104,10 +104,10 @@ class JoinedDataset(ImageDataset):
         part, row = self._locate(index)
         return part.captions(row)
 
-    def marked(self, index: int) -> tuple[str, ...]:
+    def words(self, index: int) -> tuple[str, ...]:
         """The words to mask, if they are listed."""
         part, row = self._locate(index)
-        return part.marked(row)
+        return part.words(row)
 
     def boxes(self, index: int) -> tuple[NamedBox, ...]:
         """Boxes that are stored with a sample."""

@@ -93,7 +93,7 @@ class ShardDataset(ImageDataset):
                 raise ValueError("captions is not a list of texts")
             return tuple(text.strip() for text in found if text.strip())
 
-    def marked(self, index: int) -> tuple[str, ...]:
+    def words(self, index: int) -> tuple[str, ...]:
         """``words`` of the json."""
         with self._open(index) as (_, meta):
             return _words({"words": meta.get("words", ())})

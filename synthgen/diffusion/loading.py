@@ -306,7 +306,7 @@ def _add_parts(pipeline: Any, loading: Loading) -> None:
                 )
             extra = loading.textual_inversion
         if loading.textual_inversion:
-            pipeline.load_textual_inversion(loading.textual_inversion, use_safetensors=True)
+            _add_embeddings(pipeline, loading.textual_inversion)
     except (OSError, KeyError, SafetensorError) as error:
         raise MissingWeights(f"{extra!r} cannot be loaded: {one_line(error)[:200]}") from None
     except (ValueError, AttributeError, RuntimeError) as error:
@@ -318,3 +318,22 @@ def _add_parts(pipeline: Any, loading: Loading) -> None:
             f"{loading.model!r} cannot use the weights {extra!r}: {one_line(error)[:300]}; take some that were "
             "trained for this model"
         ) from None
+
+
+def _add_embeddings(pipeline: Any, source: str) -> None:
+    """Load learned embeddings, a file or hub id.
+
+    Those of Stable Diffusion XL have one for each text encoder, ``clip_l`` and ``clip_g``, and name no token: their
+    token is the name of the file, without its extension.
+    """
+    from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+
+    (state,) = load_textual_inversion_state_dicts([source], use_safetensors=True)
+    if not {"clip_l", "clip_g"} <= state.keys():
+        pipeline.load_textual_inversion(state)
+        return
+    token, encoders = Path(source).stem, (pipeline.text_encoder, pipeline.text_encoder_2)
+    for key, tokenizer, encoder in zip(
+        ("clip_l", "clip_g"), (pipeline.tokenizer, pipeline.tokenizer_2), encoders, strict=True
+    ):
+        pipeline.load_textual_inversion(state[key], token=token, tokenizer=tokenizer, text_encoder=encoder)

@@ -26,7 +26,7 @@ from synthgen.records import Prompt, WordMasks
 from synthgen.run import Run
 from synthgen.stages._layout import split_of
 from synthgen.stages.shards import Shards, source_of
-from synthgen.stores import open_here
+from synthgen.stores import open_binary
 from synthgen.stores.tar import write_bytes, write_chunks
 
 __all__ = ["WRITERS", "Export", "Sample", "Writer"]
@@ -238,7 +238,7 @@ class Coco(Writer):
         numbers = count(1)
         for path in map(self.part, units):
             try:
-                with open_here(path) as file:
+                with open_binary(path) as file:
                     for line in file:
                         entry = json.loads(line)
                         lines = list(islice(file, entry["annotations"]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from synthgen.config import build
 from synthgen.errors import ConfigError, CorruptFile, one_line
 from synthgen.models.vit import EncoderConfig, VisionTransformer, check_size
-from synthgen.stores import filled
+from synthgen.stores import staging_folder
 from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import storage_error, write_json
 from synthgen.untrusted import read_file, read_json
@@ -89,7 +89,7 @@ def save_transformers(encoder: VisionTransformer, folder: Path) -> None:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would overwrite the progress bar of the training
     try:
-        with filled(folder) as here:
+        with staging_folder(folder) as here:
             model.save_pretrained(here)
     except OSError as error:
         raise storage_error(folder, error) from error

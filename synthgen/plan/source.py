@@ -15,7 +15,7 @@ from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.prompt_copy import PromptCopy
 from synthgen.prompts import Survey, find_words
 from synthgen.records import Prompt
-from synthgen.stores import open_here
+from synthgen.stores import open_binary
 from synthgen.stores.tar import Member, TarWriter, iter_samples, read_member
 from synthgen.untrusted import read_file
 
@@ -120,7 +120,7 @@ def _checked(tar: Path) -> Path:
 
 
 def _read_members(tar: Path, members: dict[str, Member]) -> dict[str, bytes]:
-    with open_here(tar) as file:
+    with open_binary(tar) as file:
         return {name: read_member(file, member) for name, member in members.items()}
 
 
@@ -128,7 +128,7 @@ def _loose(images: CaptionedFolder, number: int) -> tuple[str, Callable[[], dict
     """An image of a folder as a sample of a tar."""
     about = {
         "captions": list(images.captions(number)),
-        "words": list(images.marked(number)),
+        "words": list(images.words(number)),
         "label": images.label(number),
     }
     about = {name: value for name, value in about.items() if value}

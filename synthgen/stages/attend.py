@@ -114,7 +114,7 @@ class Attend(Stage):
         samples = self._samples()
         if isinstance(samples, CaptionedFolder):
             numbers = range(len(samples))
-            found["captions"] = digest([[samples.captions(n), samples.marked(n), samples.label(n)] for n in numbers])
+            found["captions"] = digest([[samples.captions(n), samples.words(n), samples.label(n)] for n in numbers])
         return found
 
     def check_sources(self, run: Run) -> None:
@@ -247,7 +247,7 @@ def prompt_of(samples: ImageDataset, number: int, template: str = "") -> Prompt:
     try:
         if len(text) > LONGEST:
             raise ValueError(f"its caption has {len(text)} characters or more; {LONGEST} are the most")
-        if words := samples.marked(number):
+        if words := samples.words(number):
             spans = find_words(text, words)
             prompt = Prompt(text, tuple(text[first:last] for first, last in spans), tuple(spans))
         else:

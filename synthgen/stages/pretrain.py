@@ -22,7 +22,7 @@ from synthgen.stages._integrity import check_shards, check_shards_exist
 from synthgen.stages._loader_errors import translate_loader_errors
 from synthgen.stages._outputs import export_missing, is_complete, save_outputs
 from synthgen.stages._sources import find_dataset, find_encoder
-from synthgen.stores import filled
+from synthgen.stores import staging_folder
 from synthgen.untrusted import visible
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ class Pretrain(Stage):
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with filled(run.folder(*self.artifacts())) as folder:
+            with staging_folder(run.folder(*self.artifacts())) as folder:
                 accelerator = accelerated(
                     folder,
                     cpu=worker.device == "cpu",

@@ -22,15 +22,15 @@ from synthgen.stores.remote import RemotePath
 
 __all__ = [
     "AppendFile",
-    "filled",
     "is_in_memory",
     "listing",
-    "open_here",
+    "open_binary",
     "parse_location",
     "read_many",
     "read_range",
     "remedy",
-    "stamps",
+    "staging_folder",
+    "stat_files",
     "temporaries",
     "uncached",
     "walk_files",
@@ -68,7 +68,7 @@ def is_in_memory(path: Path) -> bool:
     return isinstance(path, RemotePath) and path.protocol == "memory"
 
 
-def open_here(path: Path) -> BufferedReader:
+def open_binary(path: Path) -> BufferedReader:
     """Open a file, or the cached copy of a remote one, for reading at any position.
 
     Raises:
@@ -87,10 +87,10 @@ def open_here(path: Path) -> BufferedReader:
 
 def listing(folder: Path) -> dict[str, int]:
     """The sizes in bytes of the files in a folder, by name; in a store one request per thousand files."""
-    return {name: size for name, (size, _) in stamps(folder).items()}
+    return {name: size for name, (size, _) in stat_files(folder).items()}
 
 
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+def stat_files(folder: Path) -> dict[str, tuple[int, int]]:
     """The size in bytes and the time of the last change in ns of the files in a folder, by name."""
     if isinstance(folder, RemotePath):
         found = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
@@ -181,7 +181,7 @@ def temporaries(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filled(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A local folder to write to, which is uploaded to ``folder`` when the block ends without an error, if remote."""
     if not isinstance(folder, RemotePath):
         yield folder

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from synthgen.errors import CorruptFile, MissingArtifact
-from synthgen.stores import open_here
+from synthgen.stores import open_binary
 from synthgen.stores._failures import is_system_error, unreadable
 
 __all__ = ["sha256_of", "verify_sha256"]
@@ -18,7 +18,7 @@ def sha256_of(path: Path) -> str:
     Raises:
         OSError, SynthgenError: there is no such file, or it cannot be read.
     """
-    with open_here(path) as file:
+    with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from synthgen.stores import open_here
+from synthgen.stores import open_binary
 from synthgen.stores.cache import touch_copy
 from synthgen.stores.remote import RemotePath
 
@@ -47,7 +47,7 @@ class OpenFiles:
         if copy is not None and touch_copy(copy):
             with suppress(FileNotFoundError):  # just deleted
                 return open(copy, "rb")
-        file = open_here(path)
+        file = open_binary(path)
         if isinstance(path, RemotePath):
             self._copies[path] = Path(file.name)
         return file

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from synthgen.errors import CorruptFile, MissingArtifact, StorageError, one_line
-from synthgen.stores import open_here, remedy
+from synthgen.stores import open_binary, remedy
 from synthgen.stores._failures import is_system_error, unreadable
 from synthgen.stores._temporary import is_abandoned, temporary_beside
 from synthgen.stores.cache import work_folder
@@ -245,7 +245,7 @@ def iter_samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """
     last, members = "", dict[str, Member]()
     try:
-        with open_here(path) as file:
+        with open_binary(path) as file:
             for file_name, offset, size in iter_files(file):
                 key, name = _key_and_name(file_name)
                 if not name:
@@ -300,7 +300,7 @@ def read_tar(
         MissingArtifact, CorruptFile: as for :func:`index_tar`; or a member is too large.
     """
     samples, last = index_tar(path), ""
-    with open_here(path) as file:
+    with open_binary(path) as file:
         for key, members in samples:
             if keys is None or key in keys:
                 wanted = {name: member for name, member in members.items() if names is None or name in names}

@@ -59,7 +59,7 @@ def shards(path: Path) -> None:
             samples.key(number),
             samples.label(number),
             samples.captions(number),
-            samples.marked(number),
+            samples.words(number),
             samples.boxes(number),
         )
         samples[number]

@@ -58,7 +58,7 @@ def seen(pictures, folder):
     pictures.write(folder)
     samples = open_dataset(folder, masks=False)
     return {
-        samples.key(i): (samples.captions(i), samples.marked(i), samples.label(i), samples[i].image.shape)
+        samples.key(i): (samples.captions(i), samples.words(i), samples.label(i), samples[i].image.shape)
         for i in range(len(samples))
     }
 
@@ -75,7 +75,7 @@ def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
     places = [next(i for i in range(len(samples)) if samples.key(i) == key) for key, _ in found.few]
     assert len(places) == 8
     assert max(b - a for a, b in zip([0, *places], [*places, len(samples)], strict=True)) <= len(samples) / 4
-    wanted = {samples.key(i): (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3)) for i in places}
+    wanted = {samples.key(i): (samples.captions(i), samples.words(i), samples.label(i), (16, 16, 3)) for i in places}
     assert seen(found, tmp_path / "few") == wanted
 
 
@@ -118,7 +118,7 @@ def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
     assert found.count == len(samples) == 6
     wanted = {}
     for i in range(6):
-        wanted[samples.key(i)] = (samples.captions(i), samples.marked(i), samples.label(i), (16, 16, 3))
+        wanted[samples.key(i)] = (samples.captions(i), samples.words(i), samples.label(i), (16, 16, 3))
     assert seen(found, tmp_path / "few") == wanted
     assert [len(survey_pictures(str(folder), most=2).few), survey_pictures(str(folder), limit=3).count] == [2, 3]
 

@@ -29,12 +29,12 @@ from synthgen.log import logged_to
 from synthgen.run import Run
 from synthgen.stores import (
     AppendFile,
-    filled,
     is_in_memory,
     listing,
-    open_here,
+    open_binary,
     parse_location,
     read_many,
+    staging_folder,
     uncached,
     walk_files,
 )
@@ -160,7 +160,7 @@ def test_a_tar_has_the_bytes_of_a_local_one(place: Path, tmp_path: Path) -> None
     assert there.path.read_bytes() == here.path.read_bytes()
     assert list(read_tar(there.path)) == SAMPLES
     assert index_tar(there.path) == index_tar(here.path)
-    with open_here(there.path) as file:
+    with open_binary(there.path) as file:
         assert file.read() == here.path.read_bytes()
     assert not list((cache_folder() / "work").iterdir())
 
@@ -201,15 +201,15 @@ def test_many_small_files_are_read_together(place: Path) -> None:
 
 
 def test_folders_of_this_machine_are_sent_when_they_are_full(place: Path, tmp_path: Path) -> None:
-    with filled(place / "model") as here:
+    with staging_folder(place / "model") as here:
         (here / "deep").mkdir()
         (here / "deep" / "a.json").write_text("{}")
     assert (place / "model" / "deep" / "a.json").read_bytes() == b"{}"
-    with suppress(RuntimeError), filled(place / "other") as here:
+    with suppress(RuntimeError), staging_folder(place / "other") as here:
         (here / "a.json").write_text("{}")
         raise RuntimeError
     assert not (place / "other").exists()
-    with filled(tmp_path) as here:
+    with staging_folder(tmp_path) as here:
         assert here == tmp_path
 
 
@@ -240,10 +240,10 @@ def test_logs_of_several_processes_do_not_meet(store: Store) -> None:
 def test_a_copy_is_made_once_for_each_content(store: Store) -> None:
     path = parse_location(store.url("a.bin"))
     write_bytes(path, b"one")
-    assert [open_here(path).read() for _ in range(3)] == [b"one"] * 3
+    assert [open_binary(path).read() for _ in range(3)] == [b"one"] * 3
     assert sum(line.startswith("GET /bucket/a.bin") for line in store.lines) == 1
     store.put("a.bin", b"two")  # as long, by another
-    assert open_here(path).read() == b"two"
+    assert open_binary(path).read() == b"two"
     assert len(copies()) == 2
 
 
@@ -255,10 +255,10 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(
     for path in paths:
         write_bytes(path, path.name.encode() * 200)
     for number in (0, 1, 0, 2):
-        assert open_here(paths[number]).read() == paths[number].name.encode() * 200
+        assert open_binary(paths[number]).read() == paths[number].name.encode() * 200
     store.lines.clear()
     for number in (0, 2, 1):
-        open_here(paths[number]).close()
+        open_binary(paths[number]).close()
     assert [line for line in store.lines if line.startswith("GET")] == ["GET /bucket/1.bin"]
     assert sum(file.stat().st_size for file in copies()) <= 2500
 
@@ -269,7 +269,7 @@ def test_threads_share_a_cache_that_is_too_small(store: Store, monkeypatch: pyte
     for path in paths:
         write_bytes(path, path.name.encode() * 200)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda number: open_here(paths[number % 6]).read(), range(48)))
+        found = list(pool.map(lambda number: open_binary(paths[number % 6]).read(), range(48)))
     assert found == [paths[number % 6].name.encode() * 200 for number in range(48)]
 
 
@@ -288,7 +288,7 @@ def test_a_cache_that_cannot_be_written(store: Store, tmp_path: Path, monkeypatc
     path = parse_location(store.url("a.bin"))
     write_bytes(path, b"1")
     with pytest.raises(StorageError, match="SYNTHGEN_CACHE"):
-        open_here(path)
+        open_binary(path)
 
 
 def test_a_disk_that_is_full_is_not_the_fault_of_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_a_disk_that_is_full_is_not_the_fault_of_the_store(store: Store, monkeyp
     assert isinstance(path, RemotePath)
     monkeypatch.setattr(path._system(), "get_file", full)
     with pytest.raises(StorageError, match=r"cannot write the copy of s3://bucket/a.bin .*No space left on device"):
-        open_here(path)
+        open_binary(path)
     assert not copies()
 
 
@@ -345,7 +345,7 @@ def test_requests_that_fail_in_passing_are_repeated(store: Store, tmp_path: Path
         assert path.read_bytes() == b"%d" % number
         assert (
             write_tar(run / f"{number}.tar").sha256
-            == hashlib.sha256(open_here(run / f"{number}.tar").read()).hexdigest()
+            == hashlib.sha256(open_binary(run / f"{number}.tar").read()).hexdigest()
         )
     assert len(listing(run)) == 16
     assert {name: int(data) for name, data in read_many(run, [f"{n}.json" for n in range(8)], 10)} == {
@@ -572,8 +572,8 @@ def test_a_file_that_the_system_does_not_let_be_read_is_not_to_be_deleted(
         with sample_errors(path, "0"):
             refused(path)
 
-    monkeypatch.setattr("synthgen.stores.tar.open_here", refused)
-    monkeypatch.setattr("synthgen.stores.checksum.open_here", refused)
+    monkeypatch.setattr("synthgen.stores.tar.open_binary", refused)
+    monkeypatch.setattr("synthgen.stores.checksum.open_binary", refused)
     for read in (lambda: index_tar(path), lambda: run.verify("images", 0), read_image):
         with pytest.raises(StorageError, match=rf"cannot be read: {os.strerror(number)}") as caught:
             read()
@@ -597,10 +597,10 @@ def test_a_copy_of_another_user_is_read(store: Store, monkeypatch: pytest.Monkey
 
     path = parse_location(store.url("a.bin"))
     write_bytes(path, b"one")
-    open_here(path).close()
+    open_binary(path).close()
     monkeypatch.setattr(os, "utime", refused)
     store.lines.clear()
-    assert open_here(path).read() == b"one"
+    assert open_binary(path).read() == b"one"
     assert not any(line.startswith("GET") for line in store.lines)
 
 
@@ -629,7 +629,7 @@ def test_one_downloads_and_the_others_wait_for_its_copy(store: Store, monkeypatc
     write_bytes(path, b"one")
     names, _ = slow_downloads(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda number: open_here(path).read(), range(4))) == [b"one"] * 4
+        assert list(pool.map(lambda number: open_binary(path).read(), range(4))) == [b"one"] * 4
     assert names == ["a.bin"]
     assert [file.name for file in (cache_folder() / "locks").iterdir()] == ["room.lock"]
 
@@ -641,7 +641,7 @@ def test_what_is_on_its_way_counts_in_full(store: Store, monkeypatch: pytest.Mon
         write_bytes(path, bytes(1000))
     names, sizes = slow_downloads(monkeypatch)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda path: open_here(path).read(), paths)) == [bytes(1000)] * 4
+        assert list(pool.map(lambda path: open_binary(path).read(), paths)) == [bytes(1000)] * 4
     assert sorted(names) == [path.name for path in paths]
     assert max(sizes) == 2000
     assert sum(file.stat().st_size for file in copies()) <= 2500
@@ -652,7 +652,7 @@ def test_a_file_larger_than_the_bound_is_read_alone(store: Store, monkeypatch: p
     paths = [parse_location(store.url(f"{number}.bin")) for number in range(2)]
     for path in paths:
         write_bytes(path, bytes(1000))
-        assert open_here(path).read() == bytes(1000)
+        assert open_binary(path).read() == bytes(1000)
     assert len(copies()) == 1
 
 
@@ -683,7 +683,7 @@ def test_where_no_lock_can_be_had_each_downloads_for_itself(store: Store, monkey
     monkeypatch.setattr("synthgen.stores._lock.fcntl.flock", unknown)
     path = parse_location(store.url("a.bin"))
     write_bytes(path, b"one")
-    assert open_here(path).read() == b"one"
+    assert open_binary(path).read() == b"one"
 
 
 # -- folders of this machine
