@@ -321,10 +321,10 @@ def _add_parts(pipeline: Any, loading: Loading) -> None:
 
 
 def _add_embeddings(pipeline: Any, source: str) -> None:
-    """Load learned embeddings, a file or hub id.
+    """Load learned embeddings from a file or hub id.
 
-    Those of Stable Diffusion XL have one for each text encoder, ``clip_l`` and ``clip_g``, and name no token: their
-    token is the name of the file, without its extension.
+    Stable Diffusion XL's have two tensors, ``clip_l`` and ``clip_g``, one for each text encoder. They name no token; it
+    is the last part of ``source``, without extension.
     """
     from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
 
@@ -332,8 +332,6 @@ def _add_embeddings(pipeline: Any, source: str) -> None:
     if not {"clip_l", "clip_g"} <= state.keys():
         pipeline.load_textual_inversion(state)
         return
-    token, encoders = Path(source).stem, (pipeline.text_encoder, pipeline.text_encoder_2)
-    for key, tokenizer, encoder in zip(
-        ("clip_l", "clip_g"), (pipeline.tokenizer, pipeline.tokenizer_2), encoders, strict=True
-    ):
-        pipeline.load_textual_inversion(state[key], token=token, tokenizer=tokenizer, text_encoder=encoder)
+    for name, number in (("clip_l", ""), ("clip_g", "_2")):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{number}") for part in ("tokenizer", "text_encoder"))
+        pipeline.load_textual_inversion(state[name], token=Path(source).stem, tokenizer=tokenizer, text_encoder=encoder)

@@ -361,6 +361,18 @@ def test_learned_embeddings_are_words_like_others(stable_diffusion: Path, tmp_pa
     assert generation.maps.weights.any()
 
 
+def test_learned_embeddings_of_two_text_encoders_are_named_after_their_file(sdxl: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my-toy.safetensors"
+    save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 32)}, path)
+    family = Diffusers(model=str(sdxl), **OPTIONS, textual_inversion=str(path)).family
+    (generation,) = family.generate(requests("a photo of a [my-toy] and a [dog]"))
+    for encoder in family.encoders():
+        assert encoder.tokenizer.tokenize("my-toy my-toy_1") == ["my-toy", "my-toy_1"]
+    assert generation.maps.weights.any(axis=(1, 2)).tolist() == [True, True]
+    found = locate_in_encoders(family.encoders()[:1], generation.request.prompt).positions
+    assert [len(positions) for positions in found] == [2, 1]
+
+
 def test_lora_weights_change_the_image(stable_diffusion: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     plain = Diffusers(model=str(stable_diffusion), **OPTIONS).family
