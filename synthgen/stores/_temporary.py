@@ -15,7 +15,7 @@ _DAY = 86400.0  # seconds
 
 def temporary_beside(path: Path) -> Path:
     """``.<name>.<host>.<pid>.<random>.tmp`` beside ``path``: a name that no other process on any machine uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def is_abandoned(temporary: Path) -> bool:
@@ -25,7 +25,7 @@ def is_abandoned(temporary: Path) -> bool:
         process = int(pid)
     except ValueError:  # not one of ours
         return True
-    if os.name == "posix" and prefix.endswith(f".{socket.gethostname()}"):
+    if os.name == "posix" and prefix.endswith(f".{_host()}"):
         try:
             os.kill(process, 0)  # sends nothing
         except ProcessLookupError:
@@ -36,3 +36,11 @@ def is_abandoned(temporary: Path) -> bool:
         return time.time() - temporary.stat().st_mtime > _DAY
     except FileNotFoundError:
         return False
+
+
+def _host() -> str:
+    """Where process numbers mean the same: this machine, or a container on it, which may share the machine's name."""
+    try:
+        return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not Linux
+        return socket.gethostname()

@@ -97,9 +97,9 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links
-        with open(path, "xb") as file:
-            file.write(temporary.read_bytes())
+    except OSError:  # a file system without links, on which the file is empty for a moment
+        path.touch(exist_ok=False)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -200,6 +200,7 @@ class TarWriter:
         self._file.seek(0)
         self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
         self.size = self._file.tell()
+        self._file.close()  # Windows renames no open file
 
     def discard(self) -> None:
         """Leave what is at ``path`` as it is when the block ends."""

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shlex
@@ -575,6 +576,16 @@ def test_only_one_of_many_puts_a_file(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"first", "b": b"first"}
 
 
+def test_without_links_a_file_is_moved_to_its_place_as_a_copy_might_find_the_disk_full(tmp_path, monkeypatch):
+    def fail(*names):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert create_bytes(tmp_path / "a", b"first")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
+
+
 def test_half_written_files_are_taken_away_only_when_nobody_writes_them(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
@@ -589,6 +600,19 @@ def test_half_written_files_are_taken_away_only_when_nobody_writes_them(tmp_path
     os.utime(elsewhere, (time.time() - 90_000,) * 2)
     assert is_abandoned(elsewhere)
     assert is_abandoned(tmp_path / ".000000.tar.4242.tmp")  # of an older version
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces of processes")
+def test_a_process_in_a_container_of_the_same_host_name_is_not_taken_for_ended(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    name = temporary_beside(tmp_path / "000000.tar").name.replace(f".{os.getpid()}.", f".{ended.stdout.strip()}.")
+    there = tmp_path / name.replace(f"-{namespace}.", f"-{namespace + 1}.")
+    there.touch()
+    assert is_abandoned(tmp_path / name)
+    assert not is_abandoned(there)
 
 
 SCRIPT = """

@@ -70,6 +70,20 @@ def test_an_error_inside_leaves_nothing_and_keeps_what_was_there(tmp_path: Path)
     assert (tmp_path / "a.tar").read_bytes() == before
 
 
+def test_a_tar_is_closed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to rename an open file."""
+    replace = Path.replace
+
+    def check(self: Path, target: Path) -> Path:
+        assert tar._file.closed
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", check)
+    with TarWriter(tmp_path / "a.tar") as tar:
+        tar.add("0", {"txt": b"1"})
+    assert len(list(read_tar(tmp_path / "a.tar"))) == 1
+
+
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*a\.tar"):
