@@ -144,10 +144,9 @@ class ConsoleProgress(Progress):
             )
 
     def skip(self, count: int) -> None:
-        """Move on by ``count`` samples that were made before; they do not count for the rate."""
+        """Move on by ``count`` samples that were made before; the rate is that of the samples from here on."""
         self._done += count
-        self._before += count
-        self._started = time.monotonic()
+        self._started, self._before = time.monotonic(), self._done
 
     def describe(self, text: str) -> None:
         """Put a remark beside the bar."""

@@ -17,7 +17,7 @@ __all__ = ["classes_of"]
 def classes_of(run: Run, units: Collection[int] | None) -> list[str]:
     """The labels in the order of the run's prompts, or of the images of ``units``; none if one of them has no label."""
     path = run.path / "prompts.jsonl"
-    if path.is_file():
+    if run.artifact("images")["stage"] != "attend" and path.is_file():  # a failed generate may have left one
         labels = (_label(line, path) for line in iter_lines(path))
     else:
         tars = (run.tar("images", unit) for unit in sorted(units or run.units("images")))

@@ -24,7 +24,7 @@ from synthgen.config import Choice
 from synthgen.datasets import FolderDataset, open_masks
 from synthgen.diffusion import StableDiffusion
 from synthgen.engines.local import Local
-from synthgen.errors import ConfigError, MissingArtifact, PromptError, StaleArtifact, UnitsFailed
+from synthgen.errors import ConfigError, MissingArtifact, PromptError, StaleArtifact, SynthgenError, UnitsFailed
 from synthgen.image import encode_png
 from synthgen.prompts import parse_line, sample_seed
 from synthgen.records import Request
@@ -276,6 +276,19 @@ def test_a_folder_goes_all_the_way(photos, settings, tmp_path):
         with (run.path / f"export-{form}" / "sources.csv").open(newline="") as file:
             named = {row["source"]: row["key"] for row in csv.DictReader(file)}
         assert named == {meta["source"]: key for key, meta in metas.items()}
+
+
+def test_classes_are_those_of_the_images_after_a_failed_generate(photos, settings, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a [dog]\n")
+    run = Run.create(tmp_path / "r")
+    with pytest.raises(SynthgenError):
+        api.generate(
+            run, engine=HERE, prompts=str(tmp_path / "prompts.txt"), backbone=Choice("diffusers", {"model": ""})
+        )
+    assert (run.path / "prompts.jsonl").is_file()
+    api.attend(run, engine=HERE, **settings | {"images": str(photos)})
+    api.shards(run, engine=HERE, val_ratio=0.0, masks=False)
+    assert json.loads((run.folder("shards") / "dataset.json").read_text())["classes"] == ["shapes"]
 
 
 def test_shards_of_our_own_are_images_with_captions(settings, tmp_path):

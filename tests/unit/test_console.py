@@ -45,6 +45,19 @@ def test_samples_of_an_earlier_call_say_nothing_of_the_rate(clock, capsys):
     assert capsys.readouterr().err.startswith("masks: 1323/2000, 42/s, ")
 
 
+def test_the_rate_starts_anew_after_skipped_samples(clock, capsys):
+    bar = ConsoleProgress()
+    bar.start("masks", 1000, 0)
+    bar.advance(10)
+    clock[0] += 100
+    bar.advance(100)
+    bar.skip(10)
+    clock[0] += 10
+    bar.advance(10)
+    bar.stop()
+    assert [line.split(", ")[1] for line in capsys.readouterr().err.splitlines()] == ["1/s", "1/s"]
+
+
 @pytest.mark.parametrize(
     ("count", "many", "said"),
     [
