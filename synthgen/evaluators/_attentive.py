@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synthgen.errors import ConfigError
 from synthgen.evaluators import LabelledFeatureMaps, Latents
 from synthgen.evaluators._bootstrap import accuracy_over_seeds
-from synthgen.evaluators._heads import fit
+from synthgen.evaluators._heads import finite, fit
 from synthgen.models.linear import Linear
 
 __all__ = ["LARGEST", "AttentiveHead", "AttentiveSettings"]
@@ -171,11 +170,7 @@ class AttentiveSettings:
 
 def _correct(learner: L, scores: Callable[[L, S, Tensor], Tensor], given: S) -> Tensor:
     """1 for each image that is classified correctly, else 0."""
-    guesses = []
     with torch.inference_mode():
-        for numbers in torch.split(torch.arange(len(given.labels)), _AT_ONCE):
-            found = scores(learner, given, numbers)
-            if not found.isfinite().all():
-                raise ConfigError("the training of the head diverged; give the evaluator a lower learning_rate")
-            guesses.append(found.argmax(1).cpu())
+        batches = torch.split(torch.arange(len(given.labels)), _AT_ONCE)
+        guesses = [finite(scores(learner, given, numbers)).argmax(1).cpu() for numbers in batches]
     return (torch.cat(guesses) == given.labels).double()

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from synthgen.errors import ConfigError
 from synthgen.evaluators import DenseFeatures
 
-__all__ = ["Standardize", "fit", "train_head", "trunk"]
+__all__ = ["Standardize", "finite", "fit", "train_head", "trunk"]
 
 H = TypeVar("H", bound=nn.Module)
 
@@ -92,6 +93,17 @@ def fit(
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return head.eval()
+
+
+def finite(scores: Tensor, setting: str = "learning_rate") -> Tensor:
+    """The output of a trained head, unchanged. ``setting`` is its learning rate, for the message.
+
+    Raises:
+        ConfigError: the output is not finite.
+    """
+    if not scores.isfinite().all():
+        raise ConfigError(f"the training of the head diverged; give the evaluator a lower {setting}")
+    return scores
 
 
 def train_head(

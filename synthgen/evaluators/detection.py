@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from synthgen.errors import ConfigError, MissingDependency
 from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import interval, spread
-from synthgen.evaluators._heads import train_head, trunk
+from synthgen.evaluators._heads import finite, train_head, trunk
 
 try:
     from pycocotools.coco import COCO
@@ -79,7 +79,7 @@ class Detection:
         """``ap`` (IoU 0.5 to 0.95) with interval and spread, ``ap50``, ``ap75``, and counts.
 
         Raises:
-            ConfigError: there are no images with boxes to train on, or none to evaluate on.
+            ConfigError: there are no images with boxes to train on, or none to evaluate on, or a training diverged.
         """
         train, test = data.scenes()
         if not any(map(len, train.boxes)) or not any(map(len, test.boxes)):
@@ -137,12 +137,16 @@ class Detection:
         )
 
     def detect(self, head: nn.Module, scenes: DenseFeatures, device: str) -> Detections:
-        """Detections of ``head`` in each image, best first."""
+        """Detections of ``head`` in each image, best first.
+
+        Raises:
+            ConfigError: the training of the head diverged.
+        """
         size, grid = scenes.pixels.shape[1], scenes.patches.shape[2]
         found = []
         with torch.inference_mode():
             for start in range(0, len(scenes), 64):
-                output = head(scenes.patches[start : start + 64].to(device))
+                output = finite(head(scenes.patches[start : start + 64].to(device)))
                 logits, boxes = _boxes(output, output.shape[1] - 4)
                 scores, places = logits.sigmoid().flatten(1).topk(min(_MOST, logits[0].numel()), dim=1)
                 cells, classes = places // logits.shape[-1], places % logits.shape[-1]

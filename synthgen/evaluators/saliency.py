@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from synthgen.errors import ConfigError
 from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import mean_with_interval, spread
-from synthgen.evaluators._heads import train_head
+from synthgen.evaluators._heads import finite, train_head
 from synthgen.mask_shape import box
 
 __all__ = ["Saliency"]
@@ -121,9 +121,8 @@ class Saliency:
         size = scenes.pixels.shape[1]
         for patches in torch.split(scenes.patches, self.batch_size):
             with torch.inference_mode():
-                logits = F.interpolate(head(patches.to(device)), (size, size), mode="bilinear", align_corners=False)
-            if not logits.isfinite().all():
-                raise ConfigError("the training of saliency's decoder diverged; give it a lower learning_rate")
+                coarse = finite(head(patches.to(device)))
+                logits = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
             yield from logits[:, 0].sigmoid().cpu().numpy()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from synthgen.evaluators import Baseline, DenseFeatures, EvalData, Need
 from synthgen.evaluators._bootstrap import interval, spread
-from synthgen.evaluators._heads import train_head, trunk
+from synthgen.evaluators._heads import finite, train_head, trunk
 
 __all__ = ["Segmentation"]
 
@@ -55,7 +55,7 @@ class Segmentation:
         """``miou`` of the linear head with interval and spread, its ``pixel_accuracy``, and the same of the decoder.
 
         Raises:
-            ConfigError: there are no images with masks, or no mask has a pixel.
+            ConfigError: there are no images with masks, no mask has a pixel, or a training diverged.
         """
         train, test = data.scenes()
         numbers = self.score(train, test, data.device, decoder=False)
@@ -69,10 +69,10 @@ class Segmentation:
 
     def score(self, train: DenseFeatures, test: DenseFeatures, device: str, *, decoder: bool) -> dict[str, float]:
         """Train and score one kind of head."""
-        counts = []
+        counts, setting = [], "decoder_learning_rate" if decoder else "learning_rate"
         for seed in range(self.seeds):
             head = self.train(train, device, seed=seed, decoder=decoder)
-            counts.append(count_pixels(head, test, device))
+            counts.append(count_pixels(head, test, device, setting))
         once = np.ones((1, len(test)))
         scores = [float(mean_iou(*count, once)[0]) for count in counts]
         low, high = interval(lambda times: np.mean([mean_iou(*count, times) for count in counts], axis=0), len(test))
@@ -116,14 +116,18 @@ class Segmentation:
 Counts = tuple[Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"], Float64[np.ndarray, "n c"]]
 
 
-def count_pixels(head: nn.Module, scenes: DenseFeatures, device: str) -> Counts:
-    """Per image and class, the pixels that are correct, that are predicted, and that are true."""
+def count_pixels(head: nn.Module, scenes: DenseFeatures, device: str, setting: str = "learning_rate") -> Counts:
+    """Per image and class, the pixels that are correct, that are predicted, and that are true.
+
+    Raises:
+        ConfigError: the training of the head diverged; the message names ``setting``, its learning rate.
+    """
     num_classes, size = len(scenes.classes), scenes.pixels.shape[1]
     counts = np.zeros((3, len(scenes), num_classes))
     start, chunk = 0, 1
     with torch.inference_mode():
         while start < len(scenes):
-            coarse = head(scenes.patches[start : start + chunk].to(device))
+            coarse = finite(head(scenes.patches[start : start + chunk].to(device)), setting)
             guess = _upsample(coarse, size).argmax(1).cpu()
             for row, (found, true) in enumerate(zip(guess, scenes.pixels[start : start + chunk].long(), strict=True)):
                 sets = (true[found == true], found, true)

@@ -261,5 +261,5 @@ def test_masks_without_pixels_are_refused(side):
 
 def test_a_diverged_training_is_refused():
     data = EvalData(train_scenes=make_scenes(3, 1, known=True), test_scenes=make_scenes(3, 2, known=True))
-    with pytest.raises(ConfigError, match="diverged; give it a lower learning_rate"):
+    with pytest.raises(ConfigError, match="diverged; give the evaluator a lower learning_rate"):
         build(seeds=1, steps=60, width=16, learning_rate=1e9).evaluate(data)
