@@ -61,8 +61,10 @@ class Diffusers:
         family = FAMILIES[type(pipeline).__name__]
         native, multiple = family.native_size(pipeline), 2 * pipeline.vae_scale_factor
         height, width = height or native, width or native
-        if height % multiple or width % multiple:
-            raise ValueError(f"height and width must be multiples of {multiple} pixels, not {height} x {width}")
+        if min(height, width) < multiple or height % multiple or width % multiple:
+            raise ValueError(
+                f"height and width must be positive multiples of {multiple} pixels, not {height} x {width}"
+            )
         sampling = Sampling(
             family.num_steps if num_steps is None else num_steps,
             family.guidance_scale if guidance_scale is None else guidance_scale,
@@ -84,7 +86,7 @@ class Diffusers:
 
     @property
     def multiple(self) -> int:
-        """Sides of images that exist are multiples of so many pixels."""
+        """Pixels of which the sides of existing images must be multiples."""
         return self.family.multiple
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
@@ -98,5 +100,5 @@ class Diffusers:
         timesteps: Sequence[int],
         inversion_steps: int = 0,
     ) -> list[Generation]:
-        """The same record for images that exist."""
+        """Record attention for existing images; see :meth:`~synthgen.diffusion.DiffusionBackbone.attend`."""
         return self.family.attend(images, requests, timesteps, inversion_steps)

@@ -390,6 +390,12 @@ def test_lora_weights_change_the_image(stable_diffusion: Path, tmp_path: Path) -
     np.testing.assert_array_equal(plain_image[0], other.image)
 
 
+@pytest.mark.parametrize("height", [-64, 31])
+def test_sizes_that_the_network_cannot_compute_are_refused(stable_diffusion: Path, height: int) -> None:
+    with pytest.raises(ValueError, match=rf"height and width must be .*, not {height} x 64"):
+        Diffusers(model=str(stable_diffusion), **OPTIONS, height=height, width=64)
+
+
 def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "os.system"}))
     with pytest.raises(ConfigError, match=r"os\.system"):
