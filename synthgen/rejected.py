@@ -9,12 +9,13 @@ from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.run import Run, digest
 from synthgen.stores.tar import write_json
 from synthgen.units import sample_counts
-from synthgen.untrusted import MAX_BYTES, read_file, read_json
+from synthgen.untrusted import read_file, read_json
 
 __all__ = ["FILTER", "REJECTED", "count_rejected", "read_rejected", "rejected_summary", "write_rejected"]
 
 FILTER = "filter"  # the artifact and the stage
 REJECTED = "rejected.json"  # in its folder
+_MAX_BYTES = 2**32  # of that file; ten million rejected samples are about 1e9
 
 
 def write_rejected(run: Run, reasons: Mapping[str, str], samples: int) -> None:
@@ -48,7 +49,7 @@ def read_rejected(run: Run) -> dict[str, str]:
             )
     path = run.folder(FILTER) / REJECTED
     try:
-        listed = read_json(read_file(path), MAX_BYTES)
+        listed = read_json(read_file(path, _MAX_BYTES), _MAX_BYTES)
         units, rejected = listed["units"], listed["rejected"]
         if not isinstance(rejected, dict) or not all(isinstance(reason, str) for reason in rejected.values()):
             raise ValueError("it is no list of samples with reasons")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,23 +40,23 @@ class Filter(ABC):
     accelerated: ClassVar[bool] = False  # True: measure in one worker per GPU, if there are GPUs
 
     def inputs(self) -> dict[str, str]:
-        """What the figures depend on besides the settings, such as weights: a name and a hash each."""
-        return {}
+        """What the figures depend on besides the settings, such as weights: a name and a hash each.
 
-    def prepare(self) -> None:
-        """Called once before workers start, for example to download a model."""
+        Called before workers start, so a model is downloaded here.
+        """
+        return {}
 
     @abstractmethod
     def open(self, device: str) -> Measure:
         """The function that returns one figure per candidate, as plain JSON data. Called once per worker."""
 
     @abstractmethod
-    def reject(self, figures: Mapping[str, Any]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, Any]]) -> dict[str, str]:
         """The keys of the samples to leave out, each with the reason.
 
         Args:
-            figures: of each sample by its key, in the order of the keys, without samples that an earlier filter
-                rejected.
+            figures: key and figure of each sample, in the order of the keys, without samples that an earlier filter
+                rejected. They are read while this iterates, once, and need not fit into memory.
         """
 
 

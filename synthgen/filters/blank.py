@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,11 @@ class Blank(Filter):
 
         return measure
 
-    def reject(self, figures: Mapping[str, float]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, float]]) -> dict[str, str]:
         """Those whose channels all deviate less than ``min_std``."""
         return {
             key: f"its channels deviate by {std:.1f} at most, less than {self.min_std:g}"
-            for key, std in figures.items()
+            for key, std in figures
             if std < self.min_std
         }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,13 +20,15 @@ from synthgen.config import check_range
 from synthgen.errors import ConfigError, CorruptFile, MissingWeights, one_line
 from synthgen.filters import Candidate, Filter, Measure
 from synthgen.models.dual import load_dual_encoder
+from synthgen.models.hub import hub_folder, is_hub_id
 from synthgen.stores import parse_location
 from synthgen.stores.checksum import sha256_of
+from synthgen.stores.remote import RemotePath
 from synthgen.untrusted import read_file, read_json
 
 __all__ = ["Clip"]
 
-_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # configuration, tokenizer, weights
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # CLIP and SigLIP, fast and slow tokenizers
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 Similarity = Callable[[list[UInt8[np.ndarray, "H W 3"]], list[str]], Float[Tensor, " n"]]
@@ -50,13 +51,13 @@ class Clip(Filter):
         check_range(ge=-1, le=1, min_similarity=self.min_similarity)
 
     def inputs(self) -> dict[str, str]:
-        """The weights of a model in a folder, which may be trained again in its place."""
-        files = sorted(parse_location(self.model).glob("*.safetensors"))
-        return {f"{path.name} of {self.model}": sha256_of(path) for path in files}
+        """The weights, which may be replaced in a folder or on the hub; a model of the hub is downloaded.
 
-    def prepare(self) -> None:
-        """Download the model if it is named by a hub id, so that workers find it in the cache."""
-        _folder(self.model)
+        Raises:
+            MissingWeights: see :func:`_folder`.
+        """
+        files = sorted(_folder(self.model).glob("*.safetensors"))
+        return {f"{path.name} of {self.model}": sha256_of(path) for path in files}
 
     def open(self, device: str) -> Measure:
         """The function that compares images with their prompts."""
@@ -72,13 +73,13 @@ class Clip(Filter):
 
         return measure
 
-    def reject(self, figures: Mapping[str, float | None]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, float | None]]) -> dict[str, str]:
         """Those below ``min_similarity``, and those that the model gives no finite figure."""
         return {
             key: "its similarity with its prompt is not a finite number"
             if value is None
             else f"a similarity of {value:.3f} with its prompt, less than {self.min_similarity:g}"
-            for key, value in figures.items()
+            for key, value in figures
             if value is None or value < self.min_similarity
         }
 
@@ -92,20 +93,9 @@ def _folder(name: str) -> Path:
     folder = parse_location(name)
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if folder.exists() or not is_hub_id(name):
         raise MissingWeights(f"there is no model in {name} (config.json is missing); give a folder or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(_FILES), local_files_only=True))
-        except OSError:  # not in the cache
-            return Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:  # network errors have many types
-        raise MissingWeights(
-            f"there is no folder {name}, and the hub has no such model, or cannot be reached: {one_line(error)}; "
-            f"download it first, for example with: hf download {name}"
-        ) from None
+    return hub_folder(name, _VOCABULARIES)
 
 
 def _of_training(folder: Path, device: str) -> Similarity:
@@ -124,15 +114,24 @@ def _of_transformers(folder: Path, device: str) -> Similarity:
     """By a CLIP or SigLIP model of ``transformers``.
 
     Raises:
-        ConfigError: it is no model of images and texts.
+        ConfigError: it is no model of images and texts, or is in a store.
         CorruptFile: it cannot be read.
     """
     from transformers import AutoModel, AutoTokenizer
 
+    if isinstance(folder, RemotePath):
+        raise ConfigError(f"{folder} is in a store, and transformers reads folders; copy it to this machine first")
     try:
-        model = AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        model, report = AutoModel.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
+        if missing := sorted(report["missing_keys"]):  # these weights would be random
+            raise ValueError(f"its weights lack {missing[0]}, and {len(missing)} in all")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         described = read_json(read_file(folder / "preprocessor_config.json"))
         mean, std = tuple(described["image_mean"]), tuple(described["image_std"])

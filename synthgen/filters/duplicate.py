@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,15 @@ class Duplicate(Filter):
 
         return measure
 
-    def reject(self, figures: Mapping[str, str]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Those within ``max_distance`` bits of one that is kept."""
-        keys, hashes = list(figures), np.array([int(figure, 16) for figure in figures.values()], np.uint64)
+        keys, hashes = list[str](), array("Q")
+        for key, figure in figures:
+            keys.append(key)
+            hashes.append(int(figure, 16))
         rejected = {}
-        for row, original in earlier_kept(hashes, self.max_distance).items():
-            bits = int(hashes[row] ^ hashes[original]).bit_count()
+        for row, original in earlier_kept(np.array(hashes, np.uint64), self.max_distance).items():
+            bits = (hashes[row] ^ hashes[original]).bit_count()
             rejected[keys[row]] = f"it looks like {keys[original]}: {bits} of {BITS} bits of their hashes differ"
         return rejected
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,9 +32,9 @@ class Unmasked(Filter):
         """The function that counts the masks of each image, and its marked words."""
         return lambda candidates: [_count(candidate) for candidate in candidates]
 
-    def reject(self, figures: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, Sequence[int]]]) -> dict[str, str]:
         """Those with fewer than ``min_masks`` masks, and with ``every_word`` those of which one is missing."""
-        return {key: reason for key, (masks, words) in figures.items() if (reason := self._reason(masks, words))}
+        return {key: reason for key, (masks, words) in figures if (reason := self._reason(masks, words))}
 
     def _reason(self, masks: int, words: int) -> str:
         if self.every_word and masks < words:

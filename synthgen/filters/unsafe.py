@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from synthgen.filters import Candidate, Filter, Measure
@@ -23,6 +23,6 @@ class Unsafe(Filter):
 
         return measure
 
-    def reject(self, figures: Mapping[str, bool]) -> dict[str, str]:
+    def reject(self, figures: Iterable[tuple[str, bool]]) -> dict[str, str]:
         """The flagged ones."""
-        return {key: SAFETY_WARNING for key, flagged in figures.items() if flagged}
+        return {key: SAFETY_WARNING for key, flagged in figures if flagged}

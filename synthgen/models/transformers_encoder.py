@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, MissingWeights, one_line
+from synthgen.models.hub import hub_folder, is_hub_id
 from synthgen.models.vit import Encoder, EncoderConfig, load_encoder
 from synthgen.stores import parse_location
 from synthgen.stores.remote import RemotePath
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VisionTower", "encoder_folder", "is_tower", "load_tower", "open_encoder"]
 
-_DESCRIBED = ("config.json", "preprocessor_config.json")
-_INDEX = "model.safetensors.index.json"  # where the weights are several files
-_FILES = (*_DESCRIBED, "*.safetensors", "*.safetensors.index.json")
 _OWN = "encoder.safetensors"
 _BLOCK = re.compile(r"\.(?:layer|layers)\.(\d+)\.")
 _UNUSED = re.compile(r"(?:^|\.)(?:pooler|mask_token|head)(?:\.|$)")  # nothing of it is in last_hidden_state
@@ -80,36 +78,15 @@ def encoder_folder(name: str) -> Path:
     folder = parse_location(name)
     if (folder / _OWN).is_file() or is_tower(folder):
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if folder.exists() or not is_hub_id(name):
         raise MissingArtifact(
             f"there is no encoder in {folder} ({_OWN}, or config.json and safetensors of a vision model of "
             "transformers); give a folder of pretrain"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        fetched = _cached(name) or Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:  # network errors have many types, and the hub's library changes them
-        raise MissingWeights(
-            f"there is no folder {name}, and no such model can be downloaded from the hub: {one_line(error)}; "
-            f"download it first, for example with: hf download {name}"
-        ) from None
+    fetched = hub_folder(name)
     if not is_tower(fetched):
         raise MissingWeights(f"{name} on the hub is not a model of transformers with safetensors; choose another")
     return fetched
-
-
-def _cached(name: str) -> Path | None:
-    """The folder of a model in the hub's cache; None where it is absent or incomplete."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(_FILES), local_files_only=True))
-        several = (folder / _INDEX).is_file()
-        weights = read_json(read_file(folder / _INDEX))["weight_map"].values() if several else ["model.safetensors"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return folder if all((folder / file).is_file() for file in (*_DESCRIBED, *weights)) else None
 
 
 def is_tower(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
@@ -20,6 +20,7 @@ from synthgen.rejected import FILTER, write_rejected
 from synthgen.run import Run, digest
 from synthgen.stages import Work, Worker, unhashed
 from synthgen.stages._units import ImageStage, need_masks
+from synthgen.units import sample_counts
 
 __all__ = ["Filter"]
 
@@ -74,12 +75,6 @@ class Filter(ImageStage):
             found |= FILTERS.build(choice).inputs()
         return found
 
-    def prepare(self, run: Run) -> Self:
-        """Prepare each filter, for example by a download."""
-        for choice in self.filters:
-            FILTERS.build(choice).prepare()
-        return self
-
     def plan(self, run: Run) -> list[int]:
         """The units that have images.
 
@@ -131,14 +126,12 @@ class Filter(ImageStage):
 
     def finish(self, run: Run) -> None:
         """Let the filters decide, and write ``rejected.json``."""
-        figures = dict(self.figures(run))
-        total, reasons = len(figures), dict[str, str]()
+        reasons = dict[str, str]()
         for choice in self.filters:
-            of_filter = {key: values[choice.name] for key, values in figures.items()}
-            for key, reason in FILTERS.build(choice).reject(of_filter).items():
-                reasons[key] = f"{choice.name}: {reason}"
-                del figures[key]
-        write_rejected(run, reasons, total)
+            kept = ((key, figure) for key, figure in self.figures(run, choice.name) if key not in reasons)
+            found = FILTERS.build(choice).reject(kept)
+            reasons |= {key: f"{choice.name}: {reason}" for key, reason in found.items()}
+        write_rejected(run, reasons, sum(sample_counts(run.folder(FILTER), self.plan(run)).values()))
         shards = run.find_artifact("shards")
         if shards is not None and shards["inputs"].get("rejected samples", "") != (digest(reasons) if reasons else ""):
             logger.warning(
@@ -147,17 +140,16 @@ class Filter(ImageStage):
                 run.path, run.folder("shards"), run.remedy("shards"),
             )  # fmt: skip
 
-    def figures(self, run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The figures of every sample, by the names of the filters.
+    def figures(self, run: Run, name: str) -> Iterator[tuple[str, Any]]:
+        """Key and figure of every sample, by the filter ``name``; read unit by unit.
 
         Raises:
             CorruptFile: they cannot be read.
         """
-        names = {choice.name for choice in self.filters}
         for unit in self.plan(run):
             for key, members in run.read(FILTER, unit):
                 figures = codecs.decode_meta(key, members)
-                if not names <= figures.keys():
+                if name not in figures:
                     path = run.tar(FILTER, unit)
                     raise CorruptFile(f"{path} lacks figures of {key}; delete it and run: {run.remedy(FILTER)}")
-                yield key, figures
+                yield key, figures[name]

@@ -50,7 +50,7 @@ def test_filters_apply_in_order_over_the_whole_run(tmp_path):
     run = make_run(tmp_path / "r", distinct=5)
     assert run_filter(run, filters=(Choice("duplicate"),)).samples == 12
     figures = {key: f"{perceptual_hash(image):016x}" for key, image in images_of(run).items()}
-    expected = Duplicate().reject(figures)
+    expected = Duplicate().reject(figures.items())
     assert len(expected) == 7
     assert expected["0000010004"].startswith("it looks like 0000000000: 0 of 64")
     assert read_rejected(run) == {key: f"duplicate: {reason}" for key, reason in sorted(expected.items())}
@@ -128,6 +128,16 @@ def test_a_damaged_list_is_named(tmp_path, damage):
     (run.folder("filter") / "rejected.json").write_bytes(damage)
     with pytest.raises(CorruptFile, match=r"rejected.json cannot be read; delete it and run: synthgen filter"):
         read_rejected(run)
+
+
+@pytest.mark.slow
+def test_a_list_of_millions_of_rejected_samples_is_read_again(tmp_path):
+    run = make_run(tmp_path / "r")
+    run_filter(run, filters=(Choice("blank", {"min_std": 127.0}),))
+    path = run.folder("filter") / "rejected.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"{", b"{" + b" " * 2**28, 1))  # as long as about three million reasons
+    assert len(read_rejected(run)) == 12
 
 
 def test_wrong_settings_are_refused():

@@ -21,6 +21,8 @@ from synthgen.filters.clip import Clip
 from synthgen.filters.duplicate import Duplicate, earlier_kept, perceptual_hash
 from synthgen.filters.unmasked import Unmasked
 from synthgen.records import Request
+from synthgen.stores import parse_location
+from synthgen.stores.tar import write_bytes
 from tests.factories import make_generation, make_prompt
 from tests.models import make_clip
 
@@ -88,15 +90,15 @@ def test_images_that_are_added_change_no_decision():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 5, np.uint64)[rng.integers(0, 5, 40)] ^ rng.integers(0, 8, 40, np.uint64)
     figures = {f"{row:010d}": f"{value:016x}" for row, value in enumerate(hashes.tolist())}
-    few = Duplicate().reject(dict(list(figures.items())[:25]))
-    many = Duplicate().reject(figures)
+    few = Duplicate().reject(list(figures.items())[:25])
+    many = Duplicate().reject(figures.items())
     assert few
     assert {key: reason for key, reason in many.items() if int(key) < 25} == few
 
 
 def test_the_reason_names_the_image_that_is_kept():
     image = scene(0)
-    figures = dict(zip("abc", [f"{perceptual_hash(one):016x}" for one in (image, scene(1), image)], strict=True))
+    figures = zip("abc", [f"{perceptual_hash(one):016x}" for one in (image, scene(1), image)], strict=True)
     assert Duplicate().reject(figures) == {"c": "it looks like a: 0 of 64 bits of their hashes differ"}
 
 
@@ -107,7 +109,7 @@ def test_one_colour_is_blank_and_a_dark_photo_is_not():
     measured = Blank().open("cpu")([Candidate(*one) for one in zip(requests, (black, blue, dark), strict=True)])
     assert measured[:2] == [0, 0]
     assert measured[2] == pytest.approx(dark.reshape(-1, 3).std(axis=0).max(), abs=1e-3)
-    assert list(Blank().reject(dict(zip("abc", measured, strict=True)))) == ["a", "b"]
+    assert list(Blank().reject(zip("abc", measured, strict=True))) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_one_colour_is_blank_and_a_dark_photo_is_not():
 )
 def test_masks_that_an_image_needs(settings, rejected):
     figures = {"nothing": [0, 1], "no words": [0, 0], "one of one": [1, 1], "one of two": [1, 2], "two of two": [2, 2]}
-    assert ", ".join(Unmasked(**settings).reject(figures)) == rejected
+    assert ", ".join(Unmasked(**settings).reject(figures.items())) == rejected
 
 
 # -- clip
@@ -158,7 +160,7 @@ def test_images_that_are_not_square_lose_their_sides(tmp_path):
 
 def test_images_below_the_similarity_are_rejected_and_those_without_one_too(tmp_path):
     part = Clip(model="any", min_similarity=0.25)
-    assert list(part.reject({"a": 0.3, "b": 0.25, "c": 0.2, "d": None})) == ["c", "d"]
+    assert list(part.reject([("a", 0.3), ("b", 0.25), ("c", 0.2), ("d", None)])) == ["c", "d"]
     folder = make_clip(tmp_path)
     weights = load_file(folder / "model.safetensors")
     save_file({name: value * np.nan for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -170,7 +172,52 @@ def test_the_figures_depend_on_the_weights_in_a_folder(tmp_path):
     assert list(before) == [f"model.safetensors of {tmp_path}"]
     assert Clip(model=str(make_clip(tmp_path))).inputs() == before
     assert Clip(model=str(make_clip(tmp_path, seed=1))).inputs() != before
-    assert Clip(model="no/folder").inputs() == {}
+
+
+def test_the_figures_depend_on_the_weights_of_the_hub(tmp_path, monkeypatch):
+    """In the cache as the hub's library lays it out, where ``hf download`` replaces a model by a newer one."""
+    cache = tmp_path / "models--somebody--clip"
+    (cache / "refs").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = []
+    for seed, commit in enumerate(("1" * 40, "2" * 40)):
+        make_clip(cache / "snapshots" / commit, seed=seed)
+        (cache / "refs" / "main").write_text(commit)
+        found.append(Clip(model="somebody/clip").inputs())
+    assert list(found[0]) == list(found[1]) == ["model.safetensors of somebody/clip"]
+    assert found[0] != found[1]
+
+
+def test_what_evaluate_has_left_in_the_cache_is_completed(tmp_path, monkeypatch):
+    """It downloads the vision tower of a CLIP without a tokenizer."""
+    asked, (part, whole) = [], (make_clip(tmp_path / name) for name in ("part", "whole"))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (part / name).unlink()
+
+    def fetch(name, allow_patterns, local_files_only=False):
+        if not local_files_only:
+            asked.append(allow_patterns)
+        return str(part if local_files_only else whole)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    measure = Clip(model="somebody/clip").open("cpu")
+    assert all(isinstance(figure, float) for figure in measure(drawn()))
+    assert {"*.json", "*.txt", "*.safetensors"} <= set(asked[0])
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked[0])
+
+
+def test_weights_without_a_text_encoder_are_refused(tmp_path):
+    path = make_clip(tmp_path) / "model.safetensors"
+    weights = {name: value for name, value in load_file(path).items() if not name.startswith("text_model.")}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CorruptFile, match=r"its weights lack text_model\..*, and \d+ in all"):
+        Clip(model=str(tmp_path)).open("cpu")
+
+
+def test_a_model_in_a_store_is_refused():
+    write_bytes(parse_location("memory://clips/one") / "config.json", b'{"model_type": "clip"}')
+    with pytest.raises(ConfigError, match="is in a store, and transformers reads folders"):
+        Clip(model="memory://clips/one").open("cpu")
 
 
 def test_models_without_one_image_size_are_refused(tmp_path):
@@ -186,9 +233,9 @@ def test_models_without_one_image_size_are_refused(tmp_path):
 
 def test_models_that_cannot_judge_are_refused(tmp_path):
     with pytest.raises(MissingWeights, match=r"config\.json is missing"):
-        Clip(model=str(tmp_path)).prepare()
+        Clip(model=str(tmp_path)).inputs()
     with pytest.raises(MissingWeights, match="hf download no/such"):
-        Clip(model="no/such").prepare()
+        Clip(model="no/such").inputs()
     folder = make_clip(tmp_path / "clip")
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptFile, match="cannot be read by transformers"):
