@@ -234,7 +234,8 @@ def large_run(units: int) -> dict[str, Any]:
     """The seconds of ``status`` and of a command with nothing to do, on a run of many units."""
     with tempfile.TemporaryDirectory() as folder:
         run, stage = Run.create(folder), Sleep(units=units, seconds=0.0)
-        run.record_settings(stage)
+        with run.claim(stage):  # writes its settings
+            pass
         with run.write("sleep", 0) as tar:
             tar.add(sample_key(0, 0), {"txt": b"done"})
         data, mark = run.tar("sleep", 0).read_bytes(), run.tar("sleep", 0).with_suffix(".json").read_bytes()

@@ -115,7 +115,7 @@ def read_fingerprint(path: Path) -> str | None:
 
 
 def validate_entry(entry: Any, path: Path) -> dict[str, Any]:
-    """``entry``, if it has the form that :meth:`synthgen.run.Run.record_settings` writes.
+    """``entry``, if it has the form that :meth:`synthgen.run.Run.claim` writes.
 
     Raises:
         ConfigError: it has not.

@@ -82,13 +82,13 @@ class Run:
     def create_or_roll_back(cls, path: str | Path, *, seed: int | None = None) -> Iterator[Run]:
         """:meth:`create`; a new run is removed again if the block fails and has written nothing to it."""
         folder = parse_location(path)
-        there = exists(folder)
+        is_new = not exists(folder)
         run = cls.create(path, seed=seed)
         try:
             yield run
         except BaseException:
             with suppress(OSError):  # another command has just written to it, or removed it
-                if not there and [entry.name for entry in folder.iterdir()] == ["run.yaml"]:
+                if is_new and [entry.name for entry in folder.iterdir()] == ["run.yaml"]:
                     (folder / "run.yaml").unlink()
                     folder.rmdir()
             raise
@@ -152,7 +152,7 @@ class Run:
 
     def missing_artifact(self, name: str) -> MissingArtifact:
         """The error for an artifact that has not been made; names the stage to run first."""
-        stage, *_ = name.split("/")
+        stage = name.partition("/")[0]
         stage = _MADE_BY.get(stage, stage)
         prompts = "--prompts FILE " if stage == "generate" else ""
         command = f"synthgen {stage} {prompts}--run {shlex.quote(str(self.path))}"
@@ -194,11 +194,12 @@ class Run:
 
     @contextmanager
     def claim(self, stage: Stage) -> Iterator[Run]:
-        """Write the settings of ``stage`` (see :meth:`record_settings`), and yield a run that keeps them in memory.
+        """Write settings, inputs and versions of ``stage`` to its folders, and yield a run that keeps them in memory.
 
-        Whatever other commands do to the folders in the block, that run uses these settings or fails (see
-        :meth:`ensure_settings`). If the block fails, the settings of empty folders are removed, so that others can be
-        given; where units failed they stay beside the failure files, for :mod:`synthgen.status`.
+        Of several commands that start at the same time the first decides. Whatever others do to the folders in the
+        block, the yielded run uses these settings or fails (see :meth:`ensure_settings`). If the block fails, the
+        settings of empty folders are removed, so that others can be given; where units failed they stay beside the
+        failure files, for :mod:`synthgen.status`.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`; or the settings changed before the block ended.
@@ -230,20 +231,12 @@ class Run:
         path.unlink(missing_ok=True)
         self.folder(name).rmdir()  # fails if another command is writing to it
 
-    def record_settings(self, stage: Stage) -> list[str]:
-        """Write settings, inputs and versions of ``stage`` to the folders of its artifacts, after :meth:`check`.
-
-        Of several commands that start at the same time the first decides.
-
-        Returns:
-            The artifacts that had other settings, or none.
+    def _write_settings(self, stage: Stage, entry: dict[str, Any]) -> list[str]:
+        """Write ``entry``, the result of :meth:`check`; the artifacts that had other settings, or none.
 
         Raises:
             MissingArtifact, StaleArtifact: see :meth:`check`.
         """
-        return self._write_settings(stage, self.check(stage) | {"versions": versions()})
-
-    def _write_settings(self, stage: Stage, entry: dict[str, Any]) -> list[str]:
         new = []
         for name in stage.artifacts():
             kept = self.find_artifact(name)
@@ -379,9 +372,9 @@ class Run:
         for name in stage.artifacts():
             if name in self.claimed:
                 self.ensure_settings(name, self.claimed[name])
-            path = self.tar(name, report.unit).with_suffix(FAILED)
-            texts = {name: redact(getattr(report, name)) for name in ("error", "trace", "damaged")}
-            write_json(path, {"unit": report.unit, **texts, "device_suspect": report.device_suspect})
+            texts = {field: redact(getattr(report, field)) for field in ("error", "trace", "damaged")}
+            content = {"unit": report.unit, **texts, "device_suspect": report.device_suspect}
+            write_json(self.tar(name, report.unit).with_suffix(FAILED), content)
 
     def clear_failure(self, stage: Stage, unit: int) -> None:
         """Remove the failure file of a unit that is done."""

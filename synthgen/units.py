@@ -164,8 +164,8 @@ class UnitWriter:
         self.notes: dict[str, int] = {}
         self.failed: dict[str, str] = {}
         self.about: dict[str, Any] = {}  # further fields of the done mark
-        self.second = ""  # the artifact that belongs to this one and is written after it: "maps" for "images"
-        self.first: UnitWriter | None = None  # the writer of the artifact that this one belongs to
+        self.followed_by = ""  # the artifact that belongs to this one and is written after it: "maps" for "images"
+        self.follows: UnitWriter | None = None  # the writer of the artifact that this one belongs to
         self._tar = TarWriter(run.tar(artifact, unit))
 
     def __enter__(self) -> UnitWriter:
@@ -214,11 +214,9 @@ class UnitWriter:
                 self._tar.discard()
             else:
                 self.run.ensure_settings(self.artifact, self._entry)
-                if self.second and self._sha256_of(self.artifact) not in (
-                    "",
-                    self.sha256,
-                ):  # its maps are of other images
-                    self.run.tar(self.second, self.unit).with_suffix(".json").unlink(missing_ok=True)
+                if self.followed_by and self._sha256_of(self.artifact) not in ("", self.sha256):
+                    # the maps there are of other images
+                    self.run.tar(self.followed_by, self.unit).with_suffix(".json").unlink(missing_ok=True)
                 mark.unlink(missing_ok=True)
         except BaseException as failed:  # for example the disk is full: leave no partial file
             self._tar.__exit__(type(failed), failed, failed.__traceback__)
@@ -246,20 +244,19 @@ class UnitWriter:
         Images and maps of a unit must come from one worker. So if a killed worker left only one of them, it is replaced
         if its bytes differ; and maps are kept only if the images that they belong to were kept too.
         """
-        rows = self.count + len(self.failed)
-        there = self.run.has_unit(self.artifact, self.unit, self._fingerprint, rows)
-        if not self.second and self.first is None:
-            return there
-        if self.first is not None:
-            if self.first.sha256 != self._sha256_of(self.first.artifact):
+        attempted = self.count + len(self.failed)
+        is_complete = self.run.has_unit(self.artifact, self.unit, self._fingerprint, attempted)
+        if self.follows is not None:
+            if self.follows.sha256 != self._sha256_of(self.follows.artifact):  # those of another worker were kept
                 return True
-        elif there:
-            mark = self.run.mark(self.artifact, self.unit)
-            if mark is not None and num_attempted(mark) > rows:
+        elif not self.followed_by:
+            return is_complete
+        elif is_complete and (mark := self.run.mark(self.artifact, self.unit)) is not None:
+            if num_attempted(mark) > attempted:
                 return True
-            if mark is not None and self.run.has_unit(self.second, self.unit, self._fingerprint, mark["count"]):
+            if self.run.has_unit(self.followed_by, self.unit, self._fingerprint, mark["count"]):
                 return True
-        return there and self.sha256 == self._sha256_of(self.artifact)
+        return is_complete and self.sha256 == self._sha256_of(self.artifact)
 
     @property
     def sha256(self) -> str:

@@ -31,6 +31,12 @@ def make_prompt(words: tuple[str, ...] = ("disc",), label: str | None = "disc") 
     return Prompt(text, words, tuple(spans), label)
 
 
+def record_settings(run: Run, stage: Stage) -> None:
+    """Give the folders of a stage its settings, as if it had begun."""
+    with run.claim(stage):
+        pass
+
+
 def shape_mask(word: str, row: float, column: float, radius: float, size: int) -> np.ndarray:
     """A disc or a square as H W booleans; place and radius in pixels."""
     y, x = np.mgrid[:size, :size] + 0.5

@@ -19,7 +19,7 @@ def write_unit(
     run: Run,
     unit: int,
     batches: Iterable[Sequence[Generation]],
-    tick: Callable[[int], None],
+    advance: Callable[[int], None],
     unreadable: Collection[str] = (),
 ) -> Report:
     """Write one unit of ``images`` and ``maps`` from batches, in their order; both will be of one worker.
@@ -36,12 +36,12 @@ def write_unit(
         run.write("images", unit) as images,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as pool,
     ):
-        images.second, maps.first = "maps", images
+        images.followed_by, maps.follows = "maps", images
         writing: Future[None] | None = None
         for batch in batches:
             if writing is not None:
                 writing.result()
-            writing = pool.submit(_write, deque(batch), images, maps, tick)
+            writing = pool.submit(_write, deque(batch), images, maps, advance)
             del batch  # each image is freed when it is written, while the next ones are drawn
         if writing is not None:
             writing.result()
@@ -51,7 +51,7 @@ def write_unit(
     return Report(unit, images.count, notes=images.notes)
 
 
-def _write(batch: deque[Generation], images: UnitWriter, maps: UnitWriter, tick: Callable[[int], None]) -> None:
+def _write(batch: deque[Generation], images: UnitWriter, maps: UnitWriter, advance: Callable[[int], None]) -> None:
     count = len(batch)
     while batch:
         generation = batch.popleft()
@@ -63,4 +63,4 @@ def _write(batch: deque[Generation], images: UnitWriter, maps: UnitWriter, tick:
         maps.add(key, codecs.encode_maps(generation.maps))
         if generation.warnings:
             images.note("samples with warnings")
-    tick(count)
+    advance(count)

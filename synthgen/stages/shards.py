@@ -261,7 +261,7 @@ class Packer:
         self.verified: set[tuple[str, int]] = set()  # units whose sha256 was checked: val reads them all again
         self.classes = {label: number for number, label in enumerate(stage.classes(run))}
 
-    def pack(self, shard: Shard, tick: Callable[[int], None]) -> None:
+    def pack(self, shard: Shard, advance: Callable[[int], None]) -> None:
         """Write the tar, its parquet, and last the ``_stats.json`` that marks both as complete.
 
         Raises:
@@ -278,7 +278,7 @@ class Packer:
                 members, row = self.sample(key, columns)
                 tar.add(key, members)
                 rows.append(row)
-                tick(1)
+                advance(1)
             self.run.ensure_settings("shards", self.run.artifact("shards"))
             try:
                 mark.unlink(missing_ok=True)

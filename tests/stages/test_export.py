@@ -28,7 +28,7 @@ from synthgen.run import Run
 from synthgen.runner import run_stage
 from synthgen.stages.shards import Shards
 from synthgen.stores.tar import read_tar, temporary_beside
-from tests.factories import make_run
+from tests.factories import make_run, record_settings
 
 FORMATS = ("coco", "yolo", "labels")
 
@@ -434,7 +434,7 @@ def make_own(
     from tests.factories import Drawn, TrueMasks
 
     run = Run.create(path)
-    run.record_settings(Drawn(units=1))
+    record_settings(run, Drawn(units=1))
     with run.write("images", 0) as images, run.write("maps", 0) as maps:
         for key, words in wanted:
             text = " ".join(words) or "nothing"
@@ -443,7 +443,7 @@ def make_own(
             generation = Generation(Request(key, prompt, 0), np.full((32, 24, 3), 9, np.uint8), none)
             images.add(key, codecs.encode_image(generation))
             maps.add(key, codecs.encode_maps(none))
-    run.record_settings(TrueMasks())
+    record_settings(run, TrueMasks())
     with run.write("masks", 0) as masks:
         for key, words in wanted:
             values = np.zeros((len(words), 32, 24), bool)

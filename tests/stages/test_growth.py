@@ -31,6 +31,7 @@ from synthgen.stages import Worker
 from synthgen.stages.generate import Generate
 from synthgen.status import status
 from synthgen.units import UnitWriter
+from tests.factories import record_settings
 
 PROMPTS = "a photo of a [dog]\na [car] and a [cat]\na red [bird]\n"
 HERE = Local(workers=1)
@@ -282,7 +283,7 @@ def test_shards_of_fewer_images_are_refused_and_status_leads_on(six: Run, nine: 
 
 
 def test_status_counts_a_unit_that_is_to_grow_as_open(six: Run, given: dict[str, Any]) -> None:
-    six.record_settings(Generate(**given, images_per_prompt=3).complete())
+    record_settings(six, Generate(**given, images_per_prompt=3).complete())
     found = {one.name: (one.done, one.planned, one.samples) for one in status(six).artifacts}
     assert found["images"] == (1, 3, 6)
     assert status(six).advice.startswith("synthgen generate --run")

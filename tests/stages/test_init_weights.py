@@ -28,6 +28,7 @@ from synthgen.stages._init_weights import option_inputs
 from synthgen.stores.checksum import sha256_of
 from synthgen.tiny import WEIGHTS
 from synthgen.train.checkpoint import load_method
+from tests.factories import record_settings
 from tests.stages.test_methods_training import KillAt, Killed, losses, members, write
 
 ENCODER = {"name": "micro", "dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -276,7 +277,7 @@ def test_another_vocabulary_is_another_training(run, tmp_path, place):
     path = Path(shutil.copy(WEIGHTS / "tokenizer" / "tokenizer.json", tmp_path / "tok"))
     method = VLP | {"tokenizer": str(path.parent / place)}
     stage = make_stage("pretrain", SMALL | {"data": [str(tmp_path / "data.tar")], "method": method}).complete()
-    run.record_settings(stage)
+    record_settings(run, stage)
     noted = run.artifact("pretrain/vlp")
     assert noted["settings"]["method"]["tokenizer"] == method["tokenizer"]  # it is called like a secret, and is none
     assert noted["inputs"]["method.tokenizer"] == sha256_of(path)

@@ -37,7 +37,7 @@ from synthgen.stages.shards import Shards
 from synthgen.train.checkpoint import Checkpoints
 from synthgen.train.launch import check_precision
 from synthgen.train.loop import Training
-from tests.factories import make_run
+from tests.factories import make_run, record_settings
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -129,7 +129,7 @@ def test_it_learns_and_repeats(whole, run):
 
 def test_again_is_nothing_to_do(run, whole):
     shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.record_settings(Pretrain(**SMALL).complete())
+    record_settings(run, Pretrain(**SMALL).complete())
     before = (whole / "done.json").read_bytes()
     summary = run_stage(Pretrain(**SMALL), run, ONE)
     assert (summary.done_before, summary.samples) == (1, 0)
@@ -210,7 +210,7 @@ def test_killed_behind_a_checkpoint_in_a_store_it_loses_no_record(run, whole, tm
 
 def test_without_its_metrics_a_training_ends_all_the_same(run, whole):
     folder = shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.record_settings(Pretrain(**SMALL).complete())
+    record_settings(run, Pretrain(**SMALL).complete())
     for name in ("metrics.jsonl", "done.json"):
         (folder / name).unlink()
     run_stage(Pretrain(**SMALL), run, ONE)
@@ -293,7 +293,7 @@ def test_a_folder_that_another_command_has_taken_gets_no_checkpoint(run):
 
     def take() -> None:
         (folder / "settings.yaml").unlink()
-        run.record_settings(other)
+        record_settings(run, other)
 
     with pytest.raises(StaleArtifact, match=r"another command has given .*mae other settings"):
         run_stage(Pretrain(**SMALL), run, ONE, Meddler(take, after=4))
@@ -503,7 +503,7 @@ def test_half_precision_is_not_for_cpus(run, monkeypatch):
 
 def test_a_finished_training_is_exported_when_that_is_asked_for(run, whole):
     folder = shutil.copytree(whole, run.folder("pretrain/mae"))
-    run.record_settings(Pretrain(**SMALL).complete())
+    record_settings(run, Pretrain(**SMALL).complete())
     before = {name: (folder / name).read_bytes() for name in ("encoder.safetensors", "config.json", "done.json")}
     asked = Pretrain(**SMALL | {"export": True})
     assert run_stage(asked, run, ONE).done_before == 1

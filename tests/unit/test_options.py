@@ -16,6 +16,7 @@ from synthgen.pipeline import Pipeline
 from synthgen.run import Run
 from synthgen.runner import Summary
 from synthgen.stages import make_stage
+from tests.factories import record_settings
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def begun(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a [dog]\na [cat]\n")
     stage = make_stage("generate", {"prompts": "p.txt", "images_per_prompt": 4, "unit_size": 4}).complete()
     run = Run.create(tmp_path / "run")
-    run.record_settings(stage)
+    record_settings(run, stage)
     for name in stage.artifacts():
         with run.write(name, 0) as tar:
             for row in range(4):

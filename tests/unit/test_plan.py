@@ -27,6 +27,7 @@ from synthgen.run import Run
 from synthgen.stages import make_stage
 from synthgen.stages._layout import split_of
 from synthgen.stores.tar import TarWriter
+from tests.factories import record_settings
 
 LINES = "\ufeff# a comment\r\n\r\na [dog] outside\r\n \u3000 \x1f\n  a [cat]  \n#no\n a photo of a [big bus]\n\x0b\n[x]"
 ROWS = '{"prompt": "a [dog]"}\n\n{"prompt": "a cat here", "words": ["cat"]}\n'
@@ -100,7 +101,7 @@ def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     with pytest.raises(MissingArtifact, match="has no prompts yet; give some with: synthgen generate --prompts FILE"):
         plan_pipeline(line, overrides=own, measure=False)
     stage, run = read_pipeline(line).stages[0].complete(), Run.create(tmp_path / "run")
-    run.record_settings(stage)
+    record_settings(run, stage)
     stage.prepare(run)
     found, again = (plan_pipeline(line, overrides=given, measure=False) for given in ({}, own))
     assert replace(again, disk_free=found.disk_free) == found  # others write to this disk as well
@@ -168,7 +169,7 @@ def test_what_a_run_holds_is_not_left(tmp_path):
     line = pipeline(tmp_path, {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}})
     stage = read_pipeline(line).stages[0].complete()
     run = Run.create(tmp_path / "run")
-    run.record_settings(stage)
+    record_settings(run, stage)
     for unit, count in ((0, 5), (2, 2)):
         for name in stage.artifacts():
             with run.write(name, unit) as tar:

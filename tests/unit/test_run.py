@@ -26,7 +26,7 @@ from synthgen.stages import make_stage
 from synthgen.stages.pretrain import Pretrain
 from synthgen.status import status
 from synthgen.stores.tar import create_bytes, is_abandoned, temporary_beside
-from tests.factories import Drawn, TrueMasks, make_run
+from tests.factories import Drawn, TrueMasks, make_run, record_settings
 
 
 def test_a_run_keeps_its_seed(tmp_path):
@@ -555,7 +555,7 @@ def test_a_fingerprint_is_found_in_any_yaml(tmp_path):
 
 def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):
     run = Run.create(tmp_path / "r")
-    run.record_settings(Drawn())
+    record_settings(run, Drawn())
     with run.write("images", 0) as late:
         late.add("0000000000", {"txt": b"x"})
         with run.write("images", 0) as early:
@@ -623,6 +623,7 @@ from synthgen.errors import StaleArtifact
 from synthgen.run import Run
 from synthgen.runner import run_stage
 from tests.unit.test_engine import Numbers
+from tests.factories import record_settings
 from tests.unit.test_run import named
 folder, number, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 Path(f"{folder}.{number}.ready").touch()
@@ -630,7 +631,7 @@ while not Path(f"{folder}.go").exists():
     time.sleep(0.001)
 try:
     if kind == "others":
-        Run.create(folder).record_settings(named(number))
+        record_settings(Run.create(folder), named(number))
     elif kind == "seeds":
         run_stage(Numbers(units=2), Run.create(folder, seed=number), Local(workers=1))
     else:
