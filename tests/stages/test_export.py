@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import socket
+import os
 import tracemalloc
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -605,7 +605,7 @@ def test_what_another_export_is_writing_is_left_to_it(source: Run, tmp_path: Pat
     folder.mkdir()
     theirs = temporary_beside(folder / "annotations.json")  # of a process that lives: this one
     theirs.touch()
-    dead = theirs.with_name(f".annotations.json.{socket.gethostname()}.{2**22 + 1}.0.tmp")  # above any process number
+    dead = theirs.with_name(theirs.name.replace(f".{os.getpid()}.", f".{2**22 + 1}."))  # above any process number
     dead.touch()
     export_dataset(source, "labels", folder)
     assert theirs.exists()
