@@ -21,11 +21,11 @@ from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 from synthgen.records import SAFETY_WARNING, Generation, Maps, Request
 
-__all__ = ["BLACK", "RETRIES", "UNSEEN", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
+__all__ = ["BLACK", "BROKEN_ATTENTION", "RETRIES", "AttentionSelection", "DiffusionBackbone", "Sampling", "one_thread"]
 
 RETRIES = 2  # number of other seeds to try for a failed image
 BLACK = "the image came out black or with values that are no numbers; try another dtype"
-UNSEEN = "its attention came out with values that are no numbers; try another dtype"
+BROKEN_ATTENTION = "its attention came out with values that are no numbers; try another dtype"
 
 T = TypeVar("T")
 Denoiser = Callable[[Tensor, float], Tensor]  # noised latents and timestep → the network's prediction
@@ -89,7 +89,7 @@ class DiffusionBackbone(ABC):
 
     def __init__(self, pipeline: Any, sampling: Sampling, selection: AttentionSelection) -> None:
         self.pipeline, self.sampling, self.selection = pipeline, sampling, selection
-        self._portions = AdaptiveBatches()
+        self._batches = AdaptiveBatches()
 
     # -- what differs between families
 
@@ -219,7 +219,7 @@ class DiffusionBackbone(ABC):
         def look(some: slice) -> list[Generation]:
             recorder = self._watch(images[some], requests[some], tokens[some], timesteps, inversion_steps)
             return [
-                generation if _finite(generation.maps) else replace(generation, failed=UNSEEN)
+                generation if _finite(generation.maps) else replace(generation, failed=BROKEN_ATTENTION)
                 for generation in _records(requests[some], located[some], images[some], recorder)
             ]
 
@@ -236,7 +236,7 @@ class DiffusionBackbone(ABC):
             SynthgenError: the device has too little memory for one image.
         """
         before = self.pipeline.vae.dtype
-        return self._portions.work(kind, count, compute, lambda: self._restore(before), most or count)
+        return self._batches.work(kind, count, compute, lambda: self._restore(before), most or count)
 
     def _restore(self, dtype: torch.dtype) -> None:
         """After a failed call, cast the autoencoder back to ``dtype`` and offload all parts.

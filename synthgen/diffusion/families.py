@@ -91,7 +91,7 @@ class StableDiffusion(Family):
         """
         if not hasattr(self.pipeline.scheduler, "alphas_cumprod"):
             kind = type(self.pipeline.scheduler).__name__
-            raise ConfigError(f"{kind} tells no noise levels; give another scheduler, such as DDIMScheduler")
+            raise ConfigError(f"{kind} has no alphas_cumprod; give another scheduler, such as DDIMScheduler")
         alphas_cumprod: Tensor = self.pipeline.scheduler.alphas_cumprod
         return alphas_cumprod
 
@@ -133,22 +133,23 @@ class StableDiffusion(Family):
         return [float(timestep) for timestep in times], step
 
 
-def separate(kind: str, latents: Tensor, output: Tensor, alpha_bar: float, told: float) -> tuple[Tensor, Tensor]:
+def separate(
+    kind: str, latents: Tensor, output: Tensor, alpha_bar: float, network_alpha_bar: float
+) -> tuple[Tensor, Tensor]:
     """Image x and noise e in z = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) e, from a network's prediction.
 
-    ``told`` is the alpha_bar of the timestep that the network was given.
+    ``network_alpha_bar`` is that of the timestep at which the network was called.
 
     Raises:
         ConfigError: the kind of prediction is not supported.
     """
-    signal, share = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     if kind == "epsilon":
-        return (latents - share * output) / signal, output
-    if kind == "v_prediction":  # v = sqrt(told) e - sqrt(1 - told) x (Salimans and Ho, 2022, appendix D)
-        signal_told, share_told = math.sqrt(told), math.sqrt(1 - told)
-        common = signal * signal_told + share * share_told
-        image = (signal_told * latents - share * output) / common
-        return image, (share_told * latents + signal * output) / common
+        return (latents - b * output) / a, output
+    if kind == "v_prediction":  # v = c e - d x (Salimans and Ho, 2022, appendix D)
+        c, d = math.sqrt(network_alpha_bar), math.sqrt(1 - network_alpha_bar)
+        total = a * c + b * d
+        return (c * latents - b * output) / total, (d * latents + a * output) / total
     raise ConfigError(f"a model that predicts {kind!r} cannot be inverted; leave inversion_steps 0 for noise instead")
 
 

@@ -22,12 +22,20 @@ from synthgen.diffusion.backbone import Denoiser, DiffusionBackbone
 from synthgen.errors import ConfigError, UnknownName
 from synthgen.prompts import sample_seed
 
-__all__ = ["Activations", "FeatureReader", "as_map", "block_names", "middle_block", "watched"]
+__all__ = [
+    "Activations",
+    "EmptyPromptDenoiser",
+    "FeatureReader",
+    "as_map",
+    "block_names",
+    "block_outputs",
+    "middle_block",
+]
 
 T = TypeVar("T")
 
 _LARGEST = torch.finfo(torch.float16).max
-UNFIT = "the generator's activations are not finite numbers; try another dtype, such as bfloat16 or float32"
+NOT_FINITE = "the generator's activations are not finite numbers; try another dtype, such as bfloat16 or float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,21 @@ class Activations:
     pooled: Float32[Tensor, "b d"]  # the mean over space
     patches: Float16[Tensor, "b d g g"]  # on the requested grid
     maps: tuple[Float16[Tensor, "b t _ _ _"], ...] = ()  # per block, at each timestep, no larger than requested
+
+
+class EmptyPromptDenoiser:
+    """A model's denoisers with an empty prompt, which is encoded again only for latents of another shape."""
+
+    def __init__(self, model: DiffusionBackbone) -> None:
+        self._model = model
+        self._cached: tuple[torch.Size, Denoiser] | None = None
+
+    def __call__(self, latents: Tensor) -> Denoiser:
+        """A denoiser for latents of this shape; gradients can flow through it."""
+        if self._cached is None or self._cached[0] != latents.shape:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = latents.shape, self._model.casting_denoiser([""] * len(latents), latents)
+        return self._cached[1]
 
 
 class _LastBlockDone(Exception):
@@ -80,7 +103,7 @@ class FeatureReader:
         self.model, self.timesteps, self.inversion_steps, self.seed = model, tuple(timesteps), inversion_steps, seed
         self.seen_at: tuple[float, ...] = ()  # timesteps of the inversion, set by the first read
         self.blocks = tuple(sorted(set(blocks), key=known.index)) or (middle_block(model.network),)
-        self._denoiser: tuple[torch.Size, Denoiser] | None = None
+        self._denoiser = EmptyPromptDenoiser(self.model)
 
     @property
     def image_size(self) -> int:
@@ -99,7 +122,7 @@ class FeatureReader:
         """Channels, rows and columns of each block at one timestep; found by a pass over a black image."""
         side = self.image_size
         black = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        (maps,) = self._in_portions("read", black, lambda some: self._maps(black[some], ("",)))
+        (maps,) = self._in_batches("read", black, lambda some: self._maps(black[some], ("",)))
         return tuple((one.shape[1], one.shape[2], one.shape[3]) for one in maps[: len(self.blocks)])
 
     @property
@@ -120,7 +143,7 @@ class FeatureReader:
             with torch.no_grad():
                 return self.model.encode(images[some].to(device)).float().cpu()
 
-        return torch.cat(self._in_portions("encode", images, encode))
+        return torch.cat(self._in_batches("encode", images, encode))
 
     def read(self, images: UInt8[Tensor, "b S S 3"], keys: Sequence[str], grid: int, largest: int = 0) -> Activations:
         """The activations for images, pooled and on a grid of ``grid`` rows and columns.
@@ -136,9 +159,9 @@ class FeatureReader:
         def read(some: slice) -> Activations:
             return self._read(images[some], keys[some], grid, largest)
 
-        return _joined(self._in_portions("read", images, read))
+        return _joined(self._in_batches("read", images, read))
 
-    def _in_portions(self, verb: str, images: Tensor, compute: Callable[[slice], T]) -> list[T]:
+    def _in_batches(self, verb: str, images: Tensor, compute: Callable[[slice], T]) -> list[T]:
         """Call ``compute`` on images, ``most`` at a time or as many as memory allows."""
         kind = f"images of {images.shape[1]} x {images.shape[2]} pixels to {verb}"
         return self.model.in_batches(kind, len(images), compute, self.most)
@@ -147,7 +170,7 @@ class FeatureReader:
         maps = self._maps(images, keys)
         pooled = torch.cat([one.mean((2, 3)) for one in maps], 1).cpu()
         if not pooled.isfinite().all():
-            raise ConfigError(UNFIT)
+            raise ConfigError(NOT_FINITE)
         resized = [
             F.interpolate(one, (grid, grid), mode="bilinear", align_corners=False, antialias=True) for one in maps
         ]
@@ -164,7 +187,7 @@ class FeatureReader:
         model = self.model
         with torch.no_grad():  # not inference mode: weights that offloading moves in it could have no gradients later
             latents = model.encode(images.to(model.pipeline._execution_device)).float()
-            denoise = self._denoiser_for(latents)
+            denoise = self._denoiser(latents)
             passes: Iterable[Mapping[str, Any]] = (
                 self._inverted(latents, denoise) if self.inversion_steps else self._noised(latents, keys, denoise)
             )
@@ -175,7 +198,7 @@ class FeatureReader:
         """Block outputs at each timestep, for noised latents."""
         noise = self.model.noise([sample_seed(self.seed, key) for key in keys], latents)
         for timestep in self.timesteps:
-            with watched(self.model.network, self.blocks) as seen:
+            with block_outputs(self.model.network, self.blocks) as seen:
                 denoise(self.model.noised(latents, noise, timestep), timestep)
             yield seen
 
@@ -184,7 +207,7 @@ class FeatureReader:
         times, step = self.model.inversion(self.inversion_steps, latents)
         seen_at, found = self._nearest(times), dict[int, Mapping[str, Any]]()
         for number, time in enumerate(times[: max(seen_at) + 1]):
-            with watched(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
+            with block_outputs(self.model.network, self.blocks if number in seen_at else (), whole=True) as seen:
                 output = denoise(latents, time)
             latents, found[number] = step(latents, number, output), seen
         return [found[number] for number in seen_at]
@@ -199,12 +222,6 @@ class FeatureReader:
             )
         self.seen_at = tuple(round(times[number], 1) for number in nearest)
         return nearest
-
-    def _denoiser_for(self, latents: Tensor) -> Denoiser:
-        """A denoiser for latents of this shape with an empty prompt, encoded again only for another shape."""
-        if self._denoiser is None or self._denoiser[0] != latents.shape:
-            self._denoiser = latents.shape, self.model.casting_denoiser([""] * len(latents), latents)
-        return self._denoiser[1]
 
 
 def block_names(network: nn.Module) -> tuple[str, ...]:
@@ -238,7 +255,7 @@ def middle_block(network: nn.Module) -> str:
 
 
 @contextmanager
-def watched(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
+def block_outputs(network: nn.Module, blocks: Sequence[str], *, whole: bool = False) -> Iterator[dict[str, Any]]:
     """Collect the output of each block in one pass, which stops after the last of them unless ``whole``."""
     seen: dict[str, Any] = {}
 

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import Denoiser
-from synthgen.diffusion.features import UNFIT, FeatureReader, block_names, watched
+from synthgen.diffusion.features import NOT_FINITE, EmptyPromptDenoiser, FeatureReader, block_names, block_outputs
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 
@@ -65,7 +64,7 @@ class FeedbackNetwork:
                 "give one such generator_blocks"
             )
         (self.timestep,), (self.block,) = reader.timesteps, reader.blocks
-        self._denoiser: tuple[torch.Size, Denoiser] | None = None
+        self._denoiser = EmptyPromptDenoiser(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -98,21 +97,14 @@ class FeedbackNetwork:
         with _added(self.model.network, dict(zip(targets, added, strict=True))):
             (read,) = self._maps(noised, [self.block])
         if not feedback and not read.isfinite().all():
-            raise ConfigError(UNFIT)
+            raise ConfigError(NOT_FINITE)
         return _with_gradient(read, _GRADIENT_SCALE)
 
     def _maps(self, noised: Tensor, blocks: Sequence[str]) -> list[Tensor]:
-        denoise = self._denoiser_for(noised)
-        with _frozen(self.model.network), watched(self.model.network, blocks) as seen:
+        denoise = self._denoiser(noised)
+        with _frozen(self.model.network), block_outputs(self.model.network, blocks) as seen:
             denoise(noised, self.timestep)
         return [_values(seen[block]).float() for block in blocks]
-
-    def _denoiser_for(self, noised: Tensor) -> Denoiser:
-        """The reader's denoiser, with the prompt encoded outside inference mode so that gradients can flow."""
-        if self._denoiser is None or self._denoiser[0] != noised.shape:
-            with torch.inference_mode(False), torch.no_grad():
-                self._denoiser = noised.shape, self.model.casting_denoiser([""] * len(noised), noised)
-        return self._denoiser[1]
 
 
 def feedback_pairs(network: nn.Module) -> tuple[Pair, ...]:

@@ -13,8 +13,15 @@ from accelerate.hooks import ModelHook, remove_hook_from_module
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from synthgen.diffusion.backbone import Denoiser, DiffusionBackbone
-from synthgen.diffusion.features import UNFIT, FeatureReader, as_map, block_names, watched
+from synthgen.diffusion.backbone import DiffusionBackbone
+from synthgen.diffusion.features import (
+    NOT_FINITE,
+    EmptyPromptDenoiser,
+    FeatureReader,
+    as_map,
+    block_names,
+    block_outputs,
+)
 from synthgen.errors import ConfigError
 from synthgen.prompts import sample_seed
 
@@ -67,7 +74,7 @@ class TruncatedGenerator(nn.Module):
         self.config = Shape(reader.image_size, dim, len(self.blocks))
         self.uses_bfloat16 = original.dtype == torch.bfloat16
         self._model = _with_network(reader.model, self.network)
-        self._denoiser: tuple[torch.Size, Denoiser] | None = None
+        self._denoiser = EmptyPromptDenoiser(self._model)
 
     def forward(self, images: Float[Tensor, "b 3 S S"], keys: Sequence[str]) -> Float[Tensor, "b d"]:
         """The block's output for normalised images, averaged over space; the noise of each depends on its key."""
@@ -76,9 +83,9 @@ class TruncatedGenerator(nn.Module):
         latents = self.reader.latents(pixels)
         noise = self._model.noise([sample_seed(self.reader.seed, key) for key in keys], latents)
         noised = self._model.noised(latents, noise, self.timestep).to(device)
-        denoise = self._denoiser_for(noised)
+        denoise = self._denoiser(noised)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.uses_bfloat16)
-        with autocast, watched(self.network, [self.block]) as outputs:
+        with autocast, block_outputs(self.network, [self.block]) as outputs:
             denoise(noised, self.timestep)
         return as_map(outputs[self.block], self._model.grid(side, side)).float().mean((2, 3))
 
@@ -94,13 +101,6 @@ class TruncatedGenerator(nn.Module):
         level = re.match(r"(down|up)_blocks\.\d+\.", name)
         of_level = [number for number, block in enumerate(self.blocks, 1) if level and block.startswith(level[0])]
         return max(of_level, default=0)
-
-    def _denoiser_for(self, noised: Tensor) -> Denoiser:
-        """The reader's denoiser, with the prompt encoded outside inference mode so that gradients can flow."""
-        if self._denoiser is None or self._denoiser[0] != noised.shape:
-            with torch.inference_mode(False), torch.no_grad():
-                self._denoiser = noised.shape, self._model.casting_denoiser([""] * len(noised), noised)
-        return self._denoiser[1]
 
 
 def check_truncatable(reader: FeatureReader) -> None:
@@ -128,14 +128,14 @@ def _used_modules(reader: FeatureReader, block: str) -> tuple[set[nn.Module], in
     latents = reader.latents(torch.zeros(1, side, side, 3, dtype=torch.uint8)).to(model.pipeline._execution_device)
     handles = [module.register_forward_pre_hook(lambda module, _: used.add(module)) for module in network.modules()]
     try:
-        with torch.no_grad(), watched(network, [block]) as outputs:
+        with torch.no_grad(), block_outputs(network, [block]) as outputs:
             model.casting_denoiser([""], latents)(latents, reader.timesteps[0])
     finally:
         for handle in handles:
             handle.remove()
     output = as_map(outputs[block], model.grid(side, side))
     if not output.isfinite().all():
-        raise ConfigError(UNFIT)
+        raise ConfigError(NOT_FINITE)
     return used, output.shape[1]
 
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion import StableDiffusionXL
-from synthgen.diffusion.backbone import UNSEEN
+from synthgen.diffusion.backbone import BROKEN_ATTENTION
 from synthgen.errors import SynthgenError
 from synthgen.prompts import parse_line
 from synthgen.records import AFFINITY_OFFSETS, Request
@@ -355,7 +355,7 @@ def test_a_batch_too_large_is_halved_and_values_that_are_no_numbers_are_told(
     monkeypatch.setattr(
         family, "encode", lambda pixels: encode(pixels) * torch.tensor([1, torch.nan, 1])[:, None, None, None]
     )
-    assert [one.failed for one in family.attend(images, requests(), (100,))] == ["", UNSEEN, ""]
+    assert [one.failed for one in family.attend(images, requests(), (100,))] == ["", BROKEN_ATTENTION, ""]
     monkeypatch.setattr(family, "encode", lambda pixels: narrow(torch.cat([pixels, pixels])))
     with pytest.raises(SynthgenError, match="too little memory for one image"):
         family.attend(images[:1], requests()[:1], (100,))

@@ -144,7 +144,7 @@ def test_an_image_gives_the_same_whatever_is_beside_it(small, monkeypatch):
         return inner(images, keys)
 
     reader.most = 16
-    monkeypatch.setattr(small.family, "_portions", AdaptiveBatches())
+    monkeypatch.setattr(small.family, "_batches", AdaptiveBatches())
     monkeypatch.setattr(reader, "_maps", narrow)
     torch.testing.assert_close(reader.read(images, KEYS, 4).pooled, whole.pooled, **NEAR)
     again = FeatureReader(small, timesteps=[50])
@@ -254,7 +254,7 @@ def test_latents_are_encoded_in_halves_where_memory_runs_out(small, monkeypatch)
             raise torch.OutOfMemoryError
         return encode(images)
 
-    monkeypatch.setattr(small.family, "_portions", AdaptiveBatches())
+    monkeypatch.setattr(small.family, "_batches", AdaptiveBatches())
     monkeypatch.setattr(small.family, "encode", narrow)
     torch.testing.assert_close(reader.latents(images), whole, **NEAR)
     most = 0
