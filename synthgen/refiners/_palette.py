@@ -14,9 +14,9 @@ from synthgen.graphcut import Slices
 __all__ = ["Palette"]
 
 #: Bins per colour axis, their blur in bins, and what is added to each label's share of a bin.
-BINS, BLUR, UNSEEN = 8, 0.7, 1e-5
+BINS, BLUR, PSEUDOCOUNT = 8, 0.7, 1e-5
 #: The bins span this many standard deviations to each side, and each is at least this many levels of 256 wide.
-REACH, NARROWEST = 2.5, 2.0
+BIN_RANGE, MIN_BIN_WIDTH = 2.5, 2.0
 #: Windows along the image's long side, and their blur in windows.
 WINDOWS, WINDOW_BLUR = 5, 0.7
 
@@ -49,8 +49,8 @@ class Palette:
         nll *= np.float32(max(0.0, 1 - float(average.mean()) / math.log(len(model))))
         color = self.bins[part]
         result = np.zeros((len(model), *color.shape), dtype=np.float32)
-        for row, low in corners(height, rows):
-            for column, left in corners(width, columns):
+        for row, low in nearest_windows(height, rows):
+            for column, left in nearest_windows(width, columns):
                 index = color + (row[part[0], None] * columns + column[part[1]]) * bins
                 share = low[part[0], None] * left[part[1]]
                 for one, of_bin in zip(result[1:], nll[1:] - nll[0], strict=True):
@@ -62,14 +62,14 @@ class Palette:
         smooth = counts.reshape(-1, BINS, BINS, BINS)
         for _ in range(3):  # along one axis after the other
             smooth = (smooth @ blur(BINS, BLUR)).transpose(0, 3, 1, 2)
-        there = smooth.reshape(len(counts), self.rows, self.columns, -1)
-        whole = there.sum(axis=(1, 2), keepdims=True)
+        windowed = smooth.reshape(len(counts), self.rows, self.columns, -1)
+        whole = windowed.sum(axis=(1, 2), keepdims=True)
         whole /= whole.sum(axis=3, keepdims=True)
-        near = (blur(self.rows, WINDOW_BLUR) @ there.reshape(len(counts), self.rows, -1)).reshape(there.shape)
+        near = (blur(self.rows, WINDOW_BLUR) @ windowed.reshape(len(counts), self.rows, -1)).reshape(windowed.shape)
         near = blur(self.columns, WINDOW_BLUR) @ near
         own = self.bins.size / (self.rows * self.columns)  # a window's pixels
-        votes = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + UNSEEN
-        nll: Float32[np.ndarray, "labels bins"] = -np.log(votes / votes.sum(axis=0)).reshape(counts.shape)
+        shares = (near + own * whole) / (near.sum(axis=3, keepdims=True) + own) + PSEUDOCOUNT
+        nll: Float32[np.ndarray, "labels bins"] = -np.log(shares / shares.sum(axis=0)).reshape(counts.shape)
         return nll
 
 
@@ -83,7 +83,7 @@ def binned(image: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
     variance, axes = np.linalg.eigh(flat.T @ flat / len(flat) - np.outer(mean, mean))
     axes *= np.sign(axes[abs(axes).argmax(axis=0), range(3)])  # the sign of an axis is arbitrary: fix it
     axes *= variance > 1e-6 * max(variance.max(), 1.0)  # otherwise rounding alone would separate greys
-    half = np.maximum(REACH * np.sqrt(variance.clip(min=0)), NARROWEST * BINS / 2)
+    half = np.maximum(BIN_RANGE * np.sqrt(variance.clip(min=0)), MIN_BIN_WIDTH * BINS / 2)
     along = (flat - mean).astype(np.float32) @ (axes * (BINS / 2) / half).astype(np.float32) + np.float32(BINS / 2)
     places = np.array([BINS**2, BINS, 1], dtype=np.float32)  # whole numbers: the product is exact
     bins: Int[np.ndarray, "h w"] = (np.floor(along.clip(0, BINS - 1)) @ places).astype(np.intp)
@@ -99,9 +99,9 @@ def blur(count: int, sigma: float) -> Float32[np.ndarray, "count count"]:
     return kernel
 
 
-def corners(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
+def nearest_windows(size: int, count: int) -> tuple[tuple[Int[np.ndarray, " size"], Float32[np.ndarray, " size"]], ...]:
     """For each of ``size`` pixels the windows before and after it with their weights: linear between window centres."""
-    place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
-    before = place.astype(np.intp)
-    part = (place - before).astype(np.float32)
-    return (before, 1 - part), (np.minimum(before + 1, count - 1), part)
+    position = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+    before = position.astype(np.intp)
+    fraction = (position - before).astype(np.float32)
+    return (before, 1 - fraction), (np.minimum(before + 1, count - 1), fraction)

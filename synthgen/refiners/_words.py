@@ -58,20 +58,20 @@ def resize(layers: Float[np.ndarray, "n h w"], size: tuple[int, int]) -> Float32
     if layers.shape[1:] == size:
         return layers
     if size[0] >= layers.shape[1] and size[1] >= layers.shape[2]:
-        return _between(_between(layers, 2, size[1]), 1, size[0])
+        return _interpolated(_interpolated(layers, 2, size[1]), 1, size[0])
     images = [Image.fromarray(layer).resize((size[1], size[0]), Image.Resampling.BILINEAR) for layer in layers]
     return np.stack([np.asarray(image) for image in images])
 
 
-def _between(layers: Float32[np.ndarray, "n h w"], axis: int, size: int) -> Float32[np.ndarray, "n H W"]:
+def _interpolated(layers: Float32[np.ndarray, "n h w"], axis: int, size: int) -> Float32[np.ndarray, "n H W"]:
     """Linear between cell centres along one axis and constant beyond the outermost; ``size`` must not be smaller."""
     last = layers.shape[axis] - 1
-    place = np.clip((np.arange(size) + 0.5) * (last + 1) / size - 0.5, 0, last)
-    before = place.astype(np.intp)
+    position = np.clip((np.arange(size) + 0.5) * (last + 1) / size - 0.5, 0, last)
+    before = position.astype(np.intp)
     after = np.minimum(before + 1, last)
-    part = (place - before).astype(np.float32).reshape(-1, *[1] * (2 - axis))
+    fraction = (position - before).astype(np.float32).reshape(-1, *[1] * (2 - axis))
     low = layers.take(before, axis)
-    result: Float32[np.ndarray, "n H W"] = low + part * (layers.take(after, axis) - low)
+    result: Float32[np.ndarray, "n H W"] = low + fraction * (layers.take(after, axis) - low)
     return result
 
 

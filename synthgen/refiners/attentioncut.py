@@ -23,9 +23,9 @@ __all__ = ["AttentionCut"]
 #: Half of the 8-neighbourhood; the other half is the same edges in the other direction.
 NEAR = ((0, 1), (1, 0), (1, 1), (1, -1))
 #: Added to every cell of the maps that decide which word an object belongs to, in multiples of a map's maximum.
-FAINT = 1e-6
+EPSILON = 1e-6
 #: Pixels per side of a cell at which ``smoothness`` is the weight of an edge; the maximum on the first pixel grid.
-USUAL_CELL = 8
+REFERENCE_CELL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class AttentionCut:
 
     def rivals(self, attention: Float64[np.ndarray, "words h w"], links: Links) -> Float64[np.ndarray, "words h w"]:
         """The share of each word in each cell, sum 1: the first factor of P_v in the class docstring."""
-        far = walk(attention, links, self.object_steps, self.object_spread) + FAINT
+        far = walk(attention, links, self.object_steps, self.object_spread) + EPSILON
         which: Float64[np.ndarray, "words h w"] = softmax(self.rivalry * np.log(far), axis=0)
         return which
 
@@ -184,9 +184,9 @@ class AttentionCut:
         """Labels of the pixels: stage 2 of the class docstring, on finer and finer grids."""
         size, count = (image.shape[0], image.shape[1]), len(probs)
         labels, share = cells, probs
-        for number, grid in enumerate(finer(size, cells.shape, self.max_size)):
+        for number, grid in enumerate(pixel_grids(size, cells.shape, self.max_size)):
             before = labels, share
-            labels, share = enlarged(labels, count, grid), self.above_floor(between(probs, grid))
+            labels, share = enlarged(labels, count, grid), self.above_floor(upsampled(probs, grid))
             cell = math.sqrt(labels.size / cells.size)  # in pixels of this grid
             pixels = self.pixels(colors(image, grid), share, cell)
             if number:
@@ -207,7 +207,7 @@ class AttentionCut:
         self, image: UInt8[np.ndarray, "h w 3"], share: Float32[np.ndarray, "labels h w"], cell: float
     ) -> Pixels:
         """What all cuts of a pixel grid share; ``cell`` is the side of a cell in pixels."""
-        weight = self.smoothness * cell / USUAL_CELL
+        weight = self.smoothness * cell / REFERENCE_CELL
         near = [(offset, weight / math.hypot(*offset) * same) for offset, same in contrast(image)]
         return Pixels(Palette(image), -np.log(share), near)
 
@@ -261,7 +261,7 @@ def contrast(image: UInt8[np.ndarray, "h w 3"]) -> list[tuple[tuple[int, int], F
     return [(offset, np.exp(-beta * difference)) for offset, difference in zip(NEAR, differences, strict=True)]
 
 
-def between(probs: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:
+def upsampled(probs: Float[np.ndarray, "labels h w"], size: tuple[int, int]) -> Float32[np.ndarray, "labels H W"]:
     """Probabilities on a finer grid, sum 1: their logarithms are linear between cell centres."""
     share = np.exp(resize(np.log(probs), size))
     result: Float32[np.ndarray, "labels H W"] = share / share.sum(axis=0)
@@ -316,14 +316,14 @@ def colors(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, ...]) -> UInt8[np
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX))
 
 
-def finer(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
+def pixel_grids(size: tuple[int, int], cells: tuple[int, ...], max_size: int) -> list[tuple[int, int]]:
     """The pixel grids (height, width), each twice as fine as the one before.
 
-    On the first a cell has at most USUAL_CELL pixels a side; the last is the image's own, or at ``max_size`` if the
+    On the first a cell has at most REFERENCE_CELL pixels a side; the last is the image's own, or at ``max_size`` if the
     image is longer.
     """
     most = min(max_size, max(size))
-    halvings = max(0, math.ceil(math.log2(most / max(cells) / USUAL_CELL)))
+    halvings = max(0, math.ceil(math.log2(most / max(cells) / REFERENCE_CELL)))
     sides = [most / 2**k for k in range(halvings, -1, -1)]
     return [(max(1, round(size[0] * side / max(size))), max(1, round(size[1] * side / max(size)))) for side in sides]
 

@@ -1,4 +1,4 @@
-"""The parts of AttentionCut: shares between the cells, and what colours tell."""
+"""The parts of AttentionCut: probabilities between cell centres, and colour histograms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners._palette import Palette, corners
-from synthgen.refiners.attentioncut import AttentionCut, between
+from synthgen.refiners.attentioncut import AttentionCut, upsampled
 
 
 def halves(width=64):
@@ -21,7 +21,7 @@ def noise(shape, seed=0):
 
 
 def test_log_odds_are_linear_between_the_cells():
-    share = between(np.array([[[0.9, 0.1]], [[0.1, 0.9]]]), (1, 16))
+    share = upsampled(np.array([[[0.9, 0.1]], [[0.1, 0.9]]]), (1, 16))
     assert share.sum(axis=0) == pytest.approx(np.ones((1, 16)), abs=1e-6)
     odds = np.log(share[0, 0] / share[1, 0])
     assert np.diff(odds)[4:11] == pytest.approx(np.full(7, -2 * np.log(9) / 8), abs=1e-4)

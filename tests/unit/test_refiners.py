@@ -16,7 +16,7 @@ from synthgen.graphcut import MaximumFlow
 from synthgen.records import AFFINITY_OFFSETS, Maps
 from synthgen.refiners import REFINERS
 from synthgen.refiners._words import above_level, otsu_level, resize, scaled, side_means
-from synthgen.refiners.attentioncut import AttentionCut, anchored, enlarged, finer, near_border
+from synthgen.refiners.attentioncut import AttentionCut, anchored, enlarged, near_border, pixel_grids
 from synthgen.refiners.grabcut import GrabCut, highest_two
 from synthgen.refiners.propagation import Propagation
 from synthgen.refiners.threshold import Threshold
@@ -179,7 +179,7 @@ def test_side_means_divide_at_otsu():
     ],
 )
 def test_the_grids_go_from_the_maps_to_the_image(size, cells, max_size, grids):
-    assert finer(size, cells, max_size) == grids
+    assert pixel_grids(size, cells, max_size) == grids
 
 
 class Plain(AttentionCut):
