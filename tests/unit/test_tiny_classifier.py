@@ -119,7 +119,7 @@ def test_saving_and_loading_keeps_the_classifier(tmp_path):
 
 def test_training_learns_and_resumes(data, small, tmp_path):
     out = tmp_path / "c.safetensors"
-    settings = dataclasses.replace(module.SETTINGS, batch_size=16, warmup_steps=5, ema_decay=0.9, save_every=0)
+    settings = dataclasses.replace(module.SETTINGS, batch_size=16, warmup_steps=5, ema_decay=0.9)
     train(data, out, Budget(steps=4), names=NAMES, settings=settings, num_eval=16)
     _, figures = train(data, out, Budget(steps=60), names=NAMES, settings=settings, num_eval=96)
     rows = [json.loads(line) for line in (tmp_path / "c-training" / "metrics.jsonl").read_text().splitlines()]

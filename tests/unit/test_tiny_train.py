@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "NUM_HELD_OUT", 8)
     monkeypatch.setattr(train, "NUM_SCALING", 8)
     monkeypatch.setattr(train, "PROMPTS", train.PROMPTS[:8])
+    monkeypatch.setattr(train, "DEFAULT_STEPS", 1)
     torch.set_num_threads(1)
 
 
