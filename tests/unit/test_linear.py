@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from synthgen import devices
 from synthgen.models import linear as module
@@ -16,13 +17,13 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def onednn(monkeypatch):
     """The shapes for which oneDNN was asked, on any processor and for layers of any size."""
     shapes = []
-    product = module._product
+    forward = module._OneDnnLinear.forward
 
-    def recorded(x, *others):
+    def recorded(ctx, x, *others):
         shapes.append(tuple(x.shape))
-        return product(x, *others)
+        return forward(ctx, x, *others)
 
-    monkeypatch.setattr(module, "_product", recorded)
+    monkeypatch.setattr(module._OneDnnLinear, "forward", staticmethod(recorded))
     monkeypatch.setattr(module, "_ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(module, "_MIN_PRODUCTS", 1)
     return shapes
@@ -69,6 +70,60 @@ def test_only_the_gradients_that_are_needed_are_computed(onednn):
     layer(x.detach()).sum().backward()
     assert len(onednn) == 4
     assert layer.bias.grad is None
+
+
+@needs_onednn
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_a_frozen_half_keeps_only_what_its_gradient_needs(onednn, of):
+    layer, x, saved = Linear(7, 11).requires_grad_(of == "weight"), torch.randn(5, 7, requires_grad=of == "input"), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: saved.append(kept.shape), lambda _: None):
+        layer(x)
+    assert saved == [(11, 7) if of == "input" else (5, 7)]
+
+
+@needs_onednn
+def test_gradients_have_gradients(onednn):
+    def penalty(function):
+        x, weight = (torch.linspace(-1, 1, count).view(-1, 7).requires_grad_() for count in (35, 77))
+        (to_x,) = torch.autograd.grad(function(x, weight).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(to_x.square().sum(), (x, weight))
+
+    torch.testing.assert_close(penalty(linear), penalty(F.linear), rtol=1e-4, atol=1e-4)
+
+
+class Subclass(torch.Tensor):
+    """A tensor with operators of its own, as quantised weights are."""
+
+
+def traced(layer, x):
+    return torch.jit.trace(layer, x, check_trace=False)(x)  # the check would call the layer untraced
+
+
+def counted(layer, x):
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+    assert counter.get_total_flops() == 2 * x.numel() * len(layer.weight)
+    return y
+
+
+def differentiated(layer, x):
+    return torch.func.vjp(layer, x)[0]
+
+
+def vectorised(layer, x):
+    return torch.vmap(layer)(x[None])[0]
+
+
+def subclassed(layer, x):
+    return layer(x.as_subclass(Subclass)).as_subclass(torch.Tensor)
+
+
+@pytest.mark.filterwarnings("ignore")  # jaxtyping's checks are traced too
+@pytest.mark.parametrize("use", [traced, counted, differentiated, vectorised, subclassed])
+def test_what_watches_or_replaces_operators_sees_those_of_torch(onednn, use):
+    layer, x = Linear(7, 11).requires_grad_(False), torch.randn(5, 7)
+    torch.testing.assert_close(use(layer, x), F.linear(x, layer.weight, layer.bias))
+    assert not onednn
 
 
 @pytest.mark.parametrize("case", ["other precision", "autocast", "small", "Intel", "compiling"])
