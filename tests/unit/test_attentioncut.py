@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from synthgen.records import AFFINITY_OFFSETS, Maps
-from synthgen.refiners._palette import Palette, corners
+from synthgen.refiners._palette import Palette, nearest_windows
 from synthgen.refiners.attentioncut import AttentionCut, upsampled
 
 
@@ -29,21 +29,21 @@ def test_log_odds_are_linear_between_the_cells():
 
 
 @pytest.mark.parametrize(("size", "count"), [(16, 5), (5, 5), (3, 1), (1, 1), (128, 4)])
-def test_the_windows_of_a_pixel_lie_around_it(size, count):
-    (before, low), (after, high) = corners(size, count)
+def test_nearest_windows_lie_around_a_pixel(size, count):
+    (before, low), (after, high) = nearest_windows(size, count)
     assert low + high == pytest.approx(np.ones(size))
     place = (np.arange(size) + 0.5) * count / size - 0.5
     assert before * low + after * high == pytest.approx(np.clip(place, 0, count - 1), abs=1e-5)
 
 
-def test_colours_that_tell_nothing_have_no_vote():
+def test_colours_that_separate_nothing_have_no_unary():
     one_colour = np.full((64, 64, 3), 90, np.uint8)
     even = np.full((2, 64, 64), 0.5, np.float32)
     assert Palette(one_colour).nll(halves()) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-4)
     assert Palette(noise((64, 64))).nll(even) == pytest.approx(np.zeros((2, 64, 64)), abs=1e-6)
 
 
-def test_colours_that_tell_all_vote_by_their_nats():
+def test_colours_that_separate_all_have_unaries_in_nats():
     image = np.full((64, 64, 3), 40, np.uint8)
     image[:, 32:] = 200
     vote = Palette(image).nll(halves())
@@ -52,7 +52,7 @@ def test_colours_that_tell_all_vote_by_their_nats():
     assert (vote[1, :, 32:] < -2).all()
 
 
-def test_a_colour_may_mean_one_thing_here_and_another_there():
+def test_colour_histograms_are_local():
     """Grey squares on black above, black squares on grey below: no palette of the whole image tells which is which."""
     truth = np.zeros((128, 128), bool)
     truth[16:40, 48:80] = truth[88:112, 48:80] = True
@@ -78,7 +78,7 @@ def test_a_small_object_does_not_take_a_large_one():
     assert small[56:72, 88:96].all()
 
 
-def test_what_rounding_makes_of_a_grey_image_tells_nothing(monkeypatch):
+def test_rounding_in_a_grey_image_separates_nothing(monkeypatch):
     """Two axes of its colours have no variance: another LAPACK puts them elsewhere, and the bins are the same."""
     grey = noise((64, 64))[:, :, :1].repeat(3, axis=2)
     found = Palette(grey).bins

@@ -78,7 +78,7 @@ def test_an_image_in_two_tables_is_refused(folder: Path) -> None:
         open_captioned(folder)
 
 
-def test_a_file_elsewhere_says_which_images_count(folder: Path, tmp_path: Path) -> None:
+def test_a_metadata_file_elsewhere_selects_the_images(folder: Path, tmp_path: Path) -> None:
     rows = [*ROWS, {"file_name": "absent.png", "text": "nothing"}]
     samples = open_captioned(folder, write(tmp_path / "some.jsonl", rows))
     assert said(samples) == {key: EXPECTED[key] for key in ("a", "sub/b")}
@@ -157,13 +157,13 @@ def test_a_broken_table_is_named(folder: Path, content: str | bytes, said: str) 
         ("a.parquet", "", "is not a list of captions"),
     ],
 )
-def test_a_broken_list_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_a_broken_metadata_file_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(PromptError, match=said):
         read_listing(tmp_path / name)
 
 
-def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
+def test_missing_or_unexpected_metadata_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingArtifact, match="--metadata"):
         open_captioned(folder, tmp_path / "none.jsonl")
     with pytest.raises(MissingArtifact, match="no image of"):
@@ -224,7 +224,7 @@ def test_a_class_makes_a_caption(folder: Path, tmp_path: Path) -> None:
         (" ".join(f"word{number}" for number in range(256)), "asks for 256 masks"),
     ],
 )
-def test_a_caption_that_cannot_be_used_is_told(tmp_path: Path, text: str, said: str) -> None:
+def test_an_unusable_caption_is_an_error(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(PromptError, match=f"sample 0: .*{said}"):
         prompt_of(tar_of(tmp_path, txt=text.encode()), 0)
 
@@ -232,7 +232,7 @@ def test_a_caption_that_cannot_be_used_is_told(tmp_path: Path, text: str, said: 
 # -- images as people have them
 
 
-def test_images_of_folders_are_upright_and_hidden_files_are_none(folder: Path) -> None:
+def test_images_of_folders_are_upright_and_hidden_files_are_skipped(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (8, 5), "red").save(folder / "turned.jpg", exif=exif)
@@ -286,7 +286,7 @@ def test_commas_and_line_ends_stay_within_quotes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["", " ", "\u0000", "\t \x1b"])
-def test_a_label_without_a_character_is_none(folder: Path, label: str) -> None:
+def test_an_empty_label_is_none(folder: Path, label: str) -> None:
     write(folder / "metadata.jsonl", [{"file_name": "a.png", "label": label}])
     samples = CaptionedFolder(folder)
     assert samples.label(0) is None
@@ -294,7 +294,7 @@ def test_a_label_without_a_character_is_none(folder: Path, label: str) -> None:
         prompt_of(samples, 0, "a {label}")
 
 
-def test_labels_alone_and_names_alone_are_tables_too(tmp_path: Path) -> None:
+def test_a_table_may_have_labels_or_names_alone(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("file_name,Label\na.png,owl\n")
     assert read_listing(tmp_path / "a.csv") == {"a.png": Caption(label="owl")}
     (tmp_path / "a.csv").write_text("file_name\na.png\n")
@@ -320,13 +320,13 @@ def test_a_table_that_would_lose_captions_is_refused(tmp_path: Path, table: str,
         read_listing(tmp_path / "a.csv")
 
 
-def test_text_of_two_bytes_a_character_is_no_caption(folder: Path) -> None:
+def test_utf16_text_is_refused(folder: Path) -> None:
     for name, text in (("a.txt", "a dog"), ("metadata.csv", "file_name,text\na.png,a dog\n")):
         (folder / name).write_bytes(text.encode("utf-16-le"))
         with pytest.raises(PromptError, match=rf"{name}.*not UTF-8 text, as it holds zero bytes; save it as UTF-8"):
             open_captioned(folder)
 
 
-def test_the_ending_of_a_list_may_be_in_capitals(folder: Path, tmp_path: Path) -> None:
+def test_the_extension_of_a_metadata_file_may_be_in_capitals(folder: Path, tmp_path: Path) -> None:
     samples = open_captioned(folder, write(tmp_path / "SOME.JSONL", ROWS))
     assert said(samples) == {key: EXPECTED[key] for key in ("a", "sub/b")}

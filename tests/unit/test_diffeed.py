@@ -315,7 +315,7 @@ def test_bad_reader_settings_are_refused(small, how, message):
         make_network(small, **how)
 
 
-def test_maps_that_are_no_numbers_are_refused(small):
+def test_non_finite_maps_are_refused(small):
     network = make_network(small)
     noised = network.noised(draw(), KEYS)
     with pytest.raises(ConfigError, match="not finite numbers; try another dtype"):

@@ -45,7 +45,7 @@ def family(stable_diffusion: Path) -> Any:
     return Diffusers(model=str(stable_diffusion), **OPTIONS).family
 
 
-def test_what_is_left_open_is_usual_for_the_family(stable_diffusion: Path) -> None:
+def test_defaults_are_those_of_the_family(stable_diffusion: Path) -> None:
     sampling = Diffusers(model=str(stable_diffusion)).family.sampling
     assert (sampling.num_steps, sampling.guidance_scale, sampling.height, sampling.width) == (30, 7.5, 32, 32)
 
@@ -98,7 +98,7 @@ def test_with_every_scheduler_an_image_follows_from_its_seed(family: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "DPMSolverSDEScheduler"])
-def test_a_scheduler_that_diffusers_only_calls_compatible_is_not_offered(name: str) -> None:
+def test_an_incompatible_scheduler_that_diffusers_lists_is_not_offered(name: str) -> None:
     pipeline = SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler())
     assert name in [part.__name__ for part in pipeline.scheduler.compatibles]
     with pytest.raises(UnknownName) as caught:
@@ -107,7 +107,7 @@ def test_a_scheduler_that_diffusers_only_calls_compatible_is_not_offered(name: s
 
 
 @pytest.mark.parametrize("kind", [ImportError, TypeError, ValueError])
-def test_a_scheduler_that_cannot_be_made_is_told(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_cannot_be_built_is_an_error(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(config: Any) -> None:
         raise kind("\nit needs\nthis and that")
 
@@ -117,7 +117,7 @@ def test_a_scheduler_that_cannot_be_made_is_told(kind: type[Exception], monkeypa
         _set_scheduler(pipeline, "LMSDiscreteScheduler")
 
 
-def test_a_model_whose_own_scheduler_draws_other_noise_wants_another() -> None:
+def test_a_model_whose_own_scheduler_ignores_seeds_is_refused() -> None:
     kind = type("DPMSolverSDEScheduler", (diffusers.DDIMScheduler,), {})
     pipeline = SimpleNamespace(scheduler=kind())
     with pytest.raises(ConfigError, match="noise of its own; set scheduler: EulerAncestralDiscreteScheduler"):
@@ -128,14 +128,14 @@ def test_a_model_whose_own_scheduler_draws_other_noise_wants_another() -> None:
     assert type(pipeline.scheduler) is diffusers.EulerAncestralDiscreteScheduler
 
 
-def test_a_model_of_a_family_that_is_not_known_says_which_are(tmp_path: Path) -> None:
+def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     folder = models.make_pixart_sigma(tmp_path)
     with pytest.raises(ConfigError, match=r"PixArtSigmaPipeline.*StableDiffusionXLPipeline.*FluxPipeline"):
         Diffusers(model=str(folder))
 
 
 @pytest.mark.parametrize("model", ["no/such-model", "sdxl"])
-def test_weights_that_are_not_here_say_how_to_get_them(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_name_the_download_command(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with warnings.catch_warnings():
@@ -158,7 +158,7 @@ def test_a_model_in_the_cache_is_found_without_the_hub(
 @pytest.mark.parametrize(
     ("name", "says"), [("flux", "did you mean 'flux-dev'?"), ("sd2.1", "there are: flux-dev, flux-schnell, sd-turbo")]
 )
-def test_a_short_name_that_is_none_says_the_nearest(name: str, says: str) -> None:
+def test_an_unknown_short_name_suggests_the_nearest(name: str, says: str) -> None:
     with pytest.raises(UnknownName) as caught:
         Diffusers(model=name)
     assert f"unknown model {name!r}" in str(caught.value)
@@ -175,7 +175,7 @@ def test_a_folder_without_safetensors_is_refused(stable_diffusion: Path, tmp_pat
         Diffusers(model=str(folder))
 
 
-def test_a_negative_prompt_counts_and_flux_takes_none(stable_diffusion: Path, tmp_path: Path) -> None:
+def test_a_negative_prompt_changes_images_and_flux_refuses_one(stable_diffusion: Path, tmp_path: Path) -> None:
     plain, negative = (
         Diffusers(model=str(stable_diffusion), **OPTIONS, negative_prompt=text).generate(ASKED[:1])[0].image
         for text in ("", "cat")
@@ -261,7 +261,7 @@ def test_the_safety_checkers_verdict_is_a_warning_and_never_a_black_image(family
         np.testing.assert_array_equal(one.image, other.image)
 
 
-def test_a_model_without_a_safety_checker_cannot_be_asked_for_one(stable_diffusion: Path) -> None:
+def test_a_model_without_a_safety_checker_refuses_the_setting(stable_diffusion: Path) -> None:
     with pytest.raises(ConfigError, match="no safety checker"):
         Diffusers(model=str(stable_diffusion), safety_checker=True)
 
@@ -318,13 +318,13 @@ def test_a_negative_prompt_without_guidance_is_refused(stable_diffusion: Path) -
         Tiny(guidance_scale=0.5, negative_prompt="rain")
 
 
-def test_one_file_of_weights_is_told_to_be_converted(tmp_path: Path) -> None:
+def test_a_single_file_checkpoint_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(MissingWeights, match=r"is one file, and a folder .*from_single_file"):
         Diffusers(model=str(tmp_path / "model.safetensors"))
 
 
-def test_a_folder_that_is_no_pipelines_is_told_so(tmp_path: Path) -> None:
+def test_a_folder_without_model_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingWeights, match=r"has no model_index\.json; give the folder of a diffusers pipeline"):
         Diffusers(model=str(tmp_path))
 
@@ -351,7 +351,7 @@ def test_a_lora_of_another_model_is_refused(stable_diffusion: Path, tmp_path: Pa
         Diffusers(model=str(stable_diffusion), **OPTIONS, lora=str(tmp_path))
 
 
-def test_learned_embeddings_are_words_like_others(stable_diffusion: Path, tmp_path: Path) -> None:
+def test_learned_embeddings_get_maps(stable_diffusion: Path, tmp_path: Path) -> None:
     path = tmp_path / "learned_embeds.safetensors"
     save_file({"<my-dog>": torch.randn(16)}, path)
     family = Diffusers(model=str(stable_diffusion), **OPTIONS, textual_inversion=str(path)).family
@@ -396,7 +396,7 @@ def test_sizes_that_the_network_cannot_compute_are_refused(stable_diffusion: Pat
         Diffusers(model=str(stable_diffusion), **OPTIONS, height=height, width=64)
 
 
-def test_a_folder_of_no_pipeline_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "os.system"}))
     with pytest.raises(ConfigError, match=r"os\.system"):
         Diffusers(model=str(tmp_path))
@@ -428,7 +428,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("down_blocks.1.attentions.0.transformer_blocks.0.attn2", "mid_block"), (2, 4), 4, (4, 4)),
     ],
 )
-def test_layers_are_read_on_the_grids_that_they_have(
+def test_layers_are_recorded_on_their_own_grids(
     sdxl: Path, layers: tuple[str, ...], cross: tuple[int, ...], own: int, grid: tuple[int, int]
 ) -> None:
     family = Diffusers(model=str(sdxl), num_steps=1, layers=layers).family
@@ -450,7 +450,7 @@ def test_layers_are_read_on_the_grids_that_they_have(
         (("mid_block.attentions.0.transformer_blocks.0.attn2",), r"no self-attention on a grid.*1/2 or 1/4 of"),
     ],
 )
-def test_layers_without_what_is_recorded_are_refused_at_once(sdxl: Path, layers: tuple[str, ...], says: str) -> None:
+def test_layers_without_recorded_grids_are_refused(sdxl: Path, layers: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Diffusers(model=str(sdxl), layers=layers)
 
@@ -459,7 +459,7 @@ def test_layers_without_what_is_recorded_are_refused_at_once(sdxl: Path, layers:
     ("scheduler", "calls", "recorded"),
     [("EulerDiscreteScheduler", 10, 5), ("HeunDiscreteScheduler", 19, 10), ("KDPM2DiscreteScheduler", 19, 10)],
 )
-def test_the_share_of_the_steps_that_is_skipped_is_of_all_calls(
+def test_skip_steps_is_a_share_of_the_network_calls(
     sdxl: Path, scheduler: str, calls: int, recorded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = Diffusers(model=str(sdxl), num_steps=10, skip_steps=0.5, scheduler=scheduler, height=32, width=32).family
@@ -493,7 +493,7 @@ def test_a_consistency_model_takes_no_negative_prompt(stable_diffusion: Path, tm
 # -- what is loaded and where
 
 
-def test_no_image_is_marked_where_a_library_for_that_is_installed(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_image_gets_the_invisible_watermark(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline would, on such machines alone, without being asked."""
     module = diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl
     monkeypatch.setattr(module, "is_invisible_watermark_available", lambda: True)

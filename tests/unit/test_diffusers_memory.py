@@ -46,7 +46,7 @@ def family(stable_diffusion: Path) -> Any:
 
 
 @pytest.mark.parametrize("error", FULL)
-def test_memory_that_ran_out_is_known_by_what_is_said(error: RuntimeError) -> None:
+def test_out_of_memory_is_recognised_by_its_message(error: RuntimeError) -> None:
     assert is_out_of_memory(error)
     assert not is_out_of_memory(BROKEN)
     assert not is_out_of_memory(ValueError(str(error)))
@@ -71,7 +71,7 @@ class Device:
         return [number for part in parts for number in part]
 
 
-def test_what_did_not_fit_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_size_that_did_not_fit_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     device = Device(room=5)
     with caplog.at_level(logging.WARNING, logger="synthgen"):
         assert device.see(18) == list(range(18))
@@ -95,7 +95,7 @@ def test_what_did_not_fit_is_not_tried_again(caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_another_error_is_raised_after_the_model_was_put_back(broken: bool) -> None:
+def test_another_error_is_raised_after_the_model_was_restored(broken: bool) -> None:
     """As it is, also where the device is so broken that putting back fails as well."""
     happened = []
 
@@ -179,7 +179,7 @@ def narrow(family: Any, monkeypatch: pytest.MonkeyPatch, most: int, error: Excep
     return happened
 
 
-def test_an_autoencoder_that_failed_goes_on_in_its_own_type(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_autoencoder_that_failed_is_restored_to_its_dtype(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline casts Stable Diffusion XL's to float32 before it decodes, and back only where that went well."""
     family = Diffusers(model=str(sdxl), num_steps=1, dtype="float16", height=32, width=32).family
     alone = family.generate(ASKED[:1])[0]
@@ -233,7 +233,7 @@ def test_no_part_stays_on_the_device_after_it_ran_out_of_memory(
         ({"dtype": "float16", "offload": True}, "in float16; {}"),
     ],
 )
-def test_a_model_too_large_for_the_device_says_what_would_help(
+def test_a_model_too_large_for_the_device_names_settings_that_help(
     stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], advice: str
 ) -> None:
     errors = [*FULL, BROKEN]

@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_steps(case: tuple[Case, Path]) -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_attend_records_images_that_exist(case: tuple[Case, Path]) -> None:
+def test_attend_records_existing_images(case: tuple[Case, Path]) -> None:
     family = load(case)
     images = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
     first = family.attend(images, requests(), (100, 500))
@@ -275,7 +275,7 @@ def test_a_step_back_undoes_a_step_of_inversion(case: tuple[Case, Path]) -> None
 
 
 @pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3", "flux-dev"])
-def test_the_latents_of_half_precision_keep_their_own(name: str, tmp_path: Path) -> None:
+def test_latents_stay_float32_between_steps_in_half_precision(name: str, tmp_path: Path) -> None:
     """What is rounded is what the network reads and says, not the latents that go from step to step."""
     family = load((CASES[name], CASES[name].make(tmp_path)), height=32, width=48, dtype="bfloat16")
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3), dtype=np.uint8)
@@ -295,7 +295,7 @@ def test_the_latents_of_half_precision_keep_their_own(name: str, tmp_path: Path)
     assert not generation.failed
 
 
-def test_an_autoencoder_that_float16_is_too_narrow_for_computes_in_float32(tmp_path: Path) -> None:
+def test_an_autoencoder_with_force_upcast_computes_in_float32(tmp_path: Path) -> None:
     family = load((CASES["sdxl"], models.make_stable_diffusion_xl(tmp_path)), dtype="float16")
     vae, seen = family.pipeline.vae, []
     vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -306,7 +306,7 @@ def test_an_autoencoder_that_float16_is_too_narrow_for_computes_in_float32(tmp_p
     assert vae.dtype == torch.float16
 
 
-def test_a_consistency_model_is_told_that_there_is_no_guidance(stable_diffusion: Path) -> None:
+def test_a_consistency_model_gets_the_embedding_of_no_guidance(stable_diffusion: Path) -> None:
     family = Diffusers(model=str(stable_diffusion)).family
     config = {**family.network.config, "time_cond_proj_dim": 8}
     torch.manual_seed(0)
@@ -322,7 +322,7 @@ def test_a_consistency_model_is_told_that_there_is_no_guidance(stable_diffusion:
     torch.testing.assert_close(told[0], expected)
 
 
-def test_images_of_other_shapes_fill_the_grid(case: tuple[Case, Path]) -> None:
+def test_maps_of_other_image_sizes_fill_the_grid(case: tuple[Case, Path]) -> None:
     family = load(case)
     height, width = 3 * family.multiple, family.multiple
     images = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
@@ -332,7 +332,7 @@ def test_images_of_other_shapes_fill_the_grid(case: tuple[Case, Path]) -> None:
     assert generation.maps.affinity.shape[1:] == (rows, columns)
 
 
-def test_a_batch_too_large_is_halved_and_values_that_are_no_numbers_are_told(
+def test_attend_halves_a_batch_too_large_and_reports_non_finite_attention(
     case: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = load(case)
@@ -361,7 +361,7 @@ def test_a_batch_too_large_is_halved_and_values_that_are_no_numbers_are_told(
         family.attend(images[:1], requests()[:1], (100,))
 
 
-def test_an_inversion_is_recorded_on_its_way(case: tuple[Case, Path]) -> None:
+def test_an_inversion_records_its_steps(case: tuple[Case, Path]) -> None:
     family = load(case)
     images = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
     whole = family.attend(images, requests(), (), inversion_steps=4)
@@ -382,7 +382,7 @@ def test_an_inversion_is_recorded_on_its_way(case: tuple[Case, Path]) -> None:
         (models.make_stable_diffusion_3, [0, 429, 667, 818, 923], [9, 503, 751, 900, 1000]),
     ],
 )
-def test_where_the_steps_of_an_inversion_lie_and_those_of_the_sampler(
+def test_timesteps_of_an_inversion_and_of_the_sampler(
     make: Any, inverted: list[int], sampled: list[int], tmp_path: Path
 ) -> None:
     """As docs/attend.md has it. A U-Net is told the same noise both ways, a transformer the two ends of each step."""

@@ -168,7 +168,7 @@ def test_noise_is_of_the_key_and_the_seed(small):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("make", [models.make_stable_diffusion, models.make_stable_diffusion_xl, models.make_flux])
-def test_halves_learn_as_float32(make, dtype, tmp_path):
+def test_half_precision_weights_are_trained_in_float32(make, dtype, tmp_path):
     folder = str(make(tmp_path))
     backbone = Diffusers(model=folder, dtype=dtype, height=SIDE, width=SIDE)
     reader, (_, images) = make_reader(backbone), pictures(SIDE)
@@ -225,7 +225,7 @@ def test_new_weights_are_as_a_new_network_has_them(drawn):
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), again.parameters(), strict=True))
 
 
-def test_a_layer_that_does_not_say_how_it_begins_is_refused():
+def test_a_layer_without_a_known_initialisation_is_refused():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -423,7 +423,7 @@ def test_bad_reader_settings_are_refused(small, how, message):
         TruncatedGenerator(make_reader(small, **how))
 
 
-def test_a_generator_that_gives_no_numbers_is_refused(stable_diffusion):
+def test_a_generator_with_non_finite_outputs_is_refused(stable_diffusion):
     backbone = Diffusers(model=str(stable_diffusion))
     nn.init.constant_(backbone.family.network.conv_in.weight, math.nan)
     with pytest.raises(ConfigError, match="not finite numbers; try another dtype"):

@@ -91,7 +91,7 @@ def test_cut_takes_the_smallest_of_equals():
         assert all((found <= each.astype(bool)).all() for each in equals)  # it lies inside every other one
 
 
-def test_prices_may_be_far_apart():
+def test_costs_may_differ_by_many_orders_of_magnitude():
     """Neither a seed of a million nats nor edges of a billionth overflow or vanish."""
     inside, outside = np.zeros((1, 4)), np.zeros((1, 4))
     outside[0, 0], inside[0, 3] = 1e6, 1e6
@@ -110,7 +110,7 @@ def test_many_pixels_do_not_overflow():
     assert (cut(-net, np.zeros_like(net), edges) == (net > 0)).all()
 
 
-def test_cut_without_pressure_is_trivial():
+def test_cut_without_edges_is_the_cheapest_label():
     edges = grid_edges((2, 3), [((0, 1), np.ones((2, 3))), ((1, 0), np.ones((2, 3)))])
     nothing = np.zeros((2, 3))
     assert not cut(nothing, nothing, edges).any()
@@ -127,7 +127,7 @@ def test_band_that_is_everything_is_the_whole_cut():
         assert (cut(unaries[1], unaries[0], edges, free=free, held=~whole) == whole).all()
 
 
-def test_band_is_the_best_that_held_pixels_allow():
+def test_band_is_the_minimum_given_its_fixed_pixels():
     for seed in range(60):
         unaries, edges = random_problem(seed, (3, 3))
         rng = np.random.default_rng(1000 + seed)
@@ -173,7 +173,7 @@ def test_no_single_move_improves_what_expand_found():
     assert exact >= 34  # a move that forgets the pairs of other labels finds far fewer
 
 
-def test_expand_keeps_what_is_not_free():
+def test_expand_keeps_fixed_pixels():
     for seed in range(20):
         unaries, edges = random_problem(seed, (3, 4), labels=4)
         rng = np.random.default_rng(seed)
@@ -218,7 +218,7 @@ def test_solvers_give_the_same_cut():
     assert changed > 90  # not every pixel took its cheapest label
 
 
-def test_solvers_price_a_move_alike():
+def test_solvers_give_a_move_the_same_costs():
     pytest.importorskip("numba")
     changed = 0
     for seed in range(30):
@@ -236,7 +236,7 @@ def test_solvers_price_a_move_alike():
     assert changed > 5
 
 
-def test_pairs_are_those_that_cost_something():
+def test_pairs_are_edges_with_a_cost():
     weight = np.array([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]])
     edges = grid_edges((2, 3), [((0, 1), weight), ((1, -1), weight)])
     pairs = list(zip(*(each.tolist() for each in edges.pairs()), strict=True))
@@ -246,7 +246,7 @@ def test_pairs_are_those_that_cost_something():
     assert [each.tolist() for each in only.pairs()] == [[0], [1], [1.0]]
 
 
-def test_solvers_agree_where_much_must_flow_far():
+def test_solvers_agree_on_large_flows_over_long_paths():
     pytest.importorskip("numba")
     rng = np.random.default_rng(0)
     shape = (60, 60)
@@ -267,7 +267,7 @@ def test_without_numba_scipy_cuts(monkeypatch, missing):
     assert graphcut.fastest.__wrapped__() is MaximumFlow
 
 
-def test_compiles_where_nothing_can_be_kept(monkeypatch):
+def test_compiles_without_a_writable_cache(monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     from synthgen.maxflow import compiled
 
@@ -299,13 +299,13 @@ def test_ends_are_an_offset_apart(offset):
 
 
 @pytest.mark.parametrize("price", [-1.0, np.nan, np.inf])
-def test_refuses_edges_that_no_cut_can_minimise(price):
+def test_refuses_negative_and_infinite_edges(price):
     with pytest.raises(ValueError, match="price of an edge"):
         grid_edges((2, 2), [((0, 1), np.full((2, 2), price))])
 
 
 @pytest.mark.parametrize("price", [np.nan, np.inf])
-def test_refuses_pixels_without_a_price(price):
+def test_refuses_non_finite_pixel_costs(price):
     with pytest.raises(ValueError, match="price of a pixel"):
         cut(np.full((2, 2), price), np.zeros((2, 2)), grid_edges((2, 2), []))
 

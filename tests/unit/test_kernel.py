@@ -21,7 +21,7 @@ def by_hand(query, key, mask=0.0, scale=0.25):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [None, 0.1])
-def test_the_output_is_the_public_functions_and_the_lse_is_right(dtype, scale):
+def test_the_output_equals_the_public_functions_and_the_lse_is_right(dtype, scale):
     query, key, value = qkv(dtype=dtype)
     with torch.inference_mode():
         output, lse = attention_with_lse(query, key, value, scale=scale)
@@ -32,7 +32,7 @@ def test_the_output_is_the_public_functions_and_the_lse_is_right(dtype, scale):
 
 
 @pytest.mark.parametrize("boolean", [True, False])
-def test_a_mask_is_part_of_both(boolean):
+def test_a_mask_counts_in_output_and_lse(boolean):
     query, key, value = qkv()
     seen = torch.arange(77) < torch.tensor([40, 60])[:, None, None, None]
     bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
@@ -46,7 +46,7 @@ def test_a_mask_is_part_of_both(boolean):
     torch.testing.assert_close(logsumexp_of(query, key, scale=None, mask=mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_no_kernel_tells_is_left_to_the_caller():
+def test_kernels_without_lse_return_none():
     query, key, value = qkv(rows=77)
     output, lse = attention_with_lse(query, key, value, is_causal=True)
     assert lse is None
@@ -67,7 +67,7 @@ def test_a_pytorch_without_these_names_computes_the_same(monkeypatch):
     assert lse is None
 
 
-def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
+def test_a_kernel_with_a_wrong_lse_is_not_used_again(monkeypatch):
     query, key, value = qkv(dtype=torch.float64)
     asked = []
 
@@ -84,7 +84,7 @@ def test_a_kernel_whose_word_is_wrong_is_not_trusted_again(monkeypatch):
     assert asked[1][0] == -1
 
 
-def test_an_image_of_values_that_are_no_numbers_says_nothing_of_the_kernel(monkeypatch):
+def test_non_finite_values_do_not_discredit_a_kernel(monkeypatch):
     query, key, value = qkv()
     broken = query.clone()
     broken[0] = float("nan")

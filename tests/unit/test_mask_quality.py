@@ -43,7 +43,7 @@ def test_confidence_falls_as_a_mask_moves_away_grows_or_shrinks() -> None:
         assert 0 <= last < 0.53 * first <= 0.53
 
 
-def test_empty_masks_and_flat_maps_have_zeros_and_broken_maps_without_a_mask_do_no_harm() -> None:
+def test_empty_masks_flat_maps_and_broken_maps_without_a_mask_have_zeros() -> None:
     weights = np.stack([np.full((4, 4), 0.5), np.full((4, 4), np.nan), np.eye(4)])
     masks = np.zeros((3, 8, 8), bool)
     masks[0] = True

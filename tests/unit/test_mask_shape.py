@@ -57,7 +57,7 @@ def test_pixels_that_meet_at_a_corner_are_one_part() -> None:
     assert (described["components"], len(described["instances"])) == (1, 1)
 
 
-def test_an_empty_mask_has_zeros_and_what_nobody_measured_is_told() -> None:
+def test_an_empty_mask_has_zeros_and_unmeasured_figures_are_unknown() -> None:
     (described,) = describe_masks(one_mask(np.zeros((8, 8), bool)))
     assert described == {
         "word": "thing", "value": 1, "score": 0.25, "confidence": UNKNOWN, "area": 0.0, "box": [0, 0, 0, 0],

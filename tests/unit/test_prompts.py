@@ -24,7 +24,7 @@ from synthgen.records import Prompt
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.TSV", "p.json", "p.parquet"])
-def test_a_table_is_not_drawn_line_by_line(tmp_path, name):
+def test_a_table_is_not_read_as_prompts(tmp_path, name):
     (tmp_path / name).write_text("prompt,words\na dog,dog\n")
     with pytest.raises(PromptError, match=r"prompts come from a \.txt file \(one per line\) or a \.jsonl file"):
         read_prompts(tmp_path / name)
@@ -72,7 +72,7 @@ def test_broken_brackets_name_the_line(tmp_path, line, says):
     assert says in str(caught.value)
 
 
-def test_files_that_are_no_prompt_files(tmp_path):
+def test_files_that_are_not_prompt_files_are_refused(tmp_path):
     with pytest.raises(MissingArtifact, match="no prompt file"):
         read_prompts(tmp_path / "absent.txt")
     with pytest.raises(PromptError, match="cannot be read"):
@@ -146,7 +146,7 @@ def test_seeds_depend_on_run_and_key_alone():
     assert sample_seed(0, "0000000000") == 4265920950659602  # a change here changes every dataset
 
 
-def test_prompts_take_turns_over_the_units():
+def test_prompts_repeat_in_order_over_the_units():
     prompts = [parse_line(f"a [w{index}]") for index in range(3)]
     texts = [request_for(prompts, 0, unit, row, 2).prompt.label for unit in range(2) for row in range(2)]
     assert texts == ["w0", "w1", "w2", "w0"]
@@ -160,7 +160,7 @@ def test_the_prompt_files_that_ship(name, count):
     assert len({prompt.label for prompt in prompts}) == count
 
 
-def test_what_is_wrong_with_a_prompt_is_told_before_what_is_wrong_with_a_template(tmp_path):
+def test_errors_in_prompts_come_before_errors_in_templates(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("the\na [dog]\na [cat\n")  # the first marks no word, the last cannot be read
     for template in ("a {}\n", "no place for it\n"):
@@ -246,7 +246,7 @@ def test_where_a_word_ends_in_other_scripts(text, words, found):
         assert [text[first:last] for first, last in find_words(text, words)] == found
 
 
-def test_words_of_ascii_text_are_what_they_were():
+def test_words_of_ascii_text_are_those_of_the_plain_pattern():
     """By the plain pattern, also where other letters stand beside them."""
     plain = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
     draw = random.Random(0)
@@ -261,7 +261,7 @@ ROW = '{"prompt": "a dog and a cat", "words": ["cat"]}'
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.JsonL"])
-def test_objects_are_read_under_their_ending_in_either_case(tmp_path, name):
+def test_jsonl_is_recognised_in_either_case(tmp_path, name):
     (tmp_path / name).write_text(f"{ROW}\n")
     (prompt,) = read_prompts(tmp_path / name)
     assert (prompt.text, prompt.words) == ("a dog and a cat", ("cat",))
@@ -269,7 +269,7 @@ def test_objects_are_read_under_their_ending_in_either_case(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["rows.ndjson", "rows.txt", "rows"])
 @pytest.mark.parametrize("row", [ROW, "{}", '{"score": NaN}', '{"prompt": "\\ud800"}'])
-def test_objects_under_another_ending_are_not_drawn_as_text(tmp_path, name, row):
+def test_json_objects_in_a_text_file_are_refused(tmp_path, name, row):
     path = tmp_path / name
     path.write_text(f"a [dog]\n  {row}\n")
     for read in (read_prompts, survey_prompts):
@@ -282,7 +282,7 @@ def test_objects_under_another_ending_are_not_drawn_as_text(tmp_path, name, row)
     ["{a|b}", "{a|b} in the rain", "[dog] on a beach", "[dog]", '["dog"]', "{", "{'prompt': 'a dog'}", '{"dog"} there',
      '{"a": 1} and {"b": 2}', '{"a":' * 5000],
 )  # fmt: skip
-def test_text_that_merely_begins_as_json_does_is_text(tmp_path, line):
+def test_text_that_begins_like_json_is_text(tmp_path, line):
     path = tmp_path / "p.txt"
     path.write_text(f"{line}\n")
     assert read_prompts(path) == [parse_line(line)]
@@ -312,7 +312,7 @@ def test_lines_end_in_every_way(tmp_path, end, monkeypatch):
         ("UTF-16", "byte 0, 0xff"),
     ],
 )
-def test_the_command_that_is_advised_makes_the_file_readable(tmp_path, coding, place):
+def test_the_suggested_command_makes_the_file_readable(tmp_path, coding, place):
     path = tmp_path / "my prompts.txt"
     text = "\ufeff犬と猫" if coding == "UTF-16" else "ein Hündchen"
     path.write_bytes(text.encode("UTF-16LE" if coding == "UTF-16" else coding))
@@ -325,7 +325,7 @@ def test_the_command_that_is_advised_makes_the_file_readable(tmp_path, coding, p
         assert [prompt.text for prompt in read_prompts(tmp_path / "NEW.txt")] == [text.lstrip("\ufeff")]
 
 
-def test_a_zero_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
+def test_a_zero_byte_is_found_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("synthgen.untrusted._CHUNK", 16)
     path = tmp_path / "t.txt"
     path.write_bytes("a photo of a {}\nthe {} at né\0ght\n".encode())
@@ -352,7 +352,7 @@ def placed(text, words):
     return None
 
 
-def test_places_are_those_that_patterns_find():
+def test_find_words_agrees_with_regular_expressions():
     draw, both = random.Random(0), 0
     for letters in ("ab -'A", "a bé-É", "sSſkK\u212aIiıİ", "犬a猫 b", "a\u0301 ท\u0e35bA", "σςΣ βϐ µμ"):
         for _ in range(400):
@@ -370,7 +370,7 @@ def test_places_are_those_that_patterns_find():
     assert both > 300
 
 
-def test_either_case_is_what_patterns_take_for_it():
+def test_case_is_ignored_as_in_regular_expressions():
     letters = [letter for letter in map(chr, range(0x20000)) if letter.lower() != letter or letter.upper() != letter]
     assert len(letters) > 2500
     for letter in letters[::3] + list("ıİſ\u212a\u1fd3\ufb06ς"):
@@ -380,6 +380,6 @@ def test_either_case_is_what_patterns_take_for_it():
                 assert bool(spelled.fullmatch(other)) == (_folded(letter) == _folded(other)), (letter, other)
 
 
-def test_a_word_without_a_character_goes_into_no_template():
+def test_an_empty_word_is_refused_by_templates():
     with pytest.raises(PromptError, match="marks no word to put into"):
         expand([Prompt("", ("",), ((0, 0),), " ")], ["a {}"])

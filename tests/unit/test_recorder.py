@@ -127,7 +127,7 @@ def test_an_image_does_not_depend_on_its_batch(model):
         np.testing.assert_allclose(one.maps.weights.astype(float), alone.maps.weights.astype(float), atol=2e-4)
 
 
-def test_the_model_is_as_it_was_afterwards_even_after_an_error(model):
+def test_processors_are_restored_even_after_an_error(model):
     unet = model.pipeline.unet
     before = dict(unet.attn_processors)
     with pytest.raises(ZeroDivisionError), record(unet, Recorder((16, 16), [], lambda: False, cross_levels=(1, 2))):
@@ -136,7 +136,7 @@ def test_the_model_is_as_it_was_afterwards_even_after_an_error(model):
 
 
 @pytest.mark.parametrize("kind", ["is_causal", "enable_gqa"])
-def test_attention_whose_softmax_is_another_is_refused(kind):
+def test_causal_and_grouped_attention_is_refused(kind):
     query = torch.zeros(1, 2, 4, 8)
     with _Tap(lambda seen: None), pytest.raises(RuntimeError, match="cannot be recorded"):
         F.scaled_dot_product_attention(query, query, query, **{kind: True})
@@ -154,7 +154,7 @@ def test_words_that_were_cut_off_leave_the_record(model):
     assert len(generation.warnings) == 2
 
 
-def test_a_recorder_without_layers_on_its_grids_says_so(model):
+def test_a_recorder_without_layers_on_its_grids_is_an_error(model):
     (asked, *_) = requests()
     model.selection, before = (
         replace(model.selection, layers=("mid_block",), cross_levels=(2,), self_level=2),

@@ -102,7 +102,7 @@ def test_propagation_without_steps_is_the_threshold():
     assert (Propagation(num_steps=0).refine(image, maps) == Threshold().refine(image, maps)).all()
 
 
-def test_an_object_whose_parts_draw_different_words_goes_to_one():
+def test_an_object_whose_parts_attract_different_words_goes_to_one():
     """Two squares on noise; one word has the rims of both, the other their insides, with more on the second."""
     size, grid = 96, 12
     left, right = np.zeros((2, grid, grid), bool)
@@ -127,7 +127,7 @@ def test_an_object_whose_parts_draw_different_words_goes_to_one():
 
 
 @pytest.mark.parametrize("options", [{"num_steps": -1}, {"spread": 1.5}, {"level": 1.0}])
-def test_propagation_refuses_what_makes_no_sense(options):
+def test_propagation_refuses_invalid_settings(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Propagation(**options)
 
@@ -147,12 +147,12 @@ def test_grabcut_takes_the_colour_of_its_seeds():
 
 
 @pytest.mark.parametrize("options", [{"inside": 0.1, "outside": 0.2}, {"num_iterations": 0}])
-def test_grabcut_refuses_what_makes_no_sense(options):
+def test_grabcut_refuses_invalid_settings(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         GrabCut(**options)
 
 
-def test_without_opencv_the_error_says_what_to_install(monkeypatch):
+def test_without_opencv_the_error_names_the_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "synthgen.refiners.grabcut")
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingDependency, match="pip install opencv-python-headless"):
@@ -178,7 +178,7 @@ def test_side_means_divide_at_otsu():
         ((8, 8), (16, 16), 128, [(8, 8)]),
     ],
 )
-def test_the_grids_go_from_the_maps_to_the_image(size, cells, max_size, grids):
+def test_pixel_grids_go_from_the_maps_to_the_image(size, cells, max_size, grids):
     assert pixel_grids(size, cells, max_size) == grids
 
 
@@ -199,7 +199,7 @@ def test_the_same_masks_without_numba(size):
         assert (fast == plain).all()
 
 
-def test_parts_that_came_from_nowhere_stay_what_they_were():
+def test_parts_without_a_pixel_of_their_label_are_reset():
     start = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2], [0, 1, 1, 1, 2]])
     labels = np.array([[0, 0, 1, 0, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 2], [1, 1, 1, 0, 2]])
     kept = labels.copy()
@@ -208,7 +208,7 @@ def test_parts_that_came_from_nowhere_stay_what_they_were():
     assert (anchored(start, start, 3) == start).all()
 
 
-def test_a_spot_of_the_objects_colour_beside_it_is_not_the_words():
+def test_a_spot_of_the_objects_colour_beside_it_is_not_masked():
     image = np.full((128, 128, 3), 90, dtype=np.uint8)
     image[48:80, 40:72] = image[60:68, 82:88] = (200, 60, 60)
     cells = np.zeros((16, 16))
@@ -230,7 +230,7 @@ def test_near_border_is_where_the_labels_around_differ(reach):
     assert not near_border(np.ones((5, 1), int), reach).any()
 
 
-def test_labels_twice_as_large_are_those_of_the_larger_share():
+def test_labels_enlarged_twice_are_those_of_the_larger_share():
     labels = np.random.default_rng(0).integers(0, 4, (9, 13))
     shares = resize((labels == np.arange(4)[:, None, None]).astype(np.float32), (18, 26))
     assert (enlarged(labels, 4, (18, 26)) == shares.argmax(axis=0)).all()

@@ -107,12 +107,12 @@ def test_a_whole_folder_can_be_loaded_without_its_t5(tmp_path: Path) -> None:
     assert not text[:, 77:].any()
 
 
-def test_a_folder_without_t5_does_not_load_unless_told(tmp_path: Path) -> None:
+def test_a_folder_without_t5_does_not_load_by_default(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="text_encoder_3"):
         DiffusionPipeline.from_pretrained(make_sd3(tmp_path, t5=False))
 
 
-def test_two_towers_cut_a_prompt_at_their_own_places(tmp_path: Path) -> None:
+def test_two_tokenizers_split_a_prompt_differently(tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(models.make_stable_diffusion_xl(tmp_path), use_safetensors=True)
     first, second = (one(PROMPTS[0])["input_ids"] for one in (pipeline.tokenizer, pipeline.tokenizer_2))
     assert len(first) == 8
@@ -134,7 +134,7 @@ def pieces(tokenizer: Any, text: str, **arguments: Any) -> list[tuple[str, str]]
     return [(token, text[first:last]) for token, (first, last) in zip(tokens, encoded["offset_mapping"], strict=True)]
 
 
-def test_t5_offsets_leave_the_space_out(t5: Any) -> None:
+def test_t5_offsets_exclude_the_space(t5: Any) -> None:
     assert pieces(t5, "a  dog, a cat") == [
         ("▁a", "a"),
         ("▁dog", "dog"),
@@ -157,7 +157,7 @@ def test_a_bare_space_piece_stands_on_the_letter_after_it(t5: Any) -> None:
     ]
 
 
-def test_what_t5_does_not_know_is_one_piece(t5: Any) -> None:
+def test_text_unknown_to_t5_is_one_token(t5: Any) -> None:
     assert pieces(t5, "a 🐕 in 公園") == [
         ("▁a", "a"),
         ("▁", "🐕"),
