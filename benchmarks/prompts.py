@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from _common import make_parser, write_result
 
-from synthgen.prompt_copy import Content, content_of, keep_copy
+from synthgen.prompt_copy import Content, content_of, ensure_copy
 from synthgen.prompts import read_prompts, request_for
 from synthgen.records import Prompt, Request
 from synthgen.run import Run
@@ -47,7 +47,7 @@ class WholeList(Generate):
 
     def prepare(self, run: Run) -> Self:
         """Write the copy of the prompts."""
-        keep_copy(run.path, load_all(self.prompts), content(self.prompts))
+        ensure_copy(run.path, load_all(self.prompts), content(self.prompts))
         return self
 
     def requests(self, run: Run, unit: int) -> list[Request]:

@@ -17,14 +17,14 @@ import typer
 from synthgen import flags
 from synthgen.errors import ConfigError
 from synthgen.options import (
-    backbone_of,
-    chosen_of,
-    engine_of,
-    export_of,
-    method_of,
-    overrides_of,
-    part_of,
-    plan_of,
+    backbone_settings,
+    engine_settings,
+    export_settings,
+    make_part,
+    make_plan,
+    method_settings,
+    pipeline_overrides,
+    resolve_settings,
 )
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ def generate(
     settings: flags.SetOption = None,
 ) -> None:
     """Generate images and record the cross-attention map of each marked word."""
-    part = backbone_of(backbone, settings, model=model, num_steps=steps, guidance_scale=guidance)
+    part = backbone_settings(backbone, settings, model=model, num_steps=steps, guidance_scale=guidance)
     given = {
         "prompts": prompts, "template": template or "", "images_per_prompt": images_per_prompt, "limit": limit,
         "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
     with _created(run, seed) as opened:
-        _stage("generate", opened, given, settings, engine_of(engine, workers, address))
+        _stage("generate", opened, given, settings, engine_settings(engine, workers, address))
 
 
 @app.command(short_help="Record cross-attention maps for existing images")
@@ -92,13 +92,13 @@ def attend(
     settings: flags.SetOption = None,
 ) -> None:
     """Record cross-attention maps for existing images, from their captions."""
-    part = backbone_of(backbone, settings, model=model)
+    part = backbone_settings(backbone, settings, model=model)
     given = {
         "images": images, "metadata": metadata, "caption": caption, "limit": limit, "fit": fit,
         "inversion_steps": inversion_steps, "batch_size": batch_size, "backbone": part,
     }  # fmt: skip
     with _created(run, seed) as opened:
-        _stage("attend", opened, given, settings, engine_of(engine, workers, address))
+        _stage("attend", opened, given, settings, engine_settings(engine, workers, address))
 
 
 @app.command(short_help="Turn attention maps into full-resolution masks")
@@ -115,8 +115,8 @@ def masks(
     """Turn attention maps into full-resolution masks."""
     if attentioncut and refine not in (None, "attentioncut"):
         raise ConfigError(f"--attentioncut and --refine {refine} ask for two refiners; give one of them")
-    part = part_of("attentioncut" if attentioncut else refine, {})
-    _stage("masks", _open(run), {"refine": part, "min_area": min_area}, settings, engine_of(engine, workers, address))
+    given = {"refine": make_part("attentioncut" if attentioncut else refine, {}), "min_area": min_area}
+    _stage("masks", _open(run), given, settings, engine_settings(engine, workers, address))
 
 
 @app.command("filter", short_help="Choose the samples that shards leave out")
@@ -129,7 +129,7 @@ def filter_samples(
     settings: flags.SetOption = None,
 ) -> None:
     """List blank, unsafe, unmasked and duplicate images, which shards leave out; nothing is deleted."""
-    _stage("filter", _open(run), {"filters": filters}, settings, engine_of(engine, workers, address))
+    _stage("filter", _open(run), {"filters": filters}, settings, engine_settings(engine, workers, address))
 
 
 @app.command(short_help="Write WebDataset tars for training")
@@ -145,7 +145,7 @@ def shards(
 ) -> None:
     """Write WebDataset tars for training, with an index and a dataset card."""
     given = {"samples_per_shard": samples_per_shard, "val_ratio": val_ratio, "image_format": image_format}
-    _stage("shards", _open(run), given, settings, engine_of(engine, workers, address))
+    _stage("shards", _open(run), given, settings, engine_settings(engine, workers, address))
 
 
 @app.command(short_help="Train an encoder on the run's shards")
@@ -163,8 +163,8 @@ def pretrain(
     """Train an encoder on the run's shards (made if missing). Several GPUs: accelerate launch -m synthgen pretrain."""
     opened = _open(run)
     given = {"epochs": epochs, "samples_seen": samples_seen, "batch_size": batch_size, "encoder": encoder}
-    given |= method_of(method, guided, label, settings)
-    own = not chosen_of(opened, "pretrain", given, settings)[1].get("data")
+    given |= method_settings(method, guided, label, settings)
+    own = not resolve_settings(opened, "pretrain", given, settings)[1].get("data")
     if own and not (opened.folder("shards") / "dataset.json").is_file():  # missing or incomplete
         _stage("shards", opened, {}, None)
     _stage("pretrain", opened, given, settings)
@@ -208,8 +208,8 @@ def run_file(
     from synthgen.console import print_note, print_result, print_scores, print_summary, progress
     from synthgen.pipeline import read_pipeline
 
-    chosen = engine_of(engine, workers, address)
-    overrides = overrides_of(run, settings, chosen)
+    chosen = engine_settings(engine, workers, address)
+    overrides = pipeline_overrides(run, settings, chosen)
     pipeline = read_pipeline(file, overrides).select(only=only, first=first, last=last)
     if dry_run:
         print("\n".join(pipeline.dry_run(chosen)))
@@ -243,7 +243,7 @@ def plan(
     from synthgen.console import step_printer
     from synthgen.plan.text import render
 
-    found = plan_of(
+    found = make_plan(
         file, run, prompts=prompts, images=images, metadata=metadata, caption=caption, model=model, engine=engine,
         extra=settings, workers=workers, measure=measure, sample=sample, describe=step_printer("plan"),
     )  # fmt: skip
@@ -288,7 +288,7 @@ def export(
     from synthgen.console import print_summary, progress
 
     opened = _open(run)
-    chosen = export_of(format, image_format, settings)
+    chosen = export_settings(format, image_format, settings)
     print_summary(export_dataset(opened, format, out, progress=progress(), **chosen))
     print(f"{format}: {out or opened.folder(f'export-{format}')}")
 
@@ -364,7 +364,7 @@ def _stage(
     from synthgen.stages import make_stage
     from synthgen.stages.evaluate import Evaluate
 
-    chosen, settings = chosen_of(run, name, given, extra, engine)
+    chosen, settings = resolve_settings(run, name, given, extra, engine)
     call: Callable[..., Summary] = getattr(api, name)
     print_summary(call(run, progress=progress(), engine=chosen, **settings))
     stage = make_stage(name, settings)

@@ -22,10 +22,10 @@ from synthgen.untrusted import MAX_BYTES, MAX_SETTINGS, read_file, read_yaml
 __all__ = [
     "FAILED",
     "SETTINGS",
-    "as_yaml",
     "changes",
     "describe_changes",
     "digest",
+    "dump_yaml",
     "exists",
     "failure_files",
     "merge_settings",
@@ -39,7 +39,7 @@ __all__ = [
 
 SETTINGS = "settings.yaml"  # in an artifact's folder: what it is made with
 FAILED = ".failed.json"  # the end of the name of a file that says why a unit failed
-_FINGERPRINT = re.compile(rb"^fingerprint: ([0-9a-f]{64})$", re.MULTILINE)  # as ``as_yaml`` writes it
+_FINGERPRINT = re.compile(rb"^fingerprint: ([0-9a-f]{64})$", re.MULTILINE)  # as ``dump_yaml`` writes it
 _LOG = "metrics.jsonl"  # of a training
 _PACKAGES = ("synthgen", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow", "webdataset")
 
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def as_yaml(value: Mapping[str, Any]) -> bytes:
+def dump_yaml(value: Mapping[str, Any]) -> bytes:
     """Plain data as the bytes of a YAML file."""
     plain = json.loads(json.dumps(value))  # no object occurs twice, so that YAML needs no anchors
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)).encode()
@@ -140,10 +140,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") ->
                 yield from changes(was, now, f"{within}{key}.")
                 continue
             was, now = was.get("name"), now.get("name")  # another part has other options
-        yield f"{within}{key} is {_shown(now)} and was {_shown(was)}"
+        yield f"{within}{key} is {_value_text(now)} and was {_value_text(was)}"
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return "not set" if value is None else f"not recorded ({HIDDEN})" if value == HIDDEN else repr(value)
 
 

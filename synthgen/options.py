@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from synthgen.run import Run
 
 __all__ = [
-    "agree",
-    "backbone_of",
-    "chosen_of",
-    "engine_of",
-    "export_of",
-    "method_of",
-    "overrides_of",
-    "pairs_of",
-    "part_of",
-    "plan_of",
+    "apply_set",
+    "backbone_settings",
+    "check_conflicts",
+    "engine_settings",
+    "export_settings",
+    "make_part",
+    "make_plan",
+    "method_settings",
+    "parse_pairs",
+    "pipeline_overrides",
+    "resolve_settings",
     "resume_settings",
-    "with_set",
 ]
 
 
@@ -41,36 +41,36 @@ _FLAGS = {  # settings whose option has another name; other options of parts hav
 }  # fmt: skip
 
 
-def method_of(name: str | None, guided: bool, label: str | None, extra: list[str] | None) -> dict[str, Any]:
+def method_settings(name: str | None, guided: bool, label: str | None, extra: list[str] | None) -> dict[str, Any]:
     """The method and output folder of a training; guided, with the method's guided options and a folder of its own."""
     if not guided:
         return {"method": name, "label": label}
     from synthgen.methods import METHODS
 
-    name = _named("method", name, extra) or "mae"
-    label = with_set({"label": label}, extra).get("label") or f"{name}-guided"
+    name = _part_name("method", name, extra) or "mae"
+    label = apply_set({"label": label}, extra).get("label") or f"{name}-guided"
     return {"method": {"name": name, **METHODS.load(name).guided}, "label": label}
 
 
-def backbone_of(name: str | None, extra: list[str] | None, **options: Any) -> dict[str, Any] | None:
+def backbone_settings(name: str | None, extra: list[str] | None, **options: Any) -> dict[str, Any] | None:
     """A backbone with the given options; a model without a named backbone means ``diffusers``."""
-    named = _named("backbone", name, extra)
-    return part_of(named or ("diffusers" if options.get("model") else None), options)
+    named = _part_name("backbone", name, extra)
+    return make_part(named or ("diffusers" if options.get("model") else None), options)
 
 
-def _named(part: str, name: str | None, extra: list[str] | None) -> str | None:
+def _part_name(part: str, name: str | None, extra: list[str] | None) -> str | None:
     """The name of a part, from its own option or from ``--set``."""
-    found = _as_part(with_set({part: part_of(name, {})}, extra).get(part)) or {}
+    found = _as_part(apply_set({part: make_part(name, {})}, extra).get(part)) or {}
     return str(found["name"]) if "name" in found else None
 
 
-def part_of(part: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
+def make_part(part: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
     """A part by name, with the given options; options without a name apply to the part that is already set."""
     given = {"name": part, **options}
     return {key: value for key, value in given.items() if value is not None} or None
 
 
-def pairs_of(settings: list[str] | None) -> dict[str, Any]:
+def parse_pairs(settings: list[str] | None) -> dict[str, Any]:
     """``NAME=VALUE`` options as a mapping; values are YAML, so numbers are numbers."""
     import yaml
 
@@ -88,28 +88,28 @@ def pairs_of(settings: list[str] | None) -> dict[str, Any]:
     return pairs
 
 
-def engine_of(name: str | None, workers: int, address: str | None) -> dict[str, Any]:
+def engine_settings(name: str | None, workers: int, address: str | None) -> dict[str, Any]:
     """The engine and those of its options that were given."""
     given = {"name": name, "workers": workers, "address": address}
     return {key: value for key, value in given.items() if value}
 
 
-def agree(given: Mapping[str, Any], extra: list[str] | None) -> None:
+def check_conflicts(given: Mapping[str, Any], extra: list[str] | None) -> None:
     """Check that options and ``--set`` do not ask for two values of one setting.
 
     Raises:
         ConfigError: they do; the message names both.
     """
     for text in extra or []:
-        ((dotted, value),) = pairs_of([text]).items()
-        for name, was, now in _shared(given, dotted, value):
+        ((dotted, value),) = parse_pairs([text]).items()
+        for name, was, now in _given_twice(given, dotted, value):
             flag = _FLAGS.get(name, "" if "." in name else f"--{name.replace('_', '-')}")
             if flag and was != now:
                 text_of = ", ".join(map(str, was)) if isinstance(was, list) else was
                 raise ConfigError(f"{flag} {text_of} and --set {text} ask for two values of {name}; give one of them")
 
 
-def _shared(given: Mapping[str, Any], dotted: str, value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _given_twice(given: Mapping[str, Any], dotted: str, value: Any) -> Iterator[tuple[str, Any, Any]]:
     """Settings given both by an option and by ``--set``: dotted name, value of the option, value of ``--set``."""
     name, _, option = dotted.partition(".")
     was = given.get(name)
@@ -129,15 +129,15 @@ def _as_part(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
+def apply_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
     """The given settings merged with ``--set``; parts are merged option by option.
 
     Raises:
         ConfigError: two values of one setting are asked for, or an option of a setting that is not a part.
     """
-    agree(given, extra)
+    check_conflicts(given, extra)
     settings = {key: value for key, value in given.items() if value is not None}
-    for dotted, value in pairs_of(extra).items():
+    for dotted, value in parse_pairs(extra).items():
         name, _, option = dotted.partition(".")
         before = settings.get(name)
         if option:  # --set refine.smoothness=2 is an option of a part
@@ -153,7 +153,7 @@ def with_set(given: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def chosen_of(
+def resolve_settings(
     run: Run | None, stage: str, given: dict[str, Any], extra: list[str] | None, engine: dict[str, Any] | None = None
 ) -> tuple[Choice, dict[str, Any]]:
     """The engine of a stage and its checked settings; for an existing run see :func:`resume_settings`.
@@ -166,7 +166,7 @@ def chosen_of(
     from synthgen.engines import default_engine
     from synthgen.stages import make_stage
 
-    settings = with_set({**given, "engine": engine or {}}, extra)
+    settings = apply_set({**given, "engine": engine or {}}, extra)
     chosen = settings.pop("engine")
     chosen = Choice.of({"name": default_engine(), **chosen} if isinstance(chosen, dict) else chosen)
     settings = resume_settings(run, stage, settings) if run else settings
@@ -207,18 +207,18 @@ def resume_settings(run: Run, stage: str, given: Mapping[str, Any]) -> dict[str,
     return settings
 
 
-def overrides_of(run: Path | None, extra: list[str] | None, engine: dict[str, Any]) -> dict[str, Any]:
+def pipeline_overrides(run: Path | None, extra: list[str] | None, engine: dict[str, Any]) -> dict[str, Any]:
     """The settings that replace those of a pipeline file, by dotted paths: those of ``--set``, and ``--run``.
 
     Raises:
         ConfigError: ``--set`` asks for another run or ``engine`` than the options do.
     """
     own = {} if run is None else {"run": str(run)}
-    agree({"engine": engine, **own}, extra)
-    return {**pairs_of(extra), **own}
+    check_conflicts({"engine": engine, **own}, extra)
+    return {**parse_pairs(extra), **own}
 
 
-def plan_of(
+def make_plan(
     file: Path | None,
     run: Path | None,
     *,
@@ -241,9 +241,9 @@ def plan_of(
     """
     from synthgen import api
 
-    overrides = overrides_of(run if file else None, extra, engine_of(engine, workers, None))
+    overrides = pipeline_overrides(run if file else None, extra, engine_settings(engine, workers, None))
     how: dict[str, Any] = {"workers": workers, "measure": measure, "sample": sample, "describe": describe}
-    given: dict[str, Any] = {"backbone": backbone_of(None, extra, model=model)}
+    given: dict[str, Any] = {"backbone": backbone_settings(None, extra, model=model)}
     if file and not any((prompts, images, metadata, caption, model)):
         return api.plan_pipeline(file, overrides=overrides, engine=engine, **how)
     if prompts and not any((file, images, metadata, caption)):
@@ -277,7 +277,7 @@ def _plan_stage(
             run = Run.open(folder)
         except MissingArtifact:
             run = None
-        chosen, settings = chosen_of(run, stage, given, extra, engine_of(engine, 0, None))
+        chosen, settings = resolve_settings(run, stage, given, extra, engine_settings(engine, 0, None))
         return api.plan_stage(stage, folder, engine=chosen, **how, **settings)
 
     try:
@@ -291,7 +291,7 @@ def _plan_stage(
     return dataclasses.replace(found, notes=(note, *found.notes))
 
 
-def export_of(format: str, image_format: str | None, extra: list[str] | None) -> dict[str, Any]:
+def export_settings(format: str, image_format: str | None, extra: list[str] | None) -> dict[str, Any]:
     """The checked settings of an export, without its format.
 
     Raises:
@@ -300,6 +300,6 @@ def export_of(format: str, image_format: str | None, extra: list[str] | None) ->
     from synthgen.config import check
     from synthgen.export import Export
 
-    settings = with_set({"format": format, "image_format": image_format}, extra)
+    settings = apply_set({"format": format, "image_format": image_format}, extra)
     check(Export, settings, where="export")
     return {name: value for name, value in settings.items() if name != "format"}

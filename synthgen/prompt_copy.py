@@ -26,9 +26,9 @@ from synthgen.stores.remote import RemotePath
 from synthgen.stores.tar import write_chunks, write_json
 from synthgen.untrusted import MAX_BYTES, read_file, read_json
 
-__all__ = ["Content", "PromptCopy", "check_copy", "content_of", "iter_lines", "keep_copy", "open_copy"]
+__all__ = ["Content", "PromptCopy", "check_copy", "content_of", "ensure_copy", "iter_lines", "open_copy"]
 
-_EVERY = 256  # lines per block; a block is read at once
+_BLOCK_LINES = 256  # lines per block; a block is read at once
 _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
@@ -51,7 +51,7 @@ def content_of(prompts: Iterable[Prompt]) -> Content:
     return lines.content()
 
 
-def keep_copy(folder: Path, prompts: Iterable[Prompt], content: Content) -> None:
+def ensure_copy(folder: Path, prompts: Iterable[Prompt], content: Content) -> None:
     """Write the copy of ``prompts`` into a run's folder, unless it is there and complete.
 
     Raises:
@@ -60,7 +60,7 @@ def keep_copy(folder: Path, prompts: Iterable[Prompt], content: Content) -> None
     """
     path, mark = _paths(folder)
     before = _read_mark(mark)
-    if before == content and _is_whole(path, content):
+    if before == content and _is_complete(path, content):
         return
     if before is not None and before != content:  # a mark of other prompts
         mark.unlink(missing_ok=True)
@@ -76,8 +76,8 @@ def check_copy(folder: Path, sha256: str) -> None:
         CorruptFile: the copy is missing, truncated, or a byte of it is wrong.
     """
     copy = _open(folder, sha256)
-    if not _is_whole(copy.path, copy.content):
-        raise CorruptFile(f"{copy.path} is missing, cut off, or a byte of it is wrong; {_anew(folder)}")
+    if not _is_complete(copy.path, copy.content):
+        raise CorruptFile(f"{copy.path} is missing, cut off, or a byte of it is wrong; {_remedy(folder)}")
 
 
 @lru_cache(maxsize=4)
@@ -96,7 +96,7 @@ def _open(folder: Path, sha256: str) -> PromptCopy:
     path, mark = _paths(folder)
     content = _read_mark(mark)
     if content is None:
-        raise MissingArtifact(f"{path} is not finished; {_anew(folder)}")
+        raise MissingArtifact(f"{path} is not finished; {_remedy(folder)}")
     if content.sha256 != sha256:
         raise StaleArtifact(f"{path} has been given other prompts; choose another --run folder")
     return PromptCopy(path, content)
@@ -143,7 +143,7 @@ class PromptCopy:
             raise self._corrupt(str(error)) from None
 
     def _corrupt(self, why: str) -> CorruptFile:
-        return CorruptFile(f"{self.path}: {why}; {_anew(self.path.parent)}")
+        return CorruptFile(f"{self.path}: {why}; {_remedy(self.path.parent)}")
 
 
 def iter_lines(path: Path) -> Iterator[bytes]:
@@ -166,7 +166,7 @@ class _Lines:
         self._blocks: list[int] = []
 
     def __iter__(self) -> Iterator[bytes]:
-        while lines := [_line(prompt) for prompt in islice(self._prompts, _EVERY)]:
+        while lines := [_line(prompt) for prompt in islice(self._prompts, _BLOCK_LINES)]:
             block = b"".join(lines)
             self._blocks.append(self._bytes)
             self._count += len(lines)
@@ -176,7 +176,7 @@ class _Lines:
 
     def content(self) -> Content:
         """The contents of the mark, once all lines have been yielded."""
-        return Content(self._count, self._bytes, self._hash.hexdigest(), _EVERY, tuple(self._blocks))
+        return Content(self._count, self._bytes, self._hash.hexdigest(), _BLOCK_LINES, tuple(self._blocks))
 
 
 def _lines_of(prompts: Iterable[Prompt], content: Content) -> Iterator[bytes]:
@@ -195,7 +195,7 @@ def _line(prompt: Prompt) -> bytes:
     return _ENCODER.encode(codecs.prompt_to_json(prompt)).encode() + b"\n"
 
 
-def _anew(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
     return f"to write it anew, run: synthgen generate --prompts FILE --run {shlex.quote(str(folder))}"
 
 
@@ -232,7 +232,7 @@ def _validated(value: Any) -> Content:
     return content
 
 
-def _is_whole(path: Path, content: Content) -> bool:
+def _is_complete(path: Path, content: Content) -> bool:
     """Whether the copy is complete, by length and sha256; in a store, which has its own checksums, by length only."""
     try:
         if path.stat().st_size != content.bytes:

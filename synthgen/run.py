@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from synthgen.entries import (
     FAILED,
     SETTINGS,
-    as_yaml,
     digest,
+    dump_yaml,
     exists,
     failure_files,
     output_files,
@@ -64,17 +64,17 @@ class Run:
         """
         run = cls(parse_location(path), seed or 0)
         file = run.path / "run.yaml"
-        if not exists(file) and create_bytes(file, as_yaml({"seed": run.seed})):
+        if not exists(file) and create_bytes(file, dump_yaml({"seed": run.seed})):
             return run
         before = cls.open(path)
         if seed is None or seed == before.seed:
             return before
         if not before.artifacts():  # nothing was made with the old seed
-            write_bytes(file, as_yaml({"seed": seed}))
+            write_bytes(file, dump_yaml({"seed": seed}))
             made = next(iter(before.artifacts().values()), None)
             if made is None:
                 return run
-            write_bytes(file, as_yaml({"seed": made.get("seed", before.seed)}))  # another command was faster
+            write_bytes(file, dump_yaml({"seed": made.get("seed", before.seed)}))  # another command was faster
         raise StaleArtifact(f"{path} was made with seed {before.seed}, not {seed}; choose another --run folder")
 
     @classmethod
@@ -242,9 +242,9 @@ class Run:
             kept = self.find_artifact(name)
             if kept is not None and all(kept.get(key) == entry[key] for key in ("fingerprint", "settings")):
                 continue
-            path, data = self.folder(name) / SETTINGS, as_yaml(entry)
+            path, data = self.folder(name) / SETTINGS, dump_yaml(entry)
             while not (created := create_bytes(path, data)):
-                data = as_yaml(entry | self.check(stage))  # raises if another command was first
+                data = dump_yaml(entry | self.check(stage))  # raises if another command was first
                 if path.is_file():  # otherwise it has just removed its settings again
                     write_bytes(path, data)
                     break
@@ -267,7 +267,7 @@ class Run:
         """
         path = self.folder(name) / SETTINGS
         while (found := read_fingerprint(path)) is None:
-            if create_bytes(path, as_yaml(entry)):
+            if create_bytes(path, dump_yaml(entry)):
                 return
         if found != entry["fingerprint"]:
             raise self._changed_meanwhile(name)

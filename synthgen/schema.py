@@ -22,7 +22,7 @@ from synthgen.registry import Registry
 from synthgen.stages import STAGES
 from synthgen.text import WIDTH, columns, table, wrap
 
-__all__ = ["listing", "remarks", "settings_schema"]
+__all__ = ["listing", "setting_comments", "settings_schema"]
 
 #: For each setting that names a part: the part's registry, and the arguments that the stage supplies.
 _PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
@@ -34,7 +34,7 @@ _PARTS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
     "evaluate.evaluators": (Registry("synthgen.evaluators"), ()),
     "engine": (Registry("synthgen.engines"), ()),
 }
-_NO_REMARK = re.compile(r"(type|noqa|fmt|pragma|mypy)\b")  # comments for tools
+_TOOL_COMMENT = re.compile(r"(type|noqa|fmt|pragma|mypy)\b")  # comments for tools
 
 
 def listing(path: str = "", *, as_json: bool = False) -> str:
@@ -51,18 +51,18 @@ def listing(path: str = "", *, as_json: bool = False) -> str:
     """
     place, equals, part = path.partition("=")
     if not path:
-        found, lines = _everything(), _tell_everything()
+        found, lines = _overview(), _overview_lines()
     elif place in _PARTS and not equals:
-        found, lines = _choice(_PARTS[place][0]), _tell_parts(place)
+        found, lines = _part_schema(_PARTS[place][0]), _part_lines(place)
     elif equals or "." in place:
         if place not in _PARTS:
             raise UnknownName.among("setting that names a part", place, _PARTS)
         family, given = _PARTS[place]
         target = family.load(part)
-        found, lines = settings_schema(target, given=given), _tell_settings(path, target, given)
+        found, lines = settings_schema(target, given=given), _setting_lines(path, target, given)
     else:
         stage = STAGES.load(place)
-        found, lines = settings_schema(stage, stage=place), _tell_settings(place, stage)
+        found, lines = settings_schema(stage, stage=place), _setting_lines(place, stage)
     return json.dumps(found, indent=2) if as_json else "\n".join(lines)
 
 
@@ -71,11 +71,11 @@ def settings_schema(target: Callable[..., Any], *, given: Sequence[str] = (), st
     model = settings_model(target, given=frozenset(given))
     schema = model.model_json_schema()
     schema["description"] = _readable(inspect.getdoc(target) or "")
-    comments = remarks(target)
+    comments = setting_comments(target)
     for name, found in schema["properties"].items():
         if not model.model_fields[name].is_required():
             found["default"] = dump(model.model_fields[name].get_default(call_default_factory=True))
-        if names := _names(f"{stage}.{name}"):
+        if names := _part_names(f"{stage}.{name}"):
             word, mapping = found.get("items", found)["anyOf"]
             word["enum"] = mapping["properties"]["name"]["enum"] = names
         if name in comments:
@@ -83,7 +83,7 @@ def settings_schema(target: Callable[..., Any], *, given: Sequence[str] = (), st
     return schema
 
 
-def remarks(target: Callable[..., Any]) -> dict[str, str]:
+def setting_comments(target: Callable[..., Any]) -> dict[str, str]:
     """The comment at the end of the line of each argument of ``target`` in its source.
 
     For a class, arguments are the fields of a dataclass or the parameters of its constructor, including those of its
@@ -112,7 +112,7 @@ def _comments(source: str) -> dict[str, str]:
         elif isinstance(node, ast.FunctionDef) and (node is top or node.name == "__init__"):
             ends |= {arg.arg: arg.end_lineno for arg in (*node.args.args, *node.args.kwonlyargs)}
     found = {name: comments.get(line or 0, "") for name, line in ends.items()}
-    return {name: _readable(remark) for name, remark in found.items() if remark and not _NO_REMARK.match(remark)}
+    return {name: _readable(remark) for name, remark in found.items() if remark and not _TOOL_COMMENT.match(remark)}
 
 
 def _readable(text: str) -> str:
@@ -123,16 +123,16 @@ def _readable(text: str) -> str:
 # -- stages and parts
 
 
-def _names(path: str) -> list[str]:
+def _part_names(path: str) -> list[str]:
     """The parts that a setting accepts; empty for other settings."""
     return _PARTS[path][0].names() if path in _PARTS else []
 
 
-def _everything() -> dict[str, Any]:
-    return {"stages": STAGES.names(), "parts": {path: _names(path) for path in _PARTS}}
+def _overview() -> dict[str, Any]:
+    return {"stages": STAGES.names(), "parts": {path: _part_names(path) for path in _PARTS}}
 
 
-def _choice(family: Registry[Any]) -> dict[str, Any]:
+def _part_schema(family: Registry[Any]) -> dict[str, Any]:
     """The JSON schema of the name of a part."""
     parts = [{"const": name, "description": _summary(family, name)} for name in family.names()]
     return {"title": family.kind, "type": "string", "oneOf": parts}
@@ -150,57 +150,54 @@ def _summary(family: Registry[Any], name: str) -> str:
 # -- as text
 
 
-def _tell_everything() -> Iterator[str]:
+def _overview_lines() -> Iterator[str]:
     yield from _table(("stage", "description"), [(name, _summary(STAGES, name)) for name in STAGES.names()])
     yield ""
-    yield from _table(("setting that names a part", "parts"), [(path, ", ".join(_names(path))) for path in _PARTS])
+    yield from _table(("setting that names a part", "parts"), [(path, ", ".join(_part_names(path))) for path in _PARTS])
     yield ""
     yield "see: synthgen schema STAGE, SETTING or SETTING=PART, such as masks, masks.refine, masks.refine=threshold"
 
 
-def _tell_parts(path: str) -> Iterator[str]:
+def _part_lines(path: str) -> Iterator[str]:
     family = _PARTS[path][0]
     yield from _table((path, "description"), [(name, _summary(family, name)) for name in family.names()])
     yield ""
     yield f"options of one: synthgen schema {path}={family.names()[0]}"
 
 
-def _tell_settings(path: str, target: Callable[..., Any], given: Sequence[str] = ()) -> Iterator[str]:
+def _setting_lines(path: str, target: Callable[..., Any], given: Sequence[str] = ()) -> Iterator[str]:
     summary, _, more = _readable(inspect.getdoc(target) or "").partition("\n\n")
     yield from wrap(f"{path}: {summary}")
     yield ""
-    comments, hints = remarks(target), typing.get_type_hints(_signed(target), vars(inspect.getmodule(target) or types))
+    signed = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    comments, hints = setting_comments(target), typing.get_type_hints(signed, vars(inspect.getmodule(target) or types))
     rows = []
     for name, field in settings_model(target, given=frozenset(given)).model_fields.items():
         note = comments.get(name, "")
-        if names := _names(f"{path}.{name}"):
+        if names := _part_names(f"{path}.{name}"):
             note = "; ".join([*filter(None, [note]), ", ".join(names)])
-        default = "required" if field.is_required() else _value(field.get_default(call_default_factory=True))
-        rows.append((name, _kind(hints.get(name, Any)), default, note))
+        default = "required" if field.is_required() else _default_text(field.get_default(call_default_factory=True))
+        rows.append((name, _type_text(hints.get(name, Any)), default, note))
     if rows:
         yield from _table(("setting" if "=" not in path else "option", "type", "default", "description"), rows)
     else:
         yield "It has no options."
-    for name in (name for name, *_ in rows if _names(f"{path}.{name}")):
+    for name in (name for name, *_ in rows if _part_names(f"{path}.{name}")):
         yield ""
-        yield f"options of a part: synthgen schema {path}.{name}={_names(f'{path}.{name}')[0]}"
+        yield f"options of a part: synthgen schema {path}.{name}={_part_names(f'{path}.{name}')[0]}"
     if more:
         yield ""
         yield from more.splitlines()
 
 
-def _signed(target: Callable[..., Any]) -> Callable[..., Any]:
-    return typing.cast("Callable[..., Any]", target.__init__) if isinstance(target, type) else target  # type: ignore[misc]
-
-
-def _value(value: Any) -> str:
+def _default_text(value: Any) -> str:
     """A default as written in YAML."""
     if isinstance(value, Choice):
         return value.name if not value.options else json.dumps(value.dump())
     return value if isinstance(value, str) and value else json.dumps(dump(value))
 
 
-def _kind(hint: Any) -> str:
+def _type_text(hint: Any) -> str:
     """A type in a few words."""
     if hint is Choice:
         return "part"
@@ -208,11 +205,11 @@ def _kind(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(str(value) for value in inside)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if one is types.NoneType else _kind(one) for one in inside)
+        return " or ".join("null" if one is types.NoneType else _type_text(one) for one in inside)
     if origin in (list, tuple):
-        return f"list of {_kind(inside[0])}"
+        return f"list of {_type_text(inside[0])}"
     if origin is dict:
-        return f"mapping of {_kind(inside[0])} to {_kind(inside[1])}"
+        return f"mapping of {_type_text(inside[0])} to {_type_text(inside[1])}"
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}.get(hint, str(hint))
 
 

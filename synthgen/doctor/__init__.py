@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from synthgen.doctor import machine
-from synthgen.doctor.libraries import Extra, extras, has_libraries
+from synthgen.doctor.libraries import Extra, check_libraries, extras
 from synthgen.doctor.machine import DefaultWorkers, Device, Disk, Memory
-from synthgen.doctor.models import Hosted, Shipped, hosted_model, shipped_model
+from synthgen.doctor.models import HostedModel, ShippedModel, hosted_model, shipped_model
 from synthgen.doctor.recording import Attention, attention_on
 from synthgen.entries import versions
 
@@ -22,9 +22,9 @@ __all__ = [
     "Disk",
     "Examination",
     "Extra",
-    "Hosted",
+    "HostedModel",
     "Memory",
-    "Shipped",
+    "ShippedModel",
     "examine",
 ]
 
@@ -40,8 +40,8 @@ class Examination:
     attention: tuple[Attention, ...]
     disk: Disk
     memory: Memory
-    shipped: Shipped | None
-    model: Hosted | None
+    shipped: ShippedModel | None
+    model: HostedModel | None
     extras: tuple[Extra, ...]
     notes: tuple[str, ...]  # possible improvements
     problems: tuple[str, ...]  # what must be fixed, one line each
@@ -65,7 +65,7 @@ def examine(run: Path, model: str = "", describe: Callable[[str], None] = lambda
     workers, shipped, hosted = None, None, None
     attention: list[Attention] = []
     describe("checking libraries and devices")
-    if has_libraries(problems):
+    if check_libraries(problems):
         devices, workers = machine.devices(problems), machine.default_workers()
         if len(devices) == 1 and Path("/dev/nvidiactl").exists():
             notes.append(

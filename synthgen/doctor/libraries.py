@@ -8,7 +8,7 @@ from importlib import metadata
 
 from synthgen.errors import one_line
 
-__all__ = ["Extra", "extras", "has_libraries"]
+__all__ = ["Extra", "check_libraries", "extras"]
 
 _ADDS = {
     "tensorboard": "training curves: synthgen pretrain --set trackers=[tensorboard]",
@@ -38,7 +38,7 @@ class Extra:
         return [name for name, version in self.libraries.items() if not version]
 
 
-def has_libraries(problems: list[str]) -> bool:
+def check_libraries(problems: list[str]) -> bool:
     """Whether all required libraries are installed and torch can be imported; old versions are only reported."""
     missing = []
     for extra, name, least in _requirements():

@@ -11,7 +11,7 @@ from typing import Any
 from synthgen.errors import UnknownName, one_line
 from synthgen.untrusted import read_file, read_json
 
-__all__ = ["Hosted", "Shipped", "hosted_model", "shipped_model"]
+__all__ = ["HostedModel", "ShippedModel", "hosted_model", "shipped_model"]
 
 _WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")  # classes of a pipeline
 _WEIGHTS = re.compile(  # with shard number and count, and a variant before or after them
@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(  # with shard number and count, and a variant before or a
 
 
 @dataclass(frozen=True, slots=True)
-class Shipped:
+class ShippedModel:
     """The model that ships with synthgen."""
 
     path: str
@@ -29,7 +29,7 @@ class Shipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Hosted:
+class HostedModel:
     """The requested ``diffusers`` model."""
 
     name: str
@@ -42,7 +42,7 @@ class Hosted:
     missing: tuple[str, ...] = ()  # parts without weights
 
 
-def shipped_model(problems: list[str]) -> Shipped:
+def shipped_model(problems: list[str]) -> ShippedModel:
     """The model that ships with synthgen."""
     from synthgen import tiny
     from synthgen.backbones import BACKBONES
@@ -54,10 +54,10 @@ def shipped_model(problems: list[str]) -> Shipped:
     except Exception as error:  # any fault of files or libraries
         problems.append(f"the shipped model does not load ({one_line(error)}); install synthgen again")
     size = sum(path.stat().st_size for path in tiny.WEIGHTS.rglob("*.safetensors"))
-    return Shipped(str(tiny.WEIGHTS), size, loads)
+    return ShippedModel(str(tiny.WEIGHTS), size, loads)
 
 
-def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
+def hosted_model(name: str, problems: list[str], notes: list[str]) -> HostedModel:
     """A model of ``diffusers``, by its short name, folder or hub id."""
     from synthgen.diffusion import FAMILIES, SHORT_NAMES
 
@@ -68,12 +68,12 @@ def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
             problems.append(f"the model {model!r} is not on this machine; download it first with: hf download {model}")
         else:
             problems.append(f"{UnknownName.among('model', name, SHORT_NAMES)}; a folder or a hub id will do too")
-        return Hosted(name, model)
+        return HostedModel(name, model)
     try:
         index = dict(read_json(read_file(folder / "model_index.json")))
     except (OSError, ValueError, TypeError) as error:
         problems.append(f"{folder}/model_index.json cannot be read ({one_line(error)}); download {model} again")
-        return Hosted(name, model, str(folder))
+        return HostedModel(name, model, str(folder))
     pipeline = str(index.get("_class_name", "model without a class"))
     family = FAMILIES.get(pipeline)
     if family is None:
@@ -91,7 +91,7 @@ def hosted_model(name: str, problems: list[str], notes: list[str]) -> Hosted:
     if variant:
         notes.append(f"{model} has only weights of a variant; load them with: --set backbone.variant={variant}")
     total = sum(variants.get(variant, 0) for variants in found.values())
-    return Hosted(name, model, str(folder), pipeline, family.__name__ if family else "", total, variant, missing)
+    return HostedModel(name, model, str(folder), pipeline, family.__name__ if family else "", total, variant, missing)
 
 
 def _on_this_machine(model: str) -> Path | None:

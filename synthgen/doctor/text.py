@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from synthgen.doctor import Examination, Hosted
+from synthgen.doctor import Examination, HostedModel
 from synthgen.text import counted, size, table, wrap
 
 __all__ = ["render"]
@@ -64,7 +64,7 @@ def _blocks(found: Examination, whole: bool) -> Iterator[list[str]]:
     yield table(
         ("extra", "installed", "adds", "install with"),
         [
-            (item.name, _there(item.missing, item.libraries), item.adds, item.install if item.missing else "")
+            (item.name, _installed(item.missing, item.libraries), item.adds, item.install if item.missing else "")
             for item in found.extras
         ],
         whole=whole,
@@ -89,7 +89,7 @@ def _places(found: Examination) -> Iterator[str]:
         yield from wrap(f"model {_model(found.model)}")
 
 
-def _model(model: Hosted) -> str:
+def _model(model: HostedModel) -> str:
     name = model.name if model.name == model.model else f"{model.name} ({model.model})"
     if not model.pipeline:
         return f"{name}: {'its index cannot be read' if model.folder else 'is not on this machine'}"
@@ -97,7 +97,7 @@ def _model(model: Hosted) -> str:
     return f"{name}: {model.family or 'unknown family'} ({model.pipeline}), {weights}, in {model.folder}"
 
 
-def _there(missing: list[str], libraries: dict[str, str]) -> str:
+def _installed(missing: list[str], libraries: dict[str, str]) -> str:
     if not missing:
         return next(iter(libraries.values())) if len(libraries) == 1 else "yes"
     return "no" if len(missing) == len(libraries) else f"without {', '.join(missing)}"

@@ -19,11 +19,11 @@ from synthgen.devices import devices_for, place
 from synthgen.engines import Engine, default_engine
 from synthgen.errors import MissingArtifact, SynthgenError
 from synthgen.pipeline import Pipeline
-from synthgen.plan.count import Counts, count, first_of
+from synthgen.plan.count import Counts, count, image_stage
 from synthgen.plan.files import tar_files, training_bytes
-from synthgen.plan.meter import Took
-from synthgen.plan.sample import MEASURED, ROUNDS, SECONDS, Sample, sampled
-from synthgen.plan.source import Pictures, survey_copy, survey_pictures
+from synthgen.plan.meter import Measurement
+from synthgen.plan.sample import MEASURED, ROUNDS, SECONDS, Sample, draw_sample
+from synthgen.plan.source import ImageSurvey, survey_copy, survey_images
 from synthgen.prompts import Survey, survey_prompts
 from synthgen.run import Run
 from synthgen.runner import EngineLike, check_engine
@@ -127,7 +127,7 @@ def plan(
         PipelineError: it makes no images, or a stage reads what none before it makes.
         MissingArtifact, PromptError, StaleArtifact, ConfigError, MissingWeights: what the run would be refused for.
     """
-    first, engine = first_of(pipeline), pipeline.resolve_engine(engine)
+    first, engine = image_stage(pipeline), pipeline.resolve_engine(engine)
     engines = [check_engine(stage, engine) for stage in pipeline.stages]
     stages = [stage.complete() for stage in pipeline.stages]
     most = sample or ROUNDS * first.batch_size * getattr(first, "window", 1)
@@ -136,11 +136,12 @@ def plan(
     notes: list[str] = []
     describe(f"counting what there is to do in {pipeline.run}")
     counts = count(pipeline, survey, notes)
-    plans = [_counted(stage, counted) for stage, counted in zip(stages, counts, strict=True)]
+    plans = [_stage_plan(stage, counted) for stage, counted in zip(stages, counts, strict=True)]
     images, device = counts[stages.index(first)].images, ""
     if measure and any(counted.units_left for counted in counts):
-        with sampled(survey, seed=pipeline.seed, most=min(most, images), seconds=inf if sample else SECONDS) as made:
-            device = _measure(stages, counts, engines, made, workers, plans, describe)
+        seconds = inf if sample else SECONDS
+        with draw_sample(survey, seed=pipeline.seed, most=min(most, images), seconds=seconds) as drawn:
+            device = _measure(stages, counts, engines, drawn, workers, plans, describe)
     notes += [f"{plan.stage}: {plan.unknown}" for plan in plans if plan.unknown]
     free = _disk_free(pipeline.run)
     left = sum(made.value * plan.images_left / max(plan.images, 1) for plan in plans for made in plan.bytes.values())
@@ -151,7 +152,7 @@ def plan(
         str(pipeline.run),
         pipeline.seed,
         _name(engines[0]),
-        0 if isinstance(survey, Pictures) else survey.count,
+        0 if isinstance(survey, ImageSurvey) else survey.count,
         images,
         tuple(plans),
         _sum(plan.seconds for plan in plans if plan.seconds),
@@ -163,14 +164,14 @@ def plan(
     )
 
 
-def _survey(stage: Generate | Attend, most: int, run: Run) -> Survey | Pictures:
+def _survey(stage: Generate | Attend, most: int, run: Run) -> Survey | ImageSurvey:
     if isinstance(stage, Attend):
-        return survey_pictures(stage.images, stage.metadata, limit=stage.limit, most=max(_FEW, most))
+        return survey_images(stage.images, stage.metadata, limit=stage.limit, most=max(_FEW, most))
     own = stage.own_prompts(run)
     return survey_prompts(stage.prompts, stage.template or None) if own is None else survey_copy(own)
 
 
-def _counted(stage: Stage, counted: Counts) -> StagePlan:
+def _stage_plan(stage: Stage, counted: Counts) -> StagePlan:
     numbers = (counted.units, counted.units_left, counted.images, counted.images_left)
     unknown = "" if stage.name in MEASURED else "not estimated"
     if isinstance(stage, Evaluate) and not counted.evaluation.test:
@@ -198,7 +199,7 @@ def _measure(
             continue
         describe(f"trying {stage.name} on a small sample")
         try:
-            took = sample.measure(stage, counted)
+            measured = sample.measure(stage, counted)
         except SynthgenError as error:
             if not device:
                 raise
@@ -206,45 +207,47 @@ def _measure(
             because = f"not measured, because {stage.name} was not"
             plans[index + 1 :] = [replace(later, unknown=because) for later in plans[index + 1 :]]
             break
-        device = device or took.device
-        estimated = _estimated(plans[index], stage, counted, took, engines[index], workers)
-        plans[index] = replace(estimated, bytes=_bytes(stage, counted, took, sample))
+        device = device or measured.device
+        estimated = _with_estimates(plans[index], stage, counted, measured, engines[index], workers)
+        plans[index] = replace(estimated, bytes=_bytes(stage, counted, measured, sample))
     return device
 
 
 # -- estimates
 
 
-def _estimated(plan: StagePlan, stage: Stage, counted: Counts, took: Took, engine: Engine, workers: int) -> StagePlan:
+def _with_estimates(
+    plan: StagePlan, stage: Stage, counted: Counts, measured: Measurement, engine: Engine, workers: int
+) -> StagePlan:
     """``plan`` with time and memory."""
-    basis = "; ".join([f"extrapolated from {took.sample}", *took.parts])
+    basis = "; ".join([f"extrapolated from {measured.sample}", *measured.parts])
     started, working = _workers(stage, engine, workers, counted.units_left)
-    slowest = counted.images_left / working if stage.collective else _busiest(counted, working)
-    start = took.start_seconds if counted.units_left else 0.0
+    slowest = counted.images_left / working if stage.collective else _most_images(counted, working)
+    start = measured.start_seconds if counted.units_left else 0.0
     return replace(
         plan,
-        seconds=_scaled(took.rounds, counted.images_left, basis, start),
-        start_seconds=took.start_seconds,
+        seconds=_extrapolate(measured.rounds, counted.images_left, basis, start),
+        start_seconds=measured.start_seconds,
         workers=started,
-        at_best_seconds=_scaled(took.rounds, slowest, basis, start) if started else None,
-        memory=Estimate(took.memory + took.features, _memory_basis(stage, counted, took)),
-        sample=took.sample,
+        at_best_seconds=_extrapolate(measured.rounds, slowest, basis, start) if started else None,
+        memory=Estimate(measured.memory + measured.features, _memory_basis(stage, counted, measured)),
+        sample=measured.sample,
     )
 
 
-def _memory_basis(stage: Stage, counted: Counts, took: Took) -> str:
-    on_gpu = took.device.startswith("cuda")
-    basis = f"the peak by torch on {took.device}" if on_gpu else "the peak of a process beyond its start"
-    if took.features:
-        basis += f", and {size(took.features)} for the features of all images"
-    batch = counted.batch_size or getattr(stage, "batch_size", took.batch)
+def _memory_basis(stage: Stage, counted: Counts, measured: Measurement) -> str:
+    on_gpu = measured.device.startswith("cuda")
+    basis = f"the peak by torch on {measured.device}" if on_gpu else "the peak of a process beyond its start"
+    if measured.features:
+        basis += f", and {size(measured.features)} for the features of all images"
+    batch = counted.batch_size or getattr(stage, "batch_size", measured.batch)
     batch = min(batch, max(counted.tars, default=batch))  # a batch is never larger than a unit
-    if took.batch < batch:
-        basis += f", in batches of {took.batch}; those of the pipeline are of {batch} and will take more"
+    if measured.batch < batch:
+        basis += f", in batches of {measured.batch}; those of the pipeline are of {batch} and will take more"
     return basis
 
 
-def _busiest(counted: Counts, workers: int) -> float:
+def _most_images(counted: Counts, workers: int) -> float:
     """Images of the worker that has the most units."""
     return min(counted.images_left, -(-counted.units_left // workers) * max(counted.tars, default=0))
 
@@ -270,13 +273,13 @@ def _name(engine: Engine) -> str:
     return type(engine).__module__.rpartition(".")[2]
 
 
-def _scaled(rounds: Sequence[float], factor: float, basis: str, start: float = 0.0) -> Estimate:
+def _extrapolate(rounds: Sequence[float], factor: float, basis: str, start: float = 0.0) -> Estimate:
     """The mean of the rounds and their bounds, each times ``factor``, plus ``start``."""
     mean, low, high = (each * factor + start for each in (fmean(rounds), min(rounds), max(rounds)))
     return Estimate(mean, basis, low, high) if len(rounds) > 1 else Estimate(mean, basis)
 
 
-def _bytes(stage: Stage, counted: Counts, took: Took, sample: Sample) -> dict[str, Estimate]:
+def _bytes(stage: Stage, counted: Counts, measured: Measurement, sample: Sample) -> dict[str, Estimate]:
     """The size of each finished artifact; scores are a few kilobytes and left out."""
     from synthgen.train.checkpoint import Checkpoints
 
@@ -289,7 +292,7 @@ def _bytes(stage: Stage, counted: Counts, took: Took, sample: Sample) -> dict[st
     found = {}
     for name in stage.artifacts():
         files = tar_files(probe, rounds, name)
-        each, basis = files.content, f"extrapolated from {took.sample}"
+        each, basis = files.content, f"extrapolated from {measured.sample}"
         mean, low, high = (files.total(counted.tars, content) for content in (fmean(each), min(each), max(each)))
         found[name] = Estimate(mean, basis, low, high) if len(each) > 1 else Estimate(mean, basis)
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, StaleArtifact
 from synthgen.pipeline import Pipeline
-from synthgen.plan.source import Pictures, survey_pictures
+from synthgen.plan.source import ImageSurvey, survey_images
 from synthgen.prompts import Survey, iter_prompts
 from synthgen.records import Prompt, sample_key
 from synthgen.rejected import FILTER
@@ -29,7 +29,7 @@ from synthgen.stages.shards import Shards
 from synthgen.stores import parse_location
 from synthgen.units import sample_counts
 
-__all__ = ["Counts", "EvalCounts", "count", "first_of"]
+__all__ = ["Counts", "EvalCounts", "count", "image_stage"]
 
 _MAX_UNITS = 10**6  # that a key can number
 _MAX_SPLIT = 10**6  # images, at most, whose split is computed one by one; of more the ratio is used
@@ -65,7 +65,7 @@ class Counts:
 _NOTHING = Counts(0, 0, 0, 0)
 
 
-def first_of(pipeline: Pipeline) -> Generate | Attend:
+def image_stage(pipeline: Pipeline) -> Generate | Attend:
     """The stage whose prompts or images are counted, with every option of its backbone.
 
     Raises:
@@ -80,7 +80,7 @@ def first_of(pipeline: Pipeline) -> Generate | Attend:
     )
 
 
-def count(pipeline: Pipeline, survey: Survey | Pictures, notes: list[str]) -> list[Counts]:
+def count(pipeline: Pipeline, survey: Survey | ImageSurvey, notes: list[str]) -> list[Counts]:
     """What each stage has to do; remarks for the user are added to ``notes``.
 
     Raises:
@@ -114,7 +114,7 @@ class _Counter:
 
     path: Path
     run: Run
-    survey: Survey | Pictures
+    survey: Survey | ImageSurvey
     notes: list[str]
     up_to_date: bool = True  # every stage so far has nothing left to do
     made: set[str] = field(default_factory=set)  # artifacts of the stages so far
@@ -282,7 +282,7 @@ class _Counter:
         if self.training and not stage.encoder:
             stage = replace(stage, encoder=str(self.run.folder(*self.training.artifacts())))
         needs = {evaluator.needs for evaluator in stage.build_evaluators(self.run).values()}
-        truth = survey_pictures(stage.truth).count if stage.truth else 0
+        truth = survey_images(stage.truth).count if stage.truth else 0
         if not stage.needs_images(self.run):
             return EvalCounts(truth=truth)
         own = {} if self.up_to_date or not self.shards.images else {"train": self.shards.train, "val": self.val_images}

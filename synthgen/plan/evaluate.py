@@ -18,9 +18,9 @@ from torch import Tensor
 from synthgen.devices import devices_for
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.models.transformers_encoder import encoder_folder
-from synthgen.plan.files import repeated
-from synthgen.plan.meter import Meter, Took
-from synthgen.plan.source import survey_pictures
+from synthgen.plan.files import link_tars
+from synthgen.plan.meter import Measurement, Meter
+from synthgen.plan.source import survey_images
 from synthgen.stages import Worker
 from synthgen.stages._eval_rows import has_scores, make_extractor, table_rows
 from synthgen.stages._eval_sources import Source
@@ -42,7 +42,7 @@ _NOISE = 0.01  # relative, of repeated features
 _VALUES = {"": "features", "_maps": "maps", "_latents": "values", "_images": "pixels"}  # of labelled images
 
 
-def measure_evaluation(stage: Evaluate, sample: Sample, counts: EvalCounts, rounds: int, meter: Meter) -> Took:
+def measure_evaluation(stage: Evaluate, sample: Sample, counts: EvalCounts, rounds: int, meter: Meter) -> Measurement:
     """Evaluate some images, used for training and test, and extrapolate to all: seconds an image in each of ``rounds``.
 
     Raises:
@@ -54,9 +54,9 @@ def measure_evaluation(stage: Evaluate, sample: Sample, counts: EvalCounts, roun
     folder = Path(tempfile.mkdtemp(dir=sample.folder))  # of this evaluation: there may be several
     tars = sorted(sample.run("rounds").folder("shards").glob("train/*.tar"))
     if stage.test:
-        survey_pictures(stage.test).write(folder / "test")
+        survey_images(stage.test).write(folder / "test")
         tars = sorted((folder / "test").glob("*.tar"))
-    few = str(repeated(tars, folder / "few", _FEW))
+    few = str(link_tars(tars, folder / "few", _FEW))
     stage = replace(stage, encoder=_encoder(sample, counts), train=few, test=few, verify=False)
     chosen, left_out = stage.usable_evaluators(run)
     evaluators = {name: evaluator for name, evaluator in chosen.items() if evaluator.needs != "masks"}
@@ -81,7 +81,7 @@ def measure_evaluation(stage: Evaluate, sample: Sample, counts: EvalCounts, roun
     if not device.startswith("cuda"):
         batch = int(min(batch, sample.seconds / 2 / rounds * of_set / few_seconds))
     batch = max(2 * of_set, batch)
-    more = str(repeated(tars, folder / "more", batch))
+    more = str(link_tars(tars, folder / "more", batch))
     extracted = [extract(more) for _ in range(rounds)]
     more_images, data = extracted[0][1:]
     # the start of loader processes is in both, so that it is not extrapolated
@@ -101,7 +101,7 @@ def measure_evaluation(stage: Evaluate, sample: Sample, counts: EvalCounts, roun
     limited = (extractor.patch_bytes if any(one.test_scenes for one in data.values()) else 0) + extractor.labelled_bytes
     features = sum(one.test.features[0].nbytes for one in data.values() if one.test is not None) * images
     features += min(limited * images, int(stage.patch_memory * 1e9))
-    return Took(
+    return Measurement(
         tuple(seconds + total / images for seconds in each),
         more_images * rounds,
         min(batch, stage.batch_size),

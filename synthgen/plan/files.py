@@ -11,7 +11,7 @@ from tarfile import BLOCKSIZE, RECORDSIZE
 from synthgen.run import Run
 from synthgen.stores.tar import index_tar
 
-__all__ = ["TarFiles", "repeated", "tar_files", "training_bytes"]
+__all__ = ["TarFiles", "link_tars", "tar_files", "training_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def training_bytes(folder: Path, *, checkpoints: int, snapshots: int, records: i
     return once + checkpoints * sizes[checkpoint] + snapshots * sizes[encoder] + records * record
 
 
-def repeated(tars: Sequence[Path], folder: Path, images: int) -> Path:
+def link_tars(tars: Sequence[Path], folder: Path, images: int) -> Path:
     """``folder``, with links to the tars, repeated until there are so many images."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = [_content(tar)[1] for tar in tars]

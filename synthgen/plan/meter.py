@@ -20,11 +20,11 @@ from synthgen.run import Run
 from synthgen.stages import Stage, Worker
 from synthgen.text import counted
 
-__all__ = ["Meter", "Took", "in_a_process"]
+__all__ = ["Measurement", "Meter", "run_in_process"]
 
 
 @dataclass(frozen=True, slots=True)
-class Took:
+class Measurement:
     """What a stage took for the sample."""
 
     rounds: tuple[float, ...]  # seconds an image, in each round
@@ -42,7 +42,7 @@ class Took:
         return f"{counted(self.images, 'images')} in {counted(len(self.rounds), 'rounds')}"
 
 
-def in_a_process(measure: Callable[..., Took], *given: Any) -> Took:
+def run_in_process(measure: Callable[..., Measurement], *given: Any) -> Measurement:
     """The result of ``measure``, called with ``given`` and a :class:`Meter` in a fresh process.
 
     Raises:
@@ -55,7 +55,7 @@ def in_a_process(measure: Callable[..., Took], *given: Any) -> Took:
             raise SynthgenError("its process was killed, or out of memory") from None
 
 
-def _call(measure: Callable[..., Took], given: tuple[Any, ...], spawned: float) -> Took:
+def _call(measure: Callable[..., Measurement], given: tuple[Any, ...], spawned: float) -> Measurement:
     try:
         return measure(*given, Meter(spawned))
     except SynthgenError:

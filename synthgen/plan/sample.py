@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from synthgen.devices import devices_for
-from synthgen.plan.files import repeated
-from synthgen.plan.meter import Meter, Took, in_a_process
-from synthgen.plan.source import Pictures, evenly_spaced
+from synthgen.plan.files import link_tars
+from synthgen.plan.meter import Measurement, Meter, run_in_process
+from synthgen.plan.source import ImageSurvey, evenly_spaced
 from synthgen.progress import Progress
 from synthgen.prompts import Survey
 from synthgen.run import Run
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from synthgen.stages.pretrain import Pretrain
     from synthgen.stages.shards import Shards
 
-__all__ = ["MEASURED", "ROUNDS", "SECONDS", "Sample", "sampled"]
+__all__ = ["MEASURED", "ROUNDS", "SECONDS", "Sample", "draw_sample"]
 
 ROUNDS = 3  # that are timed
 SECONDS = 60.0  # that the rounds of a stage should take, unless the size of the sample is given
@@ -41,7 +41,7 @@ _TEMPLATES = 8  # that the sample uses at most
 
 
 @contextmanager
-def sampled(survey: Survey | Pictures, *, seed: int, most: int, seconds: float = SECONDS) -> Iterator[Sample]:
+def draw_sample(survey: Survey | ImageSurvey, *, seed: int, most: int, seconds: float = SECONDS) -> Iterator[Sample]:
     """A sample of at most ``most`` prompts or existing images, in a temporary folder that is deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="synthgen-plan-") as folder:
         yield Sample(Path(folder), survey, seed, most, seconds)
@@ -52,28 +52,28 @@ class Sample:
     """Two runs: ``probe`` with one image, ``rounds`` with a unit for each round."""
 
     folder: Path
-    survey: Survey | Pictures
+    survey: Survey | ImageSurvey
     seed: int
     most: int  # images
     seconds: float  # that the rounds of a stage should take
 
-    def measure(self, stage: Stage, counts: Counts) -> Took:
+    def measure(self, stage: Stage, counts: Counts) -> Measurement:
         """Run ``stage`` on the sample, after those that make what it reads.
 
         Raises:
             SynthgenError: it fails, for the reason that it would have in a run.
         """
-        return in_a_process(MEASURED[stage.name], stage, self, counts)
+        return run_in_process(MEASURED[stage.name], stage, self, counts)
 
     def run(self, name: str) -> Run:
         """``probe`` or ``rounds``."""
         return Run.create(self.folder / name, seed=self.seed)
 
-    def first(self, stage: Generate | Attend, images: int, unit_size: int, batch_size: int) -> Generate | Attend:
+    def restrict(self, stage: Generate | Attend, images: int, unit_size: int, batch_size: int) -> Generate | Attend:
         """``stage`` with so many images, of the sample's prompts or images."""
         batch_size = min(batch_size, unit_size)
         if isinstance(stage, Attend):
-            assert isinstance(self.survey, Pictures)
+            assert isinstance(self.survey, ImageSurvey)
             folder = self.folder / "pictures"
             if not folder.exists():
                 self.survey.write(folder)
@@ -93,15 +93,16 @@ class Sample:
 # -- how each stage is measured
 
 
-def _first(stage: Generate | Attend, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _images(stage: Generate | Attend, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     device = devices_for(stage)[0]
     window = 1 if device == "cpu" else getattr(stage, "window", 1)  # of attend, which groups images of one shape
-    (seconds,) = meter.work(sample.first(stage, 1, 1, 1), sample.run("probe"))
+    (seconds,) = meter.work(sample.restrict(stage, 1, 1, 1), sample.run("probe"))
     affordable = int(min(sample.most, sample.seconds / seconds))
     size, rounds = rounds_of(min(window * stage.batch_size, stage.unit_size), sample.most, affordable, device)
-    taken = meter.work(sample.first(stage, size * rounds, size, stage.batch_size), sample.run("rounds"))
+    taken = meter.work(sample.restrict(stage, size * rounds, size, stage.batch_size), sample.run("rounds"))
     each = tuple(seconds / size for seconds in taken)
-    return Took(each, size * rounds, min(stage.batch_size, size), meter.start_seconds, device, meter.memory(device))
+    batch = min(stage.batch_size, size)
+    return Measurement(each, size * rounds, batch, meter.start_seconds, device, meter.memory(device))
 
 
 def rounds_of(batch_size: int, most: int, affordable: int, device: str) -> tuple[int, int]:
@@ -113,22 +114,22 @@ def rounds_of(batch_size: int, most: int, affordable: int, device: str) -> tuple
     return batch, max(1, min(ROUNDS, affordable // batch))
 
 
-def _masks(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _masks(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     return _unit_by_unit(stage, "masks", sample, meter, "cpu")
 
 
-def _filter(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _filter(stage: Stage, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     return _unit_by_unit(stage, "filter", sample, meter, devices_for(stage)[0])
 
 
-def _unit_by_unit(stage: Stage, artifact: str, sample: Sample, meter: Meter, device: str) -> Took:
+def _unit_by_unit(stage: Stage, artifact: str, sample: Sample, meter: Meter, device: str) -> Measurement:
     meter.work(stage, sample.run("probe"))
     run = sample.run("rounds")
     seconds = meter.work(stage, run)
     return _took(meter, seconds, [len(run.keys(artifact, unit)) for unit in run.units(artifact)], device)
 
 
-def _shards(stage: Shards, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _shards(stage: Shards, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     run = sample.run("rounds")
     stage = replace(
         stage,
@@ -141,23 +142,23 @@ def _shards(stage: Shards, sample: Sample, counts: Counts, meter: Meter) -> Took
     return _took(meter, seconds, [stage.size(run, shard) for shard in stage.plan(run)])
 
 
-def _took(meter: Meter, seconds: list[float], images: list[int], device: str = "cpu") -> Took:
+def _took(meter: Meter, seconds: list[float], images: list[int], device: str = "cpu") -> Measurement:
     each = tuple(taken / count for taken, count in zip(seconds, images, strict=True))
-    return Took(each, sum(images), 1, meter.start_seconds, device, meter.memory(device))
+    return Measurement(each, sum(images), 1, meter.start_seconds, device, meter.memory(device))
 
 
-def _pretrain(stage: Pretrain, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _pretrain(stage: Pretrain, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     device, batch = devices_for(stage)[0], counts.batch_size
     stage = replace(stage, batch_size=batch, start="")  # those weights may not exist yet, and cost a step no time
     if not stage.data:
         tars = sorted(sample.run("rounds").folder("shards").glob("train/*.tar"))
-        stage = replace(stage, data=(str(repeated(tars, sample.folder / "data", batch)),))
+        stage = replace(stage, data=(str(link_tars(tars, sample.folder / "data", batch)),))
     few = max(stage.accumulate, min(batch, _FEW) // stage.accumulate * stage.accumulate)
     (seconds,) = _steps(stage, few, 2, sample.run("probe"), meter)
     if device.startswith("cuda") or ROUNDS * batch * seconds < sample.seconds:
         few = batch
     taken = _steps(stage, few, ROUNDS + 2, sample.run("rounds"), meter)[:-1]  # the last step writes a checkpoint
-    return Took(tuple(taken), few * len(taken), few, meter.start_seconds, device, meter.memory(device))
+    return Measurement(tuple(taken), few * len(taken), few, meter.start_seconds, device, meter.memory(device))
 
 
 def _steps(stage: Pretrain, batch: int, count: int, run: Run, meter: Meter) -> list[float]:
@@ -186,16 +187,16 @@ class _StepTimes(Progress):
         self.ends.append(time.perf_counter())
 
 
-def _evaluate(stage: Evaluate, sample: Sample, counts: Counts, meter: Meter) -> Took:
+def _evaluate(stage: Evaluate, sample: Sample, counts: Counts, meter: Meter) -> Measurement:
     from synthgen.plan.evaluate import measure_evaluation
 
     return measure_evaluation(stage, sample, counts.evaluation, ROUNDS, meter)
 
 
 #: How each stage is measured; others are not.
-MEASURED: dict[str, Callable[..., Took]] = {
-    "generate": _first,
-    "attend": _first,
+MEASURED: dict[str, Callable[..., Measurement]] = {
+    "generate": _images,
+    "attend": _images,
     "masks": _masks,
     "filter": _filter,
     "shards": _shards,

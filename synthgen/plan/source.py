@@ -22,7 +22,7 @@ from synthgen.untrusted import read_file
 if TYPE_CHECKING:
     from synthgen.datasets import CaptionedFolder
 
-__all__ = ["Pictures", "evenly_spaced", "survey_copy", "survey_pictures"]
+__all__ = ["ImageSurvey", "evenly_spaced", "survey_copy", "survey_images"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _PLAIN_KEY = re.compile(r"[\w/-]{1,90}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSurvey:
     """How many images a source holds, and some of them, evenly spaced: key, and a function that reads the members."""
 
     count: int
@@ -44,7 +44,7 @@ class Pictures:
                 tar.add(key if _PLAIN_KEY.fullmatch(key) else f"{number:06d}", read())
 
 
-def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: int = 64) -> Pictures:
+def survey_images(source: str, metadata: str = "", *, limit: int = 0, most: int = 64) -> ImageSurvey:
     """Count the images of a source as ``attend`` does, and choose ``most`` of them; only headers of tars are read.
 
     Raises:
@@ -58,7 +58,7 @@ def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: in
     if not tars:
         images = CaptionedFolder(source, metadata)
         count = min(len(images), limit) if limit else len(images)
-        return Pictures(count, tuple(_loose(images, number) for number in evenly_spaced(range(count), most)))
+        return ImageSurvey(count, tuple(_folder_sample(images, number) for number in evenly_spaced(range(count), most)))
     if metadata:
         raise ConfigError(f"{source} holds tars, which have their captions in them; leave --metadata out")
     stored = (
@@ -67,7 +67,7 @@ def survey_pictures(source: str, metadata: str = "", *, limit: int = 0, most: in
     count, few = _count(islice(stored, limit or None), most)
     if not count:
         raise MissingArtifact(f"there are no samples in {source}")
-    return Pictures(count, tuple(few))
+    return ImageSurvey(count, tuple(few))
 
 
 def survey_copy(copy: PromptCopy, *, most: int = 64) -> Survey:
@@ -124,7 +124,7 @@ def _read_members(tar: Path, members: dict[str, Member]) -> dict[str, bytes]:
         return {name: read_member(file, member) for name, member in members.items()}
 
 
-def _loose(images: CaptionedFolder, number: int) -> tuple[str, Callable[[], dict[str, bytes]]]:
+def _folder_sample(images: CaptionedFolder, number: int) -> tuple[str, Callable[[], dict[str, bytes]]]:
     """An image of a folder as a sample of a tar."""
     about = {
         "captions": list(images.captions(number)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.run import Run, digest
 from synthgen.stages._integrity import check_shards_exist
-from synthgen.stages._layout import split_again
+from synthgen.stages._layout import repack_advice
 from synthgen.stores import parse_location, walk_files
 from synthgen.stores.remote import RemotePath
 from synthgen.text import counted
@@ -166,7 +166,7 @@ def missing_split(run: Run, split: str, option: str) -> MissingArtifact:
         )
     ratio, count = entry["settings"].get("val_ratio", 0), counted(sum(samples.values()), "images")
     why = f"got none of the {count} (val_ratio {ratio:g}); make more images" if ratio else "is empty (val_ratio 0)"
-    return MissingArtifact(f"the {split} split of {run.path} {why}, or {split_again(run)}, or give --{option}")
+    return MissingArtifact(f"the {split} split of {run.path} {why}, or {repack_advice(run)}, or give --{option}")
 
 
 def _split_sizes(run: Run) -> dict[str, int]:

@@ -13,7 +13,7 @@ from synthgen.errors import CorruptFile, MissingArtifact, StaleArtifact
 from synthgen.records import sample_key
 from synthgen.run import Run, digest
 
-__all__ = ["Shard", "lay_out", "split_again", "split_of"]
+__all__ = ["Shard", "lay_out", "repack_advice", "split_of"]
 
 _MAX_SAMPLES = 10_000  # of a unit: a key has four digits for them
 
@@ -119,7 +119,7 @@ def split_of(run: Run, key: str, val_ratio: float) -> str:
     return "val" if _draw(run, "split", key) < val_ratio * 2**64 else "train"
 
 
-def split_again(run: Run) -> str:
+def repack_advice(run: Run) -> str:
     """Advice on how to get a val split from few images: the shards must be packed anew."""
     path, folder = shlex.quote(str(run.path)), shlex.quote(str(run.folder("shards")))
     return f"delete {folder} and run: synthgen shards --val-ratio 0.3 --run {path}"

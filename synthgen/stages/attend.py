@@ -198,11 +198,11 @@ class Attend(Stage):
         except (CorruptFile, PromptError) as error:
             nothing = np.zeros((1, 1, 3), np.uint8)
             return _Picture(request, nothing, nothing, failed=error.problem)  # no advice: the run keeps to its files
-        return _Picture(request, resize(image, self.input_size(image, backbone)), shrunk(image, self.max_side))
+        return _Picture(request, resize(image, self.input_size(image, backbone)), shrink(image, self.max_side))
 
     def record(self, backbone: Backbone, pictures: Sequence[_Picture]) -> list[Generation]:
         """The images with their maps, in the same order; images of one shape share batches."""
-        made = [Generation(one.request, one.stored, _no_maps(), failed=one.failed) for one in pictures]
+        made = [Generation(one.request, one.stored, _empty_maps(), failed=one.failed) for one in pictures]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for place, one in enumerate(pictures):
             if not one.failed:
@@ -221,7 +221,7 @@ class Attend(Stage):
         """Height and width, in pixels, at which the network processes an image."""
         if self.fit == "stretch":
             return backbone.size
-        return fitted_size((image.shape[0], image.shape[1]), backbone.size, backbone.multiple)
+        return fit_size((image.shape[0], image.shape[1]), backbone.size, backbone.multiple)
 
     def _samples(self) -> ImageDataset:
         return _dataset(self.images, self.metadata)
@@ -279,7 +279,7 @@ def _from_template(name: str, template: str, label: str | None) -> Prompt:
     return prompt
 
 
-def fitted_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
+def fit_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width with about the proportions of ``shape`` and the area of ``size``, multiples of ``multiple``.
 
     Proportions beyond 2 : 1 become 2 : 1. An image with the proportions of ``size`` gets exactly ``size``.
@@ -292,7 +292,7 @@ def fitted_size(shape: tuple[int, int], size: tuple[int, int], multiple: int) ->
     return rows, columns
 
 
-def shrunk(image: UInt8[np.ndarray, "H W 3"], max_side: int) -> UInt8[np.ndarray, "h w 3"]:
+def shrink(image: UInt8[np.ndarray, "H W 3"], max_side: int) -> UInt8[np.ndarray, "h w 3"]:
     """The image with no side longer than ``max_side`` pixels (0: no limit)."""
     longest = max(image.shape[:2])
     if not max_side or longest <= max_side:
@@ -301,7 +301,7 @@ def shrunk(image: UInt8[np.ndarray, "H W 3"], max_side: int) -> UInt8[np.ndarray
     return resize(image, (height, width))
 
 
-def _no_maps() -> Maps:
+def _empty_maps() -> Maps:
     return Maps((), np.zeros((0, 1, 1), np.float16), np.zeros((0, 1, 1), np.float16))
 
 

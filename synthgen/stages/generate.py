@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from synthgen.backbones import BACKBONES
 from synthgen.config import Choice, check_range
 from synthgen.errors import MissingArtifact, StaleArtifact
-from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, keep_copy, open_copy
+from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, ensure_copy, open_copy
 from synthgen.prompts import iter_prompts, request_for
 from synthgen.records import Generation, Request
 from synthgen.run import Run
@@ -99,7 +99,7 @@ class Generate(Stage):
             MissingArtifact, CorruptFile: the copy is missing or damaged; names the command that writes it anew.
         """
         if self.prompts:
-            keep_copy(run.path, iter_prompts(*self._files()), self._content())
+            ensure_copy(run.path, iter_prompts(*self._files()), self._content())
         else:
             check_copy(run.path, run.artifact("images")["inputs"]["prompts"])
         warn_of_fewer(self, run)

@@ -28,7 +28,7 @@ __all__ = ["Masks"]
 
 logger = logging.getLogger(__name__)
 
-COMPARED = 256  # maximum long side, in pixels, at which refined masks are compared with thresholded ones
+_MAX_COMPARED_SIDE = 256  # maximum long side, in pixels, at which refined masks are compared with thresholded ones
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Masks(ImageStage):
         """
         codecs.check_masks(len(generation.maps.words), generation.image.shape[:2], generation.request.key)
         image, maps, faults = generation.image, generation.maps, self.faults(generation.maps)
-        size, step = image.shape[:2], -(-max(image.shape[:2]) // COMPARED)
+        size, step = image.shape[:2], -(-max(image.shape[:2]) // _MAX_COMPARED_SIDE)
         some_pixels = slice(step // 2, None, step)
         values = np.zeros((len(maps.words), *size), bool)
         others = np.zeros_like(values[:, some_pixels, some_pixels])
         usable = [index for index, fault in enumerate(faults) if not fault]
         if usable:  # refiners may refuse the other maps
             some = Maps(tuple(maps.words[index] for index in usable), maps.weights[usable], maps.affinity)
-            values[usable], others[usable] = refined(refiner, image, some), plain.sample(size, some, step)
+            values[usable], others[usable] = refine(refiner, image, some), plain.sample(size, some, step)
         kept = self.keep(values, maps, faults)
         apart = disagreement(kept.values[:, some_pixels, some_pixels], others)
         return replace(kept, sharpness=sharpness(image, kept.values), disagreement=apart)
@@ -198,7 +198,7 @@ def read_generations(run: Run, unit: int) -> Iterator[Generation]:
             raise CorruptFile(f"{run.tar('images', unit)} or {run.tar('maps', unit)}: {error}") from None
 
 
-def refined(refiner: Refiner, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
+def refine(refiner: Refiner, image: UInt8[np.ndarray, "H W 3"], maps: Maps) -> Bool[np.ndarray, "words H W"]:
     """What a refiner makes of one image, checked, as it may be another package's.
 
     Raises:

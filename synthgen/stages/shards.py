@@ -39,7 +39,7 @@ from synthgen.rejected import FILTER, count_rejected, read_rejected
 from synthgen.run import Run, digest, versions
 from synthgen.stages import Stage, Work, Worker, runtime_field
 from synthgen.stages._classes import classes_of
-from synthgen.stages._layout import Shard, lay_out, split_again
+from synthgen.stages._layout import Shard, lay_out, repack_advice
 from synthgen.stages._units import content_hash, need_masks
 from synthgen.stores import listing
 from synthgen.stores.tar import TarWriter, storage_error, write_bytes, write_json
@@ -199,7 +199,7 @@ class Shards(Stage):
             logger.warning(
                 "none of the %d samples of %s is in the val split (val_ratio %g), so evaluate has no test images; "
                 "make more images, or %s",
-                sum(row["samples"] for row in rows), run.path, self.val_ratio, split_again(run),
+                sum(row["samples"] for row in rows), run.path, self.val_ratio, repack_advice(run),
             )  # fmt: skip
         write_bytes(folder / "README.md", dataset_card(description).encode())
         for path in failure_files(folder):  # a worker was killed before it removed them

@@ -14,7 +14,7 @@ from synthgen.errors import CorruptFile, MissingArtifact, SynthgenError
 from synthgen.rejected import FILTER, count_rejected, read_rejected
 from synthgen.run import Run
 from synthgen.stages._units import content_hash
-from synthgen.status.artifacts import FEW, ArtifactStatus, artifact_status
+from synthgen.status.artifacts import NUM_EXAMPLES, ArtifactStatus, artifact_status
 from synthgen.status.learning import Evaluation, Score, Training, evaluations, training_in
 from synthgen.status.reading import finite
 from synthgen.status.samples import Dropped, MaskCounts, Shards, finished_shards
@@ -133,7 +133,7 @@ def _with_rejected(run: Run, artifact: ArtifactStatus, problems: list[str]) -> A
         problems.append(str(error))
         return artifact
     notes = {f"rejected by {name}": count for name, count in count_rejected(rejected.values()).items()}
-    return replace(artifact, notes=notes, left_out=dict(islice(rejected.items(), FEW)))
+    return replace(artifact, notes=notes, left_out=dict(islice(rejected.items(), NUM_EXAMPLES)))
 
 
 def _advice(run: Run, state: RunStatus) -> str:

@@ -18,9 +18,9 @@ from synthgen.status.reading import is_number, read_object, read_objects
 from synthgen.stores import listing
 from synthgen.units import num_attempted
 
-__all__ = ["FEW", "ArtifactStatus", "artifact_status"]
+__all__ = ["NUM_EXAMPLES", "ArtifactStatus", "artifact_status"]
 
-FEW = 3  # samples that are named as examples
+NUM_EXAMPLES = 3  # samples that are named as examples
 _SPLITS = ("train", "val")  # folders of shards
 
 
@@ -121,8 +121,9 @@ class _Sums:
             if count:
                 self.notes[remark] = self.notes.get(remark, 0) + int(count)
         failed = mark.get("failed")  # in shards it is a count
-        for key, reason in islice(failed.items(), FEW - len(self.left_out)) if isinstance(failed, dict) else ():
-            self.left_out[str(key)] = str(reason)
+        if isinstance(failed, dict):
+            for key, reason in islice(failed.items(), NUM_EXAMPLES - len(self.left_out)):
+                self.left_out[str(key)] = str(reason)
 
 
 def _marks(

@@ -11,7 +11,7 @@ from typing import Any
 from synthgen.codecs import decode_meta
 from synthgen.errors import SynthgenError
 from synthgen.run import Run
-from synthgen.status.artifacts import FEW
+from synthgen.status.artifacts import NUM_EXAMPLES
 from synthgen.status.reading import is_number, read_object
 from synthgen.stores.tar import read_tar
 from synthgen.tallies import Tallies
@@ -58,7 +58,7 @@ class MaskCounts:
         self.tallies.add(tallies)
         dropped = sum(sum(tally.dropped.values()) for tally in tallies.words.values())
         cut_off = sum(tally.cut_off for tally in tallies.words.values())
-        if dropped + cut_off and self._num_examples < FEW:
+        if dropped + cut_off and self._num_examples < NUM_EXAMPLES:
             self._num_examples += dropped + cut_off
             self._examples.append((f"{unit}.tar", cut_off > 0))
 
@@ -71,7 +71,7 @@ class MaskCounts:
                 found += _cut_off(run.folder("images") / name) if cut_off else ()
             except (SynthgenError, OSError) as error:
                 problems.append(str(error))
-        return tuple(sorted(found, key=lambda one: one.key)[:FEW])
+        return tuple(sorted(found, key=lambda one: one.key)[:NUM_EXAMPLES])
 
 
 def _without_mask(tar: Path) -> Iterator[Dropped]:

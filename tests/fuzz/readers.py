@@ -21,7 +21,7 @@ from synthgen.errors import SynthgenError
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.models.vit import EncoderConfig, VisionTransformer, load_encoder, save_encoder
 from synthgen.pipeline import read_pipeline
-from synthgen.prompt_copy import content_of, keep_copy, open_copy
+from synthgen.prompt_copy import content_of, ensure_copy, open_copy
 from synthgen.prompts import read_prompts
 from synthgen.records import Prompt
 from synthgen.rejected import read_rejected
@@ -179,7 +179,7 @@ def prepare(box: Path) -> None:
     """Fill an empty folder with a valid file for every reader, and tell the readers of them."""
     for folder in ("in", "pictures", "encoder", "copy", "set"):
         (box / folder).mkdir(parents=True)
-    keep_copy(box / "copy", prompts := copied_prompts(), content_of(prompts))
+    ensure_copy(box / "copy", prompts := copied_prompts(), content_of(prompts))
     one = make_run(box / "run", units=1, unit_size=2, image_size=16)
     run_stage(Filter(filters=(Choice("duplicate"),)), one, Local(workers=1))
     for name in ("shards", "evaluate"):

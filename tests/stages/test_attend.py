@@ -30,7 +30,7 @@ from synthgen.prompts import parse_line, sample_seed
 from synthgen.records import Request
 from synthgen.run import Run
 from synthgen.stages import make_stage
-from synthgen.stages.attend import Attend, fitted_size, shrunk
+from synthgen.stages.attend import Attend, fit_size, shrink
 from synthgen.status import status
 from synthgen.stores.tar import TarWriter, read_tar
 from synthgen.tiny import compositor
@@ -146,7 +146,7 @@ def test_stretched_images_are_seen_at_the_models_size(settings, tmp_path):
     ],
 )
 def test_the_size_at_which_an_image_is_seen(shape, size, multiple, expected):
-    assert fitted_size(shape, size, multiple) == expected
+    assert fit_size(shape, size, multiple) == expected
 
 
 def test_photos_are_not_kept_at_their_own_size(settings, tmp_path, monkeypatch):
@@ -172,9 +172,9 @@ def test_photos_are_not_kept_at_their_own_size(settings, tmp_path, monkeypatch):
 
 def test_large_images_are_stored_smaller():
     image = np.zeros((30, 300, 3), np.uint8)
-    assert shrunk(image, 0) is shrunk(image, 300) is image
-    assert shrunk(image, 100).shape == (10, 100, 3)
-    assert shrunk(np.zeros((1, 300, 3), np.uint8), 100).shape == (1, 100, 3)
+    assert shrink(image, 0) is shrink(image, 300) is image
+    assert shrink(image, 100).shape == (10, 100, 3)
+    assert shrink(np.zeros((1, 300, 3), np.uint8), 100).shape == (1, 100, 3)
 
 
 def test_the_network_sees_the_noised_latent_once_a_timestep(stable_diffusion):

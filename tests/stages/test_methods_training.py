@@ -22,7 +22,7 @@ from synthgen.image import encode_png
 from synthgen.methods import METHODS
 from synthgen.models.dual import load_dual_encoder
 from synthgen.models.vit import load_encoder
-from synthgen.options import method_of
+from synthgen.options import method_settings
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.stages import make_stage
@@ -379,11 +379,11 @@ def test_a_wrong_tokenizer_is_refused(run, data, tmp_path):
 
 def test_guided_on_the_command_line_sets_the_methods_option():
     told = {"method": {"name": "vlp", "region_weight": 1.0}, "label": "vlp-guided"}
-    assert method_of("vlp", guided=True, label=None, extra=None) == told
-    assert method_of("vlp", guided=True, label="mine", extra=None) == told | {"label": "mine"}
-    assert method_of("vlp", guided=False, label=None, extra=None) == {"method": "vlp", "label": None}
+    assert method_settings("vlp", guided=True, label=None, extra=None) == told
+    assert method_settings("vlp", guided=True, label="mine", extra=None) == told | {"label": "mine"}
+    assert method_settings("vlp", guided=False, label=None, extra=None) == {"method": "vlp", "label": None}
     with pytest.raises(UnknownName, match="did you mean 'contrastive'"):
-        method_of("contrastiv", guided=True, label=None, extra=None)
+        method_settings("contrastiv", guided=True, label=None, extra=None)
 
 
 def test_a_changed_scorer_is_another_training(data, run, tmp_path):

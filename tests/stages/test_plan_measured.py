@@ -20,7 +20,7 @@ from synthgen.plan.count import EvalCounts
 from synthgen.plan.evaluate import measure_evaluation
 from synthgen.plan.meter import Meter
 from synthgen.plan.sample import Sample
-from synthgen.plan.source import Pictures, survey_pictures
+from synthgen.plan.source import ImageSurvey, survey_images
 from synthgen.plan.text import render
 from synthgen.run import Run
 from synthgen.runner import run_stage
@@ -133,7 +133,7 @@ def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
         evaluators=(*map(Choice, ("knn", "segmentation", "mask_iou")), Choice("fine_tune", {"seeds": 1})),
     ).complete()
     counts = EvalCounts(train=500, test=6, classes=1, truth=6, encoder=stage.encoder)
-    sample = Sample(tmp_path, survey_pictures(str(truth)), seed=0, most=6, seconds=1.0)
+    sample = Sample(tmp_path, survey_images(str(truth)), seed=0, most=6, seconds=1.0)
     took = measure_evaluation(stage, sample, counts, 2, Meter(time.time()))
     assert len(took.rounds) == 2
     assert min(took.rounds) > 0
@@ -154,7 +154,7 @@ def test_a_generator_that_is_trained_further_is_measured(tmp_path, stable_diffus
     run_stage(Shards(val_ratio=0.0), run, Local(workers=1))
     choice = Choice("fine_tune", {"seeds": 1, "batch_size": 2})
     stage = Evaluate(generator=Choice(str(stable_diffusion)), evaluators=(choice,)).complete()
-    sample = Sample(tmp_path, Pictures(90, ()), seed=0, most=6, seconds=1.0)
+    sample = Sample(tmp_path, ImageSurvey(90, ()), seed=0, most=6, seconds=1.0)
     took = measure_evaluation(stage, sample, EvalCounts(train=90, test=90, classes=1), 1, Meter(time.time()))
     assert min(took.rounds) > 0
     assert took.features == 180 * 3 * 32 * 32

@@ -27,7 +27,7 @@ from synthgen.columns import unit_of
 from synthgen.config import load_yaml
 from synthgen.datasets import FolderDataset, ShardDataset
 from synthgen.diffusion.loading import Loading, load_pipeline
-from synthgen.entries import as_yaml, read_entry
+from synthgen.entries import dump_yaml, read_entry
 from synthgen.errors import ConfigError, CorruptFile, PromptError, SynthgenError
 from synthgen.image import MAX_PIXELS, decode_labels, decode_rgb, encode_png
 from synthgen.log import logged_to
@@ -335,7 +335,7 @@ def test_yaml_of_too_many_values_is_refused_before_any_is_built() -> None:
 
 def test_settings_of_thousands_of_files_are_read_again(tmp_path: Path) -> None:
     inputs = {f"runs/{number:05d}/shards/train": "000000.tar:123456" for number in range(15_000)}
-    (tmp_path / "settings.yaml").write_bytes(as_yaml({"fingerprint": "x", "inputs": inputs}))
+    (tmp_path / "settings.yaml").write_bytes(dump_yaml({"fingerprint": "x", "inputs": inputs}))
     entry = read_entry(tmp_path / "settings.yaml", "fingerprint", str)
     assert entry is not None
     assert entry["inputs"] == inputs
@@ -463,7 +463,7 @@ def test_sizes_of_shards_that_are_none(tmp_path: Path, size: str) -> None:
 def test_settings_of_an_artifact_that_are_none(tmp_path: Path, text: str) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     (run.folder("masks") / "settings.yaml").write_text(text)
-    for ask in (run.manifest, lambda: run.artifact("masks"), lambda: run.check(Masks())):
+    for ask in (run.artifacts, lambda: run.artifact("masks"), lambda: run.check(Masks())):
         with pytest.raises(ConfigError, match=r"settings\.yaml"):
             ask()
 

@@ -28,7 +28,7 @@ from synthgen.datasets import (
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact
 from synthgen.image import encode_jpeg, encode_png
 from synthgen.loader import Order, collate, loader, prefetch, workers_for
-from synthgen.plan.source import survey_pictures
+from synthgen.plan.source import survey_images
 from synthgen.stages._eval_sources import source_hash
 from synthgen.stores.tar import TarWriter, index_tar
 from tests.factories import make_generation
@@ -239,7 +239,7 @@ def test_a_folder_of_links_to_classes_is_read_like_one_of_folders(tmp_path):
     assert open_captioned(subset).captions(2) == ("a dog",)
     assert source_inputs(subset)[str(subset)].split()[1].startswith("0.png:")
     assert len(source_inputs(subset)[str(subset)].split()) == 4
-    pictures = survey_pictures(str(subset))
+    pictures = survey_images(str(subset))
     assert (pictures.count, sorted(key for key, _ in pictures.few)) == (3, ["bird/0", "cat/0", "dog/0"])
     before = source_hash(str(subset))
     Image.new("RGB", (9, 9)).save(tmp_path / "all" / "dog" / "0.png")

@@ -11,7 +11,14 @@ import pytest
 from synthgen import api
 from synthgen.errors import ConfigError
 from synthgen.methods import METHODS
-from synthgen.options import agree, backbone_of, chosen_of, export_of, method_of, with_set
+from synthgen.options import (
+    apply_set,
+    backbone_settings,
+    check_conflicts,
+    export_settings,
+    method_settings,
+    resolve_settings,
+)
 from synthgen.pipeline import Pipeline
 from synthgen.run import Run
 from synthgen.runner import Summary
@@ -206,7 +213,7 @@ def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
     (generate,) = json.loads(out)["stages"]
     numbers = ("units", "units_left", "images", "images_left")
     assert ([generate[name] for name in numbers], err) == ([2, 1, 8, 4], "")
-    settings = chosen_of(begun, "generate", {"prompts": "p.txt", "template": "", "backbone": None}, None)[1]
+    settings = resolve_settings(begun, "generate", {"prompts": "p.txt", "template": "", "backbone": None}, None)[1]
     begun.check(make_stage("generate", settings).complete())  # nor does that refuse it
     new = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", "new", "--set", "unit_size=3")[0]
     assert [stage["units"] for stage in json.loads(new)["stages"]] == [1]
@@ -220,7 +227,7 @@ def test_nothing_made_refuses_nothing(begun, monkeypatch, capsys):
         (begun.folder(name) / "000000.failed.json").write_text('{"error": "no"}')
     out, _ = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "unit_size=1")
     assert [stage["units_left"] for stage in json.loads(out)["stages"]] == [2]
-    settings = chosen_of(begun, "generate", {"prompts": "p.txt"}, ["unit_size=1"])[1]
+    settings = resolve_settings(begun, "generate", {"prompts": "p.txt"}, ["unit_size=1"])[1]
     begun.check(make_stage("generate", settings).complete())
 
 
@@ -258,27 +265,35 @@ def test_the_engine_of_a_plan_is_that_of_the_run(monkeypatch, capsys, begun):
     ],
 )
 def test_what_agrees_may_be_said_twice(given, extra):
-    agree(given, extra)
+    check_conflicts(given, extra)
 
 
 def test_a_part_takes_the_options_of_both():
-    assert with_set({"refine": {"name": "threshold"}}, ["refine={level: 0.5}"]) == {
+    assert apply_set({"refine": {"name": "threshold"}}, ["refine={level: 0.5}"]) == {
         "refine": {"name": "threshold", "level": 0.5}
     }
-    assert with_set({"encoder": "small"}, ["encoder={depth: 2}"]) == {"encoder": {"name": "small", "depth": 2}}
-    assert with_set({"backbone": {"num_steps": 5}}, ["backbone=tiny"]) == {"backbone": {"num_steps": 5, "name": "tiny"}}
-    assert chosen_of(None, "masks", {}, ["engine=ray"], {"workers": 2})[0].dump() == {"workers": 2, "name": "ray"}
-    assert export_of("coco", None, ["rle=true", "format=coco"]) == {"rle": True}
+    assert apply_set({"encoder": "small"}, ["encoder={depth: 2}"]) == {"encoder": {"name": "small", "depth": 2}}
+    assert apply_set({"backbone": {"num_steps": 5}}, ["backbone=tiny"]) == {
+        "backbone": {"num_steps": 5, "name": "tiny"}
+    }
+    assert resolve_settings(None, "masks", {}, ["engine=ray"], {"workers": 2})[0].dump() == {
+        "workers": 2,
+        "name": "ray",
+    }
+    assert export_settings("coco", None, ["rle=true", "format=coco"]) == {"rle": True}
 
 
 def test_what_an_option_implies_gives_way():
-    assert backbone_of(None, ["backbone=tiny"], model="m") == {"name": "tiny", "model": "m"}  # which tiny then refuses
-    assert backbone_of(None, None, model="m") == {"name": "diffusers", "model": "m"}
-    assert backbone_of(None, None, model=None) is None
-    guided = method_of(None, True, None, ["method.name=vlp", "method.region_weight=2.0"])
+    assert backbone_settings(None, ["backbone=tiny"], model="m") == {
+        "name": "tiny",
+        "model": "m",
+    }  # which tiny then refuses
+    assert backbone_settings(None, None, model="m") == {"name": "diffusers", "model": "m"}
+    assert backbone_settings(None, None, model=None) is None
+    guided = method_settings(None, True, None, ["method.name=vlp", "method.region_weight=2.0"])
     assert guided == {"method": {"name": "vlp", **METHODS.load("vlp").guided}, "label": "vlp-guided"}
-    assert with_set(guided, ["method.region_weight=2.0"])["method"]["region_weight"] == 2.0
-    labelled = method_of("mae", True, None, ["label=mine"])
-    assert with_set(labelled, ["label=mine"])["label"] == "mine"
+    assert apply_set(guided, ["method.region_weight=2.0"])["method"]["region_weight"] == 2.0
+    labelled = method_settings("mae", True, None, ["label=mine"])
+    assert apply_set(labelled, ["label=mine"])["label"] == "mine"
     with pytest.raises(ConfigError, match=r"--method mae and --set method=vlp ask for two values of method.name"):
-        method_of("mae", True, None, ["method=vlp"])
+        method_settings("mae", True, None, ["method=vlp"])

@@ -14,14 +14,14 @@ from synthgen.engines.accelerate import Accelerate
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, MissingArtifact, PipelineError, PromptError, StaleArtifact
 from synthgen.pipeline import read_pipeline
-from synthgen.plan import StagePlan, _estimated, plan
+from synthgen.plan import StagePlan, _with_estimates, plan
 from synthgen.plan.count import Counts
 from synthgen.plan.files import TarFiles
-from synthgen.plan.meter import Took
+from synthgen.plan.meter import Measurement
 from synthgen.plan.sample import Sample, rounds_of
 from synthgen.plan.source import survey_copy
 from synthgen.plan.text import render
-from synthgen.prompt_copy import content_of, keep_copy, open_copy
+from synthgen.prompt_copy import content_of, ensure_copy, open_copy
 from synthgen.prompts import iter_prompts, read_prompts, survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
@@ -85,7 +85,7 @@ def test_the_copy_of_a_run_is_surveyed_as_its_file_was(tmp_path):
         {"prompt": "nothing", "words": []},
     ]
     path = write(tmp_path / "p.jsonl", "\n".join(json.dumps(line) for line in lines))
-    keep_copy(tmp_path, iter_prompts(path), content_of(iter_prompts(path)))
+    ensure_copy(tmp_path, iter_prompts(path), content_of(iter_prompts(path)))
     copy = open_copy(tmp_path, content_of(iter_prompts(path)).sha256)
     found = survey_copy(copy)
     assert found.prompts == survey_prompts(path).prompts
@@ -107,7 +107,7 @@ def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     assert replace(again, disk_free=found.disk_free) == found  # others write to this disk as well
     stage = replace(stage, prompts="")
     sample = Sample(tmp_path, survey_copy(stage.own_prompts(run)), seed=0, most=4, seconds=1)
-    assert read_prompts(sample.first(stage, 4, 4, 4).prompts) == read_prompts(tmp_path / "p.txt")
+    assert read_prompts(sample.restrict(stage, 4, 4, 4).prompts) == read_prompts(tmp_path / "p.txt")
 
 
 def test_counting_takes_no_memory_for_the_lines(tmp_path):
@@ -257,15 +257,15 @@ def test_a_sample_is_as_large_as_time_allows(arguments, batch, rounds):
     assert rounds_of(*arguments) == (batch, rounds)
 
 
-TOOK = Took((1.0, 2.0, 6.0), 12, 4, 5.0, "cpu", 10**9)
+TOOK = Measurement((1.0, 2.0, 6.0), 12, 4, 5.0, "cpu", 10**9)
 
 
 def estimated(stage, counts, engine, workers=0):
-    unmeasured = plan_of(counts, stage)
-    return _estimated(unmeasured, stage, counts, TOOK, engine, workers)
+    unmeasured = make_plan(counts, stage)
+    return _with_estimates(unmeasured, stage, counts, TOOK, engine, workers)
 
 
-def plan_of(counts, stage):
+def make_plan(counts, stage):
     numbers = (counts.units, counts.units_left, counts.images, counts.images_left)
     return StagePlan(stage.name, stage.artifacts(), *numbers, "counted")
 

@@ -19,7 +19,7 @@ from synthgen.pipeline import read_pipeline
 from synthgen.plan import evaluate, plan
 from synthgen.plan.count import count
 from synthgen.plan.evaluate import enlarged, estimate_seconds
-from synthgen.plan.source import survey_pictures
+from synthgen.plan.source import survey_images
 from synthgen.prompts import survey_prompts
 from synthgen.run import Run
 from synthgen.stages import make_stage
@@ -70,7 +70,7 @@ def seen(pictures, folder):
 def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
     source = str(write_tars(tmp_path / "tars", 30, 50, 1)) + pattern
     samples = open_captioned(source)
-    found = survey_pictures(source, most=8)
+    found = survey_images(source, most=8)
     assert found.count == len(samples)
     places = [next(i for i in range(len(samples)) if samples.key(i) == key) for key, _ in found.few]
     assert len(places) == 8
@@ -82,7 +82,7 @@ def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
 def test_a_limit_reads_no_further(tmp_path):
     source = write_tars(tmp_path / "tars", 30, 50)
     (source / "000002.tar").write_bytes(b"damaged")
-    found = survey_pictures(str(source), limit=40, most=5)
+    found = survey_images(str(source), limit=40, most=5)
     assert found.count == 40
     assert {key[0] for key, _ in found.few} == {"0", "1"}, "of both tars that are read"
 
@@ -91,7 +91,7 @@ def test_equal_keys_of_two_tars_are_two_images(tmp_path):
     for name in "ab":
         write_tars(tmp_path / name, 2)
         (tmp_path / name / "000000.tar").rename(tmp_path / f"{name}.tar")
-    found = survey_pictures(str(tmp_path / "?.tar"))
+    found = survey_images(str(tmp_path / "?.tar"))
     assert found.count == 4
     found.write(tmp_path / "few")
     assert len(open_dataset(tmp_path / "few")) == 4
@@ -114,13 +114,13 @@ def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
     folder = write_images(tmp_path / "images", NAMES)
     (folder / "dog" / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "a fox", "words": ["fox"]}\n')
     samples = open_captioned(folder)
-    found = survey_pictures(str(folder))
+    found = survey_images(str(folder))
     assert found.count == len(samples) == 6
     wanted = {}
     for i in range(6):
         wanted[samples.key(i)] = (samples.captions(i), samples.words(i), samples.label(i), (16, 16, 3))
     assert seen(found, tmp_path / "few") == wanted
-    assert [len(survey_pictures(str(folder), most=2).few), survey_pictures(str(folder), limit=3).count] == [2, 3]
+    assert [len(survey_images(str(folder), most=2).few), survey_images(str(folder), limit=3).count] == [2, 3]
 
 
 def test_a_table_says_which_images_count(tmp_path):
@@ -129,7 +129,7 @@ def test_a_table_says_which_images_count(tmp_path):
         rows = csv.DictWriter(file, ["file_name", "text", "label"])
         rows.writeheader()
         rows.writerows({"file_name": name, "text": "a cat", "label": "x"} for name in (*NAMES[:3], "absent.png"))
-    found = survey_pictures(str(folder), str(tmp_path / "some.csv"))
+    found = survey_images(str(folder), str(tmp_path / "some.csv"))
     assert found.count == len(open_captioned(folder, tmp_path / "some.csv")) == 3
     assert {(one[0], one[2]) for one in seen(found, tmp_path / "few").values()} == {(("a cat",), "x")}
 
@@ -138,21 +138,21 @@ def test_what_attend_would_refuse_a_plan_refuses(tmp_path):
     folder = write_images(tmp_path / "images", NAMES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingArtifact, match="neither tars nor images"):
-        survey_pictures(str(tmp_path / "empty"))
+        survey_images(str(tmp_path / "empty"))
     with pytest.raises(MissingArtifact, match="give a tar, a pattern"):
-        survey_pictures(str(tmp_path / "absent"))
+        survey_images(str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="leave --metadata out"):
-        survey_pictures(str(write_tars(tmp_path / "tars", 1)), "some.csv")
+        survey_images(str(write_tars(tmp_path / "tars", 1)), "some.csv")
     (folder / "metadata.jsonl").write_text('{"file_name": "absent.png", "text": "a cat"}\n')
     with pytest.raises(PromptError, match=r"absent\.png"):
-        survey_pictures(str(folder))
+        survey_images(str(folder))
 
 
 def test_counting_tars_keeps_no_names(tmp_path):
     source = str(write_tars(tmp_path / "tars", 2_000))
-    survey_pictures(source, most=4)  # imports what it needs
+    survey_images(source, most=4)  # imports what it needs
     tracemalloc.start()
-    found = survey_pictures(source, most=4)
+    found = survey_images(source, most=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.count == 2_000
@@ -161,7 +161,7 @@ def test_counting_tars_keeps_no_names(tmp_path):
 
 def test_a_limit_takes_the_sample_from_the_first_images_of_a_folder(tmp_path):
     folder = write_images(tmp_path / "images", [f"{number}.png" for number in range(9)])
-    found = survey_pictures(str(folder), limit=3)
+    found = survey_images(str(folder), limit=3)
     assert [key for key, _ in found.few] == ["0", "1", "2"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from synthgen import codecs
 from synthgen.errors import CorruptFile, MissingArtifact, PromptError, StaleArtifact
-from synthgen.prompt_copy import Content, content_of, iter_lines, keep_copy, open_copy
+from synthgen.prompt_copy import Content, content_of, ensure_copy, iter_lines, open_copy
 from synthgen.prompts import iter_prompts, parse_line, read_prompts
 from synthgen.stores import parse_location
 from synthgen.stores.cache import cache_folder
@@ -27,7 +27,7 @@ def afresh():
 
 @pytest.fixture
 def folder(tmp_path):
-    keep_copy(tmp_path, PROMPTS, content_of(PROMPTS))
+    ensure_copy(tmp_path, PROMPTS, content_of(PROMPTS))
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def test_any_prompt_by_its_number(folder):
 
 def test_as_many_prompts_as_one_block_or_fewer(tmp_path):
     for count in (1, 255, 256, 257):
-        keep_copy(tmp_path / str(count), PROMPTS[:count], content_of(PROMPTS[:count]))
+        ensure_copy(tmp_path / str(count), PROMPTS[:count], content_of(PROMPTS[:count]))
         prompts = opened(tmp_path / str(count), PROMPTS[:count])
         assert [prompts[number] for number in range(len(prompts))] == PROMPTS[:count]
 
@@ -64,7 +64,7 @@ def test_of_many_prompts_few_are_in_memory(tmp_path):
     path.write_text("".join(f"a [golden retriever] beside a [house number {number}]\n" for number in range(count)))
     tracemalloc.start()
     content = content_of(iter_prompts(path))
-    keep_copy(tmp_path, iter_prompts(path), content)
+    ensure_copy(tmp_path, iter_prompts(path), content)
     prompts = open_copy(tmp_path, content.sha256)
     assert prompts[count - 1].words == ("golden retriever", f"house number {count - 1}")
     bounded = tracemalloc.get_traced_memory()[1]
@@ -82,7 +82,7 @@ def test_of_many_prompts_few_are_in_memory(tmp_path):
 
 def test_a_whole_copy_is_left_as_it_is(folder):
     before = (folder / "prompts.jsonl").stat().st_mtime_ns, (folder / "prompts.json").stat().st_mtime_ns
-    keep_copy(folder, iter(()), content_of(PROMPTS))  # no prompt is even looked at
+    ensure_copy(folder, iter(()), content_of(PROMPTS))  # no prompt is even looked at
     assert before == ((folder / "prompts.jsonl").stat().st_mtime_ns, (folder / "prompts.json").stat().st_mtime_ns)
 
 
@@ -98,13 +98,13 @@ def test_what_is_not_whole_is_written_anew(folder, damage):
         mark.write_bytes(said[:40])
     else:
         (path if damage == "gone" else mark).unlink()
-    keep_copy(folder, PROMPTS, content_of(PROMPTS))
+    ensure_copy(folder, PROMPTS, content_of(PROMPTS))
     assert (path.read_bytes(), mark.read_bytes()) == (data, said)
 
 
 def test_prompts_that_change_while_they_are_read_leave_no_copy(tmp_path):
     with pytest.raises(PromptError, match="changed while they were read"):
-        keep_copy(tmp_path, PROMPTS[1:], content_of(PROMPTS))
+        ensure_copy(tmp_path, PROMPTS[1:], content_of(PROMPTS))
     assert not list(tmp_path.iterdir())
     with pytest.raises(MissingArtifact, match="is not finished"):
         opened(tmp_path)
@@ -117,7 +117,7 @@ def test_a_failure_in_the_middle_leaves_the_old_copy_and_nothing_beside_it(folde
 
     data = (folder / "prompts.jsonl").read_bytes()
     with pytest.raises(PromptError, match="line 301"):
-        keep_copy(folder, broken(), content_of(PROMPTS[1:]))
+        ensure_copy(folder, broken(), content_of(PROMPTS[1:]))
     assert (folder / "prompts.jsonl").read_bytes() == data
     assert {path.name for path in folder.iterdir()} == {"prompts.jsonl"}  # its mark spoke of other prompts
 
@@ -128,7 +128,7 @@ def test_a_failure_in_the_middle_leaves_the_old_copy_and_nothing_beside_it(folde
 def test_other_prompts_are_refused(folder):
     with pytest.raises(StaleArtifact, match="has been given other prompts"):
         opened(folder, PROMPTS[1:])
-    keep_copy(folder, PROMPTS[1:], content_of(PROMPTS[1:]))
+    ensure_copy(folder, PROMPTS[1:], content_of(PROMPTS[1:]))
     assert opened(folder, PROMPTS[1:])[0] == PROMPTS[1]
     with pytest.raises(StaleArtifact):
         opened(folder)
@@ -181,11 +181,11 @@ def test_a_mark_of_other_blocks_is_followed(folder):
 @pytest.mark.parametrize("kind", ["s3", "memory"])
 def test_of_a_copy_in_a_store_no_more_than_a_block_is_asked_for(store, tmp_path, kind):
     place = parse_location(store.url("run") if kind == "s3" else f"memory://{tmp_path.name}/run")
-    keep_copy(tmp_path, PROMPTS, content_of(PROMPTS))
-    keep_copy(place, PROMPTS, content_of(PROMPTS))
+    ensure_copy(tmp_path, PROMPTS, content_of(PROMPTS))
+    ensure_copy(place, PROMPTS, content_of(PROMPTS))
     for name in ("prompts.jsonl", "prompts.json"):
         assert (place / name).read_bytes() == (tmp_path / name).read_bytes()
-    keep_copy(place, iter(()), content_of(PROMPTS))
+    ensure_copy(place, iter(()), content_of(PROMPTS))
     prompts = opened(place)
     begun = len(store.lines)
     assert [prompts[number] for number in (300, 301, 511, 599)] == [PROMPTS[number] for number in (300, 301, 511, 599)]

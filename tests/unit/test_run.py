@@ -15,7 +15,7 @@ import yaml
 
 from synthgen.config import Choice
 from synthgen.engines.local import Local
-from synthgen.entries import as_yaml, changes, merge_settings, read_fingerprint
+from synthgen.entries import changes, dump_yaml, merge_settings, read_fingerprint
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, StaleArtifact, StorageError, UnitsFailed
 from synthgen.options import resume_settings
 from synthgen.records import Report
@@ -382,7 +382,7 @@ def test_a_refusal_says_what_differs_if_no_setting_does(tmp_path):
         ({"seed": 7}, "seed is 0 and was 7; use the same settings, choose another --run folder"),
         ({"stage": "generate"}, "by another version of synthgen; choose another --run folder"),
     ):
-        path.write_bytes(as_yaml(entry | change | {"fingerprint": "0" * 64}))
+        path.write_bytes(dump_yaml(entry | change | {"fingerprint": "0" * 64}))
         with pytest.raises(StaleArtifact) as refused:
             run.check(Drawn())
         assert f"images was made differently: {says}" in str(refused.value)
@@ -506,7 +506,7 @@ def test_settings_of_another_command_are_not_taken_back(tmp_path):
 
     def replaced():
         with run.claim(Drawn()):
-            (run.folder("images") / "settings.yaml").write_bytes(as_yaml(other))
+            (run.folder("images") / "settings.yaml").write_bytes(dump_yaml(other))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -520,7 +520,7 @@ def test_settings_that_change_between_check_and_claim_are_noticed(tmp_path, monk
     other = run.check(Drawn(unit_size=5))
 
     def create(path, data):
-        return create_bytes(path, as_yaml(other))  # another was first to replace what this one put there
+        return create_bytes(path, dump_yaml(other))  # another was first to replace what this one put there
 
     monkeypatch.setattr("synthgen.run.create_bytes", create)
     with pytest.raises(StaleArtifact), run.claim(Drawn()):
@@ -545,7 +545,7 @@ def test_a_fingerprint_is_found_in_any_yaml(tmp_path):
     path = tmp_path / "settings.yaml"
     assert read_fingerprint(path) is None
     value = {"settings": {"fingerprint": "1" * 64, "text": "a\nfingerprint: " + "2" * 64}, "fingerprint": "a" * 64}
-    for data in (as_yaml(value), json.dumps(value).encode(), as_yaml(value | {"fingerprint": "0" * 64})):
+    for data in (dump_yaml(value), json.dumps(value).encode(), dump_yaml(value | {"fingerprint": "0" * 64})):
         path.write_bytes(data)
         assert read_fingerprint(path) == yaml.safe_load(data)["fingerprint"]
     path.write_text("a: 1")

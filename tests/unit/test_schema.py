@@ -11,7 +11,7 @@ import pytest
 from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingDependency, UnknownName
 from synthgen.refiners import REFINERS
-from synthgen.schema import _PARTS, _tell_settings, listing, remarks, settings_schema
+from synthgen.schema import _PARTS, _setting_lines, listing, setting_comments, settings_schema
 from synthgen.stages import STAGES, make_stage
 
 PARTS = [f"{setting}={name}" for setting, (family, _) in _PARTS.items() for name in family.names()]
@@ -54,9 +54,9 @@ class Built:
 
 
 def test_remarks_are_the_comments_of_a_class_and_its_parents():
-    assert remarks(Child) == {"kept": "of both", "said": "of the child", "long": "behind the last line"}
-    assert remarks(Built) == {"second": "by its comment", "device": "no option"}
-    assert remarks(type("Made", (), {"__init__": lambda self, x=1: None})) == {}
+    assert setting_comments(Child) == {"kept": "of both", "said": "of the child", "long": "behind the last line"}
+    assert setting_comments(Built) == {"second": "by its comment", "device": "no option"}
+    assert setting_comments(type("Made", (), {"__init__": lambda self, x=1: None})) == {}
 
 
 def test_a_schema_has_defaults_kinds_and_descriptions():
@@ -82,7 +82,7 @@ def test_defaults_that_are_made_each_time_are_told_as_others():
         warnings.simplefilter("error")
         found = settings_schema(Several)["properties"]
     assert (found["weights"]["default"], found["layers"]["default"]) == ({"dog": 2.0}, [])
-    told = "\n".join(_tell_settings("part", Several))
+    told = "\n".join(_setting_lines("part", Several))
     assert 'weights  mapping of text to number  {"dog": 2.0}  by word' in told
     assert "layers   list of whole number       []            that count" in told
 
