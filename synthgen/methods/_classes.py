@@ -72,7 +72,7 @@ def class_numbers(
     *,
     stream: int,
 ) -> tuple[Int[Tensor, " b"] | None, dict[str, Tensor]]:
-    """The class number of each image, and the metric ``told``, the share of images with one; None without classes.
+    """The class number of each image (None without classes), and the metric ``with_class``, the share that has one.
 
     The number is that of "no class" where an image has no label, and for a random share ``dropout`` of the images.
     """
@@ -80,7 +80,7 @@ def class_numbers(
         return None, {}
     true, none = classes.numbers(labels), classes.none(len(labels))
     numbers = torch.where(uniform(seeds, stream=stream) < dropout, none, true)
-    return numbers, {"told": (numbers != none).float().mean()}
+    return numbers, {"with_class": (numbers != none).float().mean()}
 
 
 def class_vectors(

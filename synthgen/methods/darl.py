@@ -57,7 +57,7 @@ class DARL(Method):
         *,
         head: Literal["denoise", "mse"] = "denoise",  # denoise a noised copy of the next patch, or predict it
         beta_a: float = 0.03,  # denoise: gamma ~ Beta(beta_a, 1); 1 is uniform, lower is noisier
-        tell_gamma: bool = False,  # denoise: each patch's gamma is an input of the decoder
+        condition_on_gamma: bool = False,  # denoise: each patch's gamma is an input of the decoder
         norm_pixels: bool = False,  # mse: targets are standardised patches
         foreground_weight: float = 0.0,  # f: a patch under masks has the weight 1 + f
     ) -> None:
@@ -66,12 +66,12 @@ class DARL(Method):
         check_range(ge=0, foreground_weight=foreground_weight)
         if norm_pixels and head == "denoise":
             raise ValueError("norm_pixels goes with head mse: head denoise predicts the pixels themselves")
-        if tell_gamma and head == "mse":
-            raise ValueError("tell_gamma goes with head denoise: head mse has no noise")
+        if condition_on_gamma and head == "mse":
+            raise ValueError("condition_on_gamma goes with head denoise: head mse has no noise")
         config = encoder.config
         self.encoder = encoder
         self.decoder = (
-            PatchDenoiser(encoder, tell_gamma=tell_gamma)
+            PatchDenoiser(encoder, condition_on_gamma=condition_on_gamma)
             if head == "denoise"
             else Linear(config.dim, 3 * config.patch_size**2)
         )

@@ -19,10 +19,10 @@ class PatchDenoiser(nn.Module):
     """Clean patches, each from its noised copy and its context vector (DARL: one transformer block).
 
     A noised patch and its context are a sequence of two tokens, so that no patch attends to another's noised copy. Only
-    the patch's token is an output. With ``tell_gamma`` its gamma is an input too, in steps of 1/1000.
+    the patch's token is an output. With ``condition_on_gamma`` its gamma is an input too, in steps of 1/1000.
     """
 
-    def __init__(self, encoder: VisionTransformer, *, tell_gamma: bool) -> None:
+    def __init__(self, encoder: VisionTransformer, *, condition_on_gamma: bool) -> None:
         super().__init__()
         dim, size = encoder.config.dim, 3 * encoder.config.patch_size**2
         self.context = Linear(dim, dim)
@@ -31,7 +31,7 @@ class PatchDenoiser(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = Linear(dim, size)
         self.apply(initialize)
-        self.level = TimeEmbedding(dim) if tell_gamma else None
+        self.level = TimeEmbedding(dim) if condition_on_gamma else None
 
     def forward(
         self, noised: Float[Tensor, "b n p"], context: Float[Tensor, "b n d"], gamma: Float[Tensor, "b n"]

@@ -1,4 +1,4 @@
-"""Classes that a network is told: their vectors, what is left untold, guidance, and that they decide what is drawn."""
+"""Class conditioning: vectors, dropout of labels, guidance, and that classes decide what is sampled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from synthgen.train.start import load_weights
 
 CONFIG = EncoderConfig(image_size=8, patch_size=2, dim=32, depth=1, num_heads=2)
 COLOURS = {"red": (0.9, 0.1, 0.1), "blue": (0.1, 0.1, 0.9)}
-METHODS_TOLD = ["maskdit", "umd"]
+CONDITIONED = ["maskdit", "umd"]
 
 
 class LabelledFeatures(ImageDataset):
@@ -34,7 +34,7 @@ class LabelledFeatures(ImageDataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        raise AssertionError("labels are told without decoding an image")
+        raise AssertionError("labels are read without decoding an image")
 
     def key(self, index):
         return str(index)
@@ -127,7 +127,7 @@ def test_a_label_that_one_process_cannot_read_ends_all(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: said.append(found))
     with pytest.raises(CorruptFile, match="sample 3"):
         labels_of(Broken(*"abcd"))
-    (error,) = said  # the other one is told before this one ends
+    (error,) = said  # the other one gets the error before this one ends
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda every, found: every.__setitem__(1, error))
     with pytest.raises(CorruptFile, match="sample 3"):
@@ -144,7 +144,7 @@ def test_a_plain_vector_is_a_linear_layer_on_a_one_hot_vector():
     one_hot = F.one_hot(numbers, 3)[:, :2].float()  # no class is all 0
     assert torch.equal(classes(numbers), one_hot @ classes.table.weight)
     assert [tuple(p.shape) for p in classes.parameters()] == [(2, 5)]
-    classes(classes.none(4)).sum().backward()  # a gradient, which is 0, also where nothing is told
+    classes(classes.none(4)).sum().backward()  # a gradient, which is 0, also without a class
     assert not classes.table.weight.grad.any()
 
 
@@ -201,36 +201,36 @@ def test_names_travel_with_the_weights(tmp_path):
         other.load_state_dict(classes.state_dict())
 
 
-def test_a_folder_whose_name_is_no_text_is_told():
+def test_a_folder_whose_name_is_no_text_is_an_error():
     with pytest.raises(ConfigError, match=r"the class name 'caf\\udce9' is not valid Unicode"):
         ClassEmbedding(4).learn([b"caf\xe9".decode("utf-8", "surrogateescape")])
 
 
-# -- what is told
+# -- dropout of labels
 
 
-def test_the_share_that_is_left_untold_is_the_lot_of_each_seed():
+def test_each_seed_decides_whether_its_label_is_dropped():
     classes = ClassEmbedding(4)
     classes.learn(["cat", "dog"])
     seeds, labels = torch.arange(20000), ("dog",) * 20000
     numbers, shares = class_numbers(classes, labels, seeds, 0.1, stream=4)
-    untold = numbers == 2
-    assert shares["told"].item() == pytest.approx(1 - untold.float().mean().item())
-    assert torch.equal(untold, uniform(seeds, stream=4) < 0.1)
-    assert untold.float().mean().item() == pytest.approx(0.1, abs=0.01)  # 4.7 deviations
+    dropped = numbers == 2
+    assert shares["with_class"].item() == pytest.approx(1 - dropped.float().mean().item())
+    assert torch.equal(dropped, uniform(seeds, stream=4) < 0.1)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)  # 4.7 deviations
     assert (class_numbers(classes, labels, seeds, 0.0, stream=4)[0] == 1).all()
     assert class_numbers(classes, ("cat", None, "dog"), seeds[:3], 0.0, stream=4)[0].tolist() == [0, 2, 1]
     assert class_numbers(None, labels, seeds, 0.1, stream=4) == (None, {})
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
-def test_each_method_drops_its_share_and_tells_the_class_of_no_clean_image(name):
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_each_method_drops_its_share_of_labels_and_conditions_no_clean_image(name):
     method, seen = build(name, label_dropout=0.3), []
     method.classes.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = make_batch(400)
-    told_share = method(batch, 0.5).metrics["told"]
+    with_class = method(batch, 0.5).metrics["with_class"]
     (numbers,) = seen
-    assert told_share.item() == pytest.approx((numbers < 2).float().mean().item())
+    assert with_class.item() == pytest.approx((numbers < 2).float().mean().item())
     noised = 400 if name == "maskdit" else 200  # the second half of a batch of umd stays clean
     assert numbers.shape == (noised,)
     assert (numbers == 2).float().mean().item() == pytest.approx(0.3, abs=0.13)  # 4 deviations of 200
@@ -244,19 +244,19 @@ def test_each_method_drops_its_share_and_tells_the_class_of_no_clean_image(name)
 
 def test_without_noise_a_class_changes_nothing_in_the_encoder():
     """The exported encoder is the limit for an image of any class, and of none."""
-    method, told_of = shaken("maskdit"), []
-    method.decoder.register_forward_pre_hook(lambda _, args: told_of.append(args[0]))
+    method, features = shaken("maskdit"), []
+    method.decoder.register_forward_pre_hook(lambda _, args: features.append(args[0]))
     x = torch.randn(2, 16, 12)
     with torch.no_grad():
         for sigma in (1.0, 1e-4):
             for number in (0, 1, 2):
                 method.denoise(x, torch.full((2,), sigma), *method.whole(2), torch.tensor([number] * 2))
-    far = [max(float((told_of[first + n] - told_of[first]).norm()) for n in (1, 2)) for first in (0, 3)]
+    far = [max(float((features[first + n] - features[first]).norm()) for n in (1, 2)) for first in (0, 3)]
     assert far[0] > 0.1
     assert far[1] < 1e-3 * far[0]
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
+@pytest.mark.parametrize("name", CONDITIONED)
 def test_it_begins_with_the_weights_and_the_loss_that_it_has_without_classes(name):
     """Classes come last when weights are drawn, and change nothing before the first step."""
     batch, labelled, plain = make_batch(), build(name), build(name, class_labels=False)
@@ -286,7 +286,7 @@ def test_guidance_is_its_formula_and_asks_once_where_it_is_1():
     assert len(asks) == 2
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
+@pytest.mark.parametrize("name", CONDITIONED)
 def test_the_sampler_draws_with_the_guided_answer(name):
     """The same images as of a network whose own answer is none + w (class - none)."""
     method, seeds = shaken(name), torch.arange(3)
@@ -309,7 +309,7 @@ def test_the_sampler_draws_with_the_guided_answer(name):
     assert torch.equal(method.sample(seeds, 3, labels="red"), method.sample(seeds, 3, labels=["red"] * 3))
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
+@pytest.mark.parametrize("name", CONDITIONED)
 @pytest.mark.parametrize(("guidance_scale", "times"), [(1.0, 1), (1.5, 2)])
 def test_the_half_without_a_class_is_asked_only_where_it_counts(name, guidance_scale, times):
     method, asks = build(name), []
@@ -330,8 +330,8 @@ def test_the_half_without_a_class_is_asked_only_where_it_counts(name, guidance_s
         ({"labels": 2}, "there is no class 2"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(given, said):
-    for name in METHODS_TOLD:
+def test_what_cannot_be_sampled_is_an_error(given, said):
+    for name in CONDITIONED:
         with pytest.raises((ValueError, ConfigError), match=said):
             build(name).sample(torch.arange(3), 2, **given)
     with pytest.raises(ValueError, match="trained without classes; pretrain with class_labels: true"):
@@ -356,9 +356,9 @@ def redness(method, **given):
     return float(((means - red).norm(dim=1) < (means - blue).norm(dim=1)).float().mean())
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
+@pytest.mark.parametrize("name", CONDITIONED)
 def test_labels_decide_what_is_drawn(name):
-    """Two colours, told as classes: images of one are nearer to it than to the other."""
+    """Two colours as classes: images of one are nearer to it than to the other."""
     whole = {"clean_share": 0.0, "noisy_mask_ratio": 0.0} if name == "umd" else {"decoder_dim": 32}
     method = build(name, label_dropout=0.2, **whole)
     train(method, 400 if name == "umd" else 200)
@@ -368,7 +368,7 @@ def test_labels_decide_what_is_drawn(name):
     assert redness(method, labels="blue", guidance_scale=2.0) < 0.25
 
 
-def test_a_network_that_was_told_no_class_is_tuned_to_draw_by_class():
+def test_a_network_without_classes_is_tuned_to_sample_by_class():
     """UMD's two phases: the second begins with the first one's weights, hides nothing and draws by its average."""
     first = build("umd", class_labels=False)
     train(first, 200)
@@ -379,9 +379,9 @@ def test_a_network_that_was_told_no_class_is_tuned_to_draw_by_class():
         assert torch.equal(tuned.state_dict()[name], tensor)
         assert torch.equal(tuned.state_dict()[f"average.{name}"], tensor)  # it begins as what it follows
     train(tuned, 250)
-    told = {label: redness(tuned, labels=label, guidance_scale=2.0) for label in COLOURS}
-    assert told["red"] > 0.75
-    assert told["blue"] < 0.25
+    red = {label: redness(tuned, labels=label, guidance_scale=2.0) for label in COLOURS}
+    assert red["red"] > 0.75
+    assert red["blue"] < 0.25
     tuned.average = None
     assert redness(tuned, labels="red", guidance_scale=2.0) > 0.75  # the weights themselves learned it as well
 
@@ -389,8 +389,8 @@ def test_a_network_that_was_told_no_class_is_tuned_to_draw_by_class():
 # -- settings
 
 
-@pytest.mark.parametrize("name", METHODS_TOLD)
-def test_a_wrong_share_is_told(name):
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_a_wrong_share_is_an_error(name):
     for share in (-0.1, 1.0):
         with pytest.raises(ConfigError, match=r"label_dropout must be at least 0 and below 1"):
             build(name, label_dropout=share)
@@ -403,7 +403,7 @@ def test_a_wrong_share_is_told(name):
         ({"crop_area": 0.0}, "crop_area must be at least 0.01 and at most 1, not 0.0"),
     ],
 )
-def test_wrong_options_of_tuning_are_told(option, said):
+def test_wrong_options_of_tuning_are_errors(option, said):
     with pytest.raises(ConfigError, match=said):
         build("umd", **option)
 

@@ -19,7 +19,7 @@ from synthgen.models.vit import EncoderConfig, VisionTransformer
 
 CONFIG = EncoderConfig(image_size=16, patch_size=4, dim=32, depth=2, num_heads=4)
 N, P = 16, 48  # patches, and numbers in each
-HEADS = [{}, {"tell_gamma": True}, {"head": "mse"}, {"head": "mse", "norm_pixels": True}]
+HEADS = [{}, {"condition_on_gamma": True}, {"head": "mse"}, {"head": "mse", "norm_pixels": True}]
 
 
 def build(config=CONFIG, **options):
@@ -106,17 +106,17 @@ def test_reading_with_a_cache_equals_reading_at_once():
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("tell_gamma", [False, True])
+@pytest.mark.parametrize("condition_on_gamma", [False, True])
 @torch.no_grad()
-def test_noised_patches_do_not_affect_each_other(tell_gamma):
-    decoder = build(tell_gamma=tell_gamma).decoder
+def test_noised_patches_do_not_affect_each_other(condition_on_gamma):
+    decoder = build(condition_on_gamma=condition_on_gamma).decoder
     noised, context, gamma = torch.randn(2, N, P), torch.randn(2, N, 32), torch.rand(2, N)
     before = decoder(noised, context, gamma)
     for name in ("noised", "context", "gamma"):
         given = {"noised": noised.clone(), "context": context.clone(), "gamma": gamma.clone()}
         given[name][:, 5] = 0.123
         differs = (decoder(**given) != before).any(2)
-        assert differs[:, 5].all() == (tell_gamma or name != "gamma")
+        assert differs[:, 5].all() == (condition_on_gamma or name != "gamma")
         assert differs.sum() == differs[:, 5].sum()
 
 
@@ -291,7 +291,7 @@ def test_only_the_denoising_head_samples():
         ({"beta_a": 0.0}, "beta_a must be above 0"),
         ({"foreground_weight": -1.0}, "foreground_weight must be at least 0"),
         ({"norm_pixels": True}, "goes with head mse"),
-        ({"head": "mse", "tell_gamma": True}, "goes with head denoise"),
+        ({"head": "mse", "condition_on_gamma": True}, "goes with head denoise"),
     ],
 )
 def test_bad_options_are_refused(options, error):
