@@ -43,11 +43,11 @@ class DeviceFailed(SynthgenError):
 
     def __init__(self, device: str, host: str, reason: str, trace: str = "") -> None:
         self.device, self.trace = device, trace
-        self.summary = redact(f"{device} of {host} failed ({reason})")  # without the advice
         self._args = (device, host, reason, trace)
         super().__init__(
-            f"{self.summary}; see what nvidia-smi says of it, then restart the machine, or leave the device out with "
-            "CUDA_VISIBLE_DEVICES, and give the same command again: it goes on"
+            f"{device} of {host} failed ({reason})",
+            "see what nvidia-smi says of it, then restart the machine, or leave the device out with "
+            "CUDA_VISIBLE_DEVICES, and give the same command again: it goes on",
         )
 
     def __reduce__(self) -> tuple[type[DeviceFailed], tuple[str, ...]]:
@@ -97,7 +97,7 @@ def open_stage(stage: Stage, run: Run, worker: Worker) -> Iterator[Work]:
             if failure := DeviceFailed.from_error(error, worker.device):
                 seconds = round(time.perf_counter() - started, 3)
                 extra = fields | {"unit": unit, "samples": 0, "seconds": seconds, "trace": failure.trace}
-                logger.warning("unit %06d is left to another worker: %s", unit, failure.summary, extra=extra)
+                logger.warning("unit %06d is left to another worker: %s", unit, failure.problem, extra=extra)
                 raise failure from None
             reason = redact(" ".join(str(error).split())) or "no message"
             trace = "" if isinstance(error, SynthgenError) else redact(traceback.format_exc())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import multiprocessing as mp
 import os
+import pickle
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -41,17 +41,11 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Advance:
-    """So many more samples are made."""
+class Progressed:
+    """``count`` more samples are made or, if ``skipped``, were made by an earlier call."""
 
     count: int
-
-
-@dataclass(frozen=True)
-class Skip:
-    """So many samples were made by an earlier call."""
-
-    count: int
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Failed:
     error: Exception
 
 
-Message = Ready | Advance | Skip | Done | Failed
+Message = Ready | Progressed | Done | Failed
 
 
 # -- in the parent process
@@ -85,8 +79,7 @@ class _WorkerProcess:
     unit: int | None = None  # that it works on
     ready: bool = False
     stopping: bool = False
-    device_error: DeviceFailed | None = None
-    out_of_memory: TooLittleMemory | None = None  # why it could not open the stage
+    error: DeviceFailed | TooLittleMemory | None = None  # why it ends
 
     def assign(self, units: deque[int]) -> None:
         """Send it the first of the ``units``, or stop it if there is none."""
@@ -184,7 +177,7 @@ class WorkerPool:
             except DeviceFailed as error:
                 self.own_device_error = error
                 self._to_retry[unit] = _LostWorker(error.device, error)
-                logger.warning("%s; going on in a fresh process", error.summary)
+                logger.warning("%s; going on in a fresh process", error.problem)
                 return
             yield report
 
@@ -221,8 +214,8 @@ class WorkerPool:
                     except (EOFError, OSError):
                         del workers[worker.conn]
                         worker.join()
-                        if worker.out_of_memory and not (any_ready or workers or not_started):
-                            raise (self.own_device_error or worker.out_of_memory) from None
+                        if isinstance(worker.error, TooLittleMemory) and not (any_ready or workers or not_started):
+                            raise (self.own_device_error or worker.error) from None
                         if not worker.stopping:
                             restart = self._should_restart(worker, failures, len(devices), len(workers))
                             if restart and units:
@@ -231,10 +224,8 @@ class WorkerPool:
                             start(not_started.popleft())
                         continue
                     match message:
-                        case Advance(count):
-                            self.progress.advance(count)
-                        case Skip(count):
-                            self.progress.skip(count)
+                        case Progressed(count, skipped):
+                            (self.progress.skip if skipped else self.progress.advance)(count)
                         case Ready():
                             any_ready = worker.ready = True
                             worker.assign(units)
@@ -255,10 +246,8 @@ class WorkerPool:
         Raises:
             Exception: no other worker would do better, so that the error ends the call.
         """
-        if isinstance(error, DeviceFailed):
-            worker.device_error = error
-        elif isinstance(error, TooLittleMemory) and not worker.ready:
-            worker.out_of_memory = error  # fewer workers may fit
+        if isinstance(error, DeviceFailed) or (isinstance(error, TooLittleMemory) and not worker.ready):
+            worker.error = error  # another device may work, or fewer workers may fit
         elif not worker.ready or worker.unit is not None:
             raise self.own_device_error or error  # this process keeps its memory, which may be what the worker lacks
 
@@ -270,8 +259,8 @@ class WorkerPool:
         Raises:
             SynthgenError: it was killed although it was the only one, and would be again.
         """
-        device_error = worker.device_error
-        reason = device_error.summary if device_error else str(worker.out_of_memory or _KILLED)
+        device_error = worker.error if isinstance(worker.error, DeviceFailed) else None
+        reason = worker.error.problem if worker.error else _KILLED
         activity = f"loaded what {self.stage.name} needs"
         if worker.unit is not None:
             self._to_retry[worker.unit] = _LostWorker(worker.device, device_error)
@@ -285,7 +274,7 @@ class WorkerPool:
         elif num_workers == 1:
             raise (
                 self.own_device_error
-                or worker.out_of_memory
+                or worker.error
                 or SynthgenError(
                     f"a worker process ended while it {activity} ({reason}), also when it was alone; "
                     "give it more memory, or a smaller model"
@@ -305,7 +294,7 @@ def _failure_report(unit: int, first: _LostWorker, second: _LostWorker) -> Repor
         return Report(unit, error=f"a worker process ended ({_KILLED}); fewer --workers need less memory")
     same = first.device == second.device
     tried = "tried twice on one device, which failed" if same else "two devices failed on it, the last one"
-    return Report(unit, error=f"{tried}: {error.summary}", trace=error.trace, device_suspect=same)
+    return Report(unit, error=f"{tried}: {error.problem}", trace=error.trace, device_suspect=same)
 
 
 def _start_worker(index: int, device: str, stage: Stage, run: Run, rank: int, size: int) -> _WorkerProcess:
@@ -317,14 +306,20 @@ def _start_worker(index: int, device: str, stage: Stage, run: Run, rank: int, si
     return _WorkerProcess(index, device, process, conn)
 
 
-def _stop_all(workers: Iterable[_WorkerProcess]) -> None:
-    for worker in workers:
-        worker.stop()
-    for worker in workers:
-        with suppress(EOFError, OSError):
-            while True:  # a process whose messages nobody reads may block in ``send`` for ever
-                worker.conn.recv()
-        worker.join()
+def _stop_all(workers: Collection[_WorkerProcess]) -> None:
+    """Let the workers exit when they are done with their units; Ctrl-C meanwhile kills them, as one may hang."""
+    try:
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            with suppress(EOFError, OSError):
+                while True:  # a process whose messages nobody reads may block in ``send`` for ever
+                    worker.conn.recv()
+            worker.join()
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.process.kill()
+        raise
 
 
 # -- in the worker process
@@ -337,10 +332,10 @@ class _SentProgress(Progress):
         self._conn = conn
 
     def advance(self, count: int) -> None:
-        self._conn.send(Advance(count))
+        self._conn.send(Progressed(count))
 
     def skip(self, count: int) -> None:
-        self._conn.send(Skip(count))
+        self._conn.send(Progressed(count, skipped=True))
 
 
 def _worker_main(conn: Connection[Any, Any], stage: Stage, run: Run, rank: int, size: int, device: str) -> None:
@@ -363,7 +358,7 @@ def _picklable(error: Exception) -> Exception:
     """An error that can be sent: errors of synthgen and of the system as they are, others as a RuntimeError."""
     sent: Exception = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
     with suppress(Exception):
-        if isinstance(error, SynthgenError | OSError) and type(copy.copy(error)) is type(error):  # as pickle makes it
+        if isinstance(error, SynthgenError | OSError) and type(pickle.loads(pickle.dumps(error))) is type(error):
             sent = error
     if not isinstance(sent, SynthgenError):
         sent.add_note("".join(traceback.format_exception(error)))

@@ -183,13 +183,12 @@ class _Dispatcher:
         """
         report = None
         device_failed = isinstance(loss, DeviceFailed)
-        reason = loss.summary if isinstance(loss, DeviceFailed) else str(loss)
         if task.unit is not None:
             self.losses[task.unit] += 1
             if self.losses[task.unit] <= self.retries:
                 self.units.append(task.unit)
             else:
-                report = Report(task.unit, error=f"its worker was lost {self.losses[task.unit]} times: {reason}")
+                report = Report(task.unit, error=f"its worker was lost {self.losses[task.unit]} times: {loss.problem}")
         if device_failed:
             ray.kill(task.actor)  # its process can compute no more, and may hang when it is asked to exit
         if task.unit is None or device_failed:
@@ -197,7 +196,7 @@ class _Dispatcher:
         if self.failures[task.rank] <= self.retries:
             self._start(task.rank)
             return report
-        cause = reason if device_failed else f"it ended while it loaded; {reason}"
+        cause = loss.problem if device_failed else f"it ended while it loaded; {loss.problem}"
         logger.warning("worker %d is left out: %s", task.rank, cause)
         if self.units and not self.tasks:
             self._start(self._usable_rank(loss))

@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Devices(Stage):
     full: int = 0  # the same on a device that has room for so many (below 0: for none), and says so
     away: bool = False  # what is done cannot be looked up
     kills: tuple[int, ...] = ()  # units that kill their worker
+    hangs: tuple[int, ...] = ()  # units that are not done before anybody loses patience
     barred: bool = False  # it may not read what it needs
     unsent: bool = False  # it cannot be opened, for a reason that cannot be sent between processes
 
@@ -89,6 +91,8 @@ class Devices(Stage):
                 await_the_ends(run, self.crowd, worker.world_size)
             if unit in self.kills:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if unit in self.hangs:
+                time.sleep(30)
             fails = unit in self.poison or (unit in self.once and unit not in before)
             if fails or worker.device == self.broken or (worker.device == self.sick and made):
                 raise RuntimeError(ILLEGAL)
@@ -220,8 +224,8 @@ def named(kind):
 def test_it_can_be_sent_to_another_process():
     failed = DeviceFailed("cuda:3", "node7", "RuntimeError: CUDA error", "where")
     again = pickle.loads(pickle.dumps(failed))
-    assert (str(again), again.device, again.summary, again.trace) == (str(failed), "cuda:3", failed.summary, "where")
-    assert again.summary == "cuda:3 of node7 failed (RuntimeError: CUDA error)"
+    assert (str(again), again.device, again.problem, again.trace) == (str(failed), "cuda:3", failed.problem, "where")
+    assert again.problem == "cuda:3 of node7 failed (RuntimeError: CUDA error)"
     assert again.exit_code == 2
 
 
@@ -455,6 +459,28 @@ def test_who_stops_listening_waits_for_what_is_being_made(run, monkeypatch, fork
     made = [line["unit"] for line in lines(run) if "unit" in line]
     assert len(made) < 40
     assert run.units("numbers") == sorted(made)
+
+
+def test_ctrl_c_while_a_worker_hangs_kills_it(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    stage = Devices(hangs=(0,))
+    with run.claim(stage) as claimed:
+        reports = Local().map(stage, claimed, range(8), Progress())
+        next(reports)
+        workers, interrupt = mp.active_children(), (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.3, signal.pthread_kill, interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            reports.close()
+    for worker in workers:
+        worker.join(5)
+    assert not mp.active_children()
+
+
+def test_an_error_with_something_that_cannot_be_sent_is_told_in_words():
+    error = ConnectionError("no answer")
+    error.response = lambda: None
+    sent = pickle.loads(pickle.dumps(_worker_pool._picklable(error)))
+    assert str(sent) == "ConnectionError: no answer"
 
 
 # -- several processes, each with its share
