@@ -213,6 +213,13 @@ def test_the_keyboard_reaches_words_and_the_larger_view(page: Page, run: Run) ->
     assert np.array_equal(square[..., 3] > 0, truth(run, BOTH)[1])
     page.key(Keys.ARROW_RIGHT)
     page.until(lambda: "0000000003" in page.one("dialog[open]").text)
+    page.key(Keys.ARROW_RIGHT)
+    page.until(lambda: "0000000004" in page.one("dialog[open]").text)
+    back = ActionChains(page.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT)
+    back.send_keys(Keys.ENTER).perform()  # from the button that closes to the one for the next sample
+    page.until(lambda: "0000000005" in page.one("dialog[open]").text)
+    page.key(Keys.ENTER)
+    page.until(lambda: "0000010000" in page.one("dialog[open]").text)
     page.key(Keys.ESCAPE)
     page.until(lambda: not page.all("dialog[open]"))
 
