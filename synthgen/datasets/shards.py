@@ -27,7 +27,8 @@ class ShardDataset(ImageDataset):
 
     Members: ``jpg`` (or ``jpeg``, ``webp``, ``png``) is the image and the only one required; ``txt`` the text;
     ``mask.png`` the masks as one 8-bit image (0 background, k the k-th word); ``json`` has ``words`` (or ``classes``)
-    and ``label``; ``cls`` is a class number, used if there is no ``label``. Without ``masks`` they are not decoded.
+    and ``label``, and ``text``, ``caption`` or ``prompt`` where there is no ``txt``; ``cls`` is a class number, used if
+    there is no ``label``. Without ``masks`` they are not decoded.
 
     Raises:
         MissingArtifact, CorruptFile: a tar is missing, or it or a sample in it cannot be read.
@@ -47,13 +48,12 @@ class ShardDataset(ImageDataset):
             if image is None:
                 raise CorruptFile(f"sample {row.key} of {row.path} has no image (a member {', '.join(IMAGES)})")
             mask = self._mask(row, meta)
-            text = self._text(row)
-            text = str(meta.get("prompt", "")) if text is None else text
+            text = str(self._text(row, meta)).strip()
             pixels = decode_rgb(self._rows.read(row, image))
             labels = None if mask is None else decode_labels(self._rows.read(row, mask))
             if labels is not None and labels.shape != pixels.shape[:2]:
                 raise ValueError(f"its masks are {labels.shape[1]} x {labels.shape[0]} pixels and its image is not")
-            return Sample(row.key, pixels, self._label(row, meta), text.strip(), _words(meta), labels)
+            return Sample(row.key, pixels, self._label(row, meta), text, _words(meta), labels)
 
     def mask_member(self, index: int) -> str | None:
         """The name of the member with the masks of a sample."""
@@ -85,10 +85,7 @@ class ShardDataset(ImageDataset):
     def captions(self, index: int) -> tuple[str, ...]:
         """``captions`` of the json, a list of texts; else the ``txt``, else the json's text, caption or prompt."""
         with self._open(index) as (row, meta):
-            found = meta.get("captions", ())
-            if not found:
-                text = self._text(row)
-                found = [next((meta[name] for name in TEXT_KEYS if meta.get(name)), "") if text is None else text]
+            found = meta.get("captions") or [self._text(row, meta)]
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise ValueError("captions is not a list of texts")
             return tuple(text.strip() for text in found if text.strip())
@@ -124,8 +121,10 @@ class ShardDataset(ImageDataset):
         beside = "png" in row.members and _image(row) != "png"
         return "png" if beside and ("words" in meta or "classes" in meta) else None
 
-    def _text(self, row: Row) -> str | None:
-        return self._rows.read(row, "txt").decode() if "txt" in row.members else None
+    def _text(self, row: Row, meta: Mapping[str, Any]) -> Any:
+        if "txt" in row.members:
+            return self._rows.read(row, "txt").decode()
+        return next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
 
     def _label(self, row: Row, meta: Mapping[str, Any]) -> str | None:
         if isinstance(meta.get("label"), str) and meta["label"]:

@@ -125,7 +125,7 @@ class VLP(Method):
         if not any(sample.text for sample in samples):
             raise ConfigError(
                 f"no text in the {len(samples)} samples looked at, and vlp matches images to texts; "
-                "give shards with a member txt, or a prompt in their json"
+                "give shards with a member txt, or a text, caption or prompt in their json"
             )
 
     def check_start(self, folder: Path) -> None:

@@ -111,6 +111,7 @@ def test_a_json_may_say_that_a_number_is_none(tmp_path):
     samples = ShardDataset([write(tmp_path / "a.tar", {0: sample})])
     assert samples[0].words == ("disc",)
     assert samples.captions(0) == ("a disc",)
+    assert samples[0].text == "a disc"
 
 
 def test_labels_come_from_json_then_cls(tmp_path):
