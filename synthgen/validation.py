@@ -111,7 +111,7 @@ def validate_shards(folder: str | Path, *, decode: bool = True, progress: Progre
     progress = progress or Progress()
     progress.start("validate", len(tars), 0)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and hashing release the interpreter lock
             for tar in pool.map(lambda path: _check_tar(path, root, decode), tars):
                 checked.append(tar)
                 progress.advance(1)
@@ -125,7 +125,6 @@ def validate_shards(folder: str | Path, *, decode: bool = True, progress: Progre
     counts = {tar.path: len(tar.keys) for tar in checked}
     for place, paths in splits.items():
         _check_names(place, paths, root, result)
-        _check_marks(place, {path.name: counts[path] for path in paths}, root, result)
     if root.is_dir():
         for place, paths in splits.items():
             _check_sizes(place, {path.name: counts[path] for path in paths}, root, result)
@@ -170,7 +169,19 @@ def _check_tar(path: Path, root: Path, decode: bool) -> _Tar:
         tar.found.add("error", "the tar cannot be read to its end", f"{name}: {one_line(error)}")
     if not tar.keys:
         tar.found.add("error", "a tar holds no samples", name)
+    _check_stats(tar, root)
     return tar
+
+
+def _check_stats(tar: _Tar, root: Path) -> None:
+    """The number of samples and the sha256 in the ``_stats.json`` of a tar, if there is one."""
+    stats = _described(tar.path.with_name(f"{tar.path.stem}_stats.json"), tar.found, root)
+    if stats is None:
+        return
+    written = stats.get("successes", stats.get("count", len(tar.keys)))  # img2dataset counts failed downloads too
+    if written != len(tar.keys) or ("sha256" in stats and sha256_of(tar.path) != stats["sha256"]):
+        problem = "a tar has another number of samples or another sha256 than its _stats.json"
+        tar.found.add("error", problem, _relative(tar.path, root))
 
 
 def _check_sample(tar: _Tar, where: str, members: Mapping[str, bytes], decode: bool) -> None:
@@ -291,20 +302,6 @@ def _check_names(place: Path, paths: list[Path], root: Path, result: Validation)
         if after > before + 1:
             problem = "the numbers of the tars have gaps, which stops readers of {000000..000009}"
             result.add("error", problem, f"{_relative(place, root)}: {before + 1}", after - before - 1)
-
-
-def _check_marks(place: Path, counts: Mapping[str, int], root: Path, result: Validation) -> None:
-    """The ``_stats.json`` of each tar that has one."""
-    for name, count in counts.items():
-        path = place / f"{Path(name).stem}_stats.json"
-        stats = _described(path, result, root)
-        if stats is None:
-            continue
-        tar = place / name
-        written = stats.get("successes", stats.get("count", count))  # img2dataset counts failed downloads too
-        if written != count or ("sha256" in stats and sha256_of(tar) != stats["sha256"]):
-            problem = "a tar has another number of samples or another sha256 than its _stats.json"
-            result.add("error", problem, _relative(tar, root))
 
 
 def _check_sizes(place: Path, counts: Mapping[str, int], root: Path, result: Validation) -> None:
