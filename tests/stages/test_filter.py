@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from synthgen import api, codecs
+from synthgen.__main__ import main
 from synthgen.config import Choice
 from synthgen.engines.local import Local
 from synthgen.errors import ConfigError, CorruptFile, MissingArtifact, PipelineError, StaleArtifact, UnknownName
@@ -326,22 +325,17 @@ def test_a_pipeline_filters_before_it_packs(tmp_path):
         api.run_pipeline(line)
 
 
-def test_the_command_names_filters_and_counts(tmp_path):
+def test_the_command_names_filters_and_counts(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "r", distinct=5)
-    line = [
-        sys.executable,
-        "-m",
-        "synthgen",
-        "filter",
-        "--run",
-        str(run.path),
-        "--filter",
-        "blank",
-        "--filter",
-        "duplicate",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "rejected: 7 of 12 samples (duplicate 7)"
-    again = subprocess.run([*line[:4], "--run", str(run.path)], capture_output=True, text=True)
-    assert again.stdout.splitlines() == ["filter: nothing to do, all 2 units were done", done.stdout.splitlines()[-1]]
+
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["synthgen", "filter", "--run", str(run.path), *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert (end.value.code, err) == (0, "")
+        return out.splitlines()
+
+    first = command("--filter", "blank", "--filter", "duplicate")
+    assert first[-1] == "rejected: 7 of 12 samples (duplicate 7)"
+    assert command() == ["filter: nothing to do, all 2 units were done", first[-1]]
