@@ -125,7 +125,7 @@ def test_batches_change_nothing_that_matters(finished, settings, tmp_path):
         np.testing.assert_allclose(left.maps.weights.astype(float), right.maps.weights.astype(float), atol=2e-4)
 
 
-def test_stretched_images_are_seen_at_the_models_size(settings, tmp_path):
+def test_stretched_images_have_the_models_size(settings, tmp_path):
     run = Run.create(tmp_path / "r")
     api.attend(run, engine=HERE, fit="stretch", limit=3, max_side=20, **settings)
     samples = [generation for generation, _ in api.samples(run)]
@@ -145,11 +145,11 @@ def test_stretched_images_are_seen_at_the_models_size(settings, tmp_path):
         ((86, 128), (128, 128), 16, (112, 160)),
     ],
 )
-def test_the_size_at_which_an_image_is_seen(shape, size, multiple, expected):
+def test_fit_size_keeps_proportions_up_to_two_to_one(shape, size, multiple, expected):
     assert fit_size(shape, size, multiple) == expected
 
 
-def test_photos_are_not_kept_at_their_own_size(settings, tmp_path, monkeypatch):
+def test_photos_are_not_kept_in_memory_at_full_size(settings, tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     folder.mkdir()
     for row in range(6):
@@ -193,7 +193,7 @@ def test_the_network_sees_the_noised_latent_once_a_timestep(stable_diffusion):
         torch.testing.assert_close(noised, kept.sqrt() * latent + (1 - kept).sqrt() * noise)
 
 
-def test_the_shipped_model_finds_back_from_noise_to_its_image():
+def test_the_shipped_model_inverts_its_own_image():
     """40 steps there and back by DDIM, without guidance: the decoded image comes back with a PSNR above 22 dB."""
     model = Tiny()
     request = Request("0000000000", parse_line("a photo of a [panda]"), 1)
@@ -244,7 +244,7 @@ def test_held_out_composites_are_judged_by_their_own_masks(stable_diffusion, tmp
     assert scores["images"] == 4
 
 
-def test_a_folder_goes_all_the_way(photos, settings, tmp_path):
+def test_a_folder_is_attended_masked_packed_and_exported(photos, settings, tmp_path):
     run = Run.create(tmp_path / "r")
     api.attend(run, engine=HERE, **settings | {"images": str(photos)})
     api.masks(run, engine=HERE, min_area=0.0, max_area=1.0)
@@ -312,7 +312,7 @@ def test_two_workers_give_the_same_bytes(finished, settings, tmp_path):
 
 
 @pytest.mark.slow  # quick ones kill generate, and the whole line in tests/faults
-def test_kill_in_the_middle_then_the_same_command(settings, photos, tmp_path):
+def test_a_killed_command_is_finished_by_the_same_command(settings, photos, tmp_path):
     table, model = str(photos / "metadata.jsonl"), settings["backbone"].options["model"]
     command = [
         sys.executable, "-m", "synthgen", "attend", "--images", str(photos), "--metadata", table, "--model", model,
@@ -415,7 +415,7 @@ def test_an_image_that_cannot_be_read_is_left_out_with_its_reason(photos, settin
         ({"caption": "a [dog"}, "caption 'a \\[dog' cannot be read: a '\\[' is not closed"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong, said):
+def test_invalid_settings_are_refused(wrong, said):
     with pytest.raises(ConfigError, match=said):
         make_stage("attend", {"images": "x.tar", **wrong})
     assert Attend("x.tar", caption="a {label}").caption == "a {label}"
@@ -435,7 +435,7 @@ def tar_of(path, *samples):
     return path
 
 
-def test_a_caption_that_cannot_be_used_costs_one_sample_of_a_tar(settings, tmp_path):
+def test_an_unusable_caption_costs_one_sample_of_a_tar(settings, tmp_path):
     captions = [b"a [dog", b"a [cat]", None, b" ".join([b"[dog]"] * 256), b"a dog"]
     words = [None, None, None, None, b'{"words": ["cat"]}']
     samples = [{"png": picture(row), "txt": captions[row], "json": words[row]} for row in range(5)]
@@ -452,7 +452,7 @@ def test_a_caption_that_cannot_be_used_costs_one_sample_of_a_tar(settings, tmp_p
 
 
 @pytest.mark.parametrize("units", [1, 3])
-def test_a_unit_of_nothing_but_unreadable_samples_is_done_and_empty(settings, units, tmp_path):
+def test_a_unit_of_unreadable_samples_is_done_and_empty(settings, units, tmp_path):
     samples = [
         {"png": b"this is no picture", "txt": b"a [dog]"},
         {"png": picture(0), "txt": b"a [dog"},
@@ -480,7 +480,7 @@ def test_a_unit_of_nothing_but_unreadable_samples_is_done_and_empty(settings, un
             api.shards(run, engine=HERE, val_ratio=0.0)
 
 
-def test_a_unit_of_which_the_model_made_nothing_still_fails(settings, tmp_path, monkeypatch):
+def test_a_unit_without_one_good_image_fails(settings, tmp_path, monkeypatch):
     samples = [{"png": b"this is no picture", "txt": b"a [dog]"}, {"png": picture(0), "txt": b"a [dog]"}]
     given = settings | {"images": str(tar_of(tmp_path / "x.tar", *samples)), "unit_size": 2}
     encode = StableDiffusion.encode
@@ -489,7 +489,7 @@ def test_a_unit_of_which_the_model_made_nothing_still_fails(settings, tmp_path, 
         api.attend(Run.create(tmp_path / "r"), engine=HERE, **given)
 
 
-def test_tars_without_one_caption_that_can_be_used_are_refused_before_anything_is_loaded(tmp_path):
+def test_tars_without_a_usable_caption_are_refused_before_anything_is_loaded(tmp_path):
     tar = tar_of(tmp_path / "x.tar", {"png": picture(0), "txt": b"a [dog"}, {"png": picture(1)})
     missing = Choice("diffusers", {"model": str(tmp_path / "no-model")})
     with pytest.raises(

@@ -77,7 +77,7 @@ def test_two_workers_give_the_same_bytes(finished, settings, tmp_path):
     assert sums(run, "images", "maps") == sums(finished, "images", "maps")
 
 
-def test_kill_in_the_middle_then_the_same_command(finished, settings, tmp_path):
+def test_a_killed_command_is_finished_by_the_same_command(finished, settings, tmp_path):
     run = tmp_path / "r"
     backbone = settings["backbone"].options
     command = [
@@ -127,7 +127,7 @@ def kept(finished, tmp_path):
     return Run.open(tmp_path / "kept")
 
 
-def test_nothing_but_the_run_goes_on_with_its_own_prompts_and_settings(finished, kept):
+def test_without_options_a_run_resumes_with_its_prompts_and_settings(finished, kept):
     kept.tar("images", 1).unlink()
     assert "2 of 3 units were done before" in command("generate", "--run", kept.path, "--workers", "1")
     assert sums(kept, "images", "maps") == sums(finished, "images", "maps")
@@ -139,14 +139,14 @@ def test_nothing_but_the_run_goes_on_with_its_own_prompts_and_settings(finished,
     assert kept.artifact("maps")["settings"]["images_per_prompt"] == 3
 
 
-def test_what_differs_is_refused_without_prompts_too(kept):
+def test_changed_settings_are_refused_without_prompts(kept):
     given = resume_settings(kept, "generate", {"prompts": "", "template": "", "backbone": {"num_steps": 3}})
     with pytest.raises(StaleArtifact, match=r"made differently: backbone.num_steps is 3 and was 2; use"):
         api.generate(kept, engine=Local(workers=1), **given)
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "gone", "no mark"])
-def test_a_copy_that_is_not_whole_is_not_gone_on_with(kept, tmp_path, damage):
+def test_an_incomplete_prompt_copy_is_refused(kept, tmp_path, damage):
     path = kept.path / "prompts.jsonl"
     data = path.read_bytes()
     if damage in ("cut", "byte"):
@@ -161,7 +161,7 @@ def test_a_copy_that_is_not_whole_is_not_gone_on_with(kept, tmp_path, damage):
     assert path.read_bytes() == data
 
 
-def test_a_run_in_a_store_goes_on_with_its_own_prompts(settings, tmp_path):
+def test_a_run_in_a_store_resumes_with_its_own_prompts(settings, tmp_path):
     run = Run.create(f"memory://{tmp_path.name}/r")
     api.generate(run, engine=Local(workers=1), **settings | {"limit": 2, "unit_size": 1})
     before = sums(run, "images", "maps")
@@ -171,7 +171,7 @@ def test_a_run_in_a_store_goes_on_with_its_own_prompts(settings, tmp_path):
     assert sums(run, "images", "maps") == before
 
 
-def test_a_stage_that_is_given_no_prompts_goes_on_with_those_of_the_run(kept, settings, tmp_path):
+def test_a_stage_without_prompts_uses_those_of_the_run(kept, settings, tmp_path):
     stage = Generate(**settings | {"prompts": ""})
     assert list(stage.own_prompts(kept)) == read_prompts(settings["prompts"])
     assert Generate(**settings).own_prompts(kept) is None
@@ -192,11 +192,11 @@ def test_a_changed_option_of_the_backbone_is_refused(finished, settings):
         api.generate(finished, engine=Local(workers=1), **{**settings, "backbone": backbone})
 
 
-def test_the_manifest_spells_out_every_option(finished):
+def test_recorded_settings_have_every_option(finished):
     assert finished.artifact("images")["settings"]["backbone"]["dtype"] == "float32"
 
 
-def test_bad_settings_say_so_before_anything_is_written(tmp_path, settings):
+def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, settings):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnknownName, match="did you mean 'tiny'"):
         api.generate(run, prompts=settings["prompts"], backbone="tyny")
@@ -221,7 +221,7 @@ def test_limit_and_template(settings, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["", "a {} at night\nan old {}\n"])
-def test_workers_need_the_copy_alone(tmp_path, template):
+def test_workers_read_only_the_prompt_copy(tmp_path, template):
     (tmp_path / "p.txt").write_text(PROMPTS)
     (tmp_path / "t.txt").write_text(template)
     files = {"prompts": str(tmp_path / "p.txt")} | ({"template": str(tmp_path / "t.txt")} if template else {})
@@ -239,7 +239,7 @@ def test_workers_need_the_copy_alone(tmp_path, template):
         assert stage.num_units(run) == 4  # status, which is given no claimed run
 
 
-def test_another_prompt_file_that_nobody_has_drawn_from_yet(tmp_path):
+def test_prompts_may_change_until_an_image_is_made(tmp_path):
     run, path = Run.create(tmp_path / "r"), tmp_path / "p.txt"
     asked = []
 

@@ -95,7 +95,7 @@ def limit_of(run: Run) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("limits", [{"images_per_prompt": 3}, {"images_per_prompt": 5, "limit": 9}])
-def test_more_images_are_those_of_a_run_made_at_once(
+def test_added_images_equal_those_of_a_run_made_at_once(
     six: Run, nine: Run, given: dict[str, Any], limits: dict[str, int]
 ) -> None:
     before = sums(six, "images")
@@ -110,7 +110,7 @@ def test_more_images_are_those_of_a_run_made_at_once(
     assert api.generate(six, engine=HERE, **given, **limits).samples == 0
 
 
-def test_a_limit_that_is_lifted(nine: Run, given: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lifted_limit_adds_the_remaining_images(nine: Run, given: dict[str, Any], tmp_path: Path) -> None:
     run = make(Run.create(tmp_path / "r"), given, images_per_prompt=3, limit=2)
     assert len(list(api.samples(run))) == 2
     make(run, given, images_per_prompt=3, limit=0)
@@ -118,7 +118,7 @@ def test_a_limit_that_is_lifted(nine: Run, given: dict[str, Any], tmp_path: Path
     assert limit_of(run) == (3, 0)
 
 
-def test_a_command_without_limits_goes_on_with_the_newer_ones(six: Run, nine: Run, given: dict[str, Any]) -> None:
+def test_a_command_without_limits_uses_the_newest_ones(six: Run, nine: Run, given: dict[str, Any]) -> None:
     api.generate(six, engine=HERE, **given, images_per_prompt=3)
     six.tar("images", 2).unlink()
     settings = resume_settings(six, "generate", {"prompts": ""})
@@ -173,7 +173,7 @@ def test_a_kill_between_the_two_tars_of_a_unit_that_grows(
     assert sums(six) == sums(nine)
 
 
-def test_a_kill_in_growth_leaves_no_maps_of_other_images(
+def test_a_kill_while_growing_leaves_no_maps_of_other_images(
     six: Run, nine: Run, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first try makes as many good images as there were, but others; its maps are still to come."""
@@ -202,7 +202,7 @@ def test_a_kill_in_growth_leaves_no_maps_of_other_images(
     assert list(six.read("maps", 1)) == list(nine.read("maps", 1))
 
 
-def test_a_killed_command_goes_on(six: Run, given: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_command_resumes(six: Run, given: dict[str, Any], tmp_path: Path) -> None:
     once = Run.create(tmp_path / "once")
     api.generate(once, engine=HERE, **given, images_per_prompt=8)
     command = [sys.executable, "-m", "synthgen", "generate", "--run", str(six.path), "--workers", "1"]
@@ -220,7 +220,7 @@ def test_a_killed_command_goes_on(six: Run, given: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.slow  # two workers are those of test_generate, growth that of the tests above
-def test_two_workers_at_a_run_that_grows(six: Run, nine: Run, given: dict[str, Any]) -> None:
+def test_two_workers_grow_a_run_to_the_same_bytes(six: Run, nine: Run, given: dict[str, Any]) -> None:
     api.generate(six, engine=Local(workers=2), **given, images_per_prompt=3)
     api.masks(six, engine=Local(workers=2))
     assert sums(six) == sums(nine)
@@ -282,7 +282,7 @@ def test_shards_of_fewer_images_are_refused_and_status_leads_on(six: Run, nine: 
     assert "pretrain" in status(six).advice
 
 
-def test_status_counts_a_unit_that_is_to_grow_as_open(six: Run, given: dict[str, Any]) -> None:
+def test_status_counts_a_growing_unit_as_not_done(six: Run, given: dict[str, Any]) -> None:
     record_settings(six, Generate(**given, images_per_prompt=3).complete())
     found = {one.name: (one.done, one.planned, one.samples) for one in status(six).artifacts}
     assert found["images"] == (1, 3, 6)
@@ -323,7 +323,7 @@ def test_a_failure_to_grow_is_reported(six: Run, given: dict[str, Any], monkeypa
     assert len(list(api.samples(six))) == 6
 
 
-def test_other_prompts_and_units_are_refused_still(six: Run, given: dict[str, Any], tmp_path: Path) -> None:
+def test_other_prompts_and_unit_sizes_are_refused(six: Run, given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(StaleArtifact, match=r"differently: unit_size is 5 and was 4; use"):
         api.generate(six, engine=HERE, **given | {"unit_size": 5}, images_per_prompt=3)
     (tmp_path / "p.txt").write_text(PROMPTS + "a [cow]\n")

@@ -135,7 +135,7 @@ def test_maskdit_is_tuned_by_the_papers_schedule_and_its_average_goes_on(run):
         assert ["rebuild" in record for record in records] == [tuning != {"mask_ratio": 0.0}] * 2 + [False]
 
 
-def test_killed_it_ends_the_same_and_what_is_finished_needs_its_start_no_more(run, umd):
+def test_a_killed_training_ends_the_same_and_a_finished_one_needs_no_start(run, umd):
     whole = load_file(train(run, TUNED, "tuned", start=str(umd)) / "encoder.safetensors")
     shutil.rmtree(run.folder("pretrain/tuned"))
     with pytest.raises(Killed):
@@ -202,20 +202,20 @@ def test_labels_are_read_once_for_a_training(run, umd, monkeypatch):
         ({"name": "umd", "decoder_depth": 2}, {}, r"cannot go on as this one: its decoder fits only in part: it lacks"),
     ],
 )
-def test_another_architecture_is_one_line(run, umd, method, changes, said):
+def test_a_start_of_another_architecture_is_refused_in_one_line(run, umd, method, changes, said):
     with pytest.raises(ConfigError, match=said):
         train(run, method, "tuned", start=str(umd), **changes)
     assert not run.folder("pretrain/tuned").exists()
 
 
-def test_a_tensor_of_another_shape_is_told_with_both(run):
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(run):
     first = train(run, {"name": "contrastive", "projection_dim": 16, "hidden_dim": 16}, "first")
     said = r"its queue_keys has the shape \(0, 16\), and that of this training \(0, 8\); give the options that it was"
     with pytest.raises(ConfigError, match=said):
         train(run, {"name": "contrastive", "projection_dim": 8, "hidden_dim": 16}, "second", start=str(first))
 
 
-def test_other_classes_are_told_and_may_be_left_out(run, umd, tmp_path):
+def test_other_classes_are_named_and_may_be_left_out(run, umd, tmp_path):
     first = train(run, TUNED, "first", start=str(umd))
     label = json.dumps({"words": ["disc"], "label": "cone"}).encode()
     write(tmp_path / "data.tar", [members(number, ("disc",), json=label) for number in range(16)])
@@ -225,7 +225,7 @@ def test_other_classes_are_told_and_may_be_left_out(run, umd, tmp_path):
     assert (told(folder)["left_parts"], told(folder)["anew"]) == (["average", "classes", "steps"], 0)
 
 
-def test_what_is_unfinished_or_no_training_is_told(run, umd, tmp_path):
+def test_unfinished_trainings_are_refused_as_a_start(run, umd, tmp_path):
     (umd / "done.json").unlink()
     with pytest.raises(MissingArtifact, match=r"umd is not finished.*synthgen pretrain --label umd --run "):
         train(run, TUNED, "tuned", start=str(umd))
@@ -238,7 +238,7 @@ def test_what_is_unfinished_or_no_training_is_told(run, umd, tmp_path):
     assert not run.folder("pretrain/tuned").exists()
 
 
-def test_damage_is_told_before_anything_begins(run, umd):
+def test_damaged_weights_are_refused_before_training(run, umd):
     checkpoint = max((umd / "checkpoints").iterdir())
     data = bytearray(checkpoint.read_bytes())
     data[-5] ^= 1  # of the optimizer or of the method: all of it is looked at
@@ -299,7 +299,7 @@ def test_tokenizers_of_encoders_are_their_weights(run, tmp_path):
     assert option_inputs(Choice("vlp", {"tokenizer": ""})) == {}
 
 
-def test_a_whole_training_goes_on_with_its_own_vocabulary(run, tmp_path):
+def test_a_whole_training_keeps_its_vocabulary(run, tmp_path):
     (tmp_path / "tok").mkdir()
     path = Path(shutil.copy(WEIGHTS / "tokenizer" / "tokenizer.json", tmp_path / "tok"))
     method = VLP | {"tokenizer": str(path)}
@@ -334,7 +334,7 @@ def test_without_its_checkpoints_a_training_gives_its_encoder(run, umd):
     assert {"decoder", "time", "changes", "classes"} <= set(start["new_parts"])
 
 
-def test_a_scorer_that_a_file_names_stays(run):
+def test_a_scorer_from_a_file_is_kept(run):
     first = run.folder("pretrain/mae")
     scorer = shutil.copytree(train(run, "mae", "other", seed=1), first.with_name("scorer"))
     folder = train(run, {"name": "automae", "scorer": str(scorer)}, "auto", start=str(first), **STILL)
@@ -390,7 +390,7 @@ def test_a_training_begins_from_transformers(run, tmp_path):
     assert equal(load_encoder(again).state_dict(), load_encoder(exported.parent).state_dict(), atol=1e-6)
 
 
-def test_only_what_decides_the_encoder_of_transformers_makes_another_start(run, tmp_path):
+def test_only_weights_and_architecture_of_transformers_identify_a_start(run, tmp_path):
     start = of_transformers(tmp_path / "vit")
     with pytest.raises(Killed):
         train(run, "mae", "begun", KillAt(2), start=str(start))
@@ -420,12 +420,12 @@ def test_only_what_decides_the_encoder_of_transformers_makes_another_start(run, 
         ("vit", {"image_size": 64}, "has image_size 64, and that of this training image_size 32"),
     ],
 )
-def test_what_is_built_otherwise_is_one_line(run, tmp_path, kind, changes, said):
+def test_an_unsupported_architecture_is_refused_in_one_line(run, tmp_path, kind, changes, said):
     with pytest.raises(ConfigError, match=said):
         train(run, "mae", "begun", start=str(of_transformers(tmp_path / kind, kind, **changes)))
 
 
-def test_the_advice_of_another_mean_leads_on(run, tmp_path):
+def test_the_advice_on_another_mean_works(run, tmp_path):
     start = of_transformers(tmp_path / "vit")
     mean = [0.48145466, 0.4578275, 0.40821073]
     (start / "preprocessor_config.json").write_text(json.dumps({"size": 32, **SEEN, "image_mean": mean}))
@@ -434,7 +434,7 @@ def test_the_advice_of_another_mean_leads_on(run, tmp_path):
     train(run, "mae", "begun", start=str(start), encoder={**ENCODER, "mean": mean})
 
 
-def test_classes_may_be_new_in_maskdit_and_its_average_tells_the_same(run):
+def test_maskdit_accepts_new_classes_and_reports_the_same_of_its_average(run):
     folder = train(
         run, {"name": "maskdit", "class_labels": True}, "told", start=str(run.folder("pretrain/maskdit")), **STILL
     )
@@ -444,7 +444,7 @@ def test_classes_may_be_new_in_maskdit_and_its_average_tells_the_same(run):
     assert method.average.classes.names == ("disc", "square")
 
 
-def test_an_encoder_of_the_average_and_of_a_snapshot_will_do(run):
+def test_averages_and_snapshots_are_accepted_as_a_start(run):
     first = train(run, "maskdit", "first", snapshots=1)
     for place in (first / "average", *(first / "snapshots").iterdir()):
         start = told(train(run, "maskdit", place.name, start=str(place)))
@@ -455,7 +455,7 @@ def test_an_encoder_of_the_average_and_of_a_snapshot_will_do(run):
         )
 
 
-def test_weights_that_are_missing_or_left_over_are_told(tmp_path):
+def test_missing_and_unused_weights_are_named(tmp_path):
     folder = of_transformers(tmp_path / "vit")
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -82,7 +82,7 @@ def test_no_masks_are_made_of_units_with_different_settings(tmp_path, artifact):
     assert not run.folder("masks").exists()
 
 
-def test_masks_that_nobody_would_read_again_are_refused_before_the_work():
+def test_masks_too_large_to_be_read_back_are_refused():
     words = tuple(f"w{number}" for number in range(45))
     generation, _ = make_generation(key="0000120003")
     request = replace(generation.request, prompt=Prompt(" ".join(words), words))
@@ -117,7 +117,7 @@ def test_masks_that_are_too_small_or_too_large_are_dropped_with_the_reason():
     assert Masks().keep(values, generation.maps).dropped == ("empty: no pixel is the word's",) * 2
 
 
-def test_masks_below_a_confidence_are_dropped_where_that_is_asked_for():
+def test_min_confidence_drops_masks():
     generation, truth = make_generation(seed=3)
     beside = np.roll(truth, 24, axis=2)
     kept = Masks().keep(beside, generation.maps)
@@ -162,7 +162,7 @@ REASONS = {
 
 @pytest.mark.parametrize("refiner", [Threshold(), AttentionCut()])
 @pytest.mark.parametrize("how", REASONS)
-def test_a_map_that_says_nothing_gives_no_mask_and_a_reason_and_the_other_word_keeps_its_own(how, refiner):
+def test_an_unusable_map_drops_only_its_own_mask(how, refiner):
     generation, _ = make_generation(words=("disc", "square"))
     maps = generation.maps
     good = Masks().mask(refiner, Threshold(), alone(generation, 1))
@@ -186,7 +186,7 @@ def alone(generation, index):
     return replace(generation, maps=Maps(words, weights, maps.affinity))
 
 
-def test_broken_self_attention_a_map_without_cells_and_no_words_are_told_too():
+def test_broken_affinity_empty_maps_and_no_words_are_handled():
     generation, _ = make_generation(words=("disc", "square"))
     affinity = generation.maps.affinity.copy()
     affinity[2, 3, 3] = np.nan
@@ -210,7 +210,7 @@ def test_the_bounds_of_maps_are_settings():
     assert reason.startswith("single cell: one holds ")
 
 
-def test_a_unit_with_spoiled_maps_and_lost_words_is_made_counted_and_told(tmp_path):
+def test_dropped_masks_and_cut_off_words_are_counted(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     spoil = iter(REASONS)
     with rewritten(run, "maps") as maps, rewritten(run, "images") as images:
@@ -259,13 +259,13 @@ def test_masks_of_large_images_do_not_disagree_with_themselves(size):
         (np.ones((2, 64, 64), bool), "gave a pixel to two words"),
     ],
 )
-def test_a_refiner_of_another_package_is_held_to_its_contract(returned, says):
+def test_the_result_of_a_refiner_is_checked(returned, says):
     generation, _ = make_generation(size=64, words=("disc", "square"))
     with pytest.raises(ConfigError, match=f"^the refiner SimpleNamespace {says}"):
         Masks().mask(SimpleNamespace(refine=lambda image, maps: returned), Threshold(), generation)
 
 
-def test_masks_by_the_threshold_do_not_disagree_with_it_and_cut_ones_do():
+def test_only_cut_masks_disagree_with_the_threshold():
     generation, _ = make_generation(seed=1)
     stage = Masks()
     assert stage.mask(Threshold(), Threshold(), generation).disagreement == [0]
@@ -275,7 +275,7 @@ def test_masks_by_the_threshold_do_not_disagree_with_it_and_cut_ones_do():
     assert 0 < cut.disagreement < 0.5
 
 
-def test_a_sample_that_lost_its_maps_fails_its_unit_and_says_which(tmp_path):
+def test_a_sample_without_maps_fails_its_unit_by_name(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     from synthgen.stores.tar import TarWriter
 
@@ -290,7 +290,7 @@ def test_a_sample_that_lost_its_maps_fails_its_unit_and_says_which(tmp_path):
     assert run.mark("masks", 0) is not None
 
 
-def test_bad_settings(tmp_path):
+def test_wrong_settings_are_refused_by_name(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     with pytest.raises(ConfigError, match="min_area and max_area"):
         api.masks(run, min_area=0.9, max_area=0.2)
@@ -301,7 +301,7 @@ def test_bad_settings(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"min_contrast": 1.0}, {"min_contrast": -0.1}, {"max_peak": 0.0}, {"min_confidence": 1.0}]
 )
-def test_bounds_that_mean_nothing_are_refused(settings):
+def test_invalid_bounds_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Masks(**settings)
 

@@ -62,7 +62,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
+def test_counts_bytes_and_remaining_work_agree_with_the_run(line, temporary):
     run = Run(line.parent / "run")
     planned = plan_pipeline(line, sample=7)
     assert not run.path.exists()
@@ -98,7 +98,7 @@ def test_counts_bytes_and_what_is_left_agree_with_the_run(line, temporary):
 
 
 @pytest.mark.slow
-def test_images_that_exist_are_planned_as_they_are_then_attended(tmp_path, temporary):
+def test_the_plan_of_existing_images_agrees_with_attend(tmp_path, temporary):
     write_truth_of(tmp_path / "tars", 14)
     stages = {
         "attend": {"images": str(tmp_path / "tars"), "timesteps": [100], "unit_size": 5, "batch_size": 4},
@@ -119,7 +119,7 @@ def test_images_that_exist_are_planned_as_they_are_then_attended(tmp_path, tempo
     assert plan_pipeline(line).stages[0].units_left == 0
 
 
-def test_every_evaluator_is_measured_on_whatever_it_judges(tmp_path):
+def test_every_evaluator_is_measured(tmp_path):
     """In this process; the sample is a run that has its shards and an encoder."""
     run = make_run(tmp_path / "rounds", units=2, unit_size=10, image_size=32)
     run_stage(Shards(val_ratio=0.0), run, Local(workers=1))
@@ -177,7 +177,7 @@ def write_truth_of(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_what_cannot_be_drawn_is_told_and_nothing_stays(line, temporary):
+def test_a_missing_model_is_reported_and_no_file_is_left(line, temporary):
     options = {
         "stages.generate.backbone": {"name": "diffusers", "model": "no/such-model"},
         "run": str(line.parent / "x"),

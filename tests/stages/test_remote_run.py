@@ -82,7 +82,7 @@ def _exported(run: Run) -> Run:
     return run
 
 
-def test_what_is_done_stays_as_it_is_and_what_was_spoiled_is_made_again(store: Store) -> None:
+def test_only_damaged_units_are_made_again(store: Store) -> None:
     run = make_run(store.url("run"), units=3, unit_size=3)  # type: ignore[arg-type]
     before = hashes(run)
     store.put("run/images/000001.tar", store.objects()["run/images/000001.tar"][:2000])  # cut off
@@ -117,7 +117,7 @@ class _Stop(Progress):
             raise KeyboardInterrupt
 
 
-def test_a_killed_training_goes_on_on_another_machine(
+def test_a_killed_training_resumes_on_another_machine(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [make_run(place, units=1, unit_size=8) for place in (tmp_path / "local", store.url("run"))]  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def samples(run: Run, split: str = "*") -> dict[str, dict[str, bytes]]:
     return {key: members for path in tars for key, members in read_tar(path)}
 
 
-def test_every_sample_is_there_once_with_the_same_members(run: Run) -> None:
+def test_every_sample_occurs_once_with_the_same_members(run: Run) -> None:
     pack(run)
     keys = [key for path in run.folder("shards").glob("*/*.tar") for key, _ in read_tar(path)]
     assert len(keys) == len(set(keys)) == 36
@@ -153,7 +153,7 @@ def test_columns_of_the_parquet_have_types_whatever_the_rows(run: Run) -> None:
         assert set(json.loads(members["json"])) - {"masks"} <= set(schemas[0].names), key
 
 
-def test_what_the_masks_stage_measures_is_in_the_json_and_in_the_parquet(tmp_path: Path) -> None:
+def test_quality_figures_of_masks_are_in_the_json_and_the_parquet(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", units=1, unit_size=6, masks=False)
     run_stage(Masks(), run, Local(workers=1))
     pack(run)
@@ -167,7 +167,7 @@ def test_what_the_masks_stage_measures_is_in_the_json_and_in_the_parquet(tmp_pat
             assert row[f"mask_{name}"] == [mask[name] for mask in stored[row["key"]]]
 
 
-def test_objects_are_told_apart_unless_that_is_switched_off(source: Path, tmp_path: Path) -> None:
+def test_objects_are_separated_unless_instances_is_off(source: Path, tmp_path: Path) -> None:
     for number, expected in enumerate(([72, 16], [88])):
         run = copy(source, tmp_path / str(number))
         members = dict(run.read("masks", 0))
@@ -219,7 +219,7 @@ def test_another_seed_gives_another_split_and_order(source: Path, tmp_path: Path
     assert keys[0] != keys[1]
 
 
-def test_order_is_mixed_and_without_shuffle_that_of_the_keys(source: Path, tmp_path: Path) -> None:
+def test_samples_are_shuffled_or_in_the_order_of_their_keys(source: Path, tmp_path: Path) -> None:
     plain = list(samples(pack(copy(source, tmp_path / "plain"), shuffle=False, val_ratio=0.0)))
     mixed = list(samples(pack(copy(source, tmp_path / "mixed"), val_ratio=0.0)))
     assert plain == sorted(plain) == sorted(mixed) != mixed
@@ -241,7 +241,7 @@ def test_a_worker_verifies_each_unit_once(run: Run, monkeypatch: pytest.MonkeyPa
     assert verified == {f"{name}/{unit:06d}.tar": 1 for name in ("images", "masks") for unit in range(3)}
 
 
-def test_a_command_whose_folder_was_given_other_settings_adds_no_shard(run: Run) -> None:
+def test_no_shard_is_written_after_the_settings_were_replaced(run: Run) -> None:
     stage = Shards(**SETTINGS)
     late = run.claim(stage)
     claimed = late.__enter__()
@@ -314,7 +314,7 @@ def test_the_labels_of_images_are_read_once_for_all_workers(run: Run, monkeypatc
     assert samples(run) == samples(alone)
 
 
-def test_one_prompt_without_label_and_no_sample_has_a_class(run: Run) -> None:
+def test_no_sample_has_a_class_if_one_prompt_has_no_label(run: Run) -> None:
     prompts = [Prompt("a square", label="square"), Prompt("a disc", label="disc"), Prompt("a cloud")]
     lines = [json.dumps(codecs.prompt_to_json(prompt)) for prompt in prompts]
     (run.path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -330,7 +330,7 @@ def card_of(run: Run) -> str:
     return (run.folder("shards") / "README.md").read_text()
 
 
-def test_card_and_dataset_tell_the_versions_that_drew_the_images(run: Run) -> None:
+def test_card_and_dataset_have_the_versions_that_made_the_images(run: Run) -> None:
     noted = run.folder("images") / "settings.yaml"
     entry = yaml.safe_load(noted.read_text())
     here = dict(entry["versions"])
@@ -347,7 +347,7 @@ def test_card_and_dataset_tell_the_versions_that_drew_the_images(run: Run) -> No
     assert f"torch {here['torch']}" in second
 
 
-def test_the_card_says_how_many_prompts_of_val_are_in_train_as_well(source: Path, tmp_path: Path) -> None:
+def test_the_card_counts_prompts_of_val_that_are_in_train(source: Path, tmp_path: Path) -> None:
     run = pack(copy(source, tmp_path / "both"))
     assert "3 different prompts (3 of the 3 in val are in train as well), such as:" in card_of(run)
     run = copy(source, tmp_path / "own")
@@ -366,7 +366,7 @@ def test_the_card_says_how_many_prompts_of_val_are_in_train_as_well(source: Path
     assert "in train as well" not in card_of(pack(copy(source, tmp_path / "none"), val_ratio=0.0))
 
 
-def test_a_word_that_an_image_marks_twice_counts_once(tmp_path: Path) -> None:
+def test_a_word_marked_twice_in_an_image_counts_once(tmp_path: Path) -> None:
     row = {"prompt": "p", "label": "", "width": 8, "height": 8}
     rows = [row | {"words": ["dog", "cat", "dog"]}, row | {"words": ["dog"]}, row | {"words": []}]
     (tmp_path / "000000.parquet").write_bytes(parquet_bytes(rows, masks=False))
@@ -395,7 +395,7 @@ def test_prompts_are_counted_in_little_memory():
 @pytest.mark.parametrize(
     ("refine", "told"), [("threshold", "threshold"), ("attentioncut", "synthgen's own attentioncut")]
 )
-def test_the_card_calls_no_other_refiner_our_own(tmp_path: Path, refine: str, told: str) -> None:
+def test_the_card_names_the_refiner(tmp_path: Path, refine: str, told: str) -> None:
     run = make_run(tmp_path / "run", units=1, unit_size=2, masks=False)
     run_stage(Masks(refine=Choice(refine)), run, Local(workers=1))
     assert f"attention while it generated the image, refined by {told}. No person" in card_of(pack(run))
@@ -442,12 +442,12 @@ def test_bad_settings_are_refused_by_name(setting: str, value: object) -> None:
 # -- what an earlier stage left undone, or spoiled
 
 
-def test_masks_that_were_never_made(tmp_path: Path) -> None:
+def test_a_run_without_masks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingArtifact, match="synthgen masks"):
         pack(make_run(tmp_path / "run", units=1, masks=False))
 
 
-def test_masks_of_one_unit_are_missing(run: Run) -> None:
+def test_a_unit_without_masks_is_refused(run: Run) -> None:
     run.tar("masks", 1).with_suffix(".json").unlink()
     with pytest.raises(MissingArtifact, match=r"1 of 3 units.*000001.*synthgen masks") as caught:
         pack(run)
@@ -455,7 +455,7 @@ def test_masks_of_one_unit_are_missing(run: Run) -> None:
     assert not run.folder("shards").exists()
 
 
-def test_a_unit_without_maps_is_for_the_stage_that_makes_them(run: Run) -> None:
+def test_a_unit_without_maps_names_the_stage_that_makes_them(run: Run) -> None:
     for name, unit in (("masks", 1), ("masks", 2), ("maps", 2)):
         run.tar(name, unit).with_suffix(".json").unlink()
     with pytest.raises(MissingArtifact) as caught:
@@ -478,7 +478,7 @@ def test_a_unit_with_other_settings_is_never_packed_with_the_others(run: Run, ar
     assert not run.folder("shards").exists()
 
 
-def test_what_a_stage_finds_is_no_setting_and_questions_change_nothing(run: Run) -> None:
+def test_runtime_fields_are_no_settings(run: Run) -> None:
     stage = Shards(**SETTINGS)
     fields, settings = dict(vars(stage)), stage.settings()
     stage.inputs(run)
@@ -535,7 +535,7 @@ class Meanwhile(Progress):
         self.doing()
 
 
-def test_units_that_come_while_shards_are_made_go_into_none(source: Path, run: Run, tmp_path: Path) -> None:
+def test_units_added_while_packing_go_into_no_shard(source: Path, run: Run, tmp_path: Path) -> None:
     late = [run.tar(name, 1).with_suffix(end) for name in ("masks", "images") for end in (".tar", ".json")]
     for path in late:
         path.unlink()
@@ -547,7 +547,7 @@ def test_units_that_come_while_shards_are_made_go_into_none(source: Path, run: R
     assert hashes(run) == alone
 
 
-def test_the_layout_of_a_claimed_run_goes_with_the_stage(source: Path, run: Run) -> None:
+def test_the_layout_of_a_claimed_run_is_pickled_with_the_stage(source: Path, run: Run) -> None:
     stage = Shards(**SETTINGS)
     mark = run.tar("images", 1).with_suffix(".json")
     mark.unlink()
@@ -582,7 +582,7 @@ def test_a_shard_that_another_process_has_made_is_not_made_again(run: Run, monke
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-def test_when_all_are_made_no_note_of_a_failure_is_left(run: Run) -> None:
+def test_no_failure_file_is_left_when_all_shards_are_made(run: Run) -> None:
     note = run.folder("shards") / "000001.failed.json"
     killed = Meanwhile(lambda: note.write_text('{"unit": 1, "error": "OSError: once"}'))
     run_stage(Shards(**SETTINGS), run, Local(workers=1), killed)
@@ -671,7 +671,7 @@ def doomed(run: Run, when: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 
-def test_killed_at_any_moment_the_next_call_makes_the_same_bytes(source: Path, run: Run, tmp_path: Path) -> None:
+def test_after_a_kill_at_any_moment_the_next_call_makes_the_same_bytes(source: Path, run: Run, tmp_path: Path) -> None:
     whole = hashes(pack(copy(source, tmp_path / "whole" / "run")))
     for when in ("sample 7", "000000.parquet", "sample 4", "000001_stats.json", "sizes.json", "README.md"):
         assert doomed(run, when).returncode == -9, when
@@ -681,7 +681,7 @@ def test_killed_at_any_moment_the_next_call_makes_the_same_bytes(source: Path, r
     assert not [path for path in run.folder("shards").rglob("*") if path.suffix == ".tmp"]
 
 
-def test_a_full_disk_spoils_nothing(source: Path, run: Run, tmp_path: Path) -> None:
+def test_a_full_disk_damages_no_shard(source: Path, run: Run, tmp_path: Path) -> None:
     whole = hashes(pack(copy(source, tmp_path / "whole" / "run")))
     ended = doomed(run, "full disk")
     assert "UnitsFailed" in ended.stderr
@@ -701,7 +701,7 @@ def test_a_folder_that_cannot_be_written(run: Run) -> None:
         pack(run)
 
 
-def test_what_is_lost_is_made_again_and_nothing_else(run: Run) -> None:
+def test_only_lost_shards_are_made_again(run: Run) -> None:
     before, folder = hashes(pack(run)), run.folder("shards")
     tars = sorted(folder.glob("*/*.tar"))
     times = {path: path.stat().st_mtime_ns for path in tars}

@@ -75,7 +75,7 @@ def by_name(state):
     return {artifact.name: artifact for artifact in state.artifacts}
 
 
-def test_a_new_run_is_told_to_generate(tmp_path):
+def test_a_new_run_is_advised_to_generate(tmp_path):
     state = status(Run.create(tmp_path / "a run"))
     assert state.artifacts == ()
     assert state.advice == f"synthgen generate --prompts FILE --run '{tmp_path}/a run'"
@@ -133,7 +133,7 @@ def test_masks_are_counted_by_class_and_word_and_reasons_by_kind(run):
     assert status(run, counts=False).words == ()
 
 
-def test_the_first_masks_that_were_dropped_are_named_and_where_all_of_them_stand(run):
+def test_the_first_dropped_masks_are_named_with_the_place_of_all(run):
     masks_of(run, Picky())
     state = status(run)
     assert [(one.key, one.word, one.reason) for one in state.first_dropped] == [
@@ -148,7 +148,7 @@ def test_the_first_masks_that_were_dropped_are_named_and_where_all_of_them_stand
     assert status(run, counts=False).first_dropped == ()
 
 
-def test_words_that_were_cut_off_are_named_too(tmp_path):
+def test_words_that_were_cut_off_are_named(tmp_path):
     run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
     members = dict(run.read("images", 1))
     run.tar("images", 1).with_suffix(".json").unlink()
@@ -170,7 +170,7 @@ def test_words_that_were_cut_off_are_named_too(tmp_path):
     assert f"masks: {kept} kept, 0 dropped, 1 word cut off" in text
 
 
-def test_a_few_are_named_in_the_order_of_their_keys(tmp_path):
+def test_examples_are_sorted_by_key(tmp_path):
     run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
     run_stage(Masks(min_area=0.2), run, Local(workers=1))
     state = status(run)
@@ -180,7 +180,7 @@ def test_a_few_are_named_in_the_order_of_their_keys(tmp_path):
     assert "cut off" not in render(state)
 
 
-def test_samples_that_a_stage_left_out_are_named_and_where_all_of_them_are_listed(tmp_path):
+def test_samples_left_out_are_named_with_the_place_of_all(tmp_path):
     run = make_run(tmp_path / "run", units=2, unit_size=6, masks=False)
     for unit in (0, 1):
         members = dict(run.read("images", unit))
@@ -238,7 +238,7 @@ def set_mark(run, unit, **values):
     mark.write_text(json.dumps(json.loads(mark.read_text()) | values))
 
 
-def test_files_that_cannot_be_read_are_named_and_the_rest_is_counted(tmp_path):
+def test_unreadable_files_are_named_and_the_rest_is_counted(tmp_path):
     run = make_run(tmp_path / "demo", masks=False)
     run_stage(Masks(min_area=0.2), run, Local(workers=1))
     whole = run.tar("masks", 0).read_bytes()
@@ -253,7 +253,7 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_is_counted(tmp_path):
     assert "problem:" in render(state)
 
 
-def test_a_stage_of_another_version_is_planned_by_what_it_reads(run):
+def test_units_of_an_unknown_stage_are_counted_by_its_inputs(run):
     run_stage(TrueMasks(), run, Local(workers=1))
     made = run.artifact("masks") | {"settings": {"gone": 1}, "stage": "masks of old"}
     (run.folder("masks") / "settings.yaml").write_text(json.dumps(made))
@@ -334,14 +334,14 @@ def test_scores_of_several_test_sets_name_them(tmp_path):
     assert [row.split()[0] for row in scores(run, "third")] == ["evaluation", "third"]  # one has one
 
 
-def test_paths_are_as_short_as_tells_them_apart():
+def test_paths_are_shortened_to_distinct_endings():
     assert short_names(["a/b/c", "a/b/d"]) == {"a/b/c": "c", "a/b/d": "d"}
     assert short_names(["c", "a/c"]) == {"c": "c", "a/c": "a/c"}
     assert short_names([]) == {}
 
 
 @pytest.mark.parametrize("name", ["test", "train", "seed", "settings"])
-def test_an_encoder_may_be_called_as_what_else_stands_in_the_file(run, name):
+def test_an_encoder_may_have_the_name_of_another_field(run, name):
     (run.path / "evaluate").mkdir()
     scores_of = {name: {"knn": {"accuracy": 0.5}}, "pixels": {"knn": {"accuracy": 0.25}}}
     told = {"scores": scores_of, "seed": 3, "seconds": 2, "settings": {"k": 20}, "test": {"images": 14}}
@@ -350,7 +350,7 @@ def test_an_encoder_may_be_called_as_what_else_stands_in_the_file(run, name):
     assert [(score.of, score.main[1]) for score in found.scores] == [(name, 0.5), ("pixels", 0.25)]
 
 
-def test_strange_files_of_others_do_not_stop_it(run):
+def test_unknown_files_are_ignored(run):
     for path, text in {
         "evaluate/flat.json": '{"accuracy": 0.25}',
         "evaluate/list.json": "[1, 2]",
@@ -384,7 +384,7 @@ def test_a_training_is_one_unit_and_may_fail(run):
     assert state.training[0].done
 
 
-def test_the_text_fits_the_console_and_prompts_do_not_steer_it(tmp_path):
+def test_the_text_fits_the_console_and_has_no_control_characters(tmp_path):
     run = Run.create(tmp_path / "demo")
     run_stage(Drawn(units=1, unit_size=2), run, Local(workers=1))
     masks_of(run, Broken())
@@ -440,7 +440,7 @@ def test_done_marks_count_what_the_tars_hold(tmp_path):
     assert sum(status(run).dropped.values()) == sum(bool(reason) for one in masks for reason in one.dropped) > 0
 
 
-def test_a_unit_that_failed_on_a_damaged_tar_gets_the_advice_to_make_that_tar_again(tmp_path):
+def test_a_unit_that_failed_on_a_damaged_tar_is_advised_to_remake_the_tar(tmp_path):
     run = make_run(tmp_path / "run", units=3, unit_size=4, masks=False)
     data = bytearray(run.tar("images", 1).read_bytes())
     data[700] ^= 1
@@ -460,7 +460,7 @@ def test_a_unit_that_failed_on_a_damaged_tar_gets_the_advice_to_make_that_tar_ag
     assert "it retries the failed unit" in status(run).advice
 
 
-def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
+def test_one_mark_at_a_time_is_in_memory(tmp_path, monkeypatch):
     """A run may have a million."""
     monkeypatch.setattr("synthgen.status.reading.MAX_JSON", 2**16)  # room for so much is made before one is read
     run = make_run(tmp_path / "run", units=1, unit_size=2)
@@ -481,7 +481,7 @@ def test_one_mark_is_held_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", [1, {"words": 3}, {"labels": {}, "words": {"a": {"masks": -1}}}])
-def test_counts_that_are_none_are_not_added(broken):
+def test_invalid_counts_are_not_added(broken):
     tallies = Tallies()
     tallies.count("disc", ["disc", "disc", "square"], ["", "too small: ...", "empty: ..."], ["lamp", "disc"])
     plain = tallies.plain()

@@ -55,7 +55,7 @@ def test_wrong_settings_say_where_and_what(options, says):
     assert "\n" not in str(caught.value)
 
 
-def test_a_family_lists_its_files_and_loads_one():
+def test_a_registry_lists_its_files_and_loads_one():
     assert {"generate", "masks"} <= set(STAGES.names())
     assert STAGES.load("masks").__name__ == "Masks"
     with pytest.raises(UnknownName, match="unknown stage 'mask'; did you mean 'masks'"):
@@ -107,7 +107,7 @@ class Listy:
         ({}, {}),
     ],
 )
-def test_a_list_is_a_tuple_only_where_a_tuple_is_asked_for(given, become):
+def test_lists_become_tuples_only_where_the_type_is_a_tuple(given, become):
     assert build(Listy, given, where="part") == Listy(**become)
 
 
@@ -121,7 +121,7 @@ def test_a_list_is_a_tuple_only_where_a_tuple_is_asked_for(given, become):
         ({"either": 3}, "part.either"),
     ],
 )
-def test_a_list_of_other_things_is_refused(given, says):
+def test_lists_with_wrong_items_are_refused(given, says):
     with pytest.raises(ConfigError) as caught:
         build(Listy, given, where="part")
     assert says in str(caught.value)
@@ -151,7 +151,7 @@ def test_numbers_outside_their_range_are_refused_by_name(bounds, good, bad, allo
             check_range(**bounds, steps=good[0], share=value)
 
 
-def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
+def test_run_folders_expand_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert run_folder("~/runs/x") == Path("/home/me/runs/x")
     assert run_folder("./~/x") == Path("~/x")
@@ -164,7 +164,7 @@ def test_a_run_folder_is_what_a_person_means_by_it(monkeypatch):
             run_folder(name)
 
 
-def test_only_what_is_a_place_at_home_becomes_one(monkeypatch):
+def test_only_paths_in_the_home_directory_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = {"a": "~/p.txt", "b": ["~/x.tar", "~ two cats"], "c": {"d": "~"}, "e": 1, "f": "x/~/y", "g": "~5/6 full"}
     assert expand_home(given) == given | {"a": "/home/me/p.txt", "b": ["/home/me/x.tar", "~ two cats"]}
@@ -183,12 +183,12 @@ def test_only_what_is_a_place_at_home_becomes_one(monkeypatch):
         ("a: &x {b: 1, b: 2}\nc: *x", "'b' stands twice"), (f"{'k' * 900}: 1\n{'k' * 900}: 2", r"k{200}\.\.\.' stands"),
     ],
 )  # fmt: skip
-def test_no_key_of_yaml_is_lost(text, says):
+def test_repeated_keys_of_yaml_are_refused(text, says):
     with pytest.raises(yaml.YAMLError, match=says):
         load_yaml(text)
 
 
-def test_what_is_merged_may_be_said_again():
+def test_merged_keys_of_yaml_may_be_overridden():
     merged = load_yaml("a: &a {x: 1}\nb: &b {y: 1}\nc: {<<: *a, <<: *b, x: 2}\nd: {1: 0, '1': 0, 1.5: 0}")
     assert merged["c"] == {"x": 2, "y": 1}
     assert merged["d"] == {1: 0, "1": 0, 1.5: 0}

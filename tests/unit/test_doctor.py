@@ -62,7 +62,7 @@ def test_recording_is_exact_on_the_cpu_in_every_dtype(healthy):
     assert not [problem for problem in healthy.problems if "cpu" in problem]
 
 
-def test_the_machine_itself(healthy, tmp_path):
+def test_devices_disk_and_memory_are_reported(healthy, tmp_path):
     assert healthy.versions.keys() >= {"python", "synthgen", "torch", "diffusers", "transformers", "accelerate"}
     assert healthy.versions.keys() >= {"webdataset", "numpy", "scipy", "pillow"}
     assert healthy.devices[0].name == "cpu"
@@ -84,7 +84,7 @@ def test_the_machine_itself(healthy, tmp_path):
     assert extras["dev"].libraries["pytest"]
 
 
-def test_json_has_all_of_it(healthy):
+def test_json_has_all_fields(healthy):
     plain = json.loads(json.dumps(healthy.plain(), allow_nan=False))
     assert set(plain) == {
         "ok", "versions", "platform", "devices", "generate", "attention", "disk", "memory", "shipped", "model",
@@ -105,7 +105,7 @@ def test_text_fits_a_console(healthy):
     assert text.endswith("no problems found") == (not healthy.problems)
 
 
-def test_in_a_pipe_no_row_is_cut(healthy):
+def test_rows_are_not_cut_in_a_pipe(healthy):
     name = "a processor of many words " * 6
     found = replace(healthy, devices=[replace(healthy.devices[0], model=name)])
     assert name.strip() not in render(found)
@@ -113,7 +113,7 @@ def test_in_a_pipe_no_row_is_cut(healthy):
 
 
 @pytest.mark.usefixtures("quick")
-def test_nothing_is_left_behind(tmp_path, monkeypatch, capsys):
+def test_no_file_is_left_behind(tmp_path, monkeypatch, capsys):
     code, told, complaints = typed(monkeypatch, capsys, "--run", tmp_path / "runs" / "latest", "--json")
     assert (code, complaints) == (0, "")
     assert json.loads(told)["ok"]
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_store_is_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
+def test_a_store_is_checked_without_a_local_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, told, _ = typed(monkeypatch, capsys, "--run", f"memory://{tmp_path.name}/run")
     assert code == 0
@@ -158,7 +158,7 @@ def test_a_store_is_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
         ("memory://me:hunter2@bucket/run", "there is a password in memory://***@bucket"),
     ],
 )
-def test_a_store_that_cannot_be_is_a_problem(monkeypatch, capsys, run, says):
+def test_an_unknown_store_is_a_problem(monkeypatch, capsys, run, says):
     code, told, complaints = typed(monkeypatch, capsys, "--run", run)
     assert (code, says in complaints, "hunter2" in told + complaints) == (2, True, False)
     assert "not writable" in told
@@ -192,7 +192,7 @@ def test_an_unknown_model_is_one_line(tmp_path, monkeypatch, capsys, model, says
 
 
 @pytest.mark.parametrize(("told", "exact"), [("nothing", True), ("a lie", False), ("other pixels", False)])
-def test_what_the_kernel_tells_is_checked(tmp_path, monkeypatch, told, exact):
+def test_the_logsumexp_of_the_kernel_is_checked(tmp_path, monkeypatch, told, exact):
     def telling(*arguments):
         output, lse = attention_with_lse(*arguments)
         output = output * 1.01 if told == "other pixels" else output
@@ -222,7 +222,7 @@ def test_attention_that_does_not_run_and_weights_that_do_not_load_are_problems(t
     assert not any("\n" in problem for problem in found.problems)
 
 
-def test_libraries_that_are_old_or_not_there_are_problems(tmp_path, monkeypatch):
+def test_old_or_missing_libraries_are_problems(tmp_path, monkeypatch):
     needed = ["torch>=99.1", "nosuchlibrary>=2", 'nosuchextra; extra == "some"', 'other; sys_platform == "none"']
     monkeypatch.setattr(libraries.metadata, "requires", lambda name: needed)
     found = examine(tmp_path)

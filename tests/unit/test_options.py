@@ -87,13 +87,13 @@ PLAN = ["plan", "--no-measure", "--prompts", "p.txt"]
         ([*PLAN, "--workers", "2", "--set", "engine.workers=3"], "--workers 2 and --set engine.workers=3"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_set_is_one_line(monkeypatch, capsys, begun, arguments, says):
+def test_wrong_settings_are_one_line(monkeypatch, capsys, begun, arguments, says):
     out, err = told_by(monkeypatch, capsys, *arguments, "--run", begun.path)
     assert says in err
     assert not out
 
 
-def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
+def test_conflicting_options_of_a_pipeline_are_one_line(monkeypatch, capsys, begun):
     (begun.path.parent / "line.yaml").write_text(
         f"run: {begun.path}\nstages: {{generate: {{prompts: p.txt}}, masks: {{}}}}"
     )
@@ -120,13 +120,13 @@ def test_of_a_pipeline_file_too(monkeypatch, capsys, begun):
         (["generate", "--prompts", "p.txt", "--template", "n" * 300], "cannot be read: File name too long"),
     ],
 )
-def test_what_is_no_place_is_one_line(monkeypatch, capsys, begun, arguments, says):
+def test_invalid_paths_are_one_line(monkeypatch, capsys, begun, arguments, says):
     monkeypatch.setenv("HOME", str(begun.path.parent))
     assert says.format(at=begun.path.parent) in told_by(monkeypatch, capsys, *arguments)[1]
     assert {path.name for path in begun.path.parent.iterdir()} <= {"p.txt", "run", "runs"}
 
 
-def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(monkeypatch, capsys, begun):
+def test_errors_of_the_system_are_one_line_and_bugs_are_not(monkeypatch, capsys, begun):
     """Permissions count for nothing where tests run as root."""
     refused = [PermissionError(13, "Permission denied", f"{begun.path}/x")]
 
@@ -141,7 +141,7 @@ def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(monkeypatch, capsy
             told_by(monkeypatch, capsys, "status", begun.path)
 
 
-def test_a_plan_of_a_file_is_for_its_run_or_for_the_one_that_is_given(monkeypatch, capsys, begun):
+def test_a_plan_of_a_file_is_for_its_run_or_the_given_one(monkeypatch, capsys, begun):
     line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
     (begun.path.parent / "line.yaml").write_text(line)
     given = ["plan", "line.yaml", "--no-measure", "--json"]
@@ -158,7 +158,7 @@ def test_a_plan_of_a_file_is_for_its_run_or_for_the_one_that_is_given(monkeypatc
         assert err == "synthgen: --run a and --set run=b ask for two values of run; give one of them\n"
 
 
-def test_a_pipeline_runs_on_the_run_that_is_given(monkeypatch, capsys, begun):
+def test_a_pipeline_runs_on_the_given_run(monkeypatch, capsys, begun):
     line = "run: elsewhere\nstages: {generate: {prompts: p.txt, images_per_prompt: 4, unit_size: 4}}"
     (begun.path.parent / "line.yaml").write_text(line)
     out, _ = told_by(monkeypatch, capsys, "run", "line.yaml", "--dry-run", "--run", begun.path)
@@ -191,7 +191,7 @@ def test_a_pipeline_names_its_results_as_single_commands_do(monkeypatch, capsys,
     ]
 
 
-def test_a_plan_without_a_run_is_of_the_default_one_or_of_a_new_one(monkeypatch, capsys, begun):
+def test_a_plan_without_a_run_is_for_the_default_run_or_a_new_one(monkeypatch, capsys, begun):
     """It writes nothing, so that other settings than those of runs/latest are no reason to refuse it."""
     (begun.path.parent / "runs").mkdir()
     begun.path.rename(begun.path.parent / "runs" / "latest")
@@ -208,7 +208,7 @@ def test_a_plan_without_a_run_is_of_the_default_one_or_of_a_new_one(monkeypatch,
     assert not (begun.path.parent / "runs" / "new-2").exists()
 
 
-def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
+def test_a_plan_resumes_a_run_as_generate_does(monkeypatch, capsys, begun):
     out, err = told_by(monkeypatch, capsys, *PLAN, "--json", "--run", begun.path, "--set", "engine.workers=1")
     (generate,) = json.loads(out)["stages"]
     numbers = ("units", "units_left", "images", "images_left")
@@ -220,7 +220,7 @@ def test_a_plan_goes_on_with_a_run_as_generate_does(monkeypatch, capsys, begun):
     assert not (begun.path.parent / "new").exists()
 
 
-def test_nothing_made_refuses_nothing(begun, monkeypatch, capsys):
+def test_a_run_whose_units_all_failed_accepts_other_settings(begun, monkeypatch, capsys):
     for name in ("images", "maps"):
         for path in begun.folder(name).glob("000000.*"):
             path.unlink()
@@ -264,11 +264,11 @@ def test_the_engine_of_a_plan_is_that_of_the_run(monkeypatch, capsys, begun):
         ({"engine": {}}, ["engine=ray"]),
     ],
 )
-def test_what_agrees_may_be_said_twice(given, extra):
+def test_an_option_and_set_may_give_the_same_value(given, extra):
     check_conflicts(given, extra)
 
 
-def test_a_part_takes_the_options_of_both():
+def test_options_and_set_are_merged_within_a_part():
     assert apply_set({"refine": {"name": "threshold"}}, ["refine={level: 0.5}"]) == {
         "refine": {"name": "threshold", "level": 0.5}
     }
@@ -283,7 +283,7 @@ def test_a_part_takes_the_options_of_both():
     assert export_settings("coco", None, ["rle=true", "format=coco"]) == {"rle": True}
 
 
-def test_what_an_option_implies_gives_way():
+def test_implied_parts_yield_to_named_ones():
     assert backbone_settings(None, ["backbone=tiny"], model="m") == {
         "name": "tiny",
         "model": "m",

@@ -52,14 +52,14 @@ def test_stages_and_overrides(tmp_path):
         ("stages:\n  masks: {}\n  generate: {prompts: p.txt}", PipelineError, "makes after it; put it first"),
     ],
 )
-def test_bad_files_say_what_and_where(tmp_path, text, error, says):
+def test_errors_in_a_file_are_named_with_their_place(tmp_path, text, error, says):
     with pytest.raises(error) as caught:
         read_pipeline(write(tmp_path, text))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_files_and_stages_that_are_not_there(tmp_path):
+def test_missing_files_and_stages_are_named(tmp_path):
     with pytest.raises(MissingArtifact, match="no pipeline file"):
         read_pipeline(tmp_path / "absent.yaml")
     pipeline = read_pipeline(write(tmp_path, GOOD))
@@ -84,7 +84,7 @@ stages:
 """
 
 
-def test_a_stage_may_come_several_times(tmp_path):
+def test_a_stage_may_occur_several_times(tmp_path):
     path = write(tmp_path, SEVERAL)
     pipeline = read_pipeline(path, {"stages.pretrain.epochs": 5, "stages.pretrain.method.mask_ratio": 0.5})
     assert [stage.name for stage in pipeline.stages] == ["shards", "pretrain", "pretrain"]
@@ -105,7 +105,7 @@ def test_a_stage_may_come_several_times(tmp_path):
         ("stages: {masks: [{}, {}]}", "stages.masks and stages.masks both make masks"),
     ],
 )
-def test_several_of_a_stage_that_cannot_be(tmp_path, text, says):
+def test_invalid_lists_of_a_stage_are_refused(tmp_path, text, says):
     with pytest.raises(PipelineError, match=says):
         read_pipeline(write(tmp_path, text))
 
@@ -175,13 +175,13 @@ def test_trainings_that_are_not_evaluated_are_named(tmp_path):
     assert notes("{truth: t.tar, evaluators: [mask_iou]}") == []
 
 
-def test_a_file_that_cannot_be_read_is_not_told_to_be_no_yaml(tmp_path):
+def test_an_unreadable_file_is_not_reported_as_invalid_yaml(tmp_path):
     for path, why in ((tmp_path, "Is a directory"), (tmp_path / ("n" * 300), "File name too long")):
         with pytest.raises(PipelineError, match=f"cannot be read: {why}; give a pipeline file"):
             read_pipeline(path)
 
 
-def test_a_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
+def test_home_directories_are_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a [dog]\n")
     pipeline = read_pipeline(write(tmp_path, "run: ~/r\nstages: {generate: {prompts: ~/p.txt}}"), {"seed": 1})
@@ -192,7 +192,7 @@ def test_a_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("run", "data"), [("r", "{at}/r/shards"), ("{at}/r", "r/shards"), ("x/../r", "r/shards")])
-def test_what_the_run_makes_is_known_however_it_is_written(tmp_path, monkeypatch, run, data):
+def test_paths_in_the_run_are_recognised_in_any_form(tmp_path, monkeypatch, run, data):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("a [dog]\n")
     (tmp_path / "line.yaml").write_text(
@@ -202,7 +202,7 @@ def test_what_the_run_makes_is_known_however_it_is_written(tmp_path, monkeypatch
     assert len(read_pipeline(tmp_path / "line.yaml").dry_run()) == 5
 
 
-def test_a_dry_run_leaves_to_the_run_what_its_own_stages_make_and_what_may_be_on_the_hub(tmp_path):
+def test_a_dry_run_does_not_check_outputs_of_its_stages_or_hub_models(tmp_path):
     (tmp_path / "good.txt").write_text("a [dog]\n")
     run = tmp_path / "r"
     (tmp_path / "line.yaml").write_text(

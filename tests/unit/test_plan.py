@@ -49,7 +49,7 @@ def pipeline(tmp_path, stages, prompts=LINES):
 
 @pytest.mark.parametrize(("name", "text"), [("p.txt", LINES), ("p.jsonl", ROWS), ("p.txt", "a [dog]\n" * 999)])
 @pytest.mark.parametrize("template", [None, "a {} at night\n# no\n\nthe {}\n"])
-def test_a_survey_counts_what_is_read(tmp_path, name, text, template):
+def test_a_survey_counts_the_prompts_that_are_read(tmp_path, name, text, template):
     path = write(tmp_path / name, text)
     templates = template and write(tmp_path / "t.txt", template)
     found = survey_prompts(path, templates, most=7)
@@ -57,7 +57,7 @@ def test_a_survey_counts_what_is_read(tmp_path, name, text, template):
     assert len(found.lines) == len(found.prompts) == min(7, len(read_prompts(path)))
 
 
-def test_the_lines_of_a_survey_are_evenly_apart(tmp_path):
+def test_the_lines_of_a_survey_are_evenly_spaced(tmp_path):
     path = write(tmp_path / "p.txt", "".join(f"a [dog{number}]\n" for number in range(1000)))
     numbers = [int(line[6:-1]) for line in survey_prompts(path, most=8).lines]
     assert numbers[0] == 0
@@ -65,7 +65,7 @@ def test_the_lines_of_a_survey_are_evenly_apart(tmp_path):
     assert numbers[-1] > 800
 
 
-def test_characters_that_two_chunks_share_are_read_whole(tmp_path):
+def test_characters_across_chunks_are_decoded(tmp_path):
     text = "a [dog] " + "ö" * 30_000 + "\n"  # 60,009 bytes; chunks end inside lines, and some inside a character
     path = write(tmp_path / "p.txt", text * 12)
     assert [prompt.text.count("ö") for prompt in read_prompts(path)] == [30_000] * 12
@@ -94,7 +94,7 @@ def test_the_copy_of_a_run_is_surveyed_as_its_file_was(tmp_path):
     assert (found.count, survey_copy(copy, most=2).prompts) == (4, found.prompts[::2])
 
 
-def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
+def test_a_plan_without_prompts_counts_the_runs_own(tmp_path):
     stages = {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}, "shards": {}, "pretrain": {}}
     line = pipeline(tmp_path, {**stages, "evaluate": {}})
     own = {"stages.generate.prompts": ""}
@@ -110,7 +110,7 @@ def test_a_plan_of_a_line_without_prompts_is_of_the_runs_own(tmp_path):
     assert read_prompts(sample.restrict(stage, 4, 4, 4).prompts) == read_prompts(tmp_path / "p.txt")
 
 
-def test_counting_takes_no_memory_for_the_lines(tmp_path):
+def test_counting_prompts_keeps_no_lines_in_memory(tmp_path):
     path = tmp_path / "p.txt"
     with path.open("w") as file:
         file.writelines(
@@ -158,14 +158,14 @@ def test_shards_and_training_steps_are_counted_by_the_split(tmp_path):
     assert (pretrain.units, pretrain.images) == (1, train // 16 * 16 * 3)
 
 
-def test_of_many_images_the_split_is_what_is_expected(tmp_path):
+def test_the_split_of_many_images_follows_the_ratio(tmp_path):
     line = pipeline(tmp_path, {"generate": {"images_per_prompt": 10**6}, "masks": {}, "shards": {"val_ratio": 0.1}})
     shards = plan_pipeline(line, measure=False).stages[-1]
     assert (shards.images, shards.units) == (4 * 10**6, 4000)
     assert "val_ratio 0.1" in shards.basis
 
 
-def test_what_a_run_holds_is_not_left(tmp_path):
+def test_finished_units_are_not_counted_as_left(tmp_path):
     line = pipeline(tmp_path, {"generate": {"images_per_prompt": 3, "unit_size": 5}, "masks": {}})
     stage = read_pipeline(line).stages[0].complete()
     run = Run.create(tmp_path / "run")
@@ -201,13 +201,13 @@ def test_what_a_run_holds_is_not_left(tmp_path):
         ({"pretrain": {"data": ["absent.tar"]}}, LINES, MissingArtifact, "absent.tar"),
     ],
 )
-def test_what_the_run_would_be_refused_for_is_told(tmp_path, stages, prompts, error, says):
+def test_a_plan_is_refused_for_the_same_reasons_as_the_run(tmp_path, stages, prompts, error, says):
     with pytest.raises(error, match=says) as caught:
         plan_pipeline(pipeline(tmp_path, dict(stages), prompts), measure=False)
     assert "\n" not in str(caught.value)
 
 
-def test_a_training_may_begin_where_one_before_it_is_yet_to_end(tmp_path):
+def test_a_training_may_start_from_an_unfinished_earlier_one(tmp_path):
     with TarWriter(tmp_path / "data.tar") as tar:
         for row in range(8):
             tar.add(f"{row:010d}", {"png": encode_png(np.zeros((32, 32, 3), np.uint8)), "txt": b"a"})
@@ -270,7 +270,7 @@ def make_plan(counts, stage):
     return StagePlan(stage.name, stage.artifacts(), *numbers, "counted")
 
 
-def test_hours_are_of_what_is_left_and_workers_share_whole_units(monkeypatch):
+def test_hours_are_for_what_is_left_and_workers_share_whole_units(monkeypatch):
     monkeypatch.setattr("synthgen.plan.devices_for", lambda stage: ["cpu"] * 4)
     counts = Counts(11, 10, 350, 320, {32: 10, 30: 1})
     found = estimated(make_stage("masks", {}), counts, Local())
@@ -293,7 +293,7 @@ def test_a_training_is_one_worker_unless_processes_share_its_steps(monkeypatch):
     assert "in batches of 4; those of the pipeline are of 8" in estimated(stage, counts, Local()).memory.basis
 
 
-def test_a_plan_is_told_as_text_and_as_json(tmp_path, monkeypatch):
+def test_a_plan_is_rendered_as_text_and_json(tmp_path, monkeypatch):
     monkeypatch.setattr("synthgen.plan.devices_for", lambda stage: ["cpu"] * 4)
     line = pipeline(tmp_path, {"masks": {}, "shards": {"val_ratio": 0.5}, "pretrain": {}, "evaluate": {}})
     found = plan(read_pipeline(line), measure=False)

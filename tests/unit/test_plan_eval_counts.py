@@ -67,7 +67,7 @@ def seen(pictures, folder):
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/000001.tar"])
-def test_tars_are_counted_and_the_few_come_from_all_over(tmp_path, pattern):
+def test_tars_are_counted_and_examples_are_evenly_spaced(tmp_path, pattern):
     source = str(write_tars(tmp_path / "tars", 30, 50, 1)) + pattern
     samples = open_captioned(source)
     found = survey_images(source, most=8)
@@ -110,7 +110,7 @@ NAMES = (
 )
 
 
-def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
+def test_examples_of_folders_keep_captions_words_and_labels(tmp_path):
     folder = write_images(tmp_path / "images", NAMES)
     (folder / "dog" / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "a fox", "words": ["fox"]}\n')
     samples = open_captioned(folder)
@@ -123,7 +123,7 @@ def test_folders_are_counted_with_what_is_said_of_their_images(tmp_path):
     assert [len(survey_images(str(folder), most=2).few), survey_images(str(folder), limit=3).count] == [2, 3]
 
 
-def test_a_table_says_which_images_count(tmp_path):
+def test_metadata_selects_the_counted_images(tmp_path):
     folder = write_images(tmp_path / "images", NAMES)
     with open(tmp_path / "some.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, ["file_name", "text", "label"])
@@ -134,7 +134,7 @@ def test_a_table_says_which_images_count(tmp_path):
     assert {(one[0], one[2]) for one in seen(found, tmp_path / "few").values()} == {(("a cat",), "x")}
 
 
-def test_what_attend_would_refuse_a_plan_refuses(tmp_path):
+def test_a_plan_refuses_what_attend_refuses(tmp_path):
     folder = write_images(tmp_path / "images", NAMES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingArtifact, match="neither tars nor images"):
@@ -159,7 +159,7 @@ def test_counting_tars_keeps_no_names(tmp_path):
     assert peak < 3e5
 
 
-def test_a_limit_takes_the_sample_from_the_first_images_of_a_folder(tmp_path):
+def test_a_limit_restricts_the_examples_of_a_folder(tmp_path):
     folder = write_images(tmp_path / "images", [f"{number}.png" for number in range(9)])
     found = survey_images(str(folder), limit=3)
     assert [key for key, _ in found.few] == ["0", "1", "2"]
@@ -176,7 +176,7 @@ def test_units_and_images_are_those_of_attend(tmp_path):
         assert found.prompts == 0
 
 
-def test_the_command_plans_images_that_exist(tmp_path):
+def test_the_command_plans_existing_images(tmp_path):
     folder = str(write_images(tmp_path / "images", NAMES))
     given = ["plan", "--images", folder, "--run", str(tmp_path / "run"), "--no-measure", "--json"]
     told = CliRunner().invoke(app, [*given, "--caption", "a {label}", "--set", "unit_size=2"])
@@ -211,7 +211,7 @@ def split_sizes(tmp_path):
     return train, 100 - train
 
 
-def test_images_of_the_run_are_counted_before_they_are_there(tmp_path):
+def test_images_of_the_run_are_counted_before_they_exist(tmp_path):
     found = line(tmp_path, {})
     train, test = split_sizes(tmp_path)
     assert (found.units, found.images, found.images_left) == (1, 100, 100)
@@ -248,7 +248,7 @@ def test_classes_are_those_of_the_training_images(tmp_path, settings, classes):
         ({"truth": "absent"}, {}, MissingArtifact, "absent"),
     ],
 )
-def test_what_an_evaluation_would_be_refused_for_is_told(tmp_path, evaluate, stages, error, says):
+def test_a_plan_refuses_what_an_evaluation_refuses(tmp_path, evaluate, stages, error, says):
     with pytest.raises(error, match=says):
         line(tmp_path, evaluate, **stages)
 
@@ -285,7 +285,7 @@ def test_time_is_extrapolated_by_steps_and_images(monkeypatch, sizes, fake):
 
 
 @pytest.mark.parametrize("name", ["knn", "linear_probe", "segmentation", "detection", "retrieval", "fine_tune"])
-def test_every_evaluator_takes_more_of_the_same(name):
+def test_every_evaluator_accepts_enlarged_data(name):
     if name == "detection":
         pytest.importorskip("pycocotools")
     options = {"steps": 2} if name in ("segmentation", "detection", "fine_tune") else {}

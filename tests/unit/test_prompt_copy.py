@@ -52,14 +52,14 @@ def test_any_prompt_by_its_number(folder):
             prompts[number]
 
 
-def test_as_many_prompts_as_one_block_or_fewer(tmp_path):
+def test_prompts_that_fill_one_block_or_less_are_read(tmp_path):
     for count in (1, 255, 256, 257):
         ensure_copy(tmp_path / str(count), PROMPTS[:count], content_of(PROMPTS[:count]))
         prompts = opened(tmp_path / str(count), PROMPTS[:count])
         assert [prompts[number] for number in range(len(prompts))] == PROMPTS[:count]
 
 
-def test_of_many_prompts_few_are_in_memory(tmp_path):
+def test_only_one_block_of_prompts_is_in_memory(tmp_path):
     path, count = tmp_path / "p.txt", 8_000
     path.write_text("".join(f"a [golden retriever] beside a [house number {number}]\n" for number in range(count)))
     tracemalloc.start()
@@ -80,14 +80,14 @@ def test_of_many_prompts_few_are_in_memory(tmp_path):
 # -- written once, and again where it is not whole
 
 
-def test_a_whole_copy_is_left_as_it_is(folder):
+def test_a_complete_copy_is_not_written_again(folder):
     before = (folder / "prompts.jsonl").stat().st_mtime_ns, (folder / "prompts.json").stat().st_mtime_ns
     ensure_copy(folder, iter(()), content_of(PROMPTS))  # no prompt is even looked at
     assert before == ((folder / "prompts.jsonl").stat().st_mtime_ns, (folder / "prompts.json").stat().st_mtime_ns)
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "gone", "no mark", "bad mark"])
-def test_what_is_not_whole_is_written_anew(folder, damage):
+def test_an_incomplete_copy_is_written_again(folder, damage):
     path, mark = folder / "prompts.jsonl", folder / "prompts.json"
     data, said = path.read_bytes(), mark.read_bytes()
     if damage == "cut":
@@ -110,7 +110,7 @@ def test_prompts_that_change_while_they_are_read_leave_no_copy(tmp_path):
         opened(tmp_path)
 
 
-def test_a_failure_in_the_middle_leaves_the_old_copy_and_nothing_beside_it(folder):
+def test_a_failure_while_writing_keeps_the_old_copy(folder):
     def broken():
         yield from PROMPTS[1:300]
         raise PromptError("line 301")
@@ -134,7 +134,7 @@ def test_other_prompts_are_refused(folder):
         opened(folder)
 
 
-def test_a_damaged_line_is_named_and_may_be_mended(folder):
+def test_a_damaged_line_is_named_and_can_be_repaired(folder):
     path = folder / "prompts.jsonl"
     data = path.read_bytes()
     place = len(b"".join(data.splitlines(keepends=True)[:300]))
@@ -161,14 +161,14 @@ def test_a_damaged_line_is_named_and_may_be_mended(folder):
         {"blocks": [0, 5, None]}, {"blocks": None}, {"blocks": []},
     ],
 )  # fmt: skip
-def test_marks_that_cannot_be_are_no_marks(folder, wrong):
+def test_invalid_marks_are_ignored(folder, wrong):
     mark = folder / "prompts.json"
     mark.write_text(json.dumps(asdict(content_of(PROMPTS)) | wrong))
     with pytest.raises(MissingArtifact, match="is not finished"):
         opened(folder)
 
 
-def test_a_mark_of_other_blocks_is_followed(folder):
+def test_a_mark_with_another_block_size_is_read(folder):
     content = content_of(PROMPTS)
     lines = (folder / "prompts.jsonl").read_bytes().splitlines(keepends=True)
     places = [sum(map(len, lines[:number])) for number in range(0, 600, 100)]
@@ -179,7 +179,7 @@ def test_a_mark_of_other_blocks_is_followed(folder):
 
 
 @pytest.mark.parametrize("kind", ["s3", "memory"])
-def test_of_a_copy_in_a_store_no_more_than_a_block_is_asked_for(store, tmp_path, kind):
+def test_from_a_store_only_one_block_is_requested(store, tmp_path, kind):
     place = parse_location(store.url("run") if kind == "s3" else f"memory://{tmp_path.name}/run")
     ensure_copy(tmp_path, PROMPTS, content_of(PROMPTS))
     ensure_copy(place, PROMPTS, content_of(PROMPTS))

@@ -64,7 +64,7 @@ def test_a_part_of_another_package_is_found_and_imported_only_when_asked_for(ins
     assert "left-half" in listing("masks.refine")
 
 
-def test_workers_find_it_too(install, tmp_path):
+def test_workers_find_parts_of_other_packages(install, tmp_path):
     install("halves", "left-half = left_half:LeftHalf")
     run = make_run(tmp_path / "run", masks=False)
     stage = Masks(refine=Choice("left-half", {"share": 0.25}))
@@ -76,7 +76,7 @@ def test_workers_find_it_too(install, tmp_path):
         assert not np.any(others)
 
 
-def test_a_name_that_two_packages_have_is_refused(install):
+def test_a_name_in_two_packages_is_refused(install):
     install("halves", "threshold = left_half:LeftHalf")
     with pytest.raises(ConfigError, match=r"'threshold' is in several packages \(synthgen, halves\); keep one"):
         REFINERS.build("threshold")
@@ -123,7 +123,7 @@ def test_a_name_that_two_packages_have_is_refused(install):
         ),
     ],
 )
-def test_a_part_that_does_not_load_says_whose_it_is(install, point, module, error, says):
+def test_a_part_that_does_not_load_names_its_package(install, point, module, error, says):
     install("halves", point, module=module)
     with pytest.raises(error, match=says):
         REFINERS.build("half")

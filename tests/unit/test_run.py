@@ -66,7 +66,7 @@ def test_a_command_that_is_advised_can_be_typed(tmp_path):
         assert shlex.split(f"synthgen {str(error.value).rpartition('synthgen ')[2]}")[-1] == str(path)
 
 
-def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_a_storage_error(tmp_path, monkeypatch):
     long = tmp_path / ("n" * 300)
     for begin in (Run.open, Run.create, lambda path: Run.create_or_roll_back(path).__enter__()):
         with pytest.raises(StorageError, match=r"\(File name too long\); choose another --run folder"):
@@ -114,7 +114,7 @@ def test_a_stage_without_its_input_names_the_one_to_run_first(tmp_path):
         run_stage(TrueMasks(), Run.create(tmp_path / "r"), Local(workers=1))
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
+def test_done_units_are_skipped(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     dates = {path: path.stat().st_mtime_ns for path in run.folder("images").iterdir()}
     summary = run_stage(Drawn(), run, Local(workers=1))
@@ -146,7 +146,7 @@ def test_a_truncated_tar_is_named_with_the_last_whole_key(tmp_path):
         list(run.read("images", 0))
 
 
-def test_a_tar_that_ends_between_members_is_cut_off_too(tmp_path):
+def test_a_tar_that_ends_between_members_is_truncated(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     path = run.tar("maps", 0)
     from synthgen.stores.tar import index_tar
@@ -160,7 +160,7 @@ def test_a_tar_that_ends_between_members_is_cut_off_too(tmp_path):
 # -- several commands on one run
 
 
-def test_settings_lie_beside_what_was_made_with_them(tmp_path):
+def test_settings_are_recorded_in_the_folder_of_the_artifact(tmp_path):
     run = make_run(tmp_path / "r")
     assert yaml.safe_load((run.path / "run.yaml").read_text()) == {"seed": 0}
     made = yaml.safe_load((run.folder("masks") / "settings.yaml").read_text())
@@ -169,7 +169,7 @@ def test_settings_lie_beside_what_was_made_with_them(tmp_path):
     assert list(run.artifacts()) == ["images", "maps", "masks"]
 
 
-def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(tmp_path):
+def test_other_settings_are_accepted_after_a_failure_that_wrote_nothing(tmp_path):
     run = Run.create(tmp_path / "r")
 
     def interrupted():
@@ -184,7 +184,7 @@ def test_a_stage_that_fails_before_it_made_anything_may_be_given_other_settings(
     run_stage(Drawn(unit_size=7), run, Local(workers=1))
 
 
-def test_settings_that_another_command_takes_back_just_then_are_made_anew(tmp_path, monkeypatch):
+def test_settings_that_another_command_removes_meanwhile_are_written_again(tmp_path, monkeypatch):
     run, taken_back = Run.create(tmp_path / "r"), {"images"}
 
     def create(path, data):
@@ -205,7 +205,7 @@ def test_settings_that_another_command_takes_back_just_then_are_made_anew(tmp_pa
     assert [path.name for path in run.path.iterdir()] == ["run.yaml"]  # so these were ours to take back
 
 
-def test_a_command_keeps_the_settings_that_the_same_one_elsewhere_takes_back(tmp_path):
+def test_a_command_restores_settings_that_the_same_command_elsewhere_removed(tmp_path):
     run = Run.create(tmp_path / "r")
 
     def fails(second):
@@ -239,7 +239,7 @@ class Failing(Drawn):
             yield work
 
 
-def test_where_all_units_failed_other_settings_may_be_given(tmp_path):
+def test_other_settings_are_accepted_if_all_units_failed(tmp_path):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed, match="2 of 2 units failed"):
         run_stage(Failing(), run, Local(workers=1))
@@ -255,7 +255,7 @@ def test_where_all_units_failed_other_settings_may_be_given(tmp_path):
         run_stage(Failing(unit_size=5, first=1), run, Local(workers=1))
 
 
-def test_a_note_of_a_failure_that_outlived_it_counts_no_more(tmp_path):
+def test_the_failure_file_of_a_done_unit_is_ignored(tmp_path):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed):
         run_stage(Failing(first=1), run, Local(workers=1))
@@ -273,7 +273,7 @@ def test_a_note_of_a_failure_that_outlived_it_counts_no_more(tmp_path):
     assert status(run).num_failed == 1
 
 
-def test_settings_stay_while_somebody_writes_with_them(tmp_path):
+def test_settings_are_kept_while_a_unit_is_written(tmp_path):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed):
         run_stage(Failing(), run, Local(workers=1))
@@ -286,7 +286,7 @@ def test_settings_stay_while_somebody_writes_with_them(tmp_path):
     run.check(Failing(unit_size=5))
 
 
-def test_of_a_part_only_the_options_that_differ_are_told():
+def test_changes_name_only_the_options_that_differ():
     old = {"refine": {"name": "cut", "smoothness": 2.0, "floor": 0.1}, "min_area": 0.5, "gone": 1}
     new = {"refine": {"name": "cut", "smoothness": 3.0, "floor": 0.1}, "min_area": 0.5, "come": [1]}
     assert list(changes(old, new)) == [
@@ -297,7 +297,7 @@ def test_of_a_part_only_the_options_that_differ_are_told():
     assert list(changes(old, old | {"refine": {"name": "plain"}})) == ["refine is 'plain' and was 'cut'"]
 
 
-def test_given_settings_are_laid_over_those_before():
+def test_given_settings_replace_recorded_ones():
     before = {"refine": {"name": "cut", "smoothness": 2.0, "floor": 0.1}, "min_area": 0.5}
     assert merge_settings(before, {}) == before
     assert merge_settings(before, {"refine": "cut"}) == before
@@ -312,7 +312,7 @@ def test_given_settings_are_laid_over_those_before():
     }
 
 
-def test_a_run_that_a_failing_command_made_is_taken_back(tmp_path):
+def test_a_new_run_is_removed_if_its_first_command_fails(tmp_path):
     def failing(folder):
         with Run.create_or_roll_back(folder) as run:
             assert run.path.is_dir()
@@ -336,7 +336,7 @@ def trained(run, folder, **settings):
     return entry["settings"]
 
 
-def test_a_training_goes_on_with_the_settings_of_its_folder(tmp_path):
+def test_a_training_resumes_with_the_settings_of_its_folder(tmp_path):
     run = Run.create(tmp_path / "r")
     plain = trained(run, "pretrain/mae", epochs=3, data=("a.tar",))
     named = trained(run, "pretrain/second", method=Choice("vlp", {"region_weight": 2.0}), label="second")
@@ -361,7 +361,7 @@ class Told(Drawn):
         return self.stamps
 
 
-def test_a_tokenizer_is_no_secret_and_no_hash_is_one(tmp_path):
+def test_tokenizers_and_hashes_are_not_secrets(tmp_path):
     run = Run.create(tmp_path / "r")
     before = run.check(Told())
     assert before["settings"]["method"] == {"name": "vlp", "tokenizer": "tokA", "api_key": "***"}
@@ -373,7 +373,7 @@ def test_a_tokenizer_is_no_secret_and_no_hash_is_one(tmp_path):
     assert redacted(names) == {"tokenizer": "a", "Tokenizers": "b"} | dict.fromkeys(list(names)[2:], "***")
 
 
-def test_a_refusal_says_what_differs_if_no_setting_does(tmp_path):
+def test_another_stage_seed_or_version_is_named(tmp_path):
     run = make_run(tmp_path / "r", masks=False)
     path = run.folder("images") / "settings.yaml"
     entry = yaml.safe_load(path.read_text())
@@ -395,7 +395,7 @@ def test_a_refusal_says_what_differs_if_no_setting_does(tmp_path):
         ({}, ("s3://***@bucket/data",), "data was not recorded (***); give it again: --set data=VALUE"),
     ],
 )
-def test_what_was_not_written_down_is_not_gone_on_with(tmp_path, method, data, says):
+def test_settings_that_were_not_recorded_must_be_given_again(tmp_path, method, data, says):
     run = Run.create(tmp_path / "r")
     trained(run, "pretrain/vlp", method=Choice("vlp", method), data=data)
     with pytest.raises(ConfigError) as refused:
@@ -405,7 +405,7 @@ def test_what_was_not_written_down_is_not_gone_on_with(tmp_path, method, data, s
     assert resume_settings(run, "pretrain", given)["method"] == {"name": "vlp", "tokenizer": "tok", "api_key": "x"}
 
 
-def test_settings_with_which_nothing_was_made_are_not_gone_on_with(tmp_path):
+def test_recorded_settings_are_ignored_if_nothing_was_made_with_them(tmp_path):
     run = Run.create(tmp_path / "r")
     trained(run, "pretrain/mae", epochs=3)
     (run.folder("pretrain/mae") / "checkpoints" / "step-1.safetensors").unlink()
@@ -413,7 +413,7 @@ def test_settings_with_which_nothing_was_made_are_not_gone_on_with(tmp_path):
     assert resume_settings(run, "pretrain", {})["epochs"] == 3  # nothing but the run is given
 
 
-def test_a_claim_holds_on_to_what_it_began_with(tmp_path):
+def test_a_claimed_run_keeps_its_settings_in_memory(tmp_path):
     run = Run.create(tmp_path / "r")
     with run.claim(Drawn()) as claimed:
         for name in ("images", "maps"):  # somebody empties the folders and begins anew
@@ -432,7 +432,7 @@ def all_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_command_whose_folder_was_given_other_settings_meanwhile_adds_nothing(tmp_path):
+def test_no_unit_is_written_after_the_settings_were_replaced(tmp_path):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed):
         run_stage(Failing(), run, Local(workers=1))
@@ -465,7 +465,7 @@ class Overtaken(Drawn):
             yield work
 
 
-def test_such_a_command_ends_with_one_line(tmp_path, monkeypatch):
+def test_replaced_settings_end_a_command_with_one_line(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "r")
     with pytest.raises(UnitsFailed):
         run_stage(Overtaken(), run, Local(workers=1))
@@ -480,7 +480,7 @@ def test_such_a_command_ends_with_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("third", [False, True])
-def test_what_the_same_command_elsewhere_takes_back_is_put_back_or_belongs_to_a_third(tmp_path, third):
+def test_removed_settings_are_restored_unless_a_third_command_wrote_others(tmp_path, third):
     run = Run.create(tmp_path / "r")
     first, second = run.claim(Drawn()), run.claim(Drawn())
     first.__enter__()
@@ -500,7 +500,7 @@ def test_what_the_same_command_elsewhere_takes_back_is_put_back_or_belongs_to_a_
         second.__exit__(None, None, None)
 
 
-def test_settings_of_another_command_are_not_taken_back(tmp_path):
+def test_settings_of_another_command_are_not_removed(tmp_path):
     run = Run.create(tmp_path / "r")
     other = run.check(Drawn(unit_size=5))
 
@@ -515,7 +515,7 @@ def test_settings_of_another_command_are_not_taken_back(tmp_path):
     assert run.find_artifact("maps") is None
 
 
-def test_settings_that_change_between_check_and_claim_are_noticed(tmp_path, monkeypatch):
+def test_settings_that_change_between_check_and_claim_are_refused(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "r")
     other = run.check(Drawn(unit_size=5))
 
@@ -553,7 +553,7 @@ def test_a_fingerprint_is_found_in_any_yaml(tmp_path):
         read_fingerprint(path)
 
 
-def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):
+def test_the_first_writer_of_a_unit_wins(tmp_path):
     run = Run.create(tmp_path / "r")
     record_settings(run, Drawn())
     with run.write("images", 0) as late:
@@ -567,7 +567,7 @@ def test_whoever_finishes_a_unit_first_has_made_it(tmp_path):
     assert not list(run.folder("images").glob(".*"))
 
 
-def test_only_one_of_many_puts_a_file(tmp_path, monkeypatch):
+def test_only_one_of_many_processes_creates_a_file(tmp_path, monkeypatch):
     assert create_bytes(tmp_path / "a", b"first")
     assert not create_bytes(tmp_path / "a", b"second")
     monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("no links here")))
@@ -576,7 +576,7 @@ def test_only_one_of_many_puts_a_file(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"first", "b": b"first"}
 
 
-def test_without_links_a_file_is_moved_to_its_place_as_a_copy_might_find_the_disk_full(tmp_path, monkeypatch):
+def test_without_hard_links_a_new_file_is_renamed(tmp_path, monkeypatch):
     def fail(*names):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -586,7 +586,7 @@ def test_without_links_a_file_is_moved_to_its_place_as_a_copy_might_find_the_dis
     assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
 
 
-def test_half_written_files_are_taken_away_only_when_nobody_writes_them(tmp_path):
+def test_temporary_files_are_removed_only_if_abandoned(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
@@ -603,7 +603,7 @@ def test_half_written_files_are_taken_away_only_when_nobody_writes_them(tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces of processes")
-def test_a_process_in_a_container_of_the_same_host_name_is_not_taken_for_ended(tmp_path):
+def test_temporary_files_of_another_container_are_not_abandoned(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
@@ -663,12 +663,12 @@ def at_once(folder, kind, count=3):
     return [process.communicate(timeout=120)[0].strip() for process in processes]
 
 
-def test_commands_on_other_artifacts_at_the_same_moment_lose_nothing(tmp_path):
+def test_simultaneous_commands_on_different_artifacts_lose_nothing(tmp_path):
     assert at_once(tmp_path / "r", "others") == ["done"] * 3
     assert list(Run.open(tmp_path / "r").artifacts()) == [f"numbers{number}" for number in range(3)]
 
 
-def test_the_same_command_several_times_at_once_makes_the_same_bytes(tmp_path):
+def test_the_same_command_run_several_times_at_once_makes_the_same_bytes(tmp_path):
     assert at_once(tmp_path / "r", "same") == ["done"] * 3
     run = Run.open(tmp_path / "r")
     alone = Run.create(tmp_path / "alone")
@@ -682,7 +682,7 @@ def test_the_same_command_several_times_at_once_makes_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["settings", "seeds"])
-def test_of_commands_with_other_settings_at_the_same_moment_one_is_heard(tmp_path, kind):
+def test_of_simultaneous_commands_with_different_settings_one_wins(tmp_path, kind):
     told = at_once(tmp_path / "r", kind)
     run = Run.open(tmp_path / "r")
     if kind == "seeds":  # whoever gives an empty run another seed may stop the one that is about to begin, and itself

@@ -53,7 +53,7 @@ class Built:
         self.all = first, second, device, third
 
 
-def test_remarks_are_the_comments_of_a_class_and_its_parents():
+def test_comments_of_settings_include_those_of_parent_classes():
     assert setting_comments(Child) == {"kept": "of both", "said": "of the child", "long": "behind the last line"}
     assert setting_comments(Built) == {"second": "by its comment", "device": "no option"}
     assert setting_comments(type("Made", (), {"__init__": lambda self, x=1: None})) == {}
@@ -77,7 +77,7 @@ class Several:
     layers: list[int] = field(default_factory=list)  # that count
 
 
-def test_defaults_that_are_made_each_time_are_told_as_others():
+def test_defaults_from_factories_are_listed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = settings_schema(Several)["properties"]
@@ -112,7 +112,7 @@ def test_an_option_of_a_part_has_its_default_and_what_it_is():
     }  # fmt: skip
 
 
-def test_without_a_name_the_parts_there_are():
+def test_without_a_name_all_parts_are_listed():
     names = REFINERS.names()
     listed = json.loads(listing("masks.refine", as_json=True))["oneOf"]
     assert [part["const"] for part in listed] == names
@@ -125,7 +125,7 @@ def test_without_a_name_the_parts_there_are():
     assert "knn" in evaluators["anyOf"][1]["properties"]["name"]["enum"]
 
 
-def test_without_a_path_all_that_can_be_asked():
+def test_without_a_path_stages_and_parts_are_listed():
     told = listing()
     assert all(f"\n{name} " in told for name in (*STAGES.names(), *_PARTS))
     assert json.loads(listing(as_json=True)) == {
@@ -144,13 +144,13 @@ def test_without_a_path_all_that_can_be_asked():
         ("masks.refine=treshold", "unknown refiner 'treshold'; did you mean 'threshold'?"),
     ],
 )
-def test_what_is_not_there_names_what_is(path, says):
+def test_unknown_names_suggest_known_ones(path, says):
     with pytest.raises(UnknownName) as caught:
         listing(path)
     assert says in str(caught.value)
 
 
-def test_an_error_of_settings_names_the_listing_and_the_listing_is_there():
+def test_errors_in_settings_name_an_existing_listing():
     with pytest.raises(ConfigError, match=r"did you mean 'level'\?; see: synthgen schema masks\.refine=threshold$"):
         REFINERS.build(Choice("threshold", {"levle": 0.5}))
     with pytest.raises(ConfigError, match=r"see: synthgen schema masks\.refine=threshold$"):
@@ -159,7 +159,7 @@ def test_an_error_of_settings_names_the_listing_and_the_listing_is_there():
         make_stage("masks", {"min_aera": 0.1})
 
 
-def test_every_family_says_where_settings_name_its_parts():
+def test_every_registry_names_its_setting():
     from synthgen.backbones import BACKBONES
     from synthgen.engines import ENGINES
     from synthgen.evaluators import EVALUATORS

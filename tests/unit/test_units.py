@@ -64,7 +64,7 @@ def test_a_batch_is_freed_while_the_next_one_is_drawn(run: Run) -> None:
 
 
 @pytest.mark.parametrize("lost", ["images", "maps"])
-def test_a_half_that_another_kind_of_device_left_is_replaced(run: Run, lost: str) -> None:
+def test_half_a_unit_from_another_device_is_replaced(run: Run, lost: str) -> None:
     write_unit(run, 7, drawn("one"), lambda count: None)
     run.tar(lost, 7).with_suffix(".json").unlink()  # killed between the two marks, or one was damaged and deleted
     write_unit(run, 7, drawn("other"), lambda count: None)
@@ -72,7 +72,7 @@ def test_a_half_that_another_kind_of_device_left_is_replaced(run: Run, lost: str
 
 
 @pytest.mark.parametrize("lost", ["images", "maps"])
-def test_a_half_with_the_same_bytes_stays(run: Run, lost: str) -> None:
+def test_half_a_unit_with_the_same_bytes_is_kept(run: Run, lost: str) -> None:
     write_unit(run, 7, drawn("one"), lambda count: None)
     before = state(run)
     run.tar(lost, 7).with_suffix(".json").unlink()
@@ -82,7 +82,7 @@ def test_a_half_with_the_same_bytes_stays(run: Run, lost: str) -> None:
     assert kinds(run) == ("one", "one")
 
 
-def test_a_unit_that_is_whole_stays(run: Run) -> None:
+def test_a_complete_unit_is_kept(run: Run) -> None:
     write_unit(run, 7, drawn("one"), lambda count: None)
     before = state(run)
     write_unit(run, 7, drawn("other"), lambda count: None)
@@ -90,9 +90,7 @@ def test_a_unit_that_is_whole_stays(run: Run) -> None:
 
 
 @pytest.mark.parametrize("after", ["images", "maps"])
-def test_two_at_the_same_unit_leave_what_one_of_them_made(
-    run: Run, after: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_writers_of_a_unit_leave_the_files_of_one(run: Run, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other comes in right after the first of the two has come down, or when both have."""
     from synthgen.units import UnitWriter
 
@@ -110,7 +108,7 @@ def test_two_at_the_same_unit_leave_what_one_of_them_made(
     assert first == second
 
 
-def test_a_disk_that_is_full_at_the_end_leaves_nothing_half_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_unit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
