@@ -29,7 +29,7 @@ from synthgen.evaluators._extraction import Extracted, Extractor, class_numbers,
 from synthgen.records import WordMasks
 from synthgen.run import Run
 from synthgen.stages._eval_sources import Source, scene_samples, used_samples
-from synthgen.stages._eval_warnings import few_warnings, label_warnings, scene_warnings, word_warnings
+from synthgen.stages._eval_warnings import few_warnings, label_warnings, overlap_warnings, scene_warnings, word_warnings
 from synthgen.stores.tar import read_tar
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def image_data(
         extracted[name] = of_source.extract(samples, used[name], *chosen, advance)
         result[name] = {"images": len(used[name])}
 
+    result["warnings"] += overlap_warnings(sources)
     parts: Parts = {kind: {"device": extractor.device} for kind in kinds}
     if "features" in needs:
         _add_features(parts, sources, extracted, used)

@@ -8,8 +8,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from synthgen.config import Choice
 from synthgen.errors import ConfigError, MissingArtifact
 from synthgen.run import Run, digest
+from synthgen.stages._eval_rows import generator_choice
 from synthgen.stages._integrity import check_shards_exist
 from synthgen.stages._layout import repack_advice
 from synthgen.stores import parse_location, walk_files
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MissingInput",
     "Source",
+    "generator_files",
     "masks_hash",
     "missing_split",
     "open_source",
@@ -85,6 +88,14 @@ class Source:
         """The samples with masks or with boxes of their own."""
         masked = set(self.masked)
         return tuple(number for number in range(len(self.samples)) if number in masked or self.samples.boxes(number))
+
+    @cached_property
+    def places(self) -> frozenset[str]:
+        """Its tars, or its folder of images."""
+        from synthgen.datasets.sources import tars_of
+
+        paths = tars_of(self.path) or [parse_location(self.path)]
+        return frozenset(str(path if isinstance(path, RemotePath) else path.resolve()) for path in paths)
 
     def require(self, kind: Literal["labels", "captions", "masked", "masked_or_boxed"]) -> None:
         """Check that there are samples of that kind.
@@ -200,6 +211,13 @@ def source_hash(source: str) -> str:
 def _file_state(file: Path) -> list[str | int]:
     state = file.stat()
     return [file.as_posix(), state.st_size, state.st_mtime_ns]
+
+
+def generator_files(generator: Choice) -> dict[str, str]:
+    """The options of a generator that name a file or folder of this machine, not a short name or a hub id."""
+    options = generator_choice(generator).options
+    given = {name: options.get(name, "") for name in ("model", "lora", "textual_inversion")}
+    return {name: path for name, path in given.items() if path and Path(path).exists()}
 
 
 def split_hash(run: Run, split: str) -> str:

@@ -12,9 +12,24 @@ if TYPE_CHECKING:
     from synthgen.evaluators._extraction import Extracted
     from synthgen.stages._eval_sources import Source
 
-__all__ = ["few_warnings", "interval_warnings", "label_warnings", "scene_warnings", "word_warnings"]
+__all__ = [
+    "few_warnings",
+    "interval_warnings",
+    "label_warnings",
+    "overlap_warnings",
+    "scene_warnings",
+    "word_warnings",
+]
 
 _FEW = 100  # test images; below that intervals are wide
+
+
+def overlap_warnings(sources: Mapping[str, Source]) -> list[str]:
+    """A warning about test images that are also training images."""
+    if "train" not in sources or not (shared := sources["test"].places & sources["train"].places):
+        return []
+    names = _list(sorted(shared))
+    return [f"test images are also training images, so scores say little about other images: {names}"]
 
 
 def label_warnings(sources: Mapping[str, Source], used: Mapping[str, Sequence[str]]) -> list[str]:

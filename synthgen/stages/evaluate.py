@@ -20,6 +20,7 @@ from synthgen.stages._eval_rows import default_label, generator_choice, has_scor
 from synthgen.stages._eval_sources import (
     MissingInput,
     Source,
+    generator_files,
     masks_hash,
     missing_split,
     open_source,
@@ -119,8 +120,6 @@ class Evaluate(Stage):
         settings = super().fingerprinted()
         del settings["encoder"]
         return {name: value for name, value in settings.items() if self.generator or not name.startswith("generator")}
-
-    # -- what to evaluate
 
     def artifacts(self) -> tuple[str, ...]:
         """None with settings of their own: a run may have many files of scores, each with its settings and inputs."""
@@ -240,7 +239,7 @@ class Evaluate(Stage):
         return sources
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """The hashes of the encoder, its text tower, the images and the masks."""
+        """The hashes of the encoder, its text tower, the generator's files, the images and the masks."""
         if self._hashes is None:
             return self.with_runtime(_hashes={}).inputs(run)
         found: dict[str, str] = {}
@@ -249,6 +248,8 @@ class Evaluate(Stage):
             found["encoder"] = self._cached(f"encoder {folder}", partial(encoder_hash, folder))
             if any(evaluator.needs == "pairs" for evaluator in self.usable_evaluators(run)[0].values()):
                 found["text tower"] = self._cached(f"text tower {folder}", partial(text_tower_hash, folder))
+        for name, path in generator_files(self.generator).items() if self.generator else ():
+            found[f"generator's {name}"] = self._source_hash(path)
         for name in self.sources(run) if self.needs_images(run) else ():
             own = partial(split_hash, run, self.splits(run)[name])
             found[name] = self._source_hash(getattr(self, name)) or self._cached(f"shards for {name}", own)
@@ -321,8 +322,6 @@ class Evaluate(Stage):
             return 1
         needs = frozenset(evaluator.needs for evaluator in self.usable_evaluators(run)[0].values())
         return max(1, sum(len(used_samples(source, needs)) for source in self.sources(run).values()))
-
-    # -- scoring
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from synthgen import codecs
 from synthgen.config import Choice
@@ -98,6 +99,16 @@ def test_a_second_command_does_nothing_and_scores_are_reproducible(run):
     assert result(run)["fingerprint"] == first["fingerprint"]
     for row, values in first["scores"].items():
         assert result(run)["scores"][row]["knn"] == values["knn"]
+
+
+def test_training_images_among_the_test_images_are_a_warning(run):
+    shards = run.folder("shards")
+    run_stage(Evaluate(test=str(shards / "*/*.tar"), label="all", **KNN), run, ONE)
+    (warning,) = (text for text in result(run, "all")["warnings"] if "also training images" in text)
+    assert "train/000000.tar" in warning
+    assert "val" not in warning
+    run_stage(Evaluate(label="own", **KNN), run, ONE)
+    assert not any("also training images" in text for text in result(run, "own")["warnings"])
 
 
 def test_other_settings_need_another_label(run):
@@ -708,6 +719,17 @@ def test_generator_patches_are_on_the_grid_of_the_encoder(run, stable_diffusion)
     run_stage(make_stage("evaluate", {**asked, "evaluators": ["retrieval"], "label": "texts"}), run, ONE)
     assert set(result(run, "texts")["scores"]) == {"mae"}
     assert "the generator has no row: retrieval cannot evaluate it" in result(run, "texts")["warnings"]
+
+
+def test_another_generator_in_the_same_folder_makes_the_scores_stale(run, stable_diffusion, tmp_path):
+    model = Path(shutil.copytree(stable_diffusion, tmp_path / "model"))
+    stage = Evaluate(generator=Choice(str(model)), **KNN)
+    run_stage(stage, run, ONE)
+    assert run_stage(stage, run, ONE).done_before == 1
+    (weights,) = (model / "unet").glob("*.safetensors")
+    save_file({name: weight + 0.5 for name, weight in load_file(weights).items()}, weights)
+    with pytest.raises(StaleArtifact, match=r"changed: its input generator's model"):
+        run_stage(stage, run, ONE)
 
 
 @pytest.mark.parametrize(
