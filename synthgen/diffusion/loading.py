@@ -270,7 +270,8 @@ def _set_scheduler(pipeline: Any, name: str) -> None:
     """Set the scheduler of this name, or check that the pipeline's own is supported.
 
     Two that diffusers lists as compatible are not: EDMEulerScheduler scales noise differently from these models, and
-    DPMSolverSDEScheduler draws noise independent of the images' seeds.
+    DPMSolverSDEScheduler draws noise independent of the images' seeds. So do stochastic schedulers for flow matching,
+    because the pipelines of Stable Diffusion 3 and FLUX pass them no generator.
 
     Raises:
         ConfigError: the scheduler cannot be used with this model.
@@ -278,6 +279,11 @@ def _set_scheduler(pipeline: Any, name: str) -> None:
     import diffusers
 
     own = pipeline.scheduler
+    if type(own).__name__ == "FlowMatchLCMScheduler" or own.config.get("stochastic_sampling"):
+        raise ConfigError(
+            f"this model's {type(own).__name__} draws noise that does not depend on the images' seeds; save the model "
+            "with a FlowMatchEulerDiscreteScheduler whose stochastic_sampling is false"
+        )
     if not name and type(own).__name__ == _SDE:
         raise ConfigError(f"this model's {_SDE} draws noise of its own; set scheduler: EulerAncestralDiscreteScheduler")
     if not name:

@@ -128,6 +128,19 @@ def test_a_model_whose_own_scheduler_ignores_seeds_is_refused() -> None:
     assert type(pipeline.scheduler) is diffusers.EulerAncestralDiscreteScheduler
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    ],
+)
+@pytest.mark.parametrize("name", ["", "FlowMatchEulerDiscreteScheduler"])
+def test_stochastic_schedulers_for_flow_matching_are_refused(scheduler: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not depend on the images' seeds; save the model with"):
+        _set_scheduler(SimpleNamespace(scheduler=scheduler), name)
+
+
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     folder = models.make_pixart_sigma(tmp_path)
     with pytest.raises(ConfigError, match=r"PixArtSigmaPipeline.*StableDiffusionXLPipeline.*FluxPipeline"):
