@@ -49,8 +49,10 @@ def fit(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """The width of a text on a console: East Asian wide characters take two columns, combining ones none."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    """The width of a text on a console: East Asian wide characters take two columns, combining marks none."""
+    marks = ("Mn", "Me")
+    wide = (unicodedata.east_asian_width(char) in "WF" for char in text if unicodedata.category(char) not in marks)
+    return sum(1 + is_wide for is_wide in wide)
 
 
 def plain(text: str) -> str:

@@ -11,7 +11,7 @@ from synthgen import console
 from synthgen.console import ConsoleProgress, print_scores, step_printer, summary_line
 from synthgen.run import Run
 from synthgen.runner import Summary
-from synthgen.text import counted
+from synthgen.text import columns, counted
 
 
 @pytest.fixture
@@ -95,3 +95,7 @@ def test_steps_are_printed_to_standard_error_on_a_terminal(monkeypatch, capsys, 
     step_printer("doctor")("looking at \x1b[2J the disk")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "doctor: looking at  [2J the disk\n" * terminal)
+
+
+def test_combining_marks_take_no_column() -> None:
+    assert [columns(text) for text in ("dog", "e\u0301", "日本", "नमस्ते")] == [3, 1, 4, 4]
