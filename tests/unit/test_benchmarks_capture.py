@@ -33,7 +33,7 @@ def test_full_sizes_have_the_published_numbers_of_parameters(capture, size):
 @pytest.mark.parametrize(
     "family", ["sd", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))]
 )
-def test_it_runs_and_can_be_reported(capture, family, tmp_path):
+def test_the_benchmark_runs_and_can_be_reported(capture, family, tmp_path):
     figures = capture.main(["--size", "tiny", "--family", family, "--steps", "1", "--repeat", "1"])
     record = json.loads((tmp_path / "results" / "capture-cpu.json").read_text(encoding="utf-8"))
     assert record["figures"] == figures
@@ -73,7 +73,7 @@ def test_contenders_can_be_left_out_with_a_reason(capture):
     assert report.capture_cells({"not_run": "not installed"})[0] == "not run: not installed"
 
 
-def test_a_contender_that_fails_leaves_the_network_as_it_was(capture):
+def test_a_contender_that_fails_restores_the_network(capture):
     args = capture.argparse.Namespace(dtype="float32", device="cpu", resolution=None, steps=1, guidance=None, batch=1)
     workload = capture.make_workload("sd", "tiny", args)
 

@@ -89,7 +89,7 @@ class Counted(LabelledFeatures):
         return super().label(index)
 
 
-def test_labels_are_read_once_and_by_each_process_those_of_its_share(monkeypatch):
+def test_each_process_reads_the_labels_of_its_share_once(monkeypatch):
     labels = ("dog", None, "cat", "cat", "dog", "hen", "hen")
     data = Counted(*labels)
     assert labels_of(data) == labels_of(data) == {"cat", "dog", "hen"}
@@ -112,7 +112,7 @@ def test_labels_are_read_once_and_by_each_process_those_of_its_share(monkeypatch
     assert set().union(*said) == {"cat", "dog", "hen"}
 
 
-def test_a_label_that_one_process_cannot_read_ends_all(monkeypatch):
+def test_an_unreadable_label_ends_all_processes(monkeypatch):
     class Broken(Counted):
         def label(self, index):
             if index == 3:
@@ -201,7 +201,7 @@ def test_names_travel_with_the_weights(tmp_path):
         other.load_state_dict(classes.state_dict())
 
 
-def test_a_folder_whose_name_is_no_text_is_an_error():
+def test_a_folder_with_an_undecodable_name_is_an_error():
     with pytest.raises(ConfigError, match=r"the class name 'caf\\udce9' is not valid Unicode"):
         ClassEmbedding(4).learn([b"caf\xe9".decode("utf-8", "surrogateescape")])
 
@@ -257,7 +257,7 @@ def test_without_noise_a_class_changes_nothing_in_the_encoder():
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
-def test_it_begins_with_the_weights_and_the_loss_that_it_has_without_classes(name):
+def test_initial_weights_and_loss_are_those_without_classes(name):
     """Classes come last when weights are drawn, and change nothing before the first step."""
     batch, labelled, plain = make_batch(), build(name), build(name, class_labels=False)
     assert plain.classes is None
@@ -270,7 +270,7 @@ def test_it_begins_with_the_weights_and_the_loss_that_it_has_without_classes(nam
 # -- drawing
 
 
-def test_guidance_is_its_formula_and_asks_once_where_it_is_1():
+def test_guidance_is_its_formula_and_a_scale_of_1_needs_one_pass():
     answers, asks = {None: torch.tensor([1.0, 2.0]), "class": torch.tensor([3.0, 1.0])}, []
 
     def ask(numbers):
@@ -287,7 +287,7 @@ def test_guidance_is_its_formula_and_asks_once_where_it_is_1():
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
-def test_the_sampler_draws_with_the_guided_answer(name):
+def test_the_sampler_uses_the_guided_prediction(name):
     """The same images as of a network whose own answer is none + w (class - none)."""
     method, seeds = shaken(name), torch.arange(3)
     drawn = method.sample(seeds, 3, labels=["red", None, 0], guidance_scale=2.5)
@@ -311,7 +311,7 @@ def test_the_sampler_draws_with_the_guided_answer(name):
 
 @pytest.mark.parametrize("name", CONDITIONED)
 @pytest.mark.parametrize(("guidance_scale", "times"), [(1.0, 1), (1.5, 2)])
-def test_the_half_without_a_class_is_asked_only_where_it_counts(name, guidance_scale, times):
+def test_the_unconditional_half_is_computed_only_if_guided(name, guidance_scale, times):
     method, asks = build(name), []
     network = method.average if name == "maskdit" else method
     network.decoder.register_forward_pre_hook(lambda _, args: asks.append(1))
@@ -330,7 +330,7 @@ def test_the_half_without_a_class_is_asked_only_where_it_counts(name, guidance_s
         ({"labels": 2}, "there is no class 2"),
     ],
 )
-def test_what_cannot_be_sampled_is_an_error(given, said):
+def test_invalid_sampling_is_refused(given, said):
     for name in CONDITIONED:
         with pytest.raises((ValueError, ConfigError), match=said):
             build(name).sample(torch.arange(3), 2, **given)
@@ -408,5 +408,5 @@ def test_wrong_options_of_tuning_are_errors(option, said):
         build("umd", **option)
 
 
-def test_views_show_as_much_as_is_asked_for():
+def test_crop_area_is_the_least_share_of_an_image_in_a_view():
     assert [build("umd", **option).views().scale for option in ({}, {"crop_area": 0.95})] == [(0.8, 1.0), (0.95, 1.0)]

@@ -101,7 +101,7 @@ TINY = {**SDXL, "layers_per_block": 1, "block_out_channels": (32, 64, 64), "atte
     ],
     ids=["adm", "sd1", "sdxl", "tiny"],
 )
-def test_pairs_lie_across_by_the_papers_numbers(config, sources, targets):
+def test_pairs_are_those_of_the_paper(config, sources, targets):
     network = unet(**config)
     (numbered, encoder), pairs = entries(network), feedback_pairs(network)
     number_of = {name: number for number, name in numbered.items()}
@@ -177,14 +177,14 @@ def test_without_feedback_the_map_is_the_readers_own(name, request):
     torch.testing.assert_close(none, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_is_of_the_key_and_the_seed(small):
+def test_noise_depends_on_key_and_seed(small):
     network, latents = make_network(small), draw()
     noised = network.noised(latents, KEYS)
     assert torch.equal(network.noised(latents.flip(0), KEYS[::-1]).flip(0), noised)
     assert not torch.allclose(make_network(small, seed=1).noised(latents, KEYS), noised, atol=1e-2)
 
 
-def test_sources_are_what_the_blocks_give_in_a_plain_pass(small):
+def test_sources_are_the_outputs_of_blocks_in_a_plain_pass(small):
     network = make_network(small)
     noised = network.noised(draw(), KEYS)
     for pair, source in zip(network.pairs, network.sources(noised), strict=True):
@@ -201,7 +201,7 @@ def test_feedback_of_another_size_is_resized(small):
     torch.testing.assert_close(network.read(noised, [one[:, :, :1, :1] for one in whole]), network.read(noised, whole))
 
 
-def test_a_map_is_added_in_the_container_that_holds_it():
+def test_a_map_is_added_inside_its_container():
     values, added = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 2, 2)
     assert torch.equal(_plus(values, added), torch.ones(1, 2, 4, 4))
     first, second = _plus((values, "kept"), added)
@@ -270,7 +270,7 @@ def test_small_gradients_pass_a_network_of_float16(stable_diffusion):
         assert F.cosine_similarity(exact, half, dim=0) > 0.99
 
 
-def test_the_network_is_left_as_it_was(small):
+def test_the_network_is_restored(small):
     network = make_network(small)
     unet = network.model.network
     noised = network.noised(draw(), KEYS)
@@ -337,7 +337,7 @@ def count(module):
     return sum(weight.numel() for weight in module.parameters())
 
 
-def test_as_many_numbers_learn_as_in_the_paper(small):
+def test_the_number_of_parameters_is_that_of_the_paper(small):
     network = make_network(small)
     network.pairs = feedback_pairs(unet(**ADM))
     with torch.device("meta"):

@@ -78,7 +78,7 @@ def as_tokens(output: Any) -> Tensor:
     return values.flatten(2).mT if values.dim() == 4 else values
 
 
-def test_blocks_are_listed_as_they_compute_and_read_as_they_are(drawn):
+def test_blocks_are_listed_in_order_and_read_unchanged(drawn):
     backbone, count, middle = drawn
     images, names = pictures(), block_names(backbone.family.network)
     whole = by_hand(backbone, images, timestep=120, seed=5)
@@ -94,7 +94,7 @@ def test_blocks_are_listed_as_they_compute_and_read_as_they_are(drawn):
 
 
 @pytest.mark.parametrize("corner", [(0, 1), (1, 0)])
-def test_a_map_lies_as_its_image_does(drawn, corner, monkeypatch):
+def test_a_map_has_the_orientation_of_its_image(drawn, corner, monkeypatch):
     """Where one corner of the latents changes, the first block's map changes most in that corner."""
     backbone, (row, column) = drawn[0], corner
     before = backbone.family.encode(pictures(1))
@@ -109,7 +109,7 @@ def test_a_map_lies_as_its_image_does(drawn, corner, monkeypatch):
     assert change.argmax() == 2 * row + column
 
 
-def test_several_timesteps_and_blocks_lie_side_by_side(small):
+def test_several_timesteps_and_blocks_are_concatenated(small):
     images, blocks = pictures(side=32), ("up_blocks.0.attentions.1", "up_blocks.2.attentions.0")
     together = FeatureReader(small, timesteps=[50, 300], blocks=blocks[::-1])
     assert together.blocks == blocks  # in the order of the network, however they are listed
@@ -125,7 +125,7 @@ def test_several_timesteps_and_blocks_lie_side_by_side(small):
     torch.testing.assert_close(read.patches, torch.cat([part.patches for part in alone], 1))
 
 
-def test_an_image_gives_the_same_whatever_is_beside_it(small, monkeypatch):
+def test_features_of_an_image_do_not_depend_on_its_batch(small, monkeypatch):
     """Its noise is of its key and the seed; the batch may be cut, also where memory runs out."""
     images, reader = pictures(side=32), FeatureReader(small, timesteps=[50])
     whole = reader.read(images, KEYS, 4)
@@ -157,7 +157,7 @@ def test_an_image_gives_the_same_whatever_is_beside_it(small, monkeypatch):
         reader.read(images, KEYS, 4)
 
 
-def test_the_network_computes_no_further_than_is_read(small):
+def test_the_network_stops_after_the_last_block_that_is_read(small):
     reader, network = FeatureReader(small, timesteps=[50], blocks=["up_blocks.1.attentions.0"]), small.family.network
     called = []
     handles = [
@@ -187,7 +187,7 @@ def test_unreadable_settings_are_refused(small):
     bias.data.copy_(kept)
 
 
-def test_the_shipped_model_is_read_by_default_in_its_middle():
+def test_the_shipped_model_is_read_at_its_middle_block_by_default():
     reader = FeatureReader(Tiny(), timesteps=[50])
     assert (reader.blocks, reader.image_size, reader.shape) == (("up_blocks.1.attentions.0",), 128, (96, 8, 8))
 

@@ -111,7 +111,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_it_gives_what_the_reader_gives(drawn, place):
+def test_features_equal_those_of_the_reader(drawn, place):
     names = block_names(drawn.family.network)
     blocks = {"first": names[:1], "middle": (), "last": names[-1:]}[place]
     reader = make_reader(drawn, blocks=blocks)
@@ -126,7 +126,7 @@ def test_it_gives_what_the_reader_gives(drawn, place):
     assert_same(state(drawn.family), before)
 
 
-def test_all_that_is_copied_learns_and_nothing_else_is_copied(drawn):
+def test_exactly_the_copied_weights_have_gradients(drawn):
     """By the gradients in the whole network: those of weights behind the block are none."""
     reader = make_reader(drawn)
     generator, network = TruncatedGenerator(reader), copy.deepcopy(drawn.family.network)
@@ -156,7 +156,7 @@ def test_nothing_behind_the_block_computes(drawn):
     assert seen[-1] is last
 
 
-def test_noise_is_of_the_key_and_the_seed(small):
+def test_noise_depends_on_key_and_seed(small):
     reader = make_reader(small)
     generator, (_, images) = TruncatedGenerator(reader), pictures(reader.image_size)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_half_precision_weights_are_trained_in_float32(make, dtype, tmp_path):
         assert F.cosine_similarity(found.detach(), exact(images, KEYS)).min() > 0.99
 
 
-def test_what_moves_the_network_does_not_move_the_copy(stable_diffusion):
+def test_moving_the_network_does_not_move_the_copy(stable_diffusion):
     backbone = Diffusers(model=str(stable_diffusion))
     pipeline, reader = backbone.family.pipeline, make_reader(backbone)
     _, images = pictures(reader.image_size)
@@ -206,7 +206,7 @@ def test_what_moves_the_network_does_not_move_the_copy(stable_diffusion):
 # -- new weights
 
 
-def test_new_weights_are_as_a_new_network_has_them(drawn):
+def test_new_weights_have_the_initial_distribution(drawn):
     """Constant where those are, and as wide where they are drawn."""
     network = copy.deepcopy(drawn.family.network)
     for weight in network.parameters():
@@ -235,7 +235,7 @@ def test_a_layer_without_a_known_initialisation_is_refused():
         _initialize(nn.Sequential(Odd()), 0)
 
 
-def test_a_fresh_one_is_the_same_each_time_and_another_by_seed(small):
+def test_new_weights_depend_on_the_seed_alone(small):
     reader = make_reader(small)
     before, state_of_torch = state(small.family), torch.random.get_rng_state()
     one, again = (TruncatedGenerator(reader, fresh=True) for _ in range(2))
@@ -359,7 +359,7 @@ def test_noise_is_drawn_anew_in_training_and_once_in_evaluation(data, monkeypatc
     assert sorted(judged) == sorted(2 * (data.train_images.keys + data.test_images.keys))
 
 
-def test_from_scratch_it_begins_with_other_weights(data):
+def test_training_from_scratch_starts_with_new_weights(data):
     evaluator = FineTune(**QUICK | {"seeds": 1, "steps": 1, "generator_learning_rate": 1e-9})
     fresh = dataclasses.replace(data, random_init=True)
     learned = [evaluator.train(given, 0).encoder.network.conv_in.weight for given in (data, fresh)]

@@ -74,7 +74,7 @@ def test_names_in_a_tar_that_lead_out_or_steer_a_console_are_refused(tmp_path: P
     assert str(caught.value).isprintable()
 
 
-def test_links_and_devices_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+def test_links_and_devices_in_a_tar_are_skipped(tmp_path: Path) -> None:
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.png", b""), type=kind, linkname="/etc/passwd")
         assert list(read_tar(path)) == [("0", {"txt": b"x"})]
@@ -82,14 +82,14 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path: Path) -> None:
     assert list(read_tar(path)) == [("0", {"txt": b"x"})]
 
 
-def test_what_stands_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
+def test_repeated_members_of_a_tar_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match="two members 'txt'"):
         index_tar(tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("0.TXT", b"y")))
     with pytest.raises(CorruptFile, match="'0' occurs twice, the second time after '1'"):
         index_tar(tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y"), ("0.png", b"z")))
 
 
-def test_a_damaged_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
+def test_a_damaged_header_does_not_end_a_tar_silently(tmp_path: Path) -> None:
     with TarWriter(tmp_path / "a.tar") as tar:
         for number in range(3):
             tar.add(str(number), {"txt": b"x"})
@@ -111,7 +111,7 @@ def patched(path: Path, place: int, value: bytes) -> Path:
 
 
 @pytest.mark.parametrize("size", [-512, -(2**40)])
-def test_a_negative_size_does_not_read_for_ever(tmp_path: Path, size: int) -> None:
+def test_a_negative_size_causes_no_endless_loop(tmp_path: Path, size: int) -> None:
     path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y"))
     with pytest.raises(CorruptFile):
         index_tar(patched(path, 124, b"\xff" + (256**11 + size).to_bytes(11, "big")))
@@ -130,14 +130,14 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
         index_tar(patched(path, 156, tarfile.GNUTYPE_SPARSE))
 
 
-def test_a_member_larger_than_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tar_of(tmp_path / "a.tar", ("0.txt", b"x"), ("1.txt", b"y" * 200))
     monkeypatch.setattr("synthgen.stores.tar.MAX_BYTES", 100)
     with pytest.raises(CorruptFile, match="200 bytes; 100 are the most; the last key read is 0"):
         list(read_tar(path))
 
 
-def test_a_key_that_is_none_of_ours() -> None:
+def test_keys_of_other_forms_are_refused() -> None:
     for key in ("a", "../0000000", "\u0664\u0664\u0664\u0664\u0664\u0664"):
         with pytest.raises(CorruptFile, match="no key of a run's sample"):
             unit_of(key)
@@ -173,13 +173,13 @@ def npy(descr: str, shape: str, body: bytes = b"") -> bytes:
         (npy("[('a', '|u1')]", "(2, 2)", bytes(4)), "axes"),
     ],
 )
-def test_no_header_of_an_array_is_believed(labels: bytes, why: str) -> None:
+def test_headers_of_arrays_are_checked_before_memory_is_allocated(labels: bytes, why: str) -> None:
     members = {"masks.npz": npz(labels=labels, scores=npy("'<f4'", "(1,)", bytes(4)))}
     with pytest.raises(CorruptFile, match=why):
         codecs.decode_masks("0", members | {"json": b'{"words": ["a"], "dropped": []}'})
 
 
-def test_few_bytes_do_not_become_many_masks() -> None:
+def test_few_bytes_cannot_expand_to_many_masks() -> None:
     words = [str(number) for number in range(255)]
     meta = {"words": words, "dropped": [], "masks": [dict.fromkeys(codecs._MEASURED, 0.0)] * 255}
     labels = npy("'|u1'", "(4096, 4096)", bytes(2**24))
@@ -202,7 +202,7 @@ def test_arrays_of_either_order_are_read() -> None:
     [{"words": "dog"}, {"words": [1]}, {"spans": [[0]]}, {"spans": [["0", 1]]}, {"seed": -1}, {"seed": 2**70},
      {"seed": "1"}, {"prompt": 3}, {"label": {"a": 1}}, {"warnings": 5}, {"prompt": "\ud800"}],
 )  # fmt: skip
-def test_the_json_of_a_sample_is_of_the_right_kinds(change: dict[str, Any]) -> None:
+def test_types_in_the_json_of_a_sample_are_checked(change: dict[str, Any]) -> None:
     members = codecs.encode_image(make_generation()[0])
     meta = json.loads(members["json"]) | change
     with pytest.raises(CorruptFile):
@@ -219,7 +219,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("decode", [decode_rgb, decode_labels])
-def test_a_picture_of_too_many_pixels_is_not_decoded(decode: Any) -> None:
+def test_an_image_of_too_many_pixels_is_not_decoded(decode: Any) -> None:
     with pytest.raises(OSError, match="67,108,864 are the most"):
         decode(png_header(MAX_PIXELS // 1000 + 1, 1000))
     with pytest.raises(OSError, match="pixels"):
@@ -242,14 +242,14 @@ def test_grey_of_sixteen_bits_keeps_its_upper_eight() -> None:
     assert np.array_equal(turned, np.rot90(expected, -1))
 
 
-def test_pixels_of_no_known_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_unknown_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("synthgen.image._FORMATS", ("TIFF",))  # none of those that are read has any
     for kind in (np.int32, np.float32):
         with pytest.raises(OSError, match=r"32-bit numbers of unknown range; save it with 8 bits"):
             decode_rgb(as_bytes(Image.fromarray(np.full((4, 4), 1, kind)), "TIFF"))
 
 
-def test_masks_are_png_and_nothing_that_starts_a_program(tmp_path: Path) -> None:
+def test_masks_are_png_and_no_format_that_starts_a_program(tmp_path: Path) -> None:
     """Pillow hands PostScript to Ghostscript."""
     with pytest.raises(OSError, match="cannot identify"):
         decode_labels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
@@ -263,7 +263,7 @@ def test_masks_are_png_and_nothing_that_starts_a_program(tmp_path: Path) -> None
         ShardDataset([tmp_path / "a.tar"]).word_masks(0)
 
 
-def test_whatever_pillow_raises_is_one_kind_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_pillow_become_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError("inside\nPillow")
 
@@ -297,7 +297,7 @@ def test_json_within_bounds(text: str, why: str) -> None:
         read_json(text)
 
 
-def test_json_keeps_whole_characters_and_may_hold_what_python_writes() -> None:
+def test_json_joins_surrogate_pairs_and_accepts_nan_if_asked() -> None:
     assert read_json('"\\ud83d\\ude00"') == "\U0001f600"
     assert np.isnan(read_json("NaN", finite=False))
     with pytest.raises(ValueError, match="utf-8"):
@@ -341,7 +341,7 @@ def test_settings_of_thousands_of_files_are_read_again(tmp_path: Path) -> None:
     assert entry["inputs"] == inputs
 
 
-def test_yaml_may_refer_to_what_it_said() -> None:
+def test_yaml_may_contain_aliases() -> None:
     assert load_yaml("a: &a {x: 1e-3}\nb: {<<: *a, y: 2}") == {"a": {"x": 1e-3}, "b": {"x": 1e-3, "y": 2}}
 
 
@@ -350,7 +350,7 @@ def test_settings_are_finite() -> None:
         make_stage("masks", {"min_area": float("nan")})
 
 
-def test_prompts_hold_no_control_characters_and_places_stay_right(tmp_path: Path) -> None:
+def test_prompts_lose_control_characters_and_spans_stay_correct(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "a\n\x1b\x9b dog", "words": ["dog"], "label": "d\x07g"}))
     (prompt,) = read_prompts(path)
@@ -371,7 +371,7 @@ def test_a_prompt_of_too_many_words_or_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", ["", "é "])
-def test_words_without_a_place_are_not_looked_for_again_and_again(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_without_a_span_are_not_searched_repeatedly(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these would take seconds or minutes if every word were tried at every place."""
     looked: list[str] = []
     search = prompts._free_place
@@ -392,7 +392,7 @@ def test_words_without_a_place_are_not_looked_for_again_and_again(before: str, m
         assert len(str(caught.value)) < 500
 
 
-def test_errors_do_not_repeat_what_is_long(tmp_path: Path) -> None:
+def test_errors_shorten_long_values(tmp_path: Path) -> None:
     long = "the " * 10_000
     (tmp_path / "t.txt").write_text("a {}\n")
     texts = {"p.txt": long, "q.jsonl": json.dumps({"prompt": "a dog", long: 1})}
@@ -407,7 +407,7 @@ def test_errors_do_not_repeat_what_is_long(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_a_line_without_end_is_not_read_whole(tmp_path: Path) -> None:
+def test_an_endless_line_is_refused_early(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"x" * 200_000)
     with pytest.raises(ValueError, match="65,536 characters"):
@@ -418,7 +418,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path: Path) -> None:
         read_file(path, 10)
 
 
-def test_prompts_cannot_leave_their_place_in_the_card(tmp_path: Path) -> None:
+def test_prompts_cannot_break_the_markdown_of_the_card(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=2, image_size=16)
     run_stage(Shards(), run)
     description = json.loads((run.folder("shards") / "dataset.json").read_text())
@@ -433,7 +433,7 @@ def test_prompts_cannot_leave_their_place_in_the_card(tmp_path: Path) -> None:
     "mark",
     ["[]", "3", "{}", "[" * 5000, '{"count": 1}', '{"fingerprint": [], "bytes": "x", "count": null, "sha256": 1}'],
 )
-def test_a_done_mark_that_is_none_does_not_count(tmp_path: Path, mark: str) -> None:
+def test_invalid_done_marks_do_not_count(tmp_path: Path, mark: str) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     fingerprint = run.artifact("masks")["fingerprint"]
     assert run.has_unit("masks", 0, fingerprint)
@@ -442,7 +442,7 @@ def test_a_done_mark_that_is_none_does_not_count(tmp_path: Path, mark: str) -> N
     assert not run.has_unit("masks", 0, fingerprint)
 
 
-def test_notes_of_failures_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_failure_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     (run.folder("masks") / "000001.failed.json").write_text("[1]")
     (run.folder("masks") / "x.failed.json").write_text("{}")
@@ -450,7 +450,7 @@ def test_notes_of_failures_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["NaN", "Infinity", "1e999", "1" * 400, '"x"', "null", "[]"])
-def test_sizes_of_shards_that_are_none(tmp_path: Path, size: str) -> None:
+def test_invalid_sizes_of_shards(tmp_path: Path, size: str) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     run.folder("shards").mkdir()
     (run.folder("shards") / "dataset.json").write_text(f'{{"shards": [{{"bytes": {size}}}, {{"bytes": 7}}]}}')
@@ -460,7 +460,7 @@ def test_sizes_of_shards_that_are_none(tmp_path: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["fingerprint: a", "fingerprint: a\nstage: s\nsettings: []\ninputs: {}", LAUGHS])
-def test_settings_of_an_artifact_that_are_none(tmp_path: Path, text: str) -> None:
+def test_invalid_settings_of_an_artifact(tmp_path: Path, text: str) -> None:
     run = make_run(tmp_path / "r", units=1, unit_size=1, image_size=16)
     (run.folder("masks") / "settings.yaml").write_text(text)
     for ask in (run.artifacts, lambda: run.artifact("masks"), lambda: run.check(Masks())):
@@ -471,7 +471,7 @@ def test_settings_of_an_artifact_that_are_none(tmp_path: Path, text: str) -> Non
 # -- models
 
 
-def test_a_description_of_a_huge_network_makes_none(tmp_path: Path) -> None:
+def test_the_config_of_a_huge_network_is_refused(tmp_path: Path) -> None:
     save_encoder(VisionTransformer(EncoderConfig(image_size=8, patch_size=4, dim=8, depth=1, num_heads=2)), tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     assert load_encoder(tmp_path).config.dim == 8
@@ -485,7 +485,7 @@ def test_a_description_of_a_huge_network_makes_none(tmp_path: Path) -> None:
     ("part", "file"),
     [(["my_code", "Net"], ""), (["os", "system"], ""), (["diffusers", "UNet2DConditionModel"], "unet/diffusers.py")],
 )
-def test_a_model_brings_no_code(tmp_path: Path, part: list[str], file: str) -> None:
+def test_code_of_a_model_is_never_run(tmp_path: Path, part: list[str], file: str) -> None:
     index = {"_class_name": "StableDiffusionPipeline", "unet": part}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     if file:
@@ -532,7 +532,7 @@ def test_secrets_are_hidden(text: str) -> None:
      "a photo of a [dog]", "https://host/a@b", "the key is under the mat", "secret: no",
      "max_tokens: unknown setting", "basic composition of an image"],
 )  # fmt: skip
-def test_what_is_no_secret_is_left(text: str) -> None:
+def test_other_values_are_not_hidden(text: str) -> None:
     assert redact(text) == text
 
 
@@ -594,7 +594,7 @@ def test_the_traceback_of_a_bug_hides_secrets(
     assert "hunter2" not in told
 
 
-def test_a_run_opens_whatever_is_in_it(tmp_path: Path) -> None:
+def test_invalid_files_of_a_run_are_refused_in_one_line(tmp_path: Path) -> None:
     """Run.open refuses in one line what is no run."""
     (tmp_path / "run.yaml").write_text(LAUGHS)
     with pytest.raises(ConfigError, match="values"):

@@ -48,7 +48,7 @@ STEMS = ["0", "a b", "ä", "日本語", "🐕", "part/1", "teil/ü", "n" * 150]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_an_index_is_what_stands_in_the_tar(tmp_path, seed):
+def test_an_index_matches_the_tar(tmp_path, seed):
     """Keys of any script, members in any order, and missing in some samples."""
     draw = random.Random(seed)
     names = []
@@ -69,7 +69,7 @@ def test_an_index_is_what_stands_in_the_tar(tmp_path, seed):
     assert [key for key, _ in read_tar(path, keys={wanted[7][0], wanted[9][0]})] == [wanted[7][0], wanted[9][0]]
 
 
-def test_numbers_that_are_none(tmp_path):
+def test_numbers_out_of_range(tmp_path):
     found = index_tar(write(tmp_path / "a.tar", ["0.jpg", "1.jpg"]))
     for number in (2, -3):
         with pytest.raises(IndexError):
@@ -78,7 +78,7 @@ def test_numbers_that_are_none(tmp_path):
             found.key(number)
 
 
-def test_a_key_among_keys_in_order_is_found_by_few_looks(monkeypatch):
+def test_sorted_keys_are_found_by_bisection(monkeypatch):
     looks, found = [], TarIndex.build((f"{number:010d}", {"jpg": Member(number, 1)}) for number in range(1000))
     read = TarIndex.key
     monkeypatch.setattr(TarIndex, "key", lambda index, number: looks.append(number) or read(index, number))
@@ -86,7 +86,7 @@ def test_a_key_among_keys_in_order_is_found_by_few_looks(monkeypatch):
     assert len(looks) < 15
 
 
-def test_places_are_whole_in_tars_of_any_size():
+def test_offsets_are_exact_in_tars_of_any_size():
     """What is kept in a byte, two, four or eight reads the same."""
     for largest in (0, 255, 256, 2**16 - 1, 2**16, 2**32 - 1, 2**32, 2**50):
         samples = [("0", {"jpg": Member(3, largest)}), ("1", {"jpg": Member(largest, 7)})]
@@ -98,7 +98,7 @@ def test_many_lists_of_names():
     assert list(TarIndex.build(samples)) == samples
 
 
-def test_what_is_wrong_names_the_last_key_as_it_was_read(tmp_path, monkeypatch):
+def test_errors_name_the_last_key_that_was_read(tmp_path, monkeypatch):
     for names, said in [
         (["a.jpg", "ä.jpg", "ä.JPG"], "sample ä has two members 'jpg'; the last key read is ä;"),
         (["a.jpg", "ä.jpg", "a.txt"], "the key 'a' occurs twice, the second time after 'ä';"),

@@ -22,7 +22,7 @@ except ConfigError as error:
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {}])
-def test_one_of_several_processes_that_cannot_meet_is_told_so(variables):
+def test_one_of_several_processes_without_an_address_is_refused_in_one_line(variables):
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     done = subprocess.run(
         [sys.executable, "-c", ALONE], env=clean | variables, capture_output=True, text=True, check=True

@@ -105,7 +105,7 @@ def test_numbers_below_zero_count_from_the_end(shards):
     assert len(list(iter(open_dataset(one)))) == 3
 
 
-def test_a_json_may_say_that_a_number_is_none(tmp_path):
+def test_a_json_may_contain_nan(tmp_path):
     """As img2dataset and what filters its tars write it."""
     sample = members(0, txt=None, json=b'{"caption": "a disc", "words": ["disc"], "unsafe": NaN}')
     samples = ShardDataset([write(tmp_path / "a.tar", {0: sample})])
@@ -264,7 +264,7 @@ def test_collate_normalises_and_pads(shards):
 # -- order
 
 
-def test_of_words_beyond_255_there_are_no_masks():
+def test_words_beyond_255_have_no_masks():
     """An 8-bit label map has no numbers for them; the background is none either."""
     label_map = np.zeros((4, 4), np.uint8)
     label_map[0] = 1
@@ -286,7 +286,7 @@ def test_every_epoch_is_another_permutation():
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 9])
-def test_order_is_taken_up_anywhere(start):
+def test_order_resumes_at_any_position(start):
     whole = list(Order(length=10, batch_size=3, epochs=3, seed=1))
     assert list(Order(length=10, batch_size=3, epochs=3, seed=1, start=start)) == whole[start:]
 
@@ -314,7 +314,7 @@ def test_workers_and_resuming_change_nothing(shards, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_a_process_cannot_read_is_told_as_it_is(shards, num_workers):
+def test_errors_of_a_process_are_raised_unchanged(shards, num_workers):
     """In one line, after the batches before it; torch would give the process's traceback for a message."""
     path = shards / "000000.tar"
     wrong = CorruptFile(f"the third sample of {path} cannot be read; delete it")
@@ -355,7 +355,7 @@ def test_pinning_reaches_the_tensors_of_both_views(shards, monkeypatch):
     assert (moved.keys, moved.words) == (batch.keys, batch.words)
 
 
-def test_a_batch_is_made_while_the_one_before_is_used():
+def test_batches_are_prefetched():
     asked = []
 
     def source():

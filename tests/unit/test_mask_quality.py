@@ -71,7 +71,7 @@ def test_sharpness_by_hand() -> None:
     assert sharpness(image, mask) == [0]
 
 
-def test_the_image_s_border_is_no_outline_and_a_plain_image_has_none() -> None:
+def test_the_border_of_the_image_is_no_outline_and_a_plain_image_has_none() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     assert sharpness(noise, np.ones((1, 16, 16), bool)) == [0]
     half = np.zeros((1, 16, 16), bool)

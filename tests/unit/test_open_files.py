@@ -50,7 +50,7 @@ def test_a_forked_process_opens_its_own(paths):
     assert files[paths[0]].tell() == 5
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         OpenFiles()[tmp_path / "none"]
 

@@ -145,7 +145,7 @@ def test_t5_offsets_exclude_the_space(t5: Any) -> None:
     ]
 
 
-def test_a_bare_space_piece_stands_on_the_letter_after_it(t5: Any) -> None:
+def test_a_bare_space_piece_belongs_to_the_letter_after_it(t5: Any) -> None:
     assert pieces(t5, "a café") == [
         ("▁a", "a"),
         ("▁", "c"),

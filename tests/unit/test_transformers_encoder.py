@@ -148,7 +148,7 @@ def test_our_own_encoder_comes_back_from_its_export(tmp_path):
         torch.testing.assert_close(open_encoder(tmp_path)(x), encoder(x))
 
 
-def test_what_is_no_vision_transformer_is_told(tmp_path):
+def test_other_models_are_refused(tmp_path):
     with pytest.raises(MissingArtifact, match=r"there is no encoder in .*none"):
         encoder_folder(str(tmp_path / "none"))
     swin = transformers.SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2])
@@ -216,7 +216,7 @@ def test_a_model_of_the_hub_is_fetched_without_pickles_and_without_code(tmp_path
         encoder_folder("somebody/pickled")
 
 
-def test_the_hub_is_asked_for_what_is_not_whole_in_the_cache_alone(tmp_path, monkeypatch):
+def test_only_models_incomplete_in_the_cache_are_downloaded(tmp_path, monkeypatch):
     """The cache as the hub's library lays it out; a program that asks file by file leaves no listing in it."""
     kept = tmp_path / "models--somebody--tower"
     there, fresh, asked = kept / "snapshots" / ("1" * 40), tmp_path / "fresh", []
@@ -249,7 +249,7 @@ def test_the_hub_is_asked_for_what_is_not_whole_in_the_cache_alone(tmp_path, mon
     assert (encoder_folder("somebody/tower"), asked.pop()) == (fresh, "somebody/tower")
 
 
-def test_whatever_a_network_does_wrong_is_one_line(monkeypatch):
+def test_network_errors_are_one_line(monkeypatch):
     class Refused(Exception):
         """As the proxy's error of the hub's library, which is no OSError."""
 
@@ -261,7 +261,7 @@ def test_whatever_a_network_does_wrong_is_one_line(monkeypatch):
         encoder_folder("somebody/tower")
 
 
-def test_a_training_without_its_encoder_is_no_tower(tmp_path):
+def test_a_training_without_its_encoder_is_not_a_tower(tmp_path):
     config = EncoderConfig(image_size=32, patch_size=8, dim=32, depth=1, num_heads=4)
     save_encoder(VisionTransformer(config), tmp_path)
     (tmp_path / "encoder.safetensors").rename(tmp_path / "text.safetensors")
@@ -278,7 +278,7 @@ def test_a_tower_in_a_store_is_not_read_there():
         load_tower(folder)
 
 
-def test_a_tower_is_told_from_others_by_what_decides_it_alone(tmp_path):
+def test_the_hash_of_a_tower_covers_what_changes_its_features_alone(tmp_path):
     write(tmp_path)
     before, network = encoder_hash(tmp_path), encoder_hash(tmp_path, processor=False)
     for name in ("tokenizer.json", "vocab.json", "generation_config.json", "README.md"):

@@ -20,13 +20,13 @@ def encoder() -> VisionTransformer:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_a_full_disk_is_told_in_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=TOLD.format(tmp_path)):
         save_transformers(encoder, tmp_path)
 
 
-def test_weights_that_find_no_room_are_told_in_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_one_line(encoder: VisionTransformer, tmp_path: Path) -> None:
     """Safetensors writes them, and has an error of its own for it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # bytes of a file; config.json has fewer

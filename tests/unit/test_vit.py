@@ -40,7 +40,7 @@ def test_patches_are_rows_columns_channels_and_go_back():
     assert torch.equal(unpatchify(patches, 8), x)
 
 
-def test_what_is_taken_apart_is_put_back_exactly():
+def test_splitting_and_joining_patches_is_exact():
     tokens, order = torch.randn(4, 16, 5), torch.rand(4, 16).argsort(1)
     visible, hidden = order[:, :4], order[:, 4:]
     assert torch.equal(restore(take(tokens, visible), take(tokens, hidden), visible, hidden), tokens)
@@ -114,7 +114,7 @@ def test_a_decoder_of_no_depth_or_of_half_a_head_is_refused(encoder, dim, depth,
             NoiseDecoder(encoder, depth=depth)
 
 
-def test_a_block_leaves_out_what_nobody_asks_for():
+def test_a_block_computes_only_the_queries_asked_for():
     torch.manual_seed(0)
     x, context, modulation = torch.randn(2, 9, 16), torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     key_mask = torch.arange(9)[None] < torch.tensor([[9], [6]])
@@ -150,7 +150,7 @@ def test_names_are_timms(encoder):
     assert len(names) == 6 + 2 * 12
 
 
-def test_features_pool(encoder):
+def test_features_are_pooled(encoder):
     tokens = encoder(images())
     assert torch.allclose(encoder.features(images()), tokens[:, 1:].mean(1))
     assert torch.equal(encoder.features(images(), pool="cls"), tokens[:, 0])
@@ -169,7 +169,7 @@ def test_sizes_suit_the_data(choice, data, image_size, patch_size):
     assert (config.dim, config.depth, config.num_heads) == SIZES[Choice.of(choice).name]
 
 
-def test_bad_shapes_are_told():
+def test_bad_shapes_are_refused():
     with pytest.raises(UnknownName, match="did you mean 'small'"):
         encoder_config("smal", 64)
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
@@ -182,7 +182,7 @@ def test_bad_shapes_are_told():
         encoder_config(Choice("micro", {"patch_size": "8"}), 64)
 
 
-def test_encoder_survives_its_files(encoder, tmp_path):
+def test_an_encoder_is_saved_and_loaded(encoder, tmp_path):
     save_encoder(encoder, tmp_path, method={"name": "mae"})
     loaded = load_encoder(tmp_path)
     assert loaded.config == encoder.config
