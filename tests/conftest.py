@@ -58,6 +58,7 @@ def store(server, tmp_path, monkeypatch):
     server.faults.clear()
     server.requests.clear()
     server.lines.clear()
+    server.draws.seed(server.seed)
     yield server
     server.fault_rate = 0
     for key in server.objects():

@@ -50,7 +50,7 @@ class Store:
     on_request: Callable[[str, str], None] = lambda method, path: None  # called with each, before it is forwarded
 
     def __post_init__(self) -> None:
-        self._random, self._lock = random.Random(self.seed), threading.Lock()
+        self.draws, self._lock = random.Random(self.seed), threading.Lock()
 
     def url(self, path: str) -> str:
         """The URL of a place in the bucket."""
@@ -61,8 +61,8 @@ class Store:
         with self._lock:
             self.requests[method] += 1
             self.lines.append(f"{method} {path}")
-            kind = self._random.choice(self.kinds) if self._random.random() < self.fault_rate else ""
-            done = self._random.random() < 0.5
+            kind = self.draws.choice(self.kinds) if self.draws.random() < self.fault_rate else ""
+            done = self.draws.random() < 0.5
             self.faults.update([kind] if kind else [])
         return kind, done
 

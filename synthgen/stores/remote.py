@@ -185,25 +185,21 @@ class RemotePath(_Path):
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is an object here, or a folder that contains one."""
-        try:
-            self.stat()
-        except FileNotFoundError:
-            return False
-        return True
+        return self._mode() != 0
 
     def is_file(self) -> bool:
         """Whether there is an object here."""
-        try:
-            return stat.S_ISREG(self.stat().st_mode)
-        except FileNotFoundError:
-            return False
+        return stat.S_ISREG(self._mode())
 
     def is_dir(self) -> bool:
         """Whether this is a folder."""
+        return stat.S_ISDIR(self._mode())
+
+    def _mode(self) -> int:
         try:
-            return stat.S_ISDIR(self.stat().st_mode)
+            return self.stat().st_mode
         except FileNotFoundError:
-            return False
+            return 0
 
     def iterdir(self) -> Generator[RemotePath]:
         """The files and folders in this folder, whose kind and size are then known."""
@@ -352,7 +348,7 @@ class RemotePath(_Path):
         """Do nothing: a folder exists while it contains something."""
 
     def rmdir(self) -> None:
-        """Do nothing."""
+        """Do nothing, for the same reason."""
 
     def _in_parts(self) -> dict[str, int]:
         return {"chunksize": PART} if self.protocol in _IN_PARTS else {}
