@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.campaign import Moment, Outcome, campaign, plan
+from tests.faults.campaign import Campaign, Moment, Outcome, plan
+from tests.faults.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,8 +31,12 @@ def main() -> int:
     if not moments:
         parser.error("there is no such moment")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = campaign(Path(folder), moments, seed=asked.seed, hear=tell)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder, Zygote() as zygote:
+        campaign = Campaign(Path(folder), zygote, asked.seed)
+        for moment in moments:
+            outcomes.append(campaign.disturb(moment))
+            tell(outcomes[-1])
     seconds = time.monotonic() - started
     wrong = sum(not outcome.well for outcome in outcomes)
     found = figures(outcomes, asked.seed, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -13,7 +13,7 @@ from tests.faults.line import LINES, done_twice, finished, prepare, sums
 from tests.faults.scene import Late, Place, Scene, Undisturbed, Wrong, run_undisturbed
 from tests.faults.zygote import Zygote
 
-__all__ = ["Moment", "Outcome", "campaign", "plan"]
+__all__ = ["Campaign", "Moment", "Outcome", "plan"]
 
 TRIES = 5  # a moment that comes too late is tried again at a quarter of its share
 
@@ -72,22 +72,23 @@ def _dealt(total: int, weights: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-def campaign(
-    box: Path, moments: Sequence[Moment], *, seed: int = 0, hear: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
-    """Disturb a run at each of ``moments``; ``box`` is an empty folder to do it in."""
-    prepare(box)
-    outcomes = []
-    with Zygote() as zygote:
-        lines = dict.fromkeys(moment.place.line for moment in moments)
-        whole = {name: run_undisturbed(LINES[name], box, zygote) for name in lines}
-        for moment in moments:
-            started = time.monotonic()
-            outcome = _disturbed(moment, whole[moment.place.line], zygote, box, seed)
-            outcome.seconds = time.monotonic() - started
-            outcomes.append(outcome)
-            hear(outcome)
-    return outcomes
+class Campaign:
+    """Disturbs a run at one moment after another; ``box`` is an empty folder to do it in."""
+
+    def __init__(self, box: Path, zygote: Zygote, seed: int = 0) -> None:
+        self.box, self.zygote, self.seed = box, zygote, seed
+        self._undisturbed: dict[str, Undisturbed] = {}  # by the name of the line
+        prepare(box)
+
+    def disturb(self, moment: Moment) -> Outcome:
+        """Disturb a run at this moment, and run the command again."""
+        name = moment.place.line
+        if name not in self._undisturbed:
+            self._undisturbed[name] = run_undisturbed(LINES[name], self.box, self.zygote)
+        started = time.monotonic()
+        outcome = _disturbed(moment, self._undisturbed[name], self.zygote, self.box, self.seed)
+        outcome.seconds = time.monotonic() - started
+        return outcome
 
 
 def _disturbed(moment: Moment, whole: Undisturbed, zygote: Zygote, box: Path, seed: int) -> Outcome:

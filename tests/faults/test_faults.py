@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.campaign import Moment, campaign, plan
+from tests.faults.campaign import Campaign, Moment, plan
 from tests.faults.kinds import KINDS, cut_tar, wrong_byte
 from tests.faults.line import LINES
 from tests.faults.scene import Place, Scene, Wrong
+from tests.faults.zygote import Zygote
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which processes there are")
 
 SHORT = [
-    Moment(0, "kill_run", Place("made", "masks"), 0.3),
+    Moment(0, "kill_run", Place("given", "masks"), 0.3),
     Moment(1, "kill_run", Place("made", "pretrain"), 0.5),
-    Moment(2, "full_disk", Place("made", "shards"), 0.5),
+    Moment(2, "full_disk", Place("given", "shards"), 0.5),
     Moment(3, "cut_tar", Place("made", "pretrain", cut_tar.CHECKPOINTS), 0.4),
-    Moment(4, "wrong_byte", Place("made", "masks", "maps/*.tar"), 0.6),
+    Moment(4, "wrong_byte", Place("given", "masks", "maps/*.tar"), 0.6),
     Moment(5, "wrong_byte", Place("made", "evaluate", "shards/*/*.tar"), 0.5),
 ]
 
 
-def test_whatever_happens_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    outcomes = campaign(tmp_path, SHORT)
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
+    with Zygote() as zygote:
+        yield Campaign(tmp_path_factory.mktemp("campaign"), zygote)
+
+
+def test_whatever_happens_the_same_command_ends_with_the_same_bytes(campaign: Campaign) -> None:
+    outcomes = [campaign.disturb(moment) for moment in SHORT]
     assert [(str(one.moment), one.wrong, one.twice) for one in outcomes if not one.well] == []
     assert "No space left" in outcomes[2].said or "File too large" in outcomes[2].said
     assert all("sha256" in one.said and "delete it and run: synthgen" in one.said for one in outcomes[4:])
 
 
-def test_a_campaign_sees_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_campaign_sees_what_goes_wrong(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that is not what it must be, finished work that is made again, a command that ends with a traceback."""
 
     def spoil(scene: Scene, place: Place) -> str:
@@ -52,9 +59,7 @@ def test_a_campaign_sees_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.Mon
         kind = type(name, (), {"strike": staticmethod(strike)})
         monkeypatch.setitem(KINDS, name, kind)
     place = Place("given", "shards")
-    one, two, three = campaign(
-        tmp_path, [Moment(n, name, place, 0.5) for n, name in enumerate(("one", "two", "three"))]
-    )
+    one, two, three = (campaign.disturb(Moment(0, name, place, 0.5)) for name in ("one", "two", "three"))
     assert not one.equal
     assert "shards/train/000000.tar" in one.wrong
     assert two.equal

@@ -113,7 +113,6 @@ class Zygote:
             [sys.executable, "-m", "tests.faults.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             bufsize=0,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
