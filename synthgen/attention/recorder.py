@@ -92,9 +92,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self._cross_sizes = {rows * columns: (rows, columns) for rows, columns in map(self.grid, self.cross_levels)}
         self._num_words = max((len(words) for words in self.tokens), default=0)
-        self._columns: tuple[Tensor, Tensor] | None = (
-            None  # wanted token positions per image, and their weights in words
-        )
+        self._columns: tuple[Tensor, Tensor] | None = None  # the result of ``_wanted``, on the device
 
     def grid(self, level: int) -> Size:
         """Rows and columns of the latent after ``log2(level)`` halvings; each rounds up, as a strided convolution."""

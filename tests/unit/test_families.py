@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import save_file
 
 from synthgen.backbones.diffusers import Diffusers
 from synthgen.diffusion import StableDiffusionXL
@@ -178,6 +179,25 @@ def test_slicing_changes_no_bit(case: tuple[Case, Path], dtype: Any) -> None:
     for image, generation in zip(plain, family.generate(asked), strict=True):
         np.testing.assert_array_equal(image, generation.image)
         assert (generation.maps.weights.astype(float).sum((1, 2)) > 0).all()
+
+
+def test_recording_with_lora_changes_no_bit(case: tuple[Case, Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain, state = load(case), {}
+    part = next(name for name, part in plain.pipeline.components.items() if part is plain.network)
+    for name, layer in plain.network.named_modules():
+        if name.endswith((".to_q", ".to_k")):
+            state[f"{part}.{name}.lora_A.weight"] = torch.randn(2, layer.in_features)
+            state[f"{part}.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2)
+    save_file(state, tmp_path / "lora.safetensors")
+    family, asked = load(case, dtype="bfloat16", lora=str(tmp_path / "lora.safetensors")), requests()
+    assert {weight.dtype for weight in family.network.parameters()} == {torch.bfloat16}
+    texts, seeds = [request.prompt.text for request in asked], [request.seed for request in asked]
+    images, _ = family.sample(texts, seeds, [], recorded=False)
+    for image, before, generation in zip(images, plain.generate(asked), family.generate(asked), strict=True):
+        np.testing.assert_array_equal(image, generation.image)
+        assert not np.array_equal(before.maps.weights, generation.maps.weights)
 
 
 def test_offloading_changes_nothing(case: tuple[Case, Path]) -> None:
