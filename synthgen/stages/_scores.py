@@ -16,18 +16,18 @@ _TEXT_TOWER = ("text.safetensors", "text.json", "tokenizer.json")  # as synthgen
 
 
 def newest_training(run: Run) -> Path | None:
-    """The folder of the training of a run that was finished last; None where there is none."""
+    """The folder of the training of a run that was finished last; None if there is none."""
     done = sorted(run.folder("pretrain").glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns)
     return done[-1].parent if done else None
 
 
 def text_tower_hash(folder: Path) -> str:
-    """What tells the text tower beside an encoder from others: its weights, how it is read, and how text is spelled."""
+    """A hash of the text tower beside an encoder: its weights, configuration and tokenizer."""
     return digest({name: sha256_of(folder / name) for name in _TEXT_TOWER if (folder / name).is_file()})
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What a file of scores says; nothing where there is none, or it is no such file."""
+    """The content of a file of scores; empty if it is missing or not such a file."""
     try:
         value = read_json(read_file(path), finite=False)
     except (FileNotFoundError, ValueError):
@@ -37,8 +37,8 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def changed_names(before: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The names of settings and inputs that are not what a file of scores tells of its own; else it is the seed."""
+    """The names of the settings and inputs that differ from those in a file of scores; "the seed" if none does."""
     now = {**settings, **{f"its input {name}": value for name, value in inputs.items()}}
-    noted = {f"its input {name}": value for name, value in before.get("inputs", {}).items()}
-    then = {**before.get("settings", {}), **noted}
+    recorded = {f"its input {name}": value for name, value in before.get("inputs", {}).items()}
+    then = {**before.get("settings", {}), **recorded}
     return ", ".join(name for name in {**now, **then} if then.get(name) != now.get(name)) or "the seed"

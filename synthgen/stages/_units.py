@@ -1,26 +1,60 @@
-"""The units that a stage reads or writes: their sizes and content, and the commands that make missing ones."""
+"""Stages whose units hold images; the content of units, and the commands that make missing ones."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from synthgen.errors import CorruptFile, MissingArtifact
 from synthgen.run import Run, digest
 from synthgen.stages import Stage
 from synthgen.units import sample_counts
 
-__all__ = [
-    "ImageStage",
-    "content_hash",
-    "min_samples_of_pair",
-    "need_masks",
-    "num_images",
-    "units_without_maps",
-    "warn_of_fewer",
-]
+__all__ = ["ImageMaker", "ImageStage", "content_hash", "need_masks", "units_without_maps"]
 
 logger = logging.getLogger(__name__)
+
+
+class ImageMaker(Stage):
+    """A stage that makes images and their maps, in units of ``unit_size``; the last one may be smaller."""
+
+    reads: ClassVar = ()
+    writes: ClassVar = ("images", "maps")
+    accelerated: ClassVar = True
+    unit_size: int
+
+    def plan(self, run: Run) -> list[int]:
+        """As many units as the images of this command fill."""
+        return list(range(-(-self.num_samples(run) // self.unit_size)))
+
+    def total(self, run: Run) -> int:
+        """Images of this command, or of the settings that the run records if these ask for more."""
+        entry = run.claimed.get("images")
+        return (self if entry is None else self.at_least(run, entry["settings"])).num_samples(run)
+
+    def size(self, run: Run, unit: int) -> int:
+        """Images of one unit."""
+        return self.sizes(run, [unit])[unit]
+
+    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
+        """Images of each unit."""
+        total = self.total(run)
+        return {unit: min(self.unit_size, total - unit * self.unit_size) for unit in units}
+
+    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
+        """All images, and maps of the images that there are."""
+        return self.sizes(run, units) if artifact == "images" else sample_counts(run.folder("images"), units)
+
+    def warn_of_fewer(self, run: Run) -> None:
+        """Warn that a run with more images than this command asks for keeps them."""
+        wanted, total = self.num_samples(run), self.total(run)
+        if wanted < total:
+            logger.warning(
+                "%s has more images than the %d of this command: none is deleted, and commands without a limit go on "
+                "to %d",
+                run.path, wanted, total,
+            )  # fmt: skip
 
 
 class ImageStage(Stage):
@@ -37,27 +71,6 @@ class ImageStage(Stage):
     def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
         """As many as there are images."""
         return self.sizes(run, units)
-
-
-def num_images(stage: Stage, run: Run) -> int:
-    """How many images ``stage`` asks for, or the recorded settings if these ask for more: it gives the units' sizes."""
-    entry = run.claimed.get("images")
-    return (stage if entry is None else stage.at_least(run, entry["settings"])).num_samples(run)
-
-
-def warn_of_fewer(stage: Stage, run: Run) -> None:
-    """Warn that a run with more images than ``stage`` asks for keeps them."""
-    wanted, recorded = stage.num_samples(run), num_images(stage, run)
-    if wanted < recorded:
-        logger.warning(
-            "%s has more images than the %d of this command: none is deleted, and commands without a limit go on to %d",
-            run.path, wanted, recorded,
-        )  # fmt: skip
-
-
-def min_samples_of_pair(stage: Stage, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-    """How many samples a unit of images must hold to be done; a unit of maps must hold those of its images."""
-    return stage.sizes(run, units) if artifact == "images" else sample_counts(run.folder("images"), units)
 
 
 def content_hash(run: Run, artifact: str, units: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,9 +19,9 @@ from synthgen.image import resize
 from synthgen.prompts import expand, find_words, parse_line, sample_seed
 from synthgen.records import Generation, Maps, Prompt, Report, Request, sample_key
 from synthgen.run import Run, digest
-from synthgen.stages import Stage, Work, Worker, growing, unhashed
+from synthgen.stages import Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import min_samples_of_pair, num_images, warn_of_fewer
+from synthgen.stages._units import ImageMaker
 from synthgen.untrusted import MAX_WORDS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Picture:
 
 
 @dataclass(frozen=True)
-class Attend(Stage):
+class Attend(ImageMaker):
     """Record the maps of ``generate`` for existing images, from their captions.
 
     ``images`` is a WebDataset tar, a pattern of tars, a folder of tars, or a folder of images. In a tar, the caption is
@@ -59,9 +59,6 @@ class Attend(Stage):
     """
 
     name: ClassVar = "attend"
-    reads: ClassVar = ()
-    writes: ClassVar = ("images", "maps")
-    accelerated: ClassVar = True
     window: ClassVar[int] = 4  # batches held at once, to group images of one shape
 
     images: str = field(metadata={"unhashed": True})  # their names and sizes count, not their location
@@ -134,7 +131,7 @@ class Attend(Stage):
         """
         from synthgen.datasets import CaptionedFolder
 
-        warn_of_fewer(self, run)
+        self.warn_of_fewer(run)
         samples, first = self._samples(), None
         is_folder = isinstance(samples, CaptionedFolder)
         for number in range(self.num_samples(run)):
@@ -151,18 +148,6 @@ class Attend(Stage):
         if first is not None:
             raise PromptError(f"no caption in {self.images} can be used: {first}")
         return self
-
-    def plan(self, run: Run) -> list[int]:
-        """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(-(-self.num_samples(run) // self.unit_size)))
-
-    def size(self, run: Run, unit: int) -> int:
-        """Images of one unit; of a run that was asked for more images before, as many as it has among those."""
-        return min(self.unit_size, num_images(self, run) - unit * self.unit_size)
-
-    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """See :func:`~synthgen.stages._units.min_samples_of_pair`."""
-        return min_samples_of_pair(self, run, artifact, units)
 
     @contextmanager
     def open(self, run: Run, worker: Worker) -> Iterator[Work]:

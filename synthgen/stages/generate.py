@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,15 +17,15 @@ from synthgen.prompt_copy import Content, PromptCopy, check_copy, content_of, en
 from synthgen.prompts import iter_prompts, request_for
 from synthgen.records import Generation, Request
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, growing, unhashed
+from synthgen.stages import Work, Worker, growing, unhashed
 from synthgen.stages._generations import write_unit
-from synthgen.stages._units import min_samples_of_pair, num_images, warn_of_fewer
+from synthgen.stages._units import ImageMaker
 
 __all__ = ["Generate"]
 
 
 @dataclass(frozen=True)
-class Generate(Stage):
+class Generate(ImageMaker):
     """Make ``images_per_prompt`` images of every prompt, with the attention of its marked words.
 
     Image ``i`` shows prompt ``i mod P`` of the ``P`` prompts, so the first images of a run cover all prompts. Its seed
@@ -34,9 +34,6 @@ class Generate(Stage):
     """
 
     name: ClassVar = "generate"
-    reads: ClassVar = ()
-    writes: ClassVar = ("images", "maps")
-    accelerated: ClassVar = True
 
     prompts: str = field(metadata={"unhashed": True})  # a file, whose content counts; "": the run's own copy
     template: str = unhashed("")  # a file of templates, or none
@@ -102,29 +99,19 @@ class Generate(Stage):
             ensure_copy(run.path, iter_prompts(*self._files()), self._content())
         else:
             check_copy(run.path, run.artifact("images")["inputs"]["prompts"])
-        warn_of_fewer(self, run)
+        self.warn_of_fewer(run)
         return self
 
-    def plan(self, run: Run) -> list[int]:
-        """Units of ``unit_size`` images; the last may be smaller."""
-        return list(range(self._units(self.num_samples(run))))
-
     def num_units(self, run: Run) -> int:
-        """How many units there are, by the run's copy of its prompts where it has one."""
-        return self._units(self._planned_images(run))
+        """How many units there are, by the run's copy of its prompts if it has one."""
+        return -(-self.total(run) // self.unit_size)
 
-    def size(self, run: Run, unit: int) -> int:
-        """Images of one unit; if an earlier command asked for more images, as many as that gave it."""
-        return min(self.unit_size, num_images(self, run) - unit * self.unit_size)
-
-    def sizes(self, run: Run, units: Sequence[int]) -> dict[int, int]:
-        """Images of each unit, by the run's copy of its prompts where it has one."""
-        total = num_images(self, run) if "images" in run.claimed else self._planned_images(run)
-        return {unit: min(self.unit_size, total - unit * self.unit_size) for unit in units}
-
-    def min_samples(self, run: Run, artifact: str, units: Sequence[int]) -> Mapping[int, int]:
-        """See :func:`~synthgen.stages._units.min_samples_of_pair`."""
-        return min_samples_of_pair(self, run, artifact, units)
+    def total(self, run: Run) -> int:
+        """See :meth:`ImageMaker.total`; of a run that is not claimed, by its copy of the prompts if it has one."""
+        if "images" not in run.claimed:
+            with suppress(MissingArtifact, StaleArtifact):
+                return self._images(len(_copy_of(run)))
+        return super().total(run)
 
     def requests(self, run: Run, unit: int) -> list[Request]:
         """The images of one unit, in order.
@@ -166,15 +153,6 @@ class Generate(Stage):
     def _images(self, prompts: int) -> int:
         total = prompts * self.images_per_prompt
         return min(total, self.limit) if self.limit else total
-
-    def _planned_images(self, run: Run) -> int:
-        try:
-            return self._images(len(_copy_of(run)))
-        except (MissingArtifact, StaleArtifact):
-            return self.num_samples(run)
-
-    def _units(self, images: int) -> int:
-        return -(-images // self.unit_size)
 
 
 def _images_entry(run: Run) -> dict[str, Any]:
