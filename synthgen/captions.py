@@ -127,7 +127,7 @@ def _caption(row: Mapping[str, Any]) -> Caption:
         raise ValueError("the caption must be a text")
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError("'words' must be a list of words of the caption")
-    if label is not None and not isinstance(label, str | int):
+    if isinstance(label, bool) or not isinstance(label, str | int | None):
         raise ValueError("'label' must be a text or a whole number")
     stripped = (" ".join(visible(text).split()) for text in texts)
     shown = None if label is None else visible(str(label)).strip() or None

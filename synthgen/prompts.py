@@ -230,7 +230,7 @@ def _parse_json(line: str) -> Prompt:
     if unknown:
         raise ValueError(f"unknown key {shortened(unknown[0])!r}; there are: prompt, words, label")
     label = row.get("label")
-    if label is not None and not isinstance(label, str | int):
+    if isinstance(label, bool) or not isinstance(label, str | int | None):
         raise ValueError("'label' must be a text or a whole number")
     words = row.get("words")
     if words is None:

@@ -131,6 +131,7 @@ def test_a_file_name_stays_in_its_folder(folder: Path, name: Any) -> None:
         ('{"file_name": "a.png", "text": "a dog", "words": "dog"}', "'words' must be a list"),
         ('{"file_name": "a.png", "text": "a dog", "words": [""]}', "'words' must be a list"),
         ('{"file_name": "a.png", "label": {}}', "'label' must be"),
+        ('{"file_name": "a.png", "label": false}', "'label' must be"),
         ('{"file_name": "a.png"}\n{"file_name": "./a.png"}', "line 2: the file 'a.png' is listed twice"),
         ('{"file_name": "none.png", "text": "a dog"}', "names 'none.png', and there is no such image"),
         ("[" * 100_000, "cannot be read|not valid JSON"),

@@ -112,6 +112,7 @@ def test_jsonl_with_words_and_label(tmp_path):
         ('{"prompt": "a dog", "words": ["dog", "dog"]}', "not that often"),
         ('{"prompt": "a doghouse", "words": ["dog"]}', "is not in the prompt"),
         ('{"prompt": "a dog", "words": "dog"}', "must be a list"), ('{"prompt": "a dog", "lable": "x"}', "'lable'"),
+        ('{"prompt": "a dog", "label": true}', "must be a text or a whole number"),
     ],
 )  # fmt: skip
 def test_broken_rows_name_the_line(tmp_path, row, says):
