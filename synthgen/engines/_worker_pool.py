@@ -299,9 +299,15 @@ def _failure_report(unit: int, first: _LostWorker, second: _LostWorker) -> Repor
 
 def _start_worker(index: int, device: str, stage: Stage, run: Run, rank: int, size: int) -> _WorkerProcess:
     context = mp.get_context("spawn")
-    conn, child_conn = context.Pipe()
-    process = context.Process(target=_worker_main, args=(child_conn, stage, run, rank, size, device))
-    process.start()
+    try:
+        conn, child_conn = context.Pipe()
+        process = context.Process(target=_worker_main, args=(child_conn, stage, run, rank, size, device))
+        process.start()
+    except OSError as error:
+        raise SynthgenError(
+            f"the process of worker {rank} cannot be started ({one_line(error)}); give fewer --workers, or raise the "
+            "limits of processes and open files (ulimit -u, ulimit -n)"
+        ) from None
     child_conn.close()  # so that ``recv`` raises EOFError when the process ends
     return _WorkerProcess(index, device, process, conn)
 

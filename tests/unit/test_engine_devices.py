@@ -461,6 +461,24 @@ def test_who_stops_listening_waits_for_what_is_being_made(run, monkeypatch, fork
     assert run.units("numbers") == sorted(made)
 
 
+def test_a_limit_on_processes_is_one_line_and_leaves_no_worker(run, monkeypatch, forked):
+    with_devices(monkeypatch, "cpu", "cpu")
+    process = _worker_pool.mp.get_context("spawn").Process
+    start = process.start
+
+    def limited(self):
+        if mp.active_children():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(self)
+
+    monkeypatch.setattr(process, "start", limited)
+    with pytest.raises(
+        SynthgenError, match=r"worker 1 cannot be started .*Resource temporarily unavailable.*ulimit -u"
+    ):
+        run_stage(Devices(), run, Local())
+    assert not mp.active_children()
+
+
 def test_ctrl_c_while_a_worker_hangs_kills_it(run, monkeypatch, forked):
     with_devices(monkeypatch, "cpu", "cpu")
     stage = Devices(hangs=(0,))
