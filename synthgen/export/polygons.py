@@ -83,8 +83,10 @@ def _slit(
     loops, first = np.unique(loop[south], return_index=True)  # cracks are sorted: from the upper left corner
     down = south[first[areas[loops] < 0]]
     row, right = y[down], x[down]
-    ends = ~(mask[row - 1] & mask[row]) & (np.arange(width - 1) < right[:, None])  # pixels left of it, not both there
-    left = np.where(ends, np.arange(1, width), 0).max(axis=1, initial=0)
+    rows, index = np.unique(row, return_inverse=True)
+    both = mask[rows - 1] & mask[rows]  # the pixels to the left of each lattice point from x = 1, above and below it
+    last = np.maximum.accumulate(np.where(both, 0, np.arange(1, width)), axis=1)  # nearest point where not both are set
+    left = last[index, right - 1]
     up = ~mask[row - 1, left - 1] | (left == 0)  # whether the loop at the left end continues north or west
     onward = np.searchsorted(cracks, np.where(up, 3, 2) * points + row * width + left)
     east = len(cracks) + np.arange(len(down))

@@ -171,6 +171,15 @@ def test_random_masks_have_holes_and_parts_in_holes() -> None:
     assert sum(parts(~np.pad(mask, 1), True) - 1 for mask in masks) > 100
 
 
+def test_the_memory_of_outlines_does_not_grow_with_the_holes_in_a_row() -> None:
+    mask = np.random.default_rng(0).random((400, 400)) < 0.8
+    tracemalloc.start()
+    outlines(mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * mask.size
+
+
 # -- objects
 
 
