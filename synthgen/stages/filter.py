@@ -133,7 +133,9 @@ class Filter(ImageStage):
             reasons |= {key: f"{choice.name}: {reason}" for key, reason in found.items()}
         write_rejected(run, reasons, sum(sample_counts(run.folder(FILTER), self.plan(run)).values()))
         shards = run.find_artifact("shards")
-        if shards is not None and shards["inputs"].get("rejected samples", "") != (digest(reasons) if reasons else ""):
+        if shards is None or not shards["settings"].get("filtered", True):
+            return
+        if shards["inputs"].get("rejected samples", "") != (digest(reasons) if reasons else ""):
             logger.warning(
                 "the shards of %s were packed without this filter, and training reads them as they are; delete %s and "
                 "run: %s",

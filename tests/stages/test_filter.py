@@ -312,6 +312,14 @@ def test_training_shards_of_before_a_filter_are_warned_of(tmp_path, caplog):
     assert "were packed without this filter" in warning
 
 
+def test_shards_that_keep_rejected_samples_are_not_warned_of(tmp_path, caplog):
+    run = make_run(tmp_path / "r", distinct=5)
+    shards_of(run, filtered=False)
+    run_filter(run, filters=(Choice("duplicate"),))
+    assert len(read_rejected(run)) == 7
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_pipeline_filters_before_it_packs(tmp_path):
     run = make_run(tmp_path / "r", distinct=5)
     line = tmp_path / "line.yaml"
