@@ -52,7 +52,7 @@ class Evaluation:
 
 
 def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
-    """The training in a folder; ``artifact`` is its entry in the manifest, if there is one."""
+    """The training in a folder; ``artifact`` is its status, if it has settings."""
     rows: list[dict[str, float]] = []
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -92,7 +92,7 @@ def _cut_off(tar: Path) -> Iterator[Dropped]:
 
 
 def finished_shards(run: Run, problems: list[str]) -> Shards | None:
-    """The content of the shards' manifest; None if there is none yet."""
+    """The content of ``dataset.json``; None if there is none yet."""
     path = run.folder("shards") / "dataset.json"
     if not path.is_file():
         return None
