@@ -129,7 +129,7 @@ class DARL(Method):
             ValueError: num_steps is below 1, or the head is "mse", which predicts the mean of all possible patches.
         """
         if self.head != "denoise":
-            raise ValueError('only head "denoise" draws images; "mse" predicts the mean of all possible patches')
+            raise ValueError('only head "denoise" samples images; "mse" predicts the mean of all possible patches')
         check_range(ge=1, num_steps=num_steps)
         config, device = self.encoder.config, self.encoder.cls_token.device
         seeds, size = seeds.to(device), 3 * config.patch_size**2
@@ -140,10 +140,10 @@ class DARL(Method):
             before = patches[-1] if patches else torch.zeros(len(seeds), 0, size, device=device)
             context, past = self.read(before, past)
             noise = normal(seeds, num_steps + 1, size, stream=SAMPLING + index)
-            patches.append(self.draw(context, noise, low, high))
+            patches.append(self.sample_patch(context, noise, low, high))
         return to_pixels(unpatchify(torch.cat(patches, dim=1), config.patch_size), config)
 
-    def draw(
+    def sample_patch(
         self, context: Float[Tensor, "b 1 d"], noise: Float[Tensor, "b s p"], low: Tensor, high: Tensor
     ) -> Float[Tensor, "b 1 p"]:
         """The next patch: from the first noise, one step per further noise, gamma rising from 0 to 1 by a cosine."""

@@ -24,7 +24,7 @@ from synthgen.models.vit import VisionTransformer
 __all__ = ["DRL"]
 
 #: Random streams of a sample.
-LEVEL, NOISE, CODE, DRAWING = range(4)
+LEVEL, NOISE, CODE, SAMPLING = range(4)
 
 
 class DRL(Method):
@@ -171,7 +171,7 @@ class DRL(Method):
         features = self.encoder.features(images.to(device))
         t = torch.arange(num_steps, 0, -1, device=device) / num_steps
         levels = self.sigma_min * (self.sigma_max / self.sigma_min) ** t
-        x = self.sigma_max * normal(seeds.to(device), 3, self.denoised_size, self.denoised_size, stream=DRAWING)
+        x = self.sigma_max * normal(seeds.to(device), 3, self.denoised_size, self.denoised_size, stream=SAMPLING)
         for now, after in itertools.pairwise([*levels, torch.zeros((), device=device)]):
             sigma = now.expand(len(images))
             code, _ = self.code(features, sigma)

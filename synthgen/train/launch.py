@@ -21,7 +21,7 @@ __all__ = ["accelerated", "check_compiler", "check_precision", "check_trackers",
 
 
 def num_processes() -> int:
-    """The number of processes that a launcher started; on CPUs Accelerate must be told so at its first use, here.
+    """The number of processes that a launcher started. Accelerate chooses between CPU and GPU at its first use, here.
 
     Raises:
         ConfigError: the environment gives several processes, but no MASTER_ADDR at which they meet.

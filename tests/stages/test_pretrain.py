@@ -217,7 +217,7 @@ def test_without_its_metrics_a_training_ends_all_the_same(run, whole):
     assert math.isnan(json.loads((folder / "done.json").read_text())["loss"])
 
 
-def test_processes_that_see_other_checkpoints_are_told(run, monkeypatch):
+def test_processes_that_see_different_checkpoints_are_an_error(run, monkeypatch):
     """Machines that share no folder: the first would go on, the others begin, and their gradients be added up."""
     with pytest.raises(Killed):
         run_stage(Pretrain(**SMALL), run, ONE, Killer(8))
@@ -344,18 +344,18 @@ def test_own_data_needs_no_run(run, tmp_path):
         run_stage(Pretrain(**SMALL, data=("nowhere",)), fresh, ONE)
 
 
-def test_no_shards_is_told(tmp_path):
+def test_missing_shards_are_an_error(tmp_path):
     with pytest.raises(MissingArtifact, match="synthgen shards"):
         run_stage(Pretrain(**SMALL), Run.create(tmp_path / "empty"), ONE)
 
 
-def test_unfinished_shards_are_told(run):
+def test_unfinished_shards_are_an_error(run):
     (run.path / "shards" / "dataset.json").unlink()
     with pytest.raises(MissingArtifact, match="no finished shards"):
         run_stage(Pretrain(**SMALL), run, ONE)
 
 
-def test_a_shard_that_a_killed_repair_left_out_is_told(run):
+def test_a_shard_that_a_killed_repair_left_out_is_an_error(run):
     run_stage(Shards(samples_per_shard=10, val_ratio=0.0), anew(run), ONE)
     folder = run.folder("shards")
     for path in (folder / "train").glob("000001*"):  # tar, mark and table: what is left tells nothing of it
@@ -421,7 +421,7 @@ def test_a_broken_sample_is_named(run):
         ({"trackers": ["tensorbord"]}, UnknownName, "did you mean 'tensorboard'"),
     ],
 )
-def test_bad_settings_are_told_before_anything_starts(run, settings, error, said):
+def test_bad_settings_are_an_error_before_anything_starts(run, settings, error, said):
     with pytest.raises(error, match=said):
         run_stage(make_stage("pretrain", settings), run, ONE)
 
@@ -521,7 +521,7 @@ def test_a_finished_training_is_exported_when_that_is_asked_for(run, whole):
 
 
 @pytest.mark.slow
-def test_two_who_train_the_same_at_once_end_with_the_same_weights(run: Run, whole: Path) -> None:
+def test_two_equal_trainings_at_once_end_with_the_same_weights(run: Run, whole: Path) -> None:
     script = textwrap.dedent(
         f"""
         import sys

@@ -251,12 +251,12 @@ def test_sampling_gives_the_distribution_of_the_decoder():
     method.decoder = Gaussian()
     noise = normal(torch.arange(2000), 201, 6)
     bound = torch.full((6,), 9.0)
-    drawn = method.draw(torch.zeros(2000, 1, 32), noise, -bound, bound)
+    drawn = method.sample_patch(torch.zeros(2000, 1, 32), noise, -bound, bound)
     assert float(drawn.mean()) == pytest.approx(0.4, abs=0.02)
     assert float(drawn.std()) == pytest.approx(0.5, rel=0.03)  # from below, as steps get finer
 
 
-def test_every_patch_is_drawn_from_noise_of_its_own():
+def test_every_patch_is_sampled_from_noise_of_its_own():
     method = build()
     method.decoder = Gaussian()
     reds = patchify(method.sample(torch.arange(200), num_steps=4), 4)[:, :, ::3].transpose(0, 1).flatten(1)
@@ -277,7 +277,7 @@ def test_sampled_images_are_those_of_the_training():
 
 
 def test_only_the_denoising_head_samples():
-    with pytest.raises(ValueError, match='only head "denoise" draws'):
+    with pytest.raises(ValueError, match='only head "denoise" samples'):
         build(head="mse").sample(torch.arange(2))
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         build().sample(torch.arange(2), num_steps=0)

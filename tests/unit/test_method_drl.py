@@ -223,7 +223,7 @@ def test_noise_and_the_code_give_the_image_back(with_code):
     assert abs(likeness[1]) < 0.2
 
 
-def test_images_are_drawn_from_codes(with_code):
+def test_images_are_sampled_from_codes(with_code):
     batch = flat(16, 781)
     drawn = with_code.redraw(batch.images, batch.seeds, num_steps=5)
     assert drawn.shape == (16, 3, 8, 8)
