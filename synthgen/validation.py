@@ -333,7 +333,7 @@ def _check_card(root: Path, splits: Mapping[Path, list[Path]], result: Validatio
     """A folder with parquet files needs a card, or Hugging Face datasets reads these instead of the tars."""
     if not any(name.endswith(".parquet") for place in splits for name in listing(place)):
         return
-    for folder in (root, root.parent):  # the card of a split lies above it
+    for folder in (root, root.parent):  # the card of a split is above it
         with suppress(OSError):
             if re.search(r"^\s*data_files:", read_file(folder / "README.md").decode(errors="replace"), re.MULTILINE):
                 return

@@ -56,7 +56,7 @@ class Export:
         if self.rle and self.format != "coco":
             raise ValueError(f"rle is a form of coco's masks; {self.format} has none")
         if not self.instances and self.format == "labels":
-            raise ValueError("instances tells the objects of coco and yolo apart; labels knows classes only")
+            raise ValueError("instances separates the objects of coco and yolo; labels has classes only")
         if self.val_ratio is not None and self.format != "yolo":
             raise ValueError(f"val_ratio splits yolo's samples; {self.format} has no split")
         if self.val_ratio is not None and not 0 <= self.val_ratio < 1:

@@ -72,7 +72,7 @@ class Shards(Stage):
     image_format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int = 95  # of jpg and webp, 1 to 100; png is without loss
     masks: bool = True  # False: no mask.png, and the masks stage need not have run
-    instances: bool = True  # the json tells the separate objects of a mask apart; False: each mask is one
+    instances: bool = True  # the json lists the separate objects of a mask; False: each mask is one
     filtered: bool = True  # leave out the samples that the filter stage rejected; without that stage, none
     _units: frozenset[int] | None = runtime_field()  # the image units to pack; later ones go into no shard of this call
     _rejected: dict[str, str] | None = runtime_field()  # the samples that are left out, whatever is filtered meanwhile
@@ -336,7 +336,7 @@ class Packer:
         return members, row | {"status": "success", "error": ""}
 
     def encode(self, png: bytes, pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-        """The image in the format of the shards; a PNG stays as it is."""
+        """The image in the format of the shards; a PNG is unchanged."""
         if self.stage.image_format == "png":
             return png
         if self.stage.image_format == "jpg":

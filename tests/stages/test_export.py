@@ -396,7 +396,7 @@ def test_the_split_is_that_of_the_shards(tmp_path: Path) -> None:
         assert {path.stem for path in (run.path / "export-yolo/labels" / name).iterdir()} == packed
 
 
-def test_without_a_val_split_the_images_of_train_stand_for_it(source: Run, tmp_path: Path) -> None:
+def test_without_a_val_split_val_names_the_images_of_train(source: Run, tmp_path: Path) -> None:
     export_dataset(source, "yolo", tmp_path / "out", val_ratio=0)
     data = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
     assert data["train"] == data["val"] == "images/train"
@@ -595,7 +595,7 @@ def test_a_part_that_is_gone_or_damaged_is_named_unless_another_export_has_ended
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_finished_export_stays_as_it_is_and_what_is_lost_is_written_again(
+def test_a_finished_export_is_unchanged_and_lost_files_are_written_again(
     source: Run, tmp_path: Path, format: str
 ) -> None:
     folder = tmp_path / "out"

@@ -145,7 +145,7 @@ def test_side_files_agree_with_the_tars(run: Run) -> None:
     assert described["splits"]["train"]["labels"].keys() == {"disc", "square"}
 
 
-def test_columns_of_the_parquet_have_types_whatever_the_rows(run: Run) -> None:
+def test_columns_of_the_parquet_have_fixed_types(run: Run) -> None:
     schemas = [parquet.read_schema(path) for path in pack(run).folder("shards").glob("*/*.parquet")]
     assert all(schema.equals(schemas[0]) for schema in schemas)
     assert not [field.name for field in schemas[0] if "null" in str(field.type)]
@@ -203,7 +203,7 @@ def test_a_sample_with_a_mask_comes_first(source: Path, tmp_path: Path) -> None:
 # -- splits and order
 
 
-def test_a_sample_keeps_its_split_whatever_the_order_and_the_number_of_units(source: Path, tmp_path: Path) -> None:
+def test_the_split_does_not_depend_on_order_or_number_of_units(source: Path, tmp_path: Path) -> None:
     first = set(samples(pack(copy(source, tmp_path / "a")), "val"))
     for number, settings in enumerate(({"shuffle": False}, {"samples_per_shard": 3}, {"image_format": "png"})):
         assert set(samples(pack(copy(source, tmp_path / str(number)), **settings), "val")) == first

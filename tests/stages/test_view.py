@@ -290,7 +290,7 @@ def test_a_prompt_is_cut_at_its_words(prompt, pieces):
     assert _segments(prompt) == pieces
 
 
-def test_what_was_measured_of_masks_is_on_the_page_and_nothing_where_nobody_did(tmp_path):
+def test_measures_of_masks_are_on_the_page_where_there_are_any(tmp_path):
     run = make_run(tmp_path / "demo", masks=False)
     run_stage(Masks(), run, Local(workers=1))
     samples = {sample["key"]: sample["masks"] for sample in read(write_page(run))["samples"]}
