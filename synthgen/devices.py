@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,12 +17,13 @@ from synthgen.errors import ConfigError
 if TYPE_CHECKING:
     from synthgen.stages import Stage
 
-__all__ = ["Place", "cpu_name", "devices_for", "has_intel_cpu", "place"]
+__all__ = ["Place", "cpu_name", "devices_for", "has_intel_cpu", "num_cores", "place"]
 
 #: Environment variables that launchers set: accelerate and torchrun, then the common MPIs.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def _number(names: tuple[str, ...], default: int) -> int:
 
 def devices_for(stage: Stage) -> list[str]:
     """The device of each worker: one worker per GPU or, without GPUs or for stages that use none, per core."""
-    cores = ["cpu"] * max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = ["cpu"] * num_cores()
     if not stage.accelerated:
         return cores
     import torch
@@ -65,6 +68,22 @@ def devices_for(stage: Stage) -> list[str]:
     if torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["mps"] if torch.backends.mps.is_available() else cores
+
+
+def num_cores() -> int:
+    """The cores that this process may use: those it is bound to, or fewer by the quota of its container."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(bound, _cgroup_quota() or bound))
+
+
+def _cgroup_quota() -> int:
+    """The cores that the control group of this process may keep busy, rounded up (Linux); 0: no quota."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # "max" and -1 mean that there is none
+            text = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files)
+            quota, period = (int(number) for number in text.split())
+            return math.ceil(quota / period) if min(quota, period) > 0 else 0
+    return 0
 
 
 def cpu_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from synthgen.datasets import ImageDataset, Sample
+from synthgen.devices import num_cores
 from synthgen.errors import SynthgenError
 
 __all__ = ["Batch", "Order", "Reader", "collate", "loader", "prefetch", "workers_for"]
@@ -226,7 +226,7 @@ class _CollateOrError(Generic[Row, Rows]):
 
 def workers_for(setting: int) -> int:
     """The number of loader processes for ``num_workers``: -1 means none on two cores or fewer, else up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     return setting if setting >= 0 else 0 if cores <= 2 else min(8, cores - 1)
 
 

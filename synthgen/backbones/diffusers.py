@@ -40,6 +40,7 @@ class Diffusers:
         variant: str = "",  # variant of the weight files, such as "fp16"
         scheduler: str = "",  # a class of diffusers instead of the model's own, such as DPMSolverMultistepScheduler
         lora: str = "",  # folder, file or hub id of LoRA weights
+        lora_scale: float = 1.0,  # strength of the LoRA weights; 0: none
         textual_inversion: str = "",  # file or hub id of learned embeddings
         without: tuple[str, ...] = (),  # parts not to load, such as text_encoder_3 and tokenizer_3
         safety_checker: bool = False,  # run the model's own on each image; a flagged sample gets a warning
@@ -52,10 +53,22 @@ class Diffusers:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
         if skip_steps is not None and not 0 <= skip_steps < 1:
             raise ValueError(f"skip_steps must be in [0, 1), not {skip_steps}")
+        if lora_scale != 1 and not lora:
+            raise ValueError("lora_scale is the strength of LoRA weights, and there are none; set lora as well")
         if negative_prompt:
             refuse_negative(pipeline_class(model))
         loading = Loading(
-            model, dtype, variant, scheduler, lora, textual_inversion, without, safety_checker, offload, device
+            model=model,
+            dtype=dtype,
+            variant=variant,
+            scheduler=scheduler,
+            lora=lora,
+            lora_scale=lora_scale,
+            textual_inversion=textual_inversion,
+            without=without,
+            safety_checker=safety_checker,
+            offload=offload,
+            device=device,
         )
         pipeline = load_pipeline(loading, FAMILIES)
         family = FAMILIES[type(pipeline).__name__]

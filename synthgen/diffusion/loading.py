@@ -54,6 +54,7 @@ class Loading:
         variant: variant of the weight files, such as "fp16".
         scheduler: a class of ``diffusers`` in place of the model's own, such as "DPMSolverMultistepScheduler".
         lora: a folder, file or hub id of LoRA weights.
+        lora_scale: what their products are multiplied by.
         textual_inversion: a file or hub id of learned embeddings.
         without: parts not to load, such as Stable Diffusion 3's large text encoder.
         safety_checker: keep the model's own safety checker for flagging images.
@@ -66,6 +67,7 @@ class Loading:
     variant: str = ""
     scheduler: str = ""
     lora: str = ""
+    lora_scale: float = 1.0
     textual_inversion: str = ""
     without: tuple[str, ...] = ()
     safety_checker: bool = False
@@ -305,11 +307,12 @@ def _add_parts(pipeline: Any, loading: Loading) -> None:
     extra = loading.lora or loading.textual_inversion
     try:
         if loading.lora:
-            pipeline.load_lora_weights(loading.lora, use_safetensors=True)
+            pipeline.load_lora_weights(loading.lora, use_safetensors=True, adapter_name="lora")
             if not pipeline.get_list_adapters():  # diffusers only warns if no key matches a part of this model
                 raise ConfigError(
                     f"{loading.lora!r} has no LoRA weights for {loading.model!r}; take some that were trained for it"
                 )
+            pipeline.set_adapters("lora", loading.lora_scale)
             extra = loading.textual_inversion
         if loading.textual_inversion:
             _add_embeddings(pipeline, loading.textual_inversion)

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthgen.devices import cpu_name
+from synthgen.devices import cpu_name, num_cores
 from synthgen.errors import SynthgenError, one_line
 from synthgen.redact import redact
 from synthgen.stores import parse_location
@@ -66,7 +66,7 @@ def devices(problems: list[str]) -> tuple[Device, ...]:
     """The devices of this machine, the CPU first."""
     import torch
 
-    found = [Device("cpu", cpu_name(), os.cpu_count(), None, None, bfloat16=True)]
+    found = [Device("cpu", cpu_name(), num_cores(), None, None, bfloat16=True)]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = f"cuda:{index}"
         try:

@@ -402,6 +402,19 @@ def test_lora_weights_change_the_image(stable_diffusion: Path, tmp_path: Path) -
     plain_image, _ = adapted.sample([ASKED[0].prompt.text], [0], [], recorded=False)
     np.testing.assert_array_equal(plain_image[0], other.image)
 
+    def image(scale: float) -> Any:
+        options = OPTIONS | {"lora": str(tmp_path), "lora_scale": scale}
+        return Diffusers(model=str(stable_diffusion), **options).family.generate(ASKED[:1])[0].image
+
+    np.testing.assert_array_equal(image(0.0), one.image)
+    np.testing.assert_array_equal(image(1.0), other.image)
+    assert not any(np.array_equal(image(0.5), end) for end in (one.image, other.image))
+
+
+def test_a_strength_without_lora_weights_is_refused(stable_diffusion: Path) -> None:
+    with pytest.raises(ValueError, match="lora_scale is the strength of LoRA weights, and there are none; set lora"):
+        Diffusers(model=str(stable_diffusion), **OPTIONS, lora_scale=0.5)
+
 
 @pytest.mark.parametrize("height", [-64, 31])
 def test_sizes_that_the_network_cannot_compute_are_refused(stable_diffusion: Path, height: int) -> None:
