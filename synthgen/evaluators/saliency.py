@@ -69,7 +69,7 @@ class Saliency:
         train, test = data.scenes()
         for name, scenes in (("training", train), ("test", test)):
             if not scenes.pixels.any():
-                raise ConfigError(f"no mask of the {name} images has a pixel: there is no foreground to speak of")
+                raise ConfigError(f"no mask of the {name} images has a pixel, so there is no foreground")
         figures = [self.score(self.train(train, data.device, seed), test, data.device) for seed in range(self.seeds)]
         iou, low, high = mean_with_interval(np.mean([one.ious for one in figures], axis=0))
         return {

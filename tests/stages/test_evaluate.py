@@ -636,11 +636,11 @@ def test_retrieval_with_a_text_tower(run, tmp_path):
 
 def test_retrieval_on_a_folder_with_text_files(run, tmp_path):
     add_text_tower(run.folder("pretrain") / "mae")
-    images = write_images(tmp_path / "told", {"disc": 3})
+    images = write_images(tmp_path / "captioned", {"disc": 3})
     for number, path in enumerate(sorted(images.rglob("*.png"))):
         path.with_suffix(".txt").write_text(f"disc number {number}")
     run_stage(Evaluate(test=str(images), evaluators=(Choice("retrieval"),)), run, ONE)
-    numbers = result(run, "mae-told")["scores"]["mae"]["retrieval"]
+    numbers = result(run, "mae-captioned")["scores"]["mae"]["retrieval"]
     assert (numbers["images"], numbers["texts"]) == (3, 3)
 
 
