@@ -49,6 +49,7 @@ def linear(
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not _is_observed()
+        and torch.backends.mkldnn.enabled
         and x.numel() * len(weight) >= _MIN_PRODUCTS
     ):
         return _by_onednn(x, weight, bias)
