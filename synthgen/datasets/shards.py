@@ -27,8 +27,8 @@ class ShardDataset(ImageDataset):
 
     Members: ``jpg`` (or ``jpeg``, ``webp``, ``png``) is the image and the only one required; ``txt`` the text;
     ``mask.png`` the masks as one 8-bit image (0 background, k the k-th word); ``json`` has ``words`` (or ``classes``)
-    and ``label``, and ``text``, ``caption`` or ``prompt`` where there is no ``txt``; ``cls`` is a class number, used if
-    there is no ``label``. Without ``masks`` they are not decoded.
+    and ``label`` (a text or a whole number), and ``text``, ``caption`` or ``prompt`` where there is no ``txt``; ``cls``
+    is a class number, used if there is no ``label``. Without ``masks`` they are not decoded.
 
     Raises:
         MissingArtifact, CorruptFile: a tar is missing, or it or a sample in it cannot be read.
@@ -127,8 +127,9 @@ class ShardDataset(ImageDataset):
         return next((meta[name] for name in TEXT_KEYS if meta.get(name)), "")
 
     def _label(self, row: Row, meta: Mapping[str, Any]) -> str | None:
-        if isinstance(meta.get("label"), str) and meta["label"]:
-            return str(meta["label"])
+        label = meta.get("label", "")
+        if isinstance(label, str | int) and not isinstance(label, bool) and label != "":
+            return str(label)
         if "cls" not in row.members:
             return None
         try:

@@ -105,6 +105,14 @@ def test_numbers_below_zero_count_from_the_end(shards):
     assert len(list(iter(open_dataset(one)))) == 3
 
 
+@pytest.mark.parametrize(
+    ("label", "expected"), [("disc", "disc"), (0, "0"), (7, "7"), ("", "1"), (None, "1"), (True, "1"), ([7], "1")]
+)
+def test_a_label_is_a_text_or_a_whole_number_of_the_json_or_else_the_cls(tmp_path, label, expected):
+    samples = ShardDataset([write(tmp_path / "a.tar", {0: members(0, label=label)})])
+    assert (samples[0].label, samples.label(0)) == (expected, expected)
+
+
 def test_a_json_may_contain_nan(tmp_path):
     """As img2dataset and what filters its tars write it."""
     sample = members(0, txt=None, json=b'{"caption": "a disc", "words": ["disc"], "unsafe": NaN}')
