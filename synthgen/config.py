@@ -238,6 +238,8 @@ def _explain(error: Any, where: str, known: list[str]) -> str:
             lines.append(f"{path}: unknown setting; {hint}")
         elif detail["type"] == "missing":
             lines.append(f"{path}: this setting is required")
+        elif detail["type"] == "tuple_type":  # YAML and the command line have lists only
+            lines.append(f"{path}: Input should be a list, such as [A, B] (got {detail['input']!r:.200})")
         else:
             lines.append(f"{path}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r:.200})")
     return "; ".join(lines)

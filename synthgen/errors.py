@@ -46,7 +46,7 @@ class UnknownName(ConfigError):
     @classmethod
     def among(cls, kind: str, name: str, names: Iterable[str]) -> UnknownName:
         """The error for ``name``, with the nearest of the ``names`` that do exist."""
-        known = sorted(names)
+        known = sorted(set(names))
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return cls(f"unknown {kind} {name!r}; {hint}there are: {', '.join(known) or 'none'}")

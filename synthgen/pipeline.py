@@ -151,11 +151,14 @@ def read_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         _put(content, dotted, value)
     content = expand_home(content)
     for key in content:
+        if key in STAGES.names():
+            raise PipelineError(f"{path}: {key!r} is a stage; its settings are those of stages.{key}")
         if key not in _KEYS:
             raise UnknownName.among(f"key of {path}", str(key), _KEYS)
     settings = content.get("stages")
     if not isinstance(settings, dict) or not settings:
-        raise PipelineError(f"{path}: 'stages' must name at least one stage; there are: {', '.join(STAGES.names())}")
+        names = ", ".join(STAGES.names())
+        raise PipelineError(f"{path}: 'stages' must name a stage with its settings, as masks: {{}}; there are: {names}")
     seed, run = content.get("seed", 0), content.get("run", "runs/latest")
     if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(run, str):
         raise PipelineError(f"{path}: 'seed' must be a whole number and 'run' a folder")

@@ -9,7 +9,7 @@ from synthgen.datasets.samples import IMAGES, ImageDataset, Sample, sample_error
 from synthgen.errors import MissingArtifact, PromptError
 from synthgen.image import decode_rgb
 from synthgen.stores import parse_location, walk_files
-from synthgen.untrusted import read_file
+from synthgen.untrusted import read_file, shortened
 
 __all__ = ["CaptionedFolder", "FolderDataset"]
 
@@ -85,7 +85,8 @@ class CaptionedFolder(FolderDataset):
             listed = read_listing(parse_location(metadata), self.path)
             self._names = [name for name in self._names if name in listed]
             if not self._names:
-                raise MissingArtifact(f"no image of {self.path} is listed in {metadata}; its file names are relative")
+                first = f": its first entry is {shortened(str(self.path / next(iter(listed))))}" if listed else ""
+                raise MissingArtifact(f"no image of {self.path} is listed in {metadata}{first}")
         else:
             listed, names = {}, set(self._names)
             for table in sorted(self._tables):

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from synthgen.config import build, dump
+from synthgen.config import build, dump, settings_model
+from synthgen.errors import ConfigError, SynthgenError
 from synthgen.progress import Progress
 from synthgen.records import Report
 from synthgen.redact import redacted
@@ -207,4 +209,23 @@ def make_stage(name: str, settings: Mapping[str, Any]) -> Stage:
     Raises:
         UnknownName, ConfigError: there is no such stage or setting; suggests the closest name.
     """
-    return build(STAGES.load(name), settings, where=f"stages.{name}", listed=name)
+    stage = STAGES.load(name)
+    known = settings_model(stage).model_fields
+    for key in settings:
+        if key not in known and (path := _closest_option(stage, settings, str(key))):
+            raise ConfigError(
+                f"stages.{name}.{key}: unknown setting; did you mean {path!r}?; see: synthgen schema {name}"
+            )
+    return build(stage, settings, where=f"stages.{name}", listed=name)
+
+
+def _closest_option(stage: type[Stage], settings: Mapping[str, Any], key: str) -> str:
+    """The closest option of a part to ``key``, such as "method.mask_ratio"; "" if a setting of the stage is closer."""
+    paths = dict.fromkeys(settings_model(stage).model_fields, "")
+    with suppress(SynthgenError):  # of other settings
+        known = {name: value for name, value in settings.items() if name in paths}
+        parts = build(stage, known, where=stage.name).complete().settings()
+        for name, part in parts.items():
+            if isinstance(part, Mapping) and "name" in part:
+                paths = {option: f"{name}.{option}" for option in part if option != "name"} | paths
+    return next((paths[near] for near in difflib.get_close_matches(key, paths, n=1)), "")

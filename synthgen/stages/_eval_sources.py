@@ -124,9 +124,9 @@ class Source:
                 f"training and test images share no class: each of the {len(known + asked)} classes has {each}; "
                 "generate more of each (--images-per-prompt) and pack new shards, or give --train and --test"
             )
-        few = [", ".join(sorted(classes)[:4]) for classes in (known, asked)]
+        few = [", ".join([*sorted(classes)[:4], *["..."] * (len(classes) > 4)]) for classes in (known, asked)]
         raise MissingInput(
-            f"training and test images share no class: {few[0]}, ... against {few[1]}, ...; their names must agree"
+            f"training and test images share no class: {few[0]} against {few[1]}; their names must agree"
         )
 
 

@@ -312,7 +312,7 @@ class Evaluate(Stage):
             changes = changed_names(before, stage.fingerprinted(), stage.inputs(run))
             raise StaleArtifact(
                 f"{path} holds scores made differently (changed: {changes}); delete it, "
-                "or give this evaluation another name with --set label=NAME"
+                "or give this evaluation another name with --label NAME"
             )
         return stage
 

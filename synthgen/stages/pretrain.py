@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from synthgen.config import Choice, build, check_range
+from synthgen.config import Choice, check_range
 from synthgen.devices import devices_for, place
 from synthgen.errors import ConfigError
 from synthgen.records import Report
 from synthgen.run import Run
-from synthgen.stages import Stage, Work, Worker, runtime_field, unhashed
+from synthgen.stages import Stage, Work, Worker, make_stage, runtime_field, unhashed
 from synthgen.stages._data_check import probe, typical_side, warn_of_sizes
 from synthgen.stages._init_weights import load_start, option_inputs, start_inputs
 from synthgen.stages._integrity import check_shards, check_shards_exist
@@ -117,7 +117,7 @@ class Pretrain(Stage):
     @classmethod
     def folder_of(cls, settings: Mapping[str, Any]) -> str:
         """The folder of a training with these settings."""
-        (name,) = build(cls, settings, where=f"stages.{cls.name}").artifacts()
+        (name,) = make_stage(cls.name, settings).artifacts()
         return name
 
     def source_names(self) -> tuple[str, ...]:

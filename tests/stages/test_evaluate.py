@@ -114,7 +114,7 @@ def test_training_images_among_the_test_images_are_a_warning(run):
 def test_other_settings_need_another_label(run):
     run_stage(Evaluate(), run, ONE)
     other = Evaluate(evaluators=(Choice("knn", {"k": 3}),))
-    with pytest.raises(StaleArtifact, match=r"changed: evaluators.*label=NAME"):
+    with pytest.raises(StaleArtifact, match=r"changed: evaluators.*another name with --label NAME"):
         run_stage(other, run, ONE)
     run_stage(make_stage("evaluate", {"evaluators": [{"name": "knn", "k": 3}], "label": "three"}), run, ONE)
     assert set(result(run, "three")["scores"]["mae"]) == {"knn"}
@@ -285,7 +285,7 @@ def test_a_corrected_label_makes_the_scores_stale(run, tmp_path):
     run_stage(asked, run, ONE)
     assert asked.done(run, 0)
     rewrite(path, b'"label": "disc"', b'"label": "ball"')
-    with pytest.raises(ConfigError, match=r"share no class: disc, square, ... against ball"):
+    with pytest.raises(ConfigError, match=r"share no class: disc, square against ball; their"):
         run_stage(asked, run, ONE)  # labels that were read before are not those of now
     rewrite(path, b'"label": "ball"', b'"label": "disc"')
     with pytest.raises(StaleArtifact, match="changed: its input test, its input truth"):

@@ -412,6 +412,7 @@ def test_a_broken_sample_is_named(run):
         ({"epochs": 0}, ConfigError, "epochs must be at least 1, not 0"),
         ({"beta2": 1.0}, ConfigError, "beta2 must be at least 0 and below 1, not 1.0"),
         ({"epochs": "many"}, ConfigError, "stages.pretrain.epochs"),
+        ({"data": "photos"}, ConfigError, r"stages.pretrain.data: Input should be a list, such as \[A, B\] \(got 'pho"),
         ({"precision": "fp8"}, ConfigError, "precision must be one of"),
         ({"base_learning_rate": -1.0}, ConfigError, "base_learning_rate must be at least 0"),
         ({"weight_decay": -0.1}, ConfigError, "weight_decay must be at least 0"),

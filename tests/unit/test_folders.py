@@ -4,8 +4,10 @@ import gc
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from synthgen.datasets import CaptionedFolder, FolderDataset, folders
+from synthgen.errors import MissingArtifact
 from synthgen.image import encode_png
 
 
@@ -22,6 +24,9 @@ def test_images_are_sorted_folder_by_folder_and_named_without_extension(tmp_path
     assert [images.label(row) for row in range(4)] == ["a", "a", None, None]
     listed = CaptionedFolder(tmp_path, tmp_path / "list.csv")
     assert [(listed.key(row), listed.captions(row)) for row in range(2)] == [("a/b", ("three",)), ("a", ("one",))]
+    (tmp_path / "list.csv").write_text("file_name,text\nphotos/a.png,one\n")
+    with pytest.raises(MissingArtifact, match=r"listed in .*list\.csv: its first entry is .*/photos/a\.png$"):
+        CaptionedFolder(tmp_path, tmp_path / "list.csv")
 
 
 def test_an_image_takes_little_memory(tmp_path, monkeypatch):

@@ -44,6 +44,8 @@ def test_stages_and_overrides(tmp_path):
         ("stages: {masks: 3}", PipelineError, "must hold settings"),
         ("stage: {masks: {}}", UnknownName, "did you mean 'stages'"),
         ("run: x", PipelineError, "'stages' must name"),
+        ("stages: [masks]", PipelineError, "'stages' must name a stage with its settings, as masks: {};"),
+        ("masks: {}\nstages: {masks: {}}", PipelineError, "'masks' is a stage; its settings are those of stages.masks"),
         ("seed: a\nstages: {masks: {}}", PipelineError, "'seed' must be"),
         ("a: [", PipelineError, "not a YAML file"),
         ("run: $HOME/x\nstages: {masks: {}}", ConfigError, "'$HOME/x' begins with a variable or home directory that"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 
@@ -157,6 +158,22 @@ def test_errors_in_settings_name_an_existing_listing():
         REFINERS.complete(Choice("threshold", {"level": "high"}))
     with pytest.raises(ConfigError, match=r"did you mean 'min_area'\?; see: synthgen schema masks$"):
         make_stage("masks", {"min_aera": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "path"),
+    [
+        ("pretrain", {"mask_ratio": 0.5}, "method.mask_ratio"),  # and not warmup_ratio
+        ("pretrain", {"warmup_rato": 0.5}, "warmup_ratio"),
+        ("generate", {"prompts": "p.txt", "guidence_scale": 3.0}, "backbone.guidance_scale"),
+        ("masks", {"refine": "attentioncut", "smoothness": 2.0}, "refine.smoothness"),
+    ],
+)
+def test_an_option_of_a_part_given_to_the_stage_is_suggested_with_its_path(stage, settings, path):
+    with pytest.raises(ConfigError, match=rf"unknown setting; did you mean '{re.escape(path)}'\?; see: "):
+        make_stage(stage, settings)
+    with pytest.raises(ConfigError, match="unknown setting; there are: refine, min_area"):
+        make_stage("masks", {"smoothness": 2.0})  # which the default refiner does not have
 
 
 def test_every_registry_names_its_setting():
