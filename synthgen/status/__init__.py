@@ -99,15 +99,17 @@ def status(run: Run, *, counts: bool = True) -> RunStatus:
     def count(unit: str, mark: Mapping[str, Any]) -> None:
         masks.add(run.folder("masks"), unit, mark, problems)
 
-    for name, entry in run.artifacts().items():
+    entries = run.artifacts()
+    for name, entry in entries.items():
         on_mark = (count,) if counts and name == "masks" else ()
         artifacts[name] = artifact_status(run, name, entry, artifacts, problems, *on_mark)
         if name == FILTER:
             artifacts[name] = _with_rejected(run, artifacts[name], problems)
     labels, words = masks.tallies.ranked()
     training = tuple(
-        training_in(folder, artifacts.get(f"pretrain/{folder.name}"))
+        training_in(folder, artifacts.get(name), outdated=_is_outdated(name, entries))
         for folder in sorted(run.folder("pretrain").glob("*/"))
+        for name in (f"pretrain/{folder.name}",)
     )
     state = RunStatus(
         run.path,
@@ -136,6 +138,12 @@ def _with_rejected(run: Run, artifact: ArtifactStatus, problems: list[str]) -> A
     return replace(artifact, notes=notes, left_out=dict(islice(rejected.items(), NUM_EXAMPLES)))
 
 
+def _is_outdated(training: str, entries: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a training read the run's shards, and others have been packed since."""
+    before = entries[training].get("inputs", {}).get("shards") if training in entries else None
+    return before is not None and "shards" in entries and before != entries["shards"]["fingerprint"]
+
+
 def _advice(run: Run, state: RunStatus) -> str:
     """What to run next."""
     for artifact in state.artifacts:
@@ -144,7 +152,11 @@ def _advice(run: Run, state: RunStatus) -> str:
             return f"delete {run.folder('shards')} and run: {again}, as there are more images than it was packed from"
         if artifact.failures or artifact.done < artifact.planned:
             return _retry(run, artifact, {one.name for one in state.artifacts})
-    has_encoder = any(one.done for one in state.training)
+    encoders = [one for one in state.training if one.done]
+    if encoders and all(one.outdated for one in encoders):
+        again = f"synthgen pretrain --method mae --label NAME --run {shlex.quote(str(run.path))}"
+        return f"{again}, as every encoder was trained on earlier shards"
+    has_encoder = bool(encoders)
     made = {artifact.stage for artifact in state.artifacts if artifact.done}
     done = {"generate" if stage == "attend" else stage for stage in made} | ({"pretrain"} if has_encoder else set())
     last = max((_ORDER.index(stage) for stage in done if stage in _ORDER), default=-1)

@@ -24,6 +24,7 @@ class Training:
     done: bool
     last: dict[str, float] = field(default_factory=dict)  # the last record of its metrics
     curve: tuple[tuple[float, float], ...] = ()  # step and loss
+    outdated: bool = False  # the run's shards have been packed anew since
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class Evaluation:
     seconds: float = 0.0
 
 
-def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
-    """The training in a folder; ``artifact`` is its status, if it has settings."""
+def training_in(folder: Path, artifact: ArtifactStatus | None, *, outdated: bool = False) -> Training:
+    """The training in a folder; ``artifact`` is its status, if it has settings. For ``outdated`` see Training."""
     rows: list[dict[str, float]] = []
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -67,7 +68,7 @@ def training_in(folder: Path, artifact: ArtifactStatus | None) -> Training:
             rows.append({str(key): float(value) for key, value in row.items() if is_number(value)})
     curve = tuple((row["step"], row["loss"]) for row in rows if "step" in row and "loss" in row)
     done = bool(artifact.done) if artifact else (folder / "done.json").is_file()
-    return Training(folder.name, done, rows[-1] if rows else {}, curve)
+    return Training(folder.name, done, rows[-1] if rows else {}, curve, outdated)
 
 
 def evaluations(run: Run, problems: list[str]) -> tuple[Evaluation, ...]:

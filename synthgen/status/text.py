@@ -69,7 +69,7 @@ def _blocks(state: RunStatus, whole: bool) -> Iterator[list[str]]:
             [
                 (
                     item.name,
-                    "done" if item.done else "not done",
+                    ("done" if item.done else "not done") + ", on earlier shards" * item.outdated,
                     f"{item.last['step']:,.0f}" if "step" in item.last else "",
                     f"{item.last['loss']:.4g}" if "loss" in item.last else "",
                 )

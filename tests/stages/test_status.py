@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -382,6 +383,30 @@ def test_a_training_is_one_unit_and_may_fail(run):
     state = status(run)
     assert (by_name(state)["pretrain/mae"].done, by_name(state)["pretrain/mae"].seconds) == (1, 3.5)
     assert state.training[0].done
+
+
+def test_an_encoder_of_earlier_shards_is_outdated(tmp_path):
+    run = make_run(tmp_path / "demo")
+    run_stage(Shards(samples_per_shard=4, val_ratio=0.25), run, Local(workers=1))
+    made = run.artifact("shards") | {"stage": "pretrain", "settings": {}, "fingerprint": "f"}
+    for name, inputs in {"mae": {"shards": "before"}, "others": {"photos": "p"}}.items():
+        folder = run.folder(f"pretrain/{name}")
+        folder.mkdir(parents=True)
+        (folder / "settings.yaml").write_text(json.dumps(made | {"inputs": inputs}))
+        (folder / "encoder.safetensors").write_bytes(b"weights")
+        (folder / "done.json").write_text('{"fingerprint": "f"}')
+    state = status(run)
+    assert [(one.name, one.done, one.outdated) for one in state.training] == [
+        ("mae", True, True),
+        ("others", True, False),
+    ]
+    assert "done, on earlier shards" in render(state)
+    assert state.advice.startswith("synthgen evaluate")
+    shutil.rmtree(run.folder("pretrain/others"))
+    assert "--label NAME" in status(run).advice
+    current = made | {"inputs": {"shards": run.artifact("shards")["fingerprint"]}}
+    (run.folder("pretrain/mae") / "settings.yaml").write_text(json.dumps(current))
+    assert status(run).advice.startswith("synthgen evaluate")
 
 
 def test_the_text_fits_the_console_and_has_no_control_characters(tmp_path):
