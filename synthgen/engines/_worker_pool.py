@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing as mp
 import os
@@ -364,7 +365,8 @@ def _picklable(error: Exception) -> Exception:
     """An error that can be sent: errors of synthgen and of the system as they are, others as a RuntimeError."""
     sent: Exception = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
     with suppress(Exception):
-        if isinstance(error, SynthgenError | OSError) and type(pickle.loads(pickle.dumps(error))) is type(error):
+        if isinstance(error, SynthgenError | OSError) and type(copy.copy(error)) is type(error):  # as pickle makes it
+            pickle.dumps(error)  # raises if one of its attributes cannot be sent
             sent = error
     if not isinstance(sent, SynthgenError):
         sent.add_note("".join(traceback.format_exception(error)))
