@@ -19,6 +19,7 @@ __all__ = ["iter_files"]
 
 _RENAMING = (b" path=", b" size=", b" GNU.sparse", b" hdrcharset=")  # PAX records that change what a header says
 _MAX_EXTENSION = 2**16  # bytes of a header that only extends the next one
+_GZIP = b"\x1f\x8b"  # how a gzip file begins
 _LONG_NUMBER = re.compile(rb"\d{256}")
 #: Headers that only extend the next one: long names, and PAX records.
 _EXTENSIONS = {
@@ -38,6 +39,8 @@ def iter_files(file: BufferedReader) -> Iterator[tuple[str, int, int]]:
     Raises:
         ValueError, OverflowError, RecursionError, LookupError, OSError, tarfile.TarError: it is no tar, or damaged.
     """
+    if file.read(len(_GZIP)) == _GZIP:
+        raise ValueError("it is compressed, and must be decompressed first, as by gunzip")
     size, place = os.fstat(file.fileno()).st_size, 0
     if hasattr(os, "posix_fadvise"):  # what lies between the headers need not be read ahead
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

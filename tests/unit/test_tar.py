@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import tarfile
@@ -114,6 +115,9 @@ def test_what_is_no_tar_and_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(CorruptFile, match="no key could be read"):
         index_tar(tmp_path / "a.tar")
+    (tmp_path / "c.tar").write_bytes(gzip.compress(write(tmp_path / "whole.tar").path.read_bytes()))
+    with pytest.raises(CorruptFile, match=r"c\.tar cannot be read: it is compressed, and must be decompressed first"):
+        index_tar(tmp_path / "c.tar")
     with pytest.raises(MissingArtifact, match=r"b\.tar"):
         index_tar(tmp_path / "b.tar")
 
