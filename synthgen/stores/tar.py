@@ -8,6 +8,7 @@ disk and renamed; one for a store is written on this machine and uploaded when i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -140,8 +141,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The one-line error for a failed write."""
+    blocked = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS
+    space = "" if blocked else "free some space or "
     return StorageError(
-        f"cannot write {path}: {error.strerror or error}; free some space or choose another --run folder, "
+        f"cannot write {path}: {error.strerror or error}; {space}choose another --run folder, "
         "then run the same command again: what is done stays done"
     )
 
