@@ -121,7 +121,7 @@ def sample_counts(folder: Path, units: Sequence[int]) -> dict[int, int]:
 
 
 @lru_cache(maxsize=4)
-def _list_units(folder: Path, files: tuple[tuple[str, int, int], ...]) -> dict[int, tuple[str, int]]:
+def _list_units(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> dict[int, tuple[str, int]]:
     found = {int(name[:-5]): ("", 0) for name, *_ in files}
     for name, mark in _read_marks(folder, [name for name, *_ in files]):
         if mark is not None:

@@ -87,11 +87,14 @@ def open_binary(path: Path) -> BufferedReader:
 
 def listing(folder: Path) -> dict[str, int]:
     """The sizes in bytes of the files in a folder, by name; in a store one request per thousand files."""
-    return {name: size for name, (size, _) in stat_files(folder).items()}
+    return {name: size for name, (size, *_) in stat_files(folder).items()}
 
 
-def stat_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """The size in bytes and the time of the last change in ns of the files in a folder, by name."""
+def stat_files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """The files in a folder by name: size in bytes, time of the last change in ns, and inode.
+
+    A file that is written anew has another inode, also within the resolution of the time.
+    """
     if isinstance(folder, RemotePath):
         found = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
     else:
@@ -100,7 +103,7 @@ def stat_files(folder: Path) -> dict[str, tuple[int, int]]:
                 found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+    return {name: (status.st_size, status.st_mtime_ns, status.st_ino) for name, status in found.items()}
 
 
 def walk_files(folder: Path, *, hidden: bool = True) -> Iterator[Path]:

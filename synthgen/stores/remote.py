@@ -19,6 +19,7 @@ import random
 import re
 import stat
 import time
+import zlib
 from collections.abc import Callable, Collection, Generator, Iterator
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -180,8 +181,7 @@ class RemotePath(_Path):
         info = self.ask(lambda system, key: system.info(key))
         if info.get("type") == "directory":
             raise FileNotFoundError(f"there is no file {self}")
-        etag = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "")
-        return str(etag or _modified(info) or ""), int(info["size"])
+        return _etag(info) or str(_modified(info) or ""), int(info["size"])
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is an object here, or a folder that contains one."""
@@ -366,11 +366,16 @@ def _one_request(system: Any) -> dict[str, int]:
 
 
 def _status(info: dict[str, Any]) -> os.stat_result:
-    """fsspec's description of an object as the result of ``stat``."""
+    """fsspec's description of an object as the result of ``stat``; the inode is a hash of the ETag."""
     kind = stat.S_IFDIR if info.get("type") == "directory" else stat.S_IFREG
-    seconds = _modified(info)
+    seconds, inode = _modified(info), zlib.crc32(_etag(info).encode())
     times = {"st_mtime": seconds, "st_mtime_ns": int(seconds * 1e9)}
-    return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, int(info.get("size") or 0), *3 * (int(seconds),)), times)
+    return os.stat_result((kind | 0o644, inode, 0, 1, 0, 0, int(info.get("size") or 0), *3 * (int(seconds),)), times)
+
+
+def _etag(info: dict[str, Any]) -> str:
+    """A text that changes with the content; "" if the store has none."""
+    return str(next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), ""))
 
 
 def _modified(info: dict[str, Any]) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from synthgen.errors import StaleArtifact
 from synthgen.run import Run
 from synthgen.runner import Progress, run_stage
 from synthgen.status import status
+from synthgen.stores import parse_location
 from synthgen.stores.cache import cache_folder
+from synthgen.units import list_units
 from tests.factories import Drawn, TrueMasks, make_run
 from tests.store_server import Store
 
@@ -199,3 +203,13 @@ def test_worker_processes_and_the_command_line_get_a_run_by_its_url(store: Store
     refused = told("masks", "--run", "s3://nowhere/run")
     assert refused.returncode == 2
     assert refused.stderr == "synthgen: there is no bucket 'nowhere' at s3://; make it, or correct the name\n"
+
+
+def test_a_done_mark_that_is_replaced_within_the_resolution_of_its_time_is_read_again(store: Store) -> None:
+    folder = parse_location(store.url("run/maps"))
+    for fingerprint in ("a" * 16, "b" * 16):  # of the same length
+        mark = {"fingerprint": fingerprint, "sha256": "", "count": 3, "bytes": 0}
+        store.put("run/maps/000000.json", json.dumps(mark).encode())
+        for item in store._objects():
+            item.last_modified = datetime(2026, 1, 1)
+        assert list_units(folder) == {0: (fingerprint, 3)}

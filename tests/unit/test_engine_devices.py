@@ -479,7 +479,15 @@ def test_a_limit_on_processes_is_one_line_and_leaves_no_worker(run, monkeypatch,
     assert not mp.active_children()
 
 
-def test_ctrl_c_while_a_worker_hangs_kills_it(run, monkeypatch, forked):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started as a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_a_worker_hangs_kills_it(run, monkeypatch, forked, interruptible):
     with_devices(monkeypatch, "cpu", "cpu")
     stage = Devices(hangs=(0,))
     with run.claim(stage) as claimed:
