@@ -288,7 +288,7 @@ def _bytes(stage: Stage, counted: Counts, measured: Measurement, sample: Sample)
         (name,), steps = stage.artifacts(), counted.images // counted.batch_size
         kept, records = min(Checkpoints.keep, -(-steps // stage.save_every)), -(-steps // stage.log_every)
         total = training_bytes(rounds.folder(name), checkpoints=kept, snapshots=stage.snapshots, records=records)
-        return {name: Estimate(total, f"measured: one checkpoint, of which {kept} stay; the encoder")}
+        return {name: Estimate(total, f"measured: one checkpoint, times the {kept} that are kept; the encoder")}
     found = {}
     for name in stage.artifacts():
         files = tar_files(probe, rounds, name)
